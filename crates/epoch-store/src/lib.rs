@@ -1,0 +1,1 @@
+//! Committed epochs on a medium

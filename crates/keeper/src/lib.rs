@@ -1,0 +1,1 @@
+//! Policy and sequencing: what to capture when

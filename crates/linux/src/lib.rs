@@ -1,0 +1,1 @@
+//! Thin, safe, typed wrappers for the Linux interfaces that Outlive needs

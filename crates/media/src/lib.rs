@@ -1,0 +1,1 @@
+//! Media: where bytes survive

@@ -1,0 +1,22 @@
+//! Capture and restore of unmodified Linux processes, from outside.
+//!
+//! Nothing is linked into the target and nothing stays resident in it: its state is read through
+//! `/proc`, `ptrace(2)`, `pidfd_getfd(2)` and batches of remote system calls, and made again the
+//! same way. This crate is mechanism only: *when* an epoch is taken is the keeper's business.
+//!
+//! # The sequence of an epoch
+//! 1. [`Tracked::attach`] once: refuses by name, before any harm, what could not be restored.
+//! 2. [`Tracked::precopy`]: copies what changed while the program runs.
+//! 3. [`Tracked::stop`]: freezes the program and takes everything that is left into memory.
+//! 4. [`Stopped::resume`] (or [`Stopped::end`] after the commit, for planned events).
+//! 5. [`Captured::write`] and [`Captured::sync_files`] while the program runs on, then the commit.
+//! 6. If any of this failed: [`Tracked::forget_progress`], so that the next epoch is a full one.
+
+pub mod error;
+pub mod resources;
+pub mod restore;
+pub mod track;
+
+pub use error::{ProcessError, Refusal};
+pub use restore::{FilesPolicy, Ready, RestoreOptions, Restored, restore};
+pub use track::{Captured, Stopped, TrackOptions, Tracked, Tracking};

@@ -1,0 +1,1 @@
+//! Open file descriptions: one file a kind, listed in one registry.

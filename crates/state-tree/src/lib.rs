@@ -1,0 +1,1 @@
+//! The state tree: flattened device trees that describe saved state

@@ -1,0 +1,2 @@
+//! The developer's one door: demo, test, bench.
+fn main() {}
