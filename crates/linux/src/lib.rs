@@ -9,12 +9,15 @@
 compile_error!("outlive runs on x86-64 Linux only");
 
 pub mod clock;
+pub mod descriptors;
+pub mod kcmp;
 pub mod maps;
 pub mod memory;
 pub mod pagemap;
 pub mod ptrace;
 pub mod remote;
 pub mod signals;
+pub mod sockopt;
 pub mod spawn;
 pub mod userfault;
 

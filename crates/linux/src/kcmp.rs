@@ -1,0 +1,106 @@
+//! Whether two descriptors are one open file description: `kcmp(2)`.
+//!
+//! # Safety
+//! The only pointer handed to the kernel is to a local structure which it reads.
+#![allow(unsafe_code)]
+
+use crate::{Errno, last_error};
+use std::cmp::Ordering;
+
+const KCMP_FILE: libc::c_long = 0;
+const KCMP_EPOLL_TFD: libc::c_long = 7;
+
+#[repr(C)]
+struct EpollSlot {
+    epoll: u32,
+    target: u32,
+    offset: u32,
+}
+
+/// Compares the open file descriptions behind two descriptors of a process: equal when they are
+/// one, otherwise in an order which is arbitrary but the same for all calls until the next boot.
+///
+/// # Errors
+/// `EBADF` when a descriptor is not open, `EPERM` without the right to trace the process.
+pub fn compare_files(pid: u32, a: u32, b: u32) -> Result<Ordering, Errno> {
+    // SAFETY: KCMP_FILE takes numbers only.
+    let answer = unsafe {
+        libc::syscall(
+            libc::SYS_kcmp,
+            libc::c_long::from(pid as i32),
+            libc::c_long::from(pid as i32),
+            KCMP_FILE,
+            u64::from(a),
+            u64::from(b),
+        )
+    };
+    match answer {
+        0 => Ok(Ordering::Equal),
+        1 => Ok(Ordering::Less),
+        2 => Ok(Ordering::Greater),
+        n if n < 0 => Err(last_error()),
+        _ => Err(Errno::NOTSUP),
+    }
+}
+
+/// Whether descriptor `number` of a process is still the file that its epoll instance `epoll`
+/// watches under the number `target` (the `offset`-th such entry, from 0).
+///
+/// # Errors
+/// `ENOENT` when there is no such entry, `EBADF` when `number` is not open.
+pub fn is_epoll_target(
+    pid: u32,
+    number: u32,
+    epoll: u32,
+    target: u32,
+    offset: u32,
+) -> Result<bool, Errno> {
+    let slot = EpollSlot {
+        epoll,
+        target,
+        offset,
+    };
+    // SAFETY: slot is a live local with the layout of `struct kcmp_epoll_slot`; it is only read.
+    let answer = unsafe {
+        libc::syscall(
+            libc::SYS_kcmp,
+            libc::c_long::from(pid as i32),
+            libc::c_long::from(pid as i32),
+            KCMP_EPOLL_TFD,
+            u64::from(number),
+            &raw const slot,
+        )
+    };
+    if answer < 0 {
+        Err(last_error())
+    } else {
+        Ok(answer == 0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs::File;
+    use std::os::fd::AsRawFd;
+
+    #[test]
+    fn a_duplicate_is_the_same_description_and_a_second_open_is_not() {
+        let me = std::process::id();
+        let a = File::open("/dev/null").unwrap();
+        let b = a.try_clone().unwrap();
+        let c = File::open("/dev/null").unwrap();
+        let number = |f: &File| f.as_raw_fd() as u32;
+        assert_eq!(
+            compare_files(me, number(&a), number(&b)),
+            Ok(Ordering::Equal)
+        );
+        let order = compare_files(me, number(&a), number(&c)).unwrap();
+        assert_ne!(order, Ordering::Equal);
+        assert_eq!(
+            compare_files(me, number(&c), number(&a)),
+            Ok(order.reverse())
+        );
+        assert_eq!(compare_files(me, number(&a), 1 << 20), Err(Errno::BADF));
+    }
+}
