@@ -1,1 +1,24 @@
-//! Policy and sequencing: what to capture when
+//! Policy and sequencing: what to capture when, and in which order.
+//!
+//! - [`plan`]: when the next epoch is due (pure).
+//! - [`epoch`]: the order of one epoch.
+//! - [`keep`]: the loop that keeps one subject.
+//! - [`control`]: the conversation with a running keeper.
+//! - [`subject`]: the store root, names, and what is known of a subject besides its epochs.
+//! - [`stats`], [`procfs`]: figures and facts.
+//!
+//! Capture and restore themselves, and the layout of epochs on a medium, are other crates'
+//! business.
+
+pub mod control;
+pub mod epoch;
+mod error;
+#[cfg(test)]
+mod fake;
+pub mod keep;
+pub mod plan;
+pub mod procfs;
+pub mod stats;
+pub mod subject;
+
+pub use error::KeeperError;

@@ -19,6 +19,7 @@ pub mod remote;
 pub mod signals;
 pub mod sockopt;
 pub mod spawn;
+pub mod thread;
 pub mod userfault;
 
 pub use rustix::io::Errno;

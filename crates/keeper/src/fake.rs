@@ -1,0 +1,212 @@
+//! Stand-ins for a program and a store, for tests of the order of things.
+
+use crate::epoch::{EpochLog, Frozen, Program, Snapshot};
+use outlive_epoch::{Acked, EpochFacts, EpochId, EpochWriter, PageSink, Run, StoreError};
+use outlive_process::ProcessError;
+use std::{cell::RefCell, rc::Rc, time::Duration};
+
+pub type Trace = Rc<RefCell<Vec<&'static str>>>;
+
+/// A program that records what is done to it and fails at one chosen step.
+pub struct FakeProgram {
+    pub trace: Trace,
+    pub fail: Rc<RefCell<Option<&'static str>>>,
+    /// Ended by `Frozen::end`, where the test has a real process to stand for the program.
+    pub process: Rc<RefCell<Option<std::process::Child>>>,
+}
+
+impl FakeProgram {
+    pub fn new(fail: Option<&'static str>) -> Self {
+        Self {
+            trace: Trace::default(),
+            fail: Rc::new(RefCell::new(fail)),
+            process: Rc::default(),
+        }
+    }
+
+    fn step(&self, name: &'static str) -> Result<(), ProcessError> {
+        step(&self.trace, &self.fail, name)
+    }
+}
+
+fn step(
+    trace: &Trace,
+    fail: &Rc<RefCell<Option<&'static str>>>,
+    name: &'static str,
+) -> Result<(), ProcessError> {
+    trace.borrow_mut().push(name);
+    if *fail.borrow() == Some(name) {
+        return Err(ProcessError::Image(format!("planted in {name}")));
+    }
+    Ok(())
+}
+
+pub struct FakeFrozen<'a> {
+    program: &'a mut FakeProgram,
+    done: bool,
+}
+
+impl Frozen for FakeFrozen<'_> {
+    fn resume(mut self) -> Result<Duration, ProcessError> {
+        self.done = true;
+        self.program
+            .step("resume")
+            .map(|()| Duration::from_micros(500))
+    }
+
+    fn end(mut self) -> Result<(), ProcessError> {
+        self.done = true;
+        if let Some(child) = self.program.process.borrow_mut().as_mut() {
+            child.kill().expect("kill");
+            child.wait().expect("wait");
+        }
+        self.program.step("end")
+    }
+}
+
+impl Drop for FakeFrozen<'_> {
+    fn drop(&mut self) {
+        if !self.done {
+            self.program.trace.borrow_mut().push("dropped");
+        }
+    }
+}
+
+pub struct FakeSnapshot {
+    trace: Trace,
+    fail: Rc<RefCell<Option<&'static str>>>,
+}
+
+impl Snapshot for FakeSnapshot {
+    fn facts(&self) -> EpochFacts {
+        EpochFacts {
+            taken_at_ns: 1,
+            stop_us: 0,
+        }
+    }
+
+    fn counts(&self) -> (u32, u32) {
+        (1, 2)
+    }
+
+    fn write(&self, _: &mut dyn EpochWriter) -> Result<(), ProcessError> {
+        step(&self.trace, &self.fail, "write")
+    }
+
+    fn sync_files(&self) -> Result<(), ProcessError> {
+        step(&self.trace, &self.fail, "sync")
+    }
+}
+
+impl Program for FakeProgram {
+    type Frozen<'a> = FakeFrozen<'a>;
+    type Snapshot = FakeSnapshot;
+
+    fn precopy(&mut self, _: &mut dyn PageSink) -> Result<(), ProcessError> {
+        self.step("precopy")
+    }
+
+    fn stop(&mut self) -> Result<(FakeFrozen<'_>, FakeSnapshot), ProcessError> {
+        self.step("stop")?;
+        let snapshot = FakeSnapshot {
+            trace: self.trace.clone(),
+            fail: self.fail.clone(),
+        };
+        Ok((
+            FakeFrozen {
+                program: self,
+                done: false,
+            },
+            snapshot,
+        ))
+    }
+
+    fn forget_progress(&mut self) {
+        self.trace.borrow_mut().push("forget");
+    }
+
+    fn detach(self) -> Result<(), ProcessError> {
+        self.step("detach")
+    }
+
+    fn full_copy_because(&self) -> Option<String> {
+        None
+    }
+}
+
+/// A store that only counts.
+#[derive(Default)]
+pub struct FakeLog {
+    pub committed: u64,
+    pub bases: u64,
+    pub fail_commit: bool,
+}
+
+struct FakeWriter<'a> {
+    log: &'a mut FakeLog,
+    base: bool,
+}
+
+impl PageSink for FakeWriter<'_> {
+    fn put(&mut self, _: Run, _: &[u8]) -> Result<(), StoreError> {
+        Ok(())
+    }
+
+    fn absent(&mut self, _: Run) -> Result<(), StoreError> {
+        Ok(())
+    }
+}
+
+impl EpochWriter for FakeWriter<'_> {
+    fn id(&self) -> EpochId {
+        EpochId(self.log.committed + 1)
+    }
+
+    fn tree(&mut self, _: &str, _: &[u8]) -> Result<(), StoreError> {
+        Ok(())
+    }
+
+    fn commit(self: Box<Self>, _: EpochFacts) -> Result<Acked, StoreError> {
+        if self.log.fail_commit {
+            return Err(StoreError::Full {
+                place: "fake".into(),
+                needed: 1,
+            });
+        }
+        self.log.committed += 1;
+        self.log.bases += u64::from(self.base);
+        Ok(Acked {
+            epoch: EpochId(self.log.committed),
+            bytes_written: 4096,
+            pages: 1,
+        })
+    }
+}
+
+impl EpochLog for FakeLog {
+    fn begin(&mut self) -> Result<Box<dyn EpochWriter + '_>, StoreError> {
+        Ok(Box::new(FakeWriter {
+            log: self,
+            base: false,
+        }))
+    }
+
+    fn begin_base(&mut self) -> Result<Box<dyn EpochWriter + '_>, StoreError> {
+        Ok(Box::new(FakeWriter {
+            log: self,
+            base: true,
+        }))
+    }
+
+    fn newest(&self) -> u64 {
+        self.committed
+    }
+
+    fn log_bytes(&self) -> u64 {
+        0
+    }
+
+    fn live_bytes(&self) -> u64 {
+        0
+    }
+}

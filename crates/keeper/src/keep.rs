@@ -1,0 +1,409 @@
+//! The keeper: the loop that keeps one subject.
+//!
+//! One thread waits for the program's end, for signals, for requests on the control socket and for
+//! the instant at which the next epoch is due, and does one thing at a time. (Tracing belongs to
+//! the thread that began it, so this is also the thread that takes epochs.)
+//!
+//! # Rules
+//! - A failed epoch never ends the program or the keeper: it is counted, shown in the status, said
+//!   once for each kind of failure, and tried again after a growing pause. After
+//!   [`REATTACH_AFTER`] failures in a row tracking is begun anew.
+//! - Signals that the kernel sent to the whole foreground group (Ctrl-C) reach a program of our
+//!   group without us; all others are passed on to it.
+//! - `SIGPWR` is a power event: a final epoch, then the end.
+
+use crate::KeeperError;
+use crate::control::{Asker, Control, Reply, Request, Status, failed};
+use crate::epoch::{self, EpochLog, Program, Taken, micros};
+use crate::plan::{Begin, Plan};
+use crate::stats::Stops;
+use outlive_linux::signals::{Received, SignalQueue};
+use outlive_process::ProcessError;
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::fd::OwnedFd;
+use rustix::process::{
+    Pid, PidfdFlags, Signal, WaitOptions, pidfd_open, pidfd_send_signal, waitpid,
+};
+use rustix::time::Timespec;
+use std::collections::BTreeSet;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+/// Failures in a row after which tracking is begun anew.
+pub const REATTACH_AFTER: u32 = 2;
+/// Kinds of failure that are said; more are only counted.
+const MOST_WARNINGS: usize = 32;
+
+/// The signals a keeper takes: those it passes on, and `SIGPWR`.
+pub const SIGNALS: [i32; 8] = [
+    Signal::HUP.as_raw(),
+    Signal::INT.as_raw(),
+    Signal::QUIT.as_raw(),
+    Signal::TERM.as_raw(),
+    Signal::USR1.as_raw(),
+    Signal::USR2.as_raw(),
+    Signal::WINCH.as_raw(),
+    Signal::POWER.as_raw(),
+];
+
+/// What is kept, and how.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// The process.
+    pub pid: u32,
+    /// Time between epochs.
+    pub every: Duration,
+    /// Whether the program is our child: its exit status is ours to collect and signals are passed
+    /// on to it. Otherwise signals that would end us end the tracking.
+    pub child: bool,
+}
+
+/// Why the keeper is done.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Ending {
+    /// The program ended of itself, with this exit status.
+    Exited(u8),
+    /// A signal ended the program.
+    Killed(u8),
+    /// The program is gone; it was not our child, so its status is not known.
+    Gone,
+    /// A planned end: this epoch is final, and the program was ended after it was durable.
+    Planned(Taken),
+    /// Tracking ended; the program runs on.
+    Detached,
+}
+
+/// The parts that the loop works with.
+pub struct Keeper<'a, P: Program> {
+    settings: Settings,
+    log: &'a mut dyn EpochLog,
+    attach: &'a mut dyn FnMut() -> Result<P, ProcessError>,
+    tell: &'a mut dyn FnMut(&str),
+    program: Option<P>,
+    process: OwnedFd,
+    plan: Plan,
+    origin: Instant,
+    stops: Stops,
+    status: Status,
+    said: BTreeSet<String>,
+}
+
+impl<'a, P: Program> Keeper<'a, P> {
+    /// A keeper of a running process. `attach` begins tracking, at once and again after repeated
+    /// failures; `tell` shows a warning to the user.
+    ///
+    /// # Errors
+    /// Where the process is not there.
+    pub fn new(
+        settings: Settings,
+        log: &'a mut dyn EpochLog,
+        attach: &'a mut dyn FnMut() -> Result<P, ProcessError>,
+        tell: &'a mut dyn FnMut(&str),
+    ) -> Result<Self, KeeperError> {
+        let pid = settings.pid;
+        let process = open_process(pid)?;
+        let every_ns = u64::try_from(settings.every.as_nanos()).unwrap_or(u64::MAX);
+        let status = Status {
+            pid,
+            keeper_pid: std::process::id(),
+            epoch: log.newest(),
+            committed: 0,
+            every_ns,
+            since_ns: now_ns(),
+            last_stop_us: None,
+            median_stop_us: None,
+            p99_stop_us: None,
+            last_time_ns: None,
+            failures: 0,
+            last_failure: None,
+            tracking: "none yet".into(),
+            log_bytes: 0,
+            live_bytes: 0,
+        };
+        Ok(Self {
+            settings,
+            log,
+            attach,
+            tell,
+            program: None,
+            process,
+            plan: Plan::new(every_ns, 0),
+            origin: Instant::now(),
+            stops: Stops::default(),
+            status,
+            said: BTreeSet::new(),
+        })
+    }
+
+    /// Uses a tracker that exists already, instead of beginning to track at the first epoch.
+    #[must_use]
+    pub fn with_program(mut self, program: P) -> Self {
+        self.adopt(program);
+        self
+    }
+
+    /// Keeps the program until it ends, is ended, or tracking ends.
+    ///
+    /// # Errors
+    /// Only what makes the loop itself impossible; failed epochs are no such thing.
+    pub fn run(
+        mut self,
+        signals: &mut SignalQueue,
+        control: &mut Control,
+    ) -> Result<Ending, KeeperError> {
+        loop {
+            self.sleep(signals, control)?;
+            while let Some(signal) = signals
+                .take()
+                .map_err(KeeperError::io("read the signal queue"))?
+            {
+                if let Some(ending) = self.signal(signal) {
+                    return self.leave(ending);
+                }
+            }
+            if let Some(ending) = self.ended()? {
+                return Ok(ending);
+            }
+            for (request, asker) in control.requests() {
+                if let Some(ending) = self.request(request, asker) {
+                    return Ok(ending);
+                }
+            }
+            if self.plan.wait(self.now()) == 0 {
+                let _ = self.take(false);
+            }
+        }
+    }
+
+    fn now(&self) -> u64 {
+        u64::try_from(self.origin.elapsed().as_nanos()).unwrap_or(u64::MAX)
+    }
+
+    fn sleep(&self, signals: &SignalQueue, control: &Control) -> Result<(), KeeperError> {
+        let wait = Duration::from_nanos(self.plan.wait(self.now()));
+        let timeout = Timespec {
+            tv_sec: i64::try_from(wait.as_secs()).unwrap_or(i64::MAX),
+            tv_nsec: i64::from(wait.subsec_nanos()),
+        };
+        let mut set = control.poll_set();
+        set.push(PollFd::new(signals, PollFlags::IN));
+        set.push(PollFd::new(&self.process, PollFlags::IN));
+        match poll(&mut set, Some(&timeout)) {
+            Ok(_) | Err(rustix::io::Errno::INTR) => Ok(()),
+            Err(error) => Err(KeeperError::io("poll")(error)),
+        }
+    }
+
+    fn gone(&self) -> bool {
+        let mut set = [PollFd::new(&self.process, PollFlags::IN)];
+        matches!(poll(&mut set, Some(&Timespec::default())), Ok(n) if n > 0)
+    }
+
+    /// How the program ended, where it did.
+    fn ended(&mut self) -> Result<Option<Ending>, KeeperError> {
+        if !self.gone() {
+            return Ok(None);
+        }
+        if !self.settings.child {
+            return Ok(Some(Ending::Gone));
+        }
+        let pid = Pid::from_raw(i32::try_from(self.settings.pid).unwrap_or(0));
+        match waitpid(pid, WaitOptions::NOHANG) {
+            Ok(Some((_, status))) => {
+                let byte = |n: i32| u8::try_from(n & 0xff).unwrap_or(u8::MAX);
+                let exited = status.exit_status().map(|n| Ending::Exited(byte(n)));
+                let killed = status.terminating_signal().map(|n| Ending::Killed(byte(n)));
+                Ok(exited.or(killed))
+            }
+            Ok(None) => Ok(None),
+            Err(rustix::io::Errno::CHILD) => Ok(Some(Ending::Gone)),
+            Err(error) => Err(KeeperError::io("wait for the program")(error)),
+        }
+    }
+
+    fn signal(&mut self, received: Received) -> Option<Ending> {
+        if received.signal == Signal::POWER.as_raw() {
+            return match self.take(true) {
+                Ok(taken) => Some(Ending::Planned(taken)),
+                Err(_) => None,
+            };
+        }
+        if !self.settings.child {
+            let harmless = [Signal::USR1, Signal::USR2, Signal::WINCH];
+            let ends = harmless.iter().all(|s| s.as_raw() != received.signal);
+            return ends.then_some(Ending::Detached);
+        }
+        if received.from_kernel && self.same_group() {
+            return None;
+        }
+        if let Some(signal) = Signal::from_named_raw(received.signal) {
+            // A program that is just gone is noticed by the caller.
+            let _ = pidfd_send_signal(&self.process, signal);
+        }
+        None
+    }
+
+    fn same_group(&self) -> bool {
+        let pid = Pid::from_raw(i32::try_from(self.settings.pid).unwrap_or(0));
+        rustix::process::getpgid(pid).is_ok_and(|group| group == rustix::process::getpgrp())
+    }
+
+    fn leave(mut self, ending: Ending) -> Result<Ending, KeeperError> {
+        if ending == Ending::Detached
+            && let Some(program) = self.program.take()
+        {
+            program.detach()?;
+        }
+        Ok(ending)
+    }
+
+    fn request(&mut self, request: Request, asker: Asker) -> Option<Ending> {
+        let end = match request {
+            Request::Status => {
+                asker.answer(&Reply::Status(self.status()));
+                return None;
+            }
+            Request::Checkpoint => false,
+            Request::Stop | Request::Power => true,
+        };
+        let arrived = Instant::now();
+        match self.take(end) {
+            Ok(taken) => {
+                let request_us = micros(arrived.elapsed());
+                let pid = self.settings.pid;
+                asker.answer(&Reply::Taken {
+                    epoch: taken.clone(),
+                    pid,
+                    request_us,
+                });
+                end.then_some(Ending::Planned(taken))
+            }
+            Err(error) => {
+                let error = KeeperError::from(error);
+                asker.answer(&failed(error.to_string(), error.exit_code()));
+                None
+            }
+        }
+    }
+
+    fn status(&self) -> Status {
+        Status {
+            epoch: self.log.newest(),
+            last_stop_us: self.stops.last(),
+            median_stop_us: self.stops.percentile(50),
+            p99_stop_us: self.stops.percentile(99),
+            log_bytes: self.log.log_bytes(),
+            live_bytes: self.log.live_bytes(),
+            ..self.status.clone()
+        }
+    }
+
+    /// Takes one epoch, and ends the program with it where `end` says so.
+    fn take(&mut self, end: bool) -> Result<Taken, ProcessError> {
+        let started = self.now();
+        let mut lost_track = false;
+        let done = self.attempt(end, &mut lost_track);
+        let ended = self.now();
+        match &done {
+            Ok(taken) => {
+                self.plan.committed(started, ended);
+                self.stops.add(taken.stop_us);
+                self.status.committed += 1;
+                self.status.last_time_ns = Some(taken.time_ns);
+            }
+            Err(error) => {
+                self.plan.failed(ended, lost_track);
+                self.failure(error);
+            }
+        }
+        done
+    }
+
+    fn attempt(&mut self, end: bool, lost_track: &mut bool) -> Result<Taken, ProcessError> {
+        if self.program.is_none() {
+            *lost_track = true;
+            let program = (self.attach)()?;
+            self.adopt(program);
+        }
+        let begin = self.plan.begin(self.log.log_bytes(), self.log.live_bytes());
+        let Some(program) = self.program.as_mut() else {
+            return Err(ProcessError::Gone {
+                pid: self.settings.pid,
+                what: "not tracked".into(),
+            });
+        };
+        let writer = match begin {
+            Begin::Base if self.log.newest() > 0 => {
+                *lost_track = true;
+                program.forget_progress();
+                self.log.begin_base()?
+            }
+            _ => self.log.begin()?,
+        };
+        *lost_track = true;
+        if end {
+            epoch::take_and_end(program, writer)
+        } else {
+            epoch::take(program, writer)
+        }
+    }
+
+    fn adopt(&mut self, program: P) {
+        self.status.tracking = "write-protect".into();
+        if let Some(reason) = program.full_copy_because() {
+            self.say(&format!("every epoch copies everything: {reason}"));
+            self.status.tracking = format!("full-copy: {reason}");
+        }
+        self.program = Some(program);
+    }
+
+    fn failure(&mut self, error: &ProcessError) {
+        if self.gone() {
+            return;
+        }
+        let text = error.to_string();
+        self.status.failures += 1;
+        self.say(&format!("no epoch: {text}"));
+        self.status.last_failure = Some(text);
+        if self.plan.failures().is_multiple_of(REATTACH_AFTER) {
+            // Tracking is begun anew with the next epoch; what cannot be undone is dropped.
+            if let Some(program) = self.program.take()
+                && let Err(error) = program.detach()
+            {
+                self.say(&format!("tracking could not be ended cleanly: {error}"));
+            }
+        }
+    }
+
+    /// Shows a warning, once for each kind: two that differ in numbers only are of one kind.
+    fn say(&mut self, text: &str) {
+        let kind: String = text.chars().filter(|c| !c.is_ascii_digit()).collect();
+        if self.said.len() < MOST_WARNINGS && self.said.insert(kind) {
+            (self.tell)(text);
+        }
+    }
+}
+
+fn open_process(pid: u32) -> Result<OwnedFd, KeeperError> {
+    let raw = i32::try_from(pid).ok().and_then(Pid::from_raw);
+    let gone = || KeeperError::Other(format!("there is no process {pid}"));
+    pidfd_open(raw.ok_or_else(gone)?, PidfdFlags::empty()).map_err(|error| {
+        if error == rustix::io::Errno::SRCH {
+            gone()
+        } else {
+            KeeperError::io(format!("open process {pid}"))(error)
+        }
+    })
+}
+
+/// The time, nanoseconds since the Unix epoch.
+#[must_use]
+pub fn now_ns() -> u64 {
+    let since = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default();
+    u64::try_from(since.as_nanos()).unwrap_or(u64::MAX)
+}
+
+#[cfg(test)]
+#[path = "keep_tests.rs"]
+mod tests;

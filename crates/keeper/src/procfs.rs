@@ -1,0 +1,61 @@
+//! The few facts of `/proc` that tell one process from another.
+
+use std::fs;
+
+/// Start time of a process in clock ticks since boot; `None` where it is gone or a zombie.
+#[must_use]
+pub fn start_time(pid: u32) -> Option<u64> {
+    parse_stat(&fs::read(format!("/proc/{pid}/stat")).ok()?)
+}
+
+/// The command line of a process, lossily as text.
+#[must_use]
+pub fn command(pid: u32) -> Option<Vec<String>> {
+    let bytes = fs::read(format!("/proc/{pid}/cmdline")).ok()?;
+    let bytes = bytes.strip_suffix(b"\0").unwrap_or(&bytes);
+    if bytes.is_empty() {
+        return None;
+    }
+    Some(
+        bytes
+            .split(|b| *b == 0)
+            .map(|a| String::from_utf8_lossy(a).into_owned())
+            .collect(),
+    )
+}
+
+/// What names this boot; empty where the kernel does not say.
+#[must_use]
+pub fn boot_id() -> String {
+    let text = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+    text.trim().to_owned()
+}
+
+/// Fields of `/proc/PID/stat` after the name, which may hold anything: the state is the first,
+/// the start time the twentieth.
+fn parse_stat(stat: &[u8]) -> Option<u64> {
+    let after = stat.iter().rposition(|b| *b == b')')? + 1;
+    let text = std::str::from_utf8(stat.get(after..)?).ok()?;
+    let mut fields = text.split_ascii_whitespace();
+    if matches!(fields.next()?, "Z" | "X") {
+        return None;
+    }
+    fields.nth(18)?.parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_start_time_is_found_behind_a_misleading_name() {
+        let rest = "1 1 1 0 -1 4194304 1 2 3 4 5 6 7 8 20 0 1 0 4242 99 100";
+        let stat = format!("17 (a) Z 9 9) S {rest}");
+        assert_eq!(parse_stat(stat.as_bytes()), Some(4242));
+        assert_eq!(parse_stat(format!("17 (a) Z {rest}").as_bytes()), None);
+        assert_eq!(parse_stat(b"17 (a"), None);
+        assert_eq!(parse_stat(b"17 (a) S 1 1"), None);
+        let mine = start_time(std::process::id());
+        assert!(mine.is_some());
+    }
+}
