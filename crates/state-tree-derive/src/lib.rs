@@ -42,3 +42,217 @@ pub fn state_value(input: TokenStream) -> TokenStream {
         .unwrap_or_else(syn::Error::into_compile_error)
         .into()
 }
+
+#[cfg(test)]
+mod tests {
+    use crate::{node, value};
+    use syn::parse_quote as input;
+
+    /// The refusal of a derive, as the compiler would print it.
+    fn of_node(input: syn::DeriveInput) -> String {
+        node::derive(&input).map_or_else(|e| e.to_string(), |_| "accepted".to_owned())
+    }
+
+    fn of_value(input: syn::DeriveInput) -> String {
+        value::derive(&input).map_or_else(|e| e.to_string(), |_| "accepted".to_owned())
+    }
+
+    fn check(found: &str, expected: &str) {
+        assert!(
+            found.contains(expected),
+            "{found:?} instead of {expected:?}"
+        );
+    }
+
+    #[test]
+    fn nodes_that_are_refused() {
+        let cases: Vec<(syn::DeriveInput, &str)> = vec![
+            (
+                input!(
+                    struct S {
+                        a: u32,
+                    }
+                ),
+                "needs #[state(compatible",
+            ),
+            (
+                input!(
+                    #[state(compatible = "outlive,s")]
+                    struct S {}
+                ),
+                "not of the form",
+            ),
+            (
+                input!(
+                    #[state(compatible = "outlive,s-v1")]
+                    struct S(u32);
+                ),
+                "need names",
+            ),
+            (
+                input!(
+                    #[state(compatible = "outlive,s-v1")]
+                    struct S<T> {
+                        a: T,
+                    }
+                ),
+                "generic",
+            ),
+            (
+                input!(
+                    #[state(compatible = "outlive,s-v1")]
+                    struct S {
+                        name: String,
+                    }
+                ),
+                "meaning of their own",
+            ),
+            (
+                input!(
+                    #[state(compatible = "outlive,s-v1")]
+                    struct S {
+                        a_name_which_is_longer_than_thirty_one: u32,
+                    }
+                ),
+                "names in a device tree have 1 to 31",
+            ),
+            (
+                input!(
+                    #[state(compatible = "outlive,s-v1")]
+                    struct S {
+                        a: u32,
+                        #[state(child, rename = "a")]
+                        b: T,
+                    }
+                ),
+                "two fields are called `a`",
+            ),
+            (
+                input!(
+                    #[state(compatible = "outlive,s-v1")]
+                    struct S {
+                        #[state(child, children)]
+                        b: T,
+                    }
+                ),
+                "not both",
+            ),
+            (
+                input!(
+                    #[state(compatible = "outlive,s-v1")]
+                    struct S {
+                        #[state(kid)]
+                        b: T,
+                    }
+                ),
+                "unknown key `kid`; expected child, children, rename",
+            ),
+            (input!(union U { a: u32 }), "a union cannot be a node"),
+            (
+                input!(
+                    enum E {
+                        A(Pipe),
+                        B,
+                    }
+                ),
+                "exactly one node",
+            ),
+            (
+                input!(
+                    enum E {
+                        A(Pipe, File),
+                    }
+                ),
+                "exactly one node",
+            ),
+            (
+                input!(
+                    enum E {}
+                ),
+                "no choice",
+            ),
+            (
+                input!(
+                    #[state(compatible = "outlive,e-v1")]
+                    enum E {
+                        A(Pipe),
+                    }
+                ),
+                "nothing can stand",
+            ),
+        ];
+        for (input, expected) in cases {
+            check(&of_node(input), expected);
+        }
+    }
+
+    #[test]
+    fn values_that_are_refused() {
+        check(
+            &of_value(input!(
+                struct S;
+            )),
+            "only an enum without fields",
+        );
+        check(
+            &of_value(input!(
+                enum E {
+                    A(u32),
+                }
+            )),
+            "cannot have fields",
+        );
+        check(
+            &of_value(input!(
+                enum E {}
+            )),
+            "without variants",
+        );
+        let twice = input!(
+            enum E {
+                A,
+                #[state(rename = "a")]
+                B,
+            }
+        );
+        check(&of_value(twice), "two variants are called `a`");
+        check(
+            &of_value(input!(
+                enum E<T> {
+                    A,
+                }
+            )),
+            "generic",
+        );
+    }
+
+    #[test]
+    fn what_is_legal_is_accepted() {
+        let node = input!(
+            #[state(compatible = "outlive,s-v1")]
+            struct S {
+                exactly_thirty_one_bytes_longxx: u32,
+                #[state(children)]
+                kids: Vec<S>,
+            }
+        );
+        check(&of_node(node), "accepted");
+        check(
+            &of_node(input!(
+                enum E {
+                    A(Pipe),
+                }
+            )),
+            "accepted",
+        );
+        check(
+            &of_value(input!(
+                enum E {
+                    A,
+                    B,
+                }
+            )),
+            "accepted",
+        );
+    }
+}

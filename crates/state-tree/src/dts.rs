@@ -55,7 +55,9 @@ impl Printer<'_> {
                 let continued = "\t".repeat(depth + 2);
                 value(&mut self.out, &property.value, known, &continued);
             }
-            self.out.push_str(";\n");
+            self.out.push(';');
+            self.comment(&property.value, known);
+            self.out.push('\n');
         }
         for child in &node.children {
             self.out.push('\n');
@@ -63,6 +65,17 @@ impl Printer<'_> {
         }
         self.indent(depth);
         self.out.push_str("};\n");
+    }
+
+    /// Paths are bytes, without the NUL that would make them strings: says what they spell.
+    fn comment(&mut self, bytes: &[u8], known: Option<ValueType>) {
+        if !matches!(form(bytes, known), Form::Bytes) || !printable(bytes) {
+            return;
+        }
+        let text = String::from_utf8_lossy(bytes);
+        if !text.contains("*/") {
+            let _ = write!(self.out, " /* {text} */");
+        }
     }
 
     fn indent(&mut self, depth: usize) {

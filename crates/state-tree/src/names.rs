@@ -15,7 +15,7 @@ pub const MAX_COMPATIBLE: usize = 63;
 /// Deepest nesting; the root is at depth 1.
 pub const MAX_DEPTH: usize = 32;
 /// Most properties a node can have, `compatible` included. Children are not limited.
-pub const MAX_PROPERTIES: usize = 1024;
+pub const MAX_PROPERTIES: usize = 256;
 /// Largest blob that is written or read, bytes.
 pub const MAX_BLOB: usize = 256 << 20;
 

@@ -386,6 +386,9 @@ pub fn wrong_kind(node: &Node<'_>, at: &Place<'_>, known: &[&str]) -> ShapeError
 
 fn expected(known: &[&str]) -> String {
     const SHOWN: usize = 8;
+    if known.is_empty() {
+        return "none, because no kind is known".to_owned();
+    }
     let mut text = known
         .iter()
         .take(SHOWN)

@@ -2,8 +2,8 @@
 //!
 //! # Rules
 //! - Every offset is checked before use; no arithmetic on numbers from the blob can overflow.
-//! - Time is linear in the blob but for the sorting of sibling names; memory is proportional to
-//!   it. Nothing is copied and nothing is recursive.
+//! - Time is linear in the blob but for the sorting of sibling names; memory is at most about
+//!   eight times its length. Nothing is copied and nothing is recursive.
 //! - Strict: the one layout that [`crate::writer`] describes, one root, no NOP tokens, legal and
 //!   unique names, `compatible` as the first property of every node, zero padding, no byte at the
 //!   end that nothing refers to. Strings may share their ends, as `dtc` lets them.
@@ -75,7 +75,6 @@ fn header(blob: &[u8]) -> Located<Blocks<'_>> {
     }
     let structure_len = field(9)? as usize;
     let strings_at = structure_len.saturating_add(STRUCTURE);
-    let strings_len = field(8)? as usize;
     let must_be = [
         (1, "totalsize", blob.len()),
         (2, "off_dt_struct", STRUCTURE),
@@ -109,7 +108,6 @@ fn header(blob: &[u8]) -> Located<Blocks<'_>> {
     let strings = blob
         .get(strings_at..)
         .ok_or((strings_at, Fault::Truncated))?;
-    debug_assert_eq!(strings.len(), strings_len);
     Ok(Blocks { structure, strings })
 }
 

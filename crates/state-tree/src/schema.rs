@@ -271,11 +271,9 @@ impl Check<'_> {
         let allowed_here = allowed.is_none_or(|a| a.contains(&&*node.compatible));
         match set.get(&node.compatible) {
             Some(schema) if allowed_here => self.known(node, at, schema),
-            found => {
+            _ => {
                 let all: Vec<_> = set.kinds.keys().copied().collect();
-                let known = if found.is_some() { allowed } else { None }.unwrap_or(&all);
-                let problem = wrong_kind(node, at, known);
-                self.add(at, problem.fault);
+                self.add(at, wrong_kind(node, at, allowed.unwrap_or(&all)).fault);
                 for child in &node.children {
                     self.node(child, &at.child(&child.name), None);
                 }

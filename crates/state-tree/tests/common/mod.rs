@@ -2,6 +2,8 @@
 #![allow(dead_code, reason = "each test file uses its own part")]
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+pub mod arbitrary;
+
 use outlive_state_tree::{SchemaSet, StateNode, StateValue};
 
 /// A thread of the example.
