@@ -1,2 +1,65 @@
-//! The developer's one door: demo, test, bench.
-fn main() {}
+//! The developer's one door: `cargo xtask test`, `demo`, `bench`.
+//!
+//! # Rules
+//! - One file (or folder) per command; what two commands need stands in a module of its own.
+//! - Outlive is used as a user uses it: through its command line, JSON output and exit codes,
+//!   never through its crates, so that what is shown here holds for everybody.
+//! - Whatever happens (success, failure, Ctrl-C), every process and every file that was made here
+//!   is gone afterwards; see [`cleanup`].
+
+mod bench;
+mod cleanup;
+mod demo;
+mod model;
+mod outlive;
+mod redis;
+mod resp;
+mod stats;
+mod test;
+mod tools;
+mod workspace;
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+use std::process::ExitCode;
+
+/// The developer's one door.
+#[derive(Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask")]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Installs what the tests need, builds everything, runs every test, counts what was skipped.
+    Test,
+    /// Kills a real Redis at random moments, restores it, and compares every key.
+    Demo(demo::Options),
+    /// Measures, side by side with what it is compared to.
+    #[command(subcommand)]
+    Bench(bench::Command),
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let outcome = run(cli);
+    cleanup::everything();
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("\nxtask: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(cli: Cli) -> Result<()> {
+    cleanup::install()?;
+    match cli.command {
+        Command::Test => test::run(),
+        Command::Demo(options) => demo::run(&options),
+        Command::Bench(command) => bench::run(&command),
+    }
+}

@@ -1,0 +1,451 @@
+//! `cargo xtask bench redis`: what keeping a Redis costs.
+//!
+//! # How it is measured
+//! - Everything is compared inside one run on one machine, in turns: a raw O_DIRECT write of as
+//!   many bytes next to each image; an untracked run of `redis-benchmark` next to each tracked one
+//!   (their order changes from pair to pair), each with a Redis of its own, freshly filled.
+//! - Medians, with the smallest and largest value; ratios are taken pair by pair.
+//! - An image that does not give back the same PID and the same `DEBUG DIGEST` fails the run: a
+//!   fast wrong answer is not measured.
+
+use crate::{
+    cleanup,
+    demo::{self, writer},
+    model::{Journal, VALUE_LENGTH},
+    outlive::{Checkpoint, Outlive},
+    redis::{self, Place},
+    resp::Client,
+    stats, tools, workspace,
+};
+use anyhow::{Context, Result, bail, ensure};
+use serde_json::json;
+use std::{
+    fs::{self, OpenOptions},
+    io::Write,
+    os::unix::fs::OpenOptionsExt,
+    path::{Path, PathBuf},
+    process::Command,
+    time::{Duration, Instant},
+};
+
+/// Bytes in one raw write.
+const RAW_CHUNK: usize = 4 << 20;
+
+/// How often epochs are taken while tracked.
+const EVERY: &str = "200ms";
+
+/// What can be chosen.
+#[derive(clap::Args, Clone, Debug)]
+pub struct Options {
+    /// How many keys of 400 bytes.
+    #[arg(long, default_value_t = 850_000, value_parser = clap::value_parser!(u32).range(1..))]
+    keys: u32,
+    /// How many images are written.
+    #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
+    images: u32,
+    /// How many pairs of untracked and tracked runs.
+    #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
+    pairs: u32,
+    /// How many SET requests a run makes.
+    #[arg(long, default_value_t = 600_000, value_parser = clap::value_parser!(u32).range(1..))]
+    requests: u32,
+    /// An `outlive` binary to use instead of building one.
+    #[arg(long, value_name = "PATH")]
+    outlive: Option<PathBuf>,
+}
+
+/// Runs the command.
+pub fn run(options: &Options) -> Result<()> {
+    if !tools::is_root() {
+        bail!("a process gets its old PID back only by a privileged restorer: run this as root");
+    }
+    tools::ensure(&["redis-server", "redis-benchmark"])?;
+    let binary = match &options.outlive {
+        Some(path) => path
+            .canonicalize()
+            .with_context(|| format!("no {}", path.display()))?,
+        None => workspace::build_outlive()?,
+    };
+    let scratch = workspace::scratch()?;
+    workspace::need_space(&scratch, 3_000_000_000 + 4_000 * u64::from(options.keys))?;
+    let folder = cleanup::folder(&scratch)?;
+    let store = folder.join("store");
+    fs::create_dir(&store).context("cannot make the store's folder")?;
+    let bench = Bench {
+        options: options.clone(),
+        outlive: Outlive { binary, store },
+        folder,
+    };
+    let images = bench.images()?;
+    let tracking = bench.pairs()?;
+    print_tables(&images, &tracking);
+    Ok(())
+}
+
+struct Bench {
+    options: Options,
+    outlive: Outlive,
+    folder: PathBuf,
+}
+
+/// Part one: images and their restore.
+#[derive(Default)]
+struct Images {
+    resident: u64,
+    written: Vec<f64>,
+    /// GB/s until durable.
+    speeds: Vec<f64>,
+    /// GB/s of raw writes.
+    raw: Vec<f64>,
+    stop_us: Vec<f64>,
+    restore_us: f64,
+    first_run_us: f64,
+    first_answer_us: f64,
+}
+
+/// Part two: a Redis while tracked.
+#[derive(Default)]
+struct Tracking {
+    untracked: Vec<f64>,
+    tracked: Vec<f64>,
+    stop_us: Vec<f64>,
+    durable_us: Vec<f64>,
+    bytes_written: Vec<f64>,
+}
+
+impl Bench {
+    fn images(&self) -> Result<Images> {
+        println!("filling a redis…");
+        let place = Place::new(&self.folder, "imaged")?;
+        let mut server = place.start_plain()?;
+        let (mut client, identity) = place.wait(|| still_runs(&mut server))?;
+        self.fill(&mut client)?;
+        let mut images = Images {
+            resident: resident(identity.pid)?,
+            ..Images::default()
+        };
+        let image = self.folder.join("image");
+        for turn in 1..=self.options.images {
+            let made = self.outlive.checkpoint(identity.pid, &image, true)?;
+            let raw = raw_write(&self.folder, made.bytes_written)?;
+            images.note(&made, raw);
+            println!(
+                "image {turn}: {} in {}, stopped {}; raw {raw:.2} GB/s",
+                stats::bytes(made.bytes_written),
+                stats::time(Some(made.durable_us as f64)),
+                stats::time(Some(made.stop_us as f64)),
+            );
+            fs::remove_dir_all(&image).context("cannot remove the image")?;
+        }
+        let digest = client.ask_text(&["DEBUG", "DIGEST"])?;
+        self.outlive.checkpoint(identity.pid, &image, false)?;
+        // It was our child: nobody else can reap it.
+        server.wait().context("cannot wait for redis")?;
+        self.restore(&place, &image, &identity, &digest, &mut images)?;
+        redis::end(identity.pid)?;
+        fs::remove_dir_all(&image).context("cannot remove the image")?;
+        Ok(images)
+    }
+
+    fn restore(
+        &self,
+        place: &Place,
+        image: &Path,
+        before: &redis::Identity,
+        digest: &str,
+        images: &mut Images,
+    ) -> Result<()> {
+        let begun = Instant::now();
+        let restored = self.outlive.restore_image(image)?;
+        let (mut client, identity) = place.wait(|| Ok(()))?;
+        images.first_answer_us = begun.elapsed().as_micros() as f64;
+        images.restore_us = restored.restore_us as f64;
+        images.first_run_us = restored.first_run_us as f64;
+        ensure!(
+            restored.pid == before.pid,
+            "PID {} came back as {}",
+            before.pid,
+            restored.pid
+        );
+        identity.must_continue(before)?;
+        let now = client.ask_text(&["DEBUG", "DIGEST"])?;
+        ensure!(
+            now == digest,
+            "DEBUG DIGEST was {digest}, and is {now} after the restore"
+        );
+        println!("restored: same PID, same DEBUG DIGEST");
+        Ok(())
+    }
+
+    fn pairs(&self) -> Result<Tracking> {
+        let mut tracking = Tracking::default();
+        for pair in 1..=self.options.pairs {
+            let (untracked, tracked);
+            if pair % 2 == 1 {
+                untracked = self.untracked(pair)?;
+                tracked = self.tracked(pair, &mut tracking)?;
+            } else {
+                tracked = self.tracked(pair, &mut tracking)?;
+                untracked = self.untracked(pair)?;
+            }
+            println!("pair {pair}: {untracked:.0} SET/s untracked, {tracked:.0} tracked");
+            tracking.untracked.push(untracked);
+            tracking.tracked.push(tracked);
+        }
+        Ok(tracking)
+    }
+
+    fn untracked(&self, pair: u32) -> Result<f64> {
+        let place = Place::new(&self.folder, &format!("untracked-{pair}"))?;
+        let mut server = place.start_plain()?;
+        let (mut client, identity) = place.wait(|| still_runs(&mut server))?;
+        self.fill(&mut client)?;
+        let speed = self.benchmark(&place)?;
+        redis::end(identity.pid)?;
+        Ok(speed)
+    }
+
+    fn tracked(&self, pair: u32, tracking: &mut Tracking) -> Result<f64> {
+        let place = Place::new(&self.folder, &format!("tracked-{pair}"))?;
+        let name = format!("bench-{}-{pair}", std::process::id());
+        let mut running = self.outlive.run(&name, EVERY, &place.command_line())?;
+        let (mut client, _) = place.wait(|| running.must_live())?;
+        self.fill(&mut client)?;
+        let begun = demo::now_nanos();
+        let speed = self.benchmark(&place)?;
+        let ended = demo::now_nanos();
+        running.must_live()?;
+        let epochs = self.outlive.history(&name)?;
+        let during: Vec<_> = epochs
+            .iter()
+            .filter(|epoch| (begun..ended).contains(&epoch.time.0))
+            .collect();
+        ensure!(
+            !during.is_empty(),
+            "no epoch was taken during the measurement"
+        );
+        let known = |us: Option<u64>| us.filter(|&us| us > 0).map(|us| us as f64);
+        tracking
+            .stop_us
+            .extend(during.iter().filter_map(|epoch| known(epoch.stop_us)));
+        tracking
+            .durable_us
+            .extend(during.iter().filter_map(|epoch| known(epoch.durable_us)));
+        tracking
+            .bytes_written
+            .extend(during.iter().map(|epoch| epoch.bytes_written as f64));
+        self.outlive.stop_and_forget(&name)?;
+        running
+            .keeper
+            .wait()
+            .context("cannot wait for the keeper")?;
+        Ok(speed)
+    }
+
+    /// The keys that `redis-benchmark -r` then overwrites, with values that do not compress.
+    fn fill(&self, client: &mut Client) -> Result<()> {
+        let bar = demo::bar(self.options.keys.into(), "filling");
+        let filled = writer::fill(&mut Journal::new(1), client, self.options.keys, &bar);
+        bar.finish_and_clear();
+        filled
+    }
+
+    /// Requests a second.
+    fn benchmark(&self, place: &Place) -> Result<f64> {
+        let (port, requests) = (place.port.to_string(), self.options.requests.to_string());
+        let (keys, length) = (self.options.keys.to_string(), VALUE_LENGTH.to_string());
+        let output = Command::new("redis-benchmark")
+            .args(["-h", "127.0.0.1", "-p", &port, "-t", "set", "-n", &requests])
+            .args(["-r", &keys, "-d", &length, "--csv"])
+            .output()
+            .context("cannot start redis-benchmark")?;
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        ensure!(
+            output.status.success(),
+            "redis-benchmark failed: {}\n{text}",
+            output.status
+        );
+        requests_per_second(&text)
+            .with_context(|| format!("redis-benchmark printed no result for SET:\n{text}"))
+    }
+}
+
+impl Images {
+    fn note(&mut self, made: &Checkpoint, raw: f64) {
+        self.written.push(made.bytes_written as f64);
+        self.speeds
+            .push(made.bytes_written as f64 / 1e3 / (made.durable_us.max(1) as f64));
+        self.raw.push(raw);
+        self.stop_us.push(made.stop_us as f64);
+    }
+}
+
+fn still_runs(server: &mut std::process::Child) -> Result<()> {
+    match server.try_wait()? {
+        Some(status) => bail!("redis-server ended: {status}"),
+        None => Ok(()),
+    }
+}
+
+/// `"SET","98765.43",…` in the output of `redis-benchmark --csv`.
+fn requests_per_second(text: &str) -> Option<f64> {
+    let line = text.lines().find(|line| line.starts_with("\"SET\""))?;
+    line.split(',').nth(1)?.trim_matches('"').parse().ok()
+}
+
+/// Resident bytes of a process.
+fn resident(pid: u32) -> Result<u64> {
+    let path = format!("/proc/{pid}/statm");
+    let text = fs::read_to_string(&path).with_context(|| format!("cannot read {path}"))?;
+    let pages: u64 = text
+        .split(' ')
+        .nth(1)
+        .context("statm has no resident pages")?
+        .parse()?;
+    Ok(pages * rustix::param::page_size() as u64)
+}
+
+/// GB/s of writing about `bytes` bytes past the page cache, durably.
+fn raw_write(folder: &Path, bytes: u64) -> Result<f64> {
+    let path = folder.join("raw");
+    let mut buffer = vec![0_u8; RAW_CHUNK + 4096];
+    fastrand::Rng::with_seed(1).fill(&mut buffer);
+    // O_DIRECT wants memory at a multiple of the sector size.
+    let skip = buffer.as_ptr().align_offset(4096);
+    let chunk = buffer
+        .get(skip..skip + RAW_CHUNK)
+        .context("the buffer cannot be aligned")?;
+    let mut file = OpenOptions::new()
+        .write(true)
+        .create_new(true)
+        .custom_flags(rustix::fs::OFlags::DIRECT.bits() as i32)
+        .open(&path)
+        .with_context(|| format!("cannot write {} past the page cache", path.display()))?;
+    let chunks = bytes.div_ceil(RAW_CHUNK as u64).max(1);
+    let begun = Instant::now();
+    for _ in 0..chunks {
+        file.write_all(chunk).context("raw write")?;
+    }
+    file.sync_data().context("raw flush")?;
+    let took = begun.elapsed().max(Duration::from_micros(1));
+    fs::remove_file(&path).context("cannot remove the raw file")?;
+    Ok((chunks * RAW_CHUNK as u64) as f64 / 1e9 / took.as_secs_f64())
+}
+
+fn spread(values: &[f64], digits: usize) -> String {
+    let least = values.iter().copied().reduce(f64::min).unwrap_or(f64::NAN);
+    let most = values.iter().copied().reduce(f64::max).unwrap_or(f64::NAN);
+    let middle = stats::median(values).unwrap_or(f64::NAN);
+    format!("{middle:.digits$} ({least:.digits$} to {most:.digits$})")
+}
+
+fn ratios(above: &[f64], below: &[f64]) -> Vec<f64> {
+    above
+        .iter()
+        .zip(below)
+        .map(|(above, below)| above / below)
+        .collect()
+}
+
+fn print_tables(images: &Images, tracking: &Tracking) {
+    let of_raw = ratios(&images.speeds, &images.raw);
+    let of_untracked = ratios(&tracking.tracked, &tracking.untracked);
+    let written = stats::median(&images.written).unwrap_or(0.0);
+    let rows = [
+        ("Redis, resident", stats::bytes(images.resident)),
+        ("image, bytes written", stats::bytes(written as u64)),
+        ("image, durable GB/s", spread(&images.speeds, 2)),
+        ("raw O_DIRECT write, GB/s", spread(&images.raw, 2)),
+        ("image against raw", spread(&of_raw, 2)),
+        (
+            "image, stop time: median / p99 / max",
+            stats::times(&images.stop_us),
+        ),
+        (
+            "restore, all in place",
+            stats::time(Some(images.restore_us)),
+        ),
+        (
+            "restore, first thread runs",
+            stats::time(Some(images.first_run_us)),
+        ),
+        (
+            "restore, first answer",
+            stats::time(Some(images.first_answer_us)),
+        ),
+        ("SET/s untracked", spread(&tracking.untracked, 0)),
+        ("SET/s tracked, every 200 ms", spread(&tracking.tracked, 0)),
+        ("tracked against untracked", spread(&of_untracked, 3)),
+        (
+            "epoch under SET load, stop time: median / p99 / max",
+            stats::times(&tracking.stop_us),
+        ),
+        (
+            "epoch under SET load, durable: median / p99 / max",
+            stats::times(&tracking.durable_us),
+        ),
+    ];
+    println!("\n| what | measured: median (smallest to largest) |\n|---|---|");
+    for (what, value) in rows {
+        println!("| {what} | {value} |");
+    }
+    println!("\n{}", machine());
+    let line = json!({
+        "bench": "redis",
+        "resident_bytes": images.resident,
+        "image_bytes": images.written,
+        "image_gb_per_s": images.speeds,
+        "raw_gb_per_s": images.raw,
+        "image_stop_us": images.stop_us,
+        "restore_us": images.restore_us,
+        "first_run_us": images.first_run_us,
+        "first_answer_us": images.first_answer_us,
+        "untracked_per_s": tracking.untracked,
+        "tracked_per_s": tracking.tracked,
+        "epochs": tracking.stop_us.len(),
+        "stop_us_median": stats::median(&tracking.stop_us),
+        "stop_us_p99": stats::percentile(&tracking.stop_us, 99.0),
+        "epoch_bytes_median": stats::median(&tracking.bytes_written),
+    });
+    println!("{line}");
+}
+
+/// One line about the machine.
+fn machine() -> String {
+    let cpuinfo = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let model = cpuinfo
+        .lines()
+        .find_map(|line| line.strip_prefix("model name")?.split_once(": "))
+        .map_or("unknown processor", |(_, name)| name);
+    let cores = cpuinfo
+        .lines()
+        .filter(|line| line.starts_with("processor"))
+        .count();
+    let kernel = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+    format!("Machine: {cores} x {model}, Linux {}", kernel.trim())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_result_of_redis_benchmark_is_read() {
+        let text = "\"test\",\"rps\",\"avg_latency_ms\"\n\"SET\",\"98765.43\",\"0.2\"\n";
+        assert_eq!(requests_per_second(text), Some(98765.43));
+        assert_eq!(requests_per_second("\"GET\",\"1\""), None);
+    }
+
+    #[test]
+    fn a_raw_write_leaves_no_file() -> Result<()> {
+        let folder = tempfile::tempdir_in(workspace::scratch()?)?;
+        assert!(raw_write(folder.path(), 5_000_000)? > 0.0);
+        assert_eq!(fs::read_dir(folder.path())?.count(), 0);
+        Ok(())
+    }
+
+    #[test]
+    fn our_own_memory_is_measured() {
+        assert!(resident(std::process::id()).unwrap() > 4096);
+    }
+}
