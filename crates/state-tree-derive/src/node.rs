@@ -159,7 +159,7 @@ fn of_struct(input: &DeriveInput, data: &Fields) -> Result<TokenStream> {
         impl ::outlive_state_tree::StateNode for #name {
             fn schema() -> ::outlive_state_tree::Schema {
                 ::outlive_state_tree::Schema::Node(::outlive_state_tree::NodeSchema {
-                    type_name: #type_name,
+                    type_name: ::core::concat!(::core::module_path!(), "::", #type_name),
                     compatible: #compatible,
                     doc: #doc,
                     properties: ::std::vec![#(#property_schemas),*],

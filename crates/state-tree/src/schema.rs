@@ -25,7 +25,7 @@ pub enum Schema {
 /// A kind of node.
 #[derive(Clone, Debug)]
 pub struct NodeSchema {
-    /// Name of the Rust type.
+    /// Path of the Rust type.
     pub type_name: &'static str,
     /// The kind with its version, `outlive,thread-v1`.
     pub compatible: &'static str,

@@ -8,7 +8,7 @@
 mod common;
 
 use common::{Thread, arbitrary, full, schemas};
-use outlive_state_tree::{Tree, to_dts, to_dts_with, to_fdt};
+use outlive_state_tree::{Node, Tree, to_dts, to_dts_with, to_fdt};
 use proptest::prelude::*;
 use std::io::Write as _;
 use std::process::{Command, Stdio};
@@ -89,6 +89,35 @@ fn source_shows_types_where_they_are_known() {
             source.lines().any(|l| l == line),
             "{line} is not in\n{source}"
         );
+    }
+}
+
+#[test]
+fn values_without_a_known_type_are_shown_by_their_looks() {
+    let root = Node::new("", "x,y-v1")
+        .with("zero", vec![0; 8])
+        .with("text", &b"abc\0de\0"[..])
+        .with("odd", vec![0xff; 3])
+        .with("path", &b"/x"[..])
+        .with("trap", &b"a*/b;"[..])
+        .with("flag", vec![]);
+    let tree = Tree { root };
+    let source = to_dts(&tree);
+    for line in [
+        "\tzero = <0x0 0x0>;",
+        "\ttext = \"abc\", \"de\";",
+        "\todd = [ff ff ff];",
+        "\tpath = [2f 78]; /* /x */",
+        "\ttrap = [61 2a 2f 62 3b];",
+        "\tflag;",
+    ] {
+        assert!(
+            source.lines().any(|l| l == line),
+            "{line} is not in\n{source}"
+        );
+    }
+    if !skipped("values_without_a_known_type_are_shown_by_their_looks") {
+        agrees(&tree);
     }
 }
 
