@@ -107,8 +107,10 @@ pub fn run(options: &Options) -> Result<()> {
         } else {
             format!("\nthe keeper said:\n{said}")
         };
-        let repeat =
-            format!("repeat with: cargo xtask demo --seed {seed} --keys {keys} --rounds {rounds}");
+        let short = if options.short { " --short" } else { "" };
+        let repeat = format!(
+            "repeat with: cargo xtask demo{short} --seed {seed} --keys {keys} --rounds {rounds}"
+        );
         error.context(format!("THE DEMO FAILED; {repeat}{said}\nwhat failed"))
     })
 }

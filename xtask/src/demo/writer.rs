@@ -21,7 +21,7 @@ const FILL_BATCH: u32 = 512;
 const BATCH: usize = 16;
 
 /// One write in so many goes to a new key.
-const NEW_KEY_EVERY: u32 = 10;
+const NEW_KEY_EVERY: u32 = 50;
 
 /// Writes each of the first `keys` keys once.
 pub fn fill(
