@@ -1,1 +1,38 @@
-//! Committed epochs on a medium
+//! Committed epochs on a medium: the store of one subject.
+//!
+//! A [`Store`] is one directory. [`Store::begin`] gives a writer for the next epoch, which holds
+//! only what changed; [`Store::begin_base`] gives one for a full epoch in a file of its own, which
+//! on commit takes the place of all earlier ones. [`Store::epoch`] reads any epoch that is there.
+//! `docs/epoch-store.md` draws the bytes and argues why a commit is atomic.
+//!
+//! # Rules
+//! - An epoch is acknowledged only after all of it and then its commit record were flushed. What
+//!   an acknowledged epoch consists of is never written again.
+//! - Whatever is read is checked: against its checksum, and against the bounds of its place.
+//!   What fails is [`StoreError::Damaged`] with its place; it is never skipped silently.
+//! - If the last step of a commit fails, the outcome is open: the next `begin` repeats the step,
+//!   and the epoch is committed if that succeeds.
+//!
+//! # What it does not do
+//! It knows nothing of processes, parses no state tree, decides nothing about when to write what,
+//! and does not repair pages.
+//!
+//! [`StoreError::Damaged`]: outlive_epoch::StoreError::Damaged
+
+mod damage;
+mod format;
+mod generation;
+mod host;
+mod map;
+mod reader;
+mod store;
+mod verify;
+mod writer;
+
+pub use damage::{Damage, Part};
+pub use host::{Host, SystemHost};
+pub use outlive_media::Access;
+pub use reader::Reader;
+pub use store::{EpochSummary, Store, verify};
+pub use verify::{Progress, Report};
+pub use writer::Writer;

@@ -1,0 +1,509 @@
+//! The bytes of a generation file: layout, checksums, and the conversion of each record.
+//!
+//! # Rules
+//! - All numbers are little-endian. `docs/epoch-store.md` draws every record.
+//! - Every record and every page has a CRC32C that starts from the identity of the file, the kind
+//!   of the record, its epoch and its offset: what was copied to another place, or is left over
+//!   from another file or epoch, does not pass.
+//! - Decoding trusts nothing: a record that passes its checksum may still be made by an enemy,
+//!   so every number is checked against the bounds that hold at its place, and nothing is
+//!   allocated beyond the bytes that are there.
+
+use outlive_epoch::{EpochFacts, Run, SpaceId};
+use outlive_media::{BLOCK, SECTOR};
+
+/// The newest version of the format that this code reads, and the one that it writes.
+pub const VERSION: u32 = 1;
+/// A block, as a file offset.
+pub const BLOCK_LEN: u64 = BLOCK as u64;
+/// Where the two copies of the superblock stand.
+pub const SUPERBLOCK_AT: [u64; 2] = [0, 2 * BLOCK_LEN];
+/// Where the two commit slots stand; epoch `e` uses the slot `e % 2`.
+pub const SLOT_AT: [u64; 2] = [BLOCK_LEN, 3 * BLOCK_LEN];
+/// Where the copy of the newest acknowledged commit record stands.
+pub const SEAL_AT: u64 = 4 * BLOCK_LEN;
+/// Where the log begins.
+pub const LOG_AT: u64 = 5 * BLOCK_LEN;
+/// The longest name of a group, in bytes.
+pub const NAME_MAX: usize = 1024;
+
+const SUPERBLOCK_MAGIC: &[u8; 8] = b"OUTLIVES";
+const RECORD_MAGIC: &[u8; 8] = b"OLCOMMIT";
+const TRAILER_MAGIC: &[u8; 8] = b"OLTRAILR";
+/// Bytes of one index entry.
+const ENTRY_LEN: usize = 32;
+
+/// What a checksum belongs to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    Page = 1,
+    Tree = 2,
+    Groups = 3,
+    Index = 4,
+    Trailer = 5,
+    Record = 6,
+}
+
+/// The identity of a file, from which all its checksums start.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Key(u32);
+
+impl Key {
+    /// The start of the checksums of one kind in one epoch.
+    pub fn of(self, kind: Kind, epoch: u64) -> Seed {
+        let crc = crc32c::crc32c_append(self.0, &[kind as u8]);
+        Seed(crc32c::crc32c_append(crc, &epoch.to_le_bytes()))
+    }
+}
+
+/// The start of the checksums of one kind in one epoch.
+#[derive(Clone, Copy, Debug)]
+pub struct Seed(u32);
+
+impl Seed {
+    /// The checksum of `bytes` that stand at `offset`.
+    pub fn crc(self, offset: u64, bytes: &[u8]) -> u32 {
+        crc32c::crc32c_append(crc32c::crc32c_append(self.0, &offset.to_le_bytes()), bytes)
+    }
+
+    /// Puts the checksum of all but the last four bytes into the last four.
+    fn seal(self, offset: u64, bytes: &mut [u8]) {
+        if let Some((body, crc)) = bytes.split_last_chunk_mut::<4>() {
+            *crc = self.crc(offset, body).to_le_bytes();
+        }
+    }
+
+    fn is_sealed(self, offset: u64, bytes: &[u8]) -> bool {
+        let split = bytes.split_last_chunk::<4>();
+        split.is_some_and(|(body, crc)| *crc == self.crc(offset, body).to_le_bytes())
+    }
+}
+
+/// Takes numbers off the front of bytes; `None` where there are too few.
+struct Take<'a>(&'a [u8]);
+
+impl<'a> Take<'a> {
+    fn bytes(&mut self, n: usize) -> Option<&'a [u8]> {
+        let (taken, rest) = self.0.split_at_checked(n)?;
+        self.0 = rest;
+        Some(taken)
+    }
+
+    fn array<const N: usize>(&mut self) -> Option<[u8; N]> {
+        self.bytes(N)?.try_into().ok()
+    }
+
+    fn u16(&mut self) -> Option<u16> {
+        self.array().map(u16::from_le_bytes)
+    }
+
+    fn u32(&mut self) -> Option<u32> {
+        self.array().map(u32::from_le_bytes)
+    }
+
+    fn u64(&mut self) -> Option<u64> {
+        self.array().map(u64::from_le_bytes)
+    }
+}
+
+fn put_numbers(out: &mut Vec<u8>, numbers: &[u64]) {
+    numbers
+        .iter()
+        .for_each(|n| out.extend_from_slice(&n.to_le_bytes()));
+}
+
+/// What a superblock says, or why it says nothing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SuperblockRead {
+    Good(Superblock),
+    Newer(u32),
+    Bad,
+}
+
+/// Names a generation file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Superblock {
+    pub uuid: [u8; 16],
+    pub generation: u64,
+    /// The epoch on which all others of this file rest.
+    pub first_epoch: u64,
+}
+
+impl Superblock {
+    pub fn key(&self) -> Key {
+        let crc = crc32c::crc32c(&self.uuid);
+        Key(crc32c::crc32c_append(crc, &self.generation.to_le_bytes()))
+    }
+
+    fn seed() -> Seed {
+        Seed(crc32c::crc32c(SUPERBLOCK_MAGIC))
+    }
+
+    pub fn encode(&self, offset: u64) -> Vec<u8> {
+        let mut out = SUPERBLOCK_MAGIC.to_vec();
+        out.extend_from_slice(&VERSION.to_le_bytes());
+        out.extend_from_slice(&(BLOCK as u32).to_le_bytes());
+        out.extend_from_slice(&self.uuid);
+        put_numbers(&mut out, &[self.generation, self.first_epoch]);
+        out.resize(BLOCK, 0);
+        Self::seed().seal(offset, &mut out);
+        out
+    }
+
+    /// The place of the checksum and of the version stay the same in every version.
+    pub fn decode(offset: u64, block: &[u8]) -> SuperblockRead {
+        if !Self::seed().is_sealed(offset, block) {
+            return SuperblockRead::Bad;
+        }
+        Self::fields(block).unwrap_or(SuperblockRead::Bad)
+    }
+
+    fn fields(block: &[u8]) -> Option<SuperblockRead> {
+        let mut take = Take(block);
+        if take.bytes(8)? != SUPERBLOCK_MAGIC {
+            return None;
+        }
+        let version = take.u32()?;
+        if version > VERSION {
+            return Some(SuperblockRead::Newer(version));
+        }
+        let block_len = take.u32()?;
+        let uuid = take.array()?;
+        let (generation, first_epoch) = (take.u64()?, take.u64()?);
+        let good = version == VERSION && block_len as usize == BLOCK && first_epoch > 0;
+        good.then_some(SuperblockRead::Good(Self {
+            uuid,
+            generation,
+            first_epoch,
+        }))
+    }
+}
+
+/// The commit record: which epoch is the newest, and where it ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Record {
+    pub epoch: u64,
+    pub trailer_at: u64,
+    /// From the beginning of the epoch to its acknowledgement; 0 where not known (always in a
+    /// slot, which is written before).
+    pub durable_us: u64,
+}
+
+/// What is found in the block of a commit record.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RecordRead {
+    /// The newest record of which any copy is good.
+    pub record: Option<Record>,
+    /// How many of the copies say so.
+    pub copies: usize,
+    /// Whether all of the block is zeros, as it is before its first use.
+    pub blank: bool,
+}
+
+/// Copies of the record in its block: one in each sector.
+pub const RECORD_COPIES: usize = BLOCK / SECTOR;
+
+impl Record {
+    /// One past the last byte of the epoch.
+    pub fn log_end(&self) -> u64 {
+        self.trailer_at.saturating_add(BLOCK_LEN)
+    }
+
+    /// A block that holds the record once in each sector, each bound to its place.
+    pub fn encode(&self, key: Key, offset: u64) -> Vec<u8> {
+        let mut out = Vec::with_capacity(BLOCK);
+        for i in 0..RECORD_COPIES {
+            let mut sector = RECORD_MAGIC.to_vec();
+            put_numbers(&mut sector, &[self.epoch, self.trailer_at, self.durable_us]);
+            sector.resize(SECTOR, 0);
+            key.of(Kind::Record, 0)
+                .seal(offset + (i * SECTOR) as u64, &mut sector);
+            out.append(&mut sector);
+        }
+        out
+    }
+
+    pub fn decode(key: Key, offset: u64, block: &[u8]) -> RecordRead {
+        let seed = key.of(Kind::Record, 0);
+        let good = block.chunks(SECTOR).enumerate().filter_map(|(i, sector)| {
+            let intact = seed.is_sealed(offset + (i * SECTOR) as u64, sector);
+            intact.then(|| Self::fields(sector)).flatten()
+        });
+        let good: Vec<Self> = good.collect();
+        let record = good.iter().copied().max_by_key(|r| r.epoch);
+        RecordRead {
+            record,
+            copies: good.iter().filter(|r| Some(**r) == record).count(),
+            blank: block.iter().all(|b| *b == 0),
+        }
+    }
+
+    fn fields(sector: &[u8]) -> Option<Self> {
+        let mut take = Take(sector);
+        if take.bytes(8)? != RECORD_MAGIC {
+            return None;
+        }
+        let record = Self {
+            epoch: take.u64()?,
+            trailer_at: take.u64()?,
+            durable_us: take.u64()?,
+        };
+        let placed = record.trailer_at >= LOG_AT && record.trailer_at.is_multiple_of(BLOCK_LEN);
+        (record.epoch > 0 && placed).then_some(record)
+    }
+}
+
+/// A piece of the log with its checksum.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Section {
+    pub at: u64,
+    pub len: u64,
+    pub crc: u32,
+}
+
+/// The last block of an epoch: what it consists of, and which epoch is before it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Trailer {
+    pub epoch: u64,
+    /// Where the trailer of the epoch before stands; 0 for the first of the file.
+    pub previous_at: u64,
+    /// Where the bytes of this epoch begin.
+    pub start: u64,
+    pub groups: Section,
+    pub index: Section,
+    /// Entries in the index; the rest of it are checksums of pages.
+    pub entries: u64,
+    pub facts: EpochFacts,
+    /// Pages stored.
+    pub pages: u64,
+    pub bytes_written: u64,
+    /// What the epoch before took until it was acknowledged; 0 where not known.
+    pub previous_durable_us: u64,
+}
+
+impl Trailer {
+    pub fn encode(&self, key: Key, at: u64) -> Vec<u8> {
+        let mut out = TRAILER_MAGIC.to_vec();
+        let section = |s: &Section| [s.at, s.len, u64::from(s.crc)];
+        put_numbers(&mut out, &[self.epoch, self.previous_at, self.start]);
+        put_numbers(&mut out, &section(&self.groups));
+        put_numbers(&mut out, &section(&self.index));
+        put_numbers(
+            &mut out,
+            &[self.entries, self.facts.taken_at_ns, self.facts.stop_us],
+        );
+        put_numbers(
+            &mut out,
+            &[self.pages, self.bytes_written, self.previous_durable_us],
+        );
+        out.resize(BLOCK, 0);
+        key.of(Kind::Trailer, self.epoch).seal(at, &mut out);
+        out
+    }
+
+    /// `epoch` is the one that the reference to this trailer names.
+    pub fn decode(key: Key, at: u64, epoch: u64, block: &[u8]) -> Option<Self> {
+        if !key.of(Kind::Trailer, epoch).is_sealed(at, block) {
+            return None;
+        }
+        let mut take = Take(block);
+        if take.bytes(8)? != TRAILER_MAGIC {
+            return None;
+        }
+        let section = |take: &mut Take<'_>| {
+            let (at, len, crc) = (take.u64()?, take.u64()?, take.u64()?);
+            Some(Section {
+                at,
+                len,
+                crc: u32::try_from(crc).ok()?,
+            })
+        };
+        let trailer = Self {
+            epoch: take.u64()?,
+            previous_at: take.u64()?,
+            start: take.u64()?,
+            groups: section(&mut take)?,
+            index: section(&mut take)?,
+            entries: take.u64()?,
+            facts: EpochFacts {
+                taken_at_ns: take.u64()?,
+                stop_us: take.u64()?,
+            },
+            pages: take.u64()?,
+            bytes_written: take.u64()?,
+            previous_durable_us: take.u64()?,
+        };
+        (trailer.epoch == epoch && trailer.is_sane(at)).then_some(trailer)
+    }
+
+    /// Everything lies in order: previous trailer, start, groups, index, this trailer.
+    fn is_sane(&self, at: u64) -> bool {
+        let previous_end = match self.previous_at {
+            0 => Some(LOG_AT),
+            p if p >= LOG_AT && p.is_multiple_of(BLOCK_LEN) => p.checked_add(BLOCK_LEN),
+            _ => None,
+        };
+        let groups_end = self.groups.at.checked_add(self.groups.len);
+        let index_end = self.index.at.checked_add(self.index.len);
+        let entries_len = self.entries.checked_mul(ENTRY_LEN as u64);
+        previous_end.is_some_and(|end| end <= self.start)
+            && self.start.is_multiple_of(BLOCK_LEN)
+            && self.start <= self.groups.at
+            && groups_end.is_some_and(|end| end <= self.index.at)
+            && index_end.is_some_and(|end| end <= at)
+            && entries_len.is_some_and(|len| len <= self.index.len)
+    }
+}
+
+/// Where the state tree of a group stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TreePlace {
+    /// The epoch that stored it.
+    pub epoch: u64,
+    pub section: Section,
+}
+
+/// Appends one group to a group table.
+pub fn encode_group(out: &mut Vec<u8>, name: &str, place: &TreePlace) {
+    out.extend_from_slice(&(name.len() as u16).to_le_bytes());
+    out.extend_from_slice(name.as_bytes());
+    put_numbers(out, &[place.epoch, place.section.at, place.section.len]);
+    out.extend_from_slice(&place.section.crc.to_le_bytes());
+}
+
+/// Reads a group table whose trees lie before `end`; `None` where it is not in order.
+pub fn decode_groups(bytes: &[u8], epoch: u64, end: u64) -> Option<Vec<(String, TreePlace)>> {
+    let mut take = Take(bytes);
+    let mut groups: Vec<(String, TreePlace)> = Vec::new();
+    while !take.0.is_empty() {
+        let len = take.u16()?;
+        let name = std::str::from_utf8(take.bytes(usize::from(len))?)
+            .ok()?
+            .to_owned();
+        let origin = take.u64()?;
+        let section = Section {
+            at: take.u64()?,
+            len: take.u64()?,
+            crc: take.u32()?,
+        };
+        let sorted = groups.last().is_none_or(|(last, _)| *last < name);
+        let inside = section.at >= LOG_AT && section.at.checked_add(section.len)? <= end;
+        if !sorted || !inside || origin > epoch || name.len() > NAME_MAX {
+            return None;
+        }
+        groups.push((
+            name,
+            TreePlace {
+                epoch: origin,
+                section,
+            },
+        ));
+    }
+    Some(groups)
+}
+
+/// What an epoch says of a run of pages.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Says {
+    /// Their bytes stand at this offset, one after the other.
+    Data(u64),
+    Zero,
+    Absent,
+}
+
+/// One entry of a page index.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Entry {
+    pub run: Run,
+    pub says: Says,
+}
+
+/// The page index of one epoch: entries in the order of writing (later ones win), and the
+/// checksums of the pages of all `Data` entries, in the same order.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Index {
+    pub entries: Vec<Entry>,
+    pub crcs: Vec<u32>,
+}
+
+impl Index {
+    /// Adds an entry, or makes the last one longer.
+    pub fn push(&mut self, run: Run, says: Says) {
+        if let Some(last) = self.entries.last_mut() {
+            let follows = match (last.says, says) {
+                (Says::Data(at), Says::Data(next)) => at + last.run.bytes() == next,
+                (a, b) => a == b,
+            };
+            let adjacent = last.run.space() == run.space() && last.run.end() == run.first();
+            if follows && adjacent {
+                let count = last.run.count() + run.count();
+                if let Some(joined) = Run::new(run.space(), last.run.first(), count) {
+                    last.run = joined;
+                    return;
+                }
+            }
+        }
+        self.entries.push(Entry { run, says });
+    }
+
+    pub fn encode(&self, out: &mut Vec<u8>) {
+        out.reserve(self.entries.len() * ENTRY_LEN + self.crcs.len() * 4);
+        for Entry { run, says } in &self.entries {
+            let (kind, at) = match says {
+                Says::Data(at) => (1u32, *at),
+                Says::Zero => (2, 0),
+                Says::Absent => (3, 0),
+            };
+            put_numbers(out, &[run.first(), run.count(), at]);
+            out.extend_from_slice(&run.space().0.to_le_bytes());
+            out.extend_from_slice(&kind.to_le_bytes());
+        }
+        self.crcs
+            .iter()
+            .for_each(|crc| out.extend_from_slice(&crc.to_le_bytes()));
+    }
+
+    /// Reads an index whose pages lie between `start` and `end`; `None` where it is not in order.
+    pub fn decode(bytes: &[u8], entries: u64, start: u64, end: u64) -> Option<Self> {
+        let entries_len = usize::try_from(entries).ok()?.checked_mul(ENTRY_LEN)?;
+        let (head, tail) = bytes.split_at_checked(entries_len)?;
+        let (crcs, rest) = tail.as_chunks::<4>();
+        let mut left = crcs.len() as u64;
+        let decode = |chunk: &[u8; ENTRY_LEN]| {
+            let entry = Self::entry(chunk, start, end)?;
+            if matches!(entry.says, Says::Data(_)) {
+                left = left.checked_sub(entry.run.count())?;
+            }
+            Some(entry)
+        };
+        let entries = head
+            .as_chunks::<ENTRY_LEN>()
+            .0
+            .iter()
+            .map(decode)
+            .collect::<Option<_>>()?;
+        let crcs = crcs.iter().map(|crc| u32::from_le_bytes(*crc)).collect();
+        (left == 0 && rest.is_empty()).then_some(Self { entries, crcs })
+    }
+
+    fn entry(chunk: &[u8; ENTRY_LEN], start: u64, end: u64) -> Option<Entry> {
+        let mut take = Take(chunk);
+        let (first, count, at) = (take.u64()?, take.u64()?, take.u64()?);
+        let (space, kind) = (take.u32()?, take.u32()?);
+        let run = Run::new(SpaceId(space), first, count)?;
+        let says = match kind {
+            1 => {
+                let inside = at >= start && at.checked_add(run.bytes())? <= end;
+                (inside && at.is_multiple_of(BLOCK_LEN)).then_some(Says::Data(at))?
+            }
+            2 => Says::Zero,
+            3 => Says::Absent,
+            _ => return None,
+        };
+        Some(Entry { run, says })
+    }
+}
+
+#[cfg(test)]
+#[path = "format_tests.rs"]
+mod tests;

@@ -1,0 +1,218 @@
+use super::*;
+use proptest::prelude::*;
+
+fn key() -> Key {
+    Superblock {
+        uuid: [7; 16],
+        generation: 3,
+        first_epoch: 1,
+    }
+    .key()
+}
+
+fn section(at: u64, len: u64) -> Section {
+    Section {
+        at,
+        len,
+        crc: 0x1234_5678,
+    }
+}
+
+fn trailer() -> Trailer {
+    Trailer {
+        epoch: 9,
+        previous_at: LOG_AT,
+        start: LOG_AT + BLOCK_LEN,
+        groups: section(LOG_AT + 3 * BLOCK_LEN, 100),
+        index: section(LOG_AT + 3 * BLOCK_LEN + 100, 68),
+        entries: 2,
+        facts: EpochFacts {
+            taken_at_ns: 5,
+            stop_us: 6,
+        },
+        pages: 1,
+        bytes_written: 8,
+        previous_durable_us: 9,
+    }
+}
+
+#[test]
+fn records_come_back_and_are_bound_to_their_place() {
+    let superblock = Superblock {
+        uuid: [7; 16],
+        generation: 3,
+        first_epoch: 1,
+    };
+    let block = superblock.encode(0);
+    assert_eq!(
+        Superblock::decode(0, &block),
+        SuperblockRead::Good(superblock)
+    );
+    assert_eq!(Superblock::decode(8192, &block), SuperblockRead::Bad);
+
+    let record = Record {
+        epoch: 4,
+        trailer_at: LOG_AT,
+        durable_us: 12,
+    };
+    let block = record.encode(key(), SLOT_AT[0]);
+    let read = Record::decode(key(), SLOT_AT[0], &block);
+    assert_eq!(
+        (read.record, read.copies, read.blank),
+        (Some(record), RECORD_COPIES, false)
+    );
+    assert_eq!(Record::decode(key(), SLOT_AT[1], &block).record, None);
+    let other = Superblock {
+        generation: 4,
+        ..superblock
+    }
+    .key();
+    assert_eq!(Record::decode(other, SLOT_AT[0], &block).record, None);
+
+    let at = LOG_AT + 4 * BLOCK_LEN;
+    let block = trailer().encode(key(), at);
+    assert_eq!(Trailer::decode(key(), at, 9, &block), Some(trailer()));
+    assert_eq!(Trailer::decode(key(), at, 8, &block), None);
+    assert_eq!(Trailer::decode(key(), at + BLOCK_LEN, 9, &block), None);
+}
+
+#[test]
+fn a_newer_version_is_named() {
+    let superblock = Superblock {
+        uuid: [7; 16],
+        generation: 3,
+        first_epoch: 1,
+    };
+    let mut block = superblock.encode(0);
+    block[8..12].copy_from_slice(&(VERSION + 1).to_le_bytes());
+    assert_eq!(Superblock::decode(0, &block), SuperblockRead::Bad);
+    Superblock::seed().seal(0, &mut block);
+    assert_eq!(
+        Superblock::decode(0, &block),
+        SuperblockRead::Newer(VERSION + 1)
+    );
+}
+
+#[test]
+fn one_good_sector_is_enough_for_a_commit_record() {
+    let old = Record {
+        epoch: 2,
+        trailer_at: LOG_AT,
+        durable_us: 0,
+    };
+    let new = Record {
+        epoch: 4,
+        trailer_at: LOG_AT + BLOCK_LEN,
+        durable_us: 0,
+    };
+    let mut block = old.encode(key(), SLOT_AT[0]);
+    block[1024..1536].copy_from_slice(&new.encode(key(), SLOT_AT[0])[1024..1536]);
+    let read = Record::decode(key(), SLOT_AT[0], &block);
+    assert_eq!((read.record, read.copies), (Some(new), 1));
+}
+
+#[test]
+fn a_trailer_out_of_order_is_refused_even_with_its_checksum() {
+    let at = LOG_AT + 4 * BLOCK_LEN;
+    let huge = u64::MAX - 50;
+    let bad = [
+        Trailer {
+            previous_at: 1,
+            ..trailer()
+        },
+        Trailer {
+            previous_at: LOG_AT + BLOCK_LEN,
+            ..trailer()
+        },
+        Trailer {
+            previous_at: u64::MAX - 4095,
+            ..trailer()
+        },
+        Trailer {
+            start: LOG_AT + 100,
+            ..trailer()
+        },
+        Trailer {
+            groups: section(LOG_AT, 100),
+            ..trailer()
+        },
+        Trailer {
+            groups: section(LOG_AT + 3 * BLOCK_LEN, huge),
+            ..trailer()
+        },
+        Trailer {
+            index: section(LOG_AT + 3 * BLOCK_LEN, 68),
+            ..trailer()
+        },
+        Trailer {
+            index: section(LOG_AT + 3 * BLOCK_LEN + 100, huge),
+            ..trailer()
+        },
+        Trailer {
+            entries: u64::MAX,
+            ..trailer()
+        },
+        Trailer {
+            entries: 3,
+            ..trailer()
+        },
+    ];
+    for trailer in bad {
+        let block = trailer.encode(key(), at);
+        assert_eq!(Trailer::decode(key(), at, 9, &block), None, "{trailer:?}");
+    }
+}
+
+proptest! {
+    #[test]
+    fn an_index_comes_back(parts in prop::collection::vec((0u32..3, 0u64..1000, 1u64..50, 0u8..3), 0..40)) {
+        let mut index = Index::default();
+        let mut at = LOG_AT;
+        for (space, first, count, kind) in parts {
+            let run = Run::new(SpaceId(space), first, count).unwrap();
+            let says = [Says::Data(at), Says::Zero, Says::Absent][usize::from(kind)];
+            if kind == 0 {
+                index.crcs.extend((0..count).map(|i| (at + i) as u32));
+                at += run.bytes();
+            }
+            index.push(run, says);
+        }
+        let mut bytes = Vec::new();
+        index.encode(&mut bytes);
+        let entries = index.entries.len() as u64;
+        prop_assert_eq!(Index::decode(&bytes, entries, LOG_AT, at), Some(index.clone()));
+        if at > LOG_AT {
+            prop_assert_eq!(Index::decode(&bytes, entries, LOG_AT, at - BLOCK_LEN), None);
+        }
+        bytes.push(0);
+        prop_assert_eq!(Index::decode(&bytes, entries, LOG_AT, at), None);
+    }
+
+    #[test]
+    fn groups_come_back_sorted(names in prop::collection::btree_set("[a-z/é]{0,12}", 0..12)) {
+        let mut bytes = Vec::new();
+        let mut groups = Vec::new();
+        for (i, name) in names.into_iter().enumerate() {
+            let place = TreePlace { epoch: 1, section: section(LOG_AT + i as u64, 10) };
+            encode_group(&mut bytes, &name, &place);
+            groups.push((name, place));
+        }
+        prop_assert_eq!(decode_groups(&bytes, 1, LOG_AT + 100), Some(groups.clone()));
+        if !groups.is_empty() {
+            prop_assert_eq!(decode_groups(&bytes, 0, LOG_AT + 100), None);
+            prop_assert_eq!(decode_groups(&bytes, 1, LOG_AT + 9), None);
+            let twice = [bytes.clone(), bytes].concat();
+            prop_assert_eq!(decode_groups(&twice, 1, LOG_AT + 100), None);
+        }
+    }
+
+    #[test]
+    fn decoding_never_panics(bytes in prop::collection::vec(any::<u8>(), 0..512), n in any::<u64>()) {
+        let _ = decode_groups(&bytes, n, n);
+        let _ = Index::decode(&bytes, n % 20, LOG_AT, n);
+        let _ = Index::decode(&bytes, n, 0, u64::MAX);
+        let _ = Record::decode(key(), 0, &bytes);
+        let _ = Trailer::decode(key(), n, n, &bytes);
+        let _ = Superblock::decode(n, &bytes);
+    }
+}

@@ -1,0 +1,172 @@
+//! Which pages an epoch holds, after all epochs before it are taken into account.
+
+use crate::format::{BLOCK_LEN, Index, Says};
+use outlive_epoch::{Run, SpaceId};
+use std::collections::BTreeMap;
+
+/// Where the contents of a run of pages are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Where {
+    Zero,
+    Data {
+        /// Offset of the first page in the file.
+        at: u64,
+        /// Which epoch of the chain stored it (a position in the chain).
+        epoch: usize,
+        /// Position of the first checksum among those of that epoch.
+        crc: usize,
+    },
+}
+
+impl Where {
+    fn skip(self, pages: u64) -> Self {
+        match self {
+            Self::Zero => Self::Zero,
+            Self::Data { at, epoch, crc } => Self::Data {
+                at: at + pages * BLOCK_LEN,
+                epoch,
+                crc: crc + pages as usize,
+            },
+        }
+    }
+}
+
+/// Pages by space and index, as runs that do not overlap.
+#[derive(Clone, Debug, Default)]
+pub struct PageMap {
+    /// By space and first page: the page after the last one, and where they are.
+    pieces: BTreeMap<(u32, u64), (u64, Where)>,
+    stored: u64,
+}
+
+impl PageMap {
+    /// Lays an epoch over what is there.
+    pub fn apply(&mut self, index: &Index, epoch: usize) {
+        let mut crc = 0;
+        for entry in &index.entries {
+            let run = entry.run;
+            self.clear(run);
+            let place = match entry.says {
+                Says::Absent => continue,
+                Says::Zero => Where::Zero,
+                Says::Data(at) => {
+                    let place = Where::Data { at, epoch, crc };
+                    crc += run.count() as usize;
+                    place
+                }
+            };
+            self.insert(run.space().0, run.first(), run.end(), place);
+        }
+    }
+
+    /// Pages whose bytes are stored.
+    pub fn stored(&self) -> u64 {
+        self.stored
+    }
+
+    /// All runs, in order.
+    pub fn pieces(&self) -> impl Iterator<Item = (Run, Where)> + '_ {
+        self.pieces
+            .iter()
+            .filter_map(|(&(space, first), &(end, place))| {
+                Some((Run::new(SpaceId(space), first, end - first)?, place))
+            })
+    }
+
+    /// The runs without what they hold, as long as they can be.
+    pub fn runs(&self) -> Vec<Run> {
+        let mut runs: Vec<Run> = Vec::new();
+        for (run, _) in self.pieces() {
+            let joined = runs.last().and_then(|last| {
+                let adjacent = last.space() == run.space() && last.end() == run.first();
+                let joined = Run::new(run.space(), last.first(), last.count() + run.count());
+                joined.filter(|_| adjacent)
+            });
+            if let Some(joined) = joined {
+                runs.pop();
+                runs.push(joined);
+            } else {
+                runs.push(run);
+            }
+        }
+        runs
+    }
+
+    fn insert(&mut self, space: u32, first: u64, end: u64, place: Where) {
+        if let Where::Data { .. } = place {
+            self.stored += end - first;
+        }
+        self.pieces.insert((space, first), (end, place));
+    }
+
+    fn remove(&mut self, space: u32, first: u64) -> Option<(u64, Where)> {
+        let (end, place) = self.pieces.remove(&(space, first))?;
+        if let Where::Data { .. } = place {
+            self.stored -= end - first;
+        }
+        Some((end, place))
+    }
+
+    /// Makes room for a run: nothing of it remains.
+    fn clear(&mut self, run: Run) {
+        let (space, first, end) = (run.space().0, run.first(), run.end());
+        let before = self.pieces.range((space, 0)..(space, first)).next_back();
+        if let Some((&(_, start), _)) = before.filter(|(_, (stop, _))| *stop > first)
+            && let Some((stop, place)) = self.remove(space, start)
+        {
+            self.insert(space, start, first, place);
+            if stop > end {
+                self.insert(space, end, stop, place.skip(end - start));
+            }
+        }
+        while let Some((&(_, start), _)) = self.pieces.range((space, first)..(space, end)).next() {
+            if let Some((stop, place)) = self.remove(space, start)
+                && stop > end
+            {
+                self.insert(space, end, stop, place.skip(end - start));
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        /// Compares with a plain map of single pages.
+        #[test]
+        fn later_entries_win(ops in prop::collection::vec((0u32..2, 0u64..40, 1u64..20, 0u8..3), 0..60)) {
+            let (mut map, mut model) = (PageMap::default(), BTreeMap::new());
+            for (epoch, (space, first, count, kind)) in ops.into_iter().enumerate() {
+                let run = Run::new(SpaceId(space), first, count).unwrap();
+                let at = (epoch as u64 + 100) * BLOCK_LEN * 64;
+                let says = [Says::Data(at), Says::Zero, Says::Absent][usize::from(kind)];
+                let mut index = Index::default();
+                index.push(run, says);
+                map.apply(&index, epoch);
+                for i in 0..count {
+                    let key = (space, first + i);
+                    match says {
+                        Says::Absent => { model.remove(&key); }
+                        Says::Zero => { model.insert(key, Where::Zero); }
+                        Says::Data(_) => { model.insert(key, Where::Data { at, epoch, crc: 0 }.skip(i)); }
+                    }
+                }
+            }
+            let mut flat = BTreeMap::new();
+            for (run, place) in map.pieces() {
+                for i in 0..run.count() {
+                    let old = flat.insert((run.space().0, run.first() + i), place.skip(i));
+                    prop_assert!(old.is_none());
+                }
+            }
+            let stored = model.values().filter(|w| matches!(w, Where::Data { .. })).count();
+            prop_assert_eq!(map.stored(), stored as u64);
+            let in_runs: u64 = map.runs().iter().map(Run::count).sum();
+            prop_assert_eq!(in_runs, model.len() as u64);
+            prop_assert_eq!(flat, model);
+        }
+    }
+}

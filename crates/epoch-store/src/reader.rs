@@ -1,0 +1,240 @@
+//! Reading of one epoch.
+//!
+//! The page indexes of the chain are laid over each other when the reader is made. Pages are
+//! delivered in the order of the file, with large reads that a second thread makes ahead, and
+//! checked before they are handed out.
+
+use crate::damage::{Part, Trouble};
+use crate::format::{BLOCK_LEN, Kind, Seed, Trailer, TreePlace};
+use crate::generation::Generation;
+use crate::map::{PageMap, Where};
+use outlive_epoch::{Content, EpochId, EpochReader, PAGE_SIZE, Run, StoreError, VisitError};
+use outlive_media::{Buffer, TRANSFER};
+use std::collections::BTreeMap;
+use std::sync::mpsc;
+
+/// Unwanted bytes that are read to make one large read of two.
+const GAP: u64 = 128 << 10;
+/// Reads under way or waiting to be visited.
+const AHEAD: usize = 3;
+
+/// Reads one committed epoch. Independent of the store that it came from.
+pub struct Reader {
+    generation: Generation,
+    id: u64,
+    groups: BTreeMap<String, TreePlace>,
+    map: PageMap,
+    /// By position in the chain: where the checksums start from, and the checksums.
+    crcs: Vec<(u64, Seed, Vec<u32>)>,
+}
+
+/// Pages that stand one after the other in the file and in their space.
+#[derive(Clone, Copy, Debug)]
+struct Piece {
+    run: Run,
+    at: u64,
+    epoch: usize,
+    crc: usize,
+}
+
+/// Pieces that are read together.
+#[derive(Debug)]
+struct Chunk {
+    at: u64,
+    len: u64,
+    pieces: Vec<Piece>,
+}
+
+impl Reader {
+    pub(crate) fn new(generation: &Generation, chain: &[(u64, Trailer)]) -> Result<Self, Trouble> {
+        let (mut map, mut crcs) = (PageMap::default(), Vec::new());
+        let mut newest = (0, BTreeMap::new());
+        for (position, (at, trailer)) in chain.iter().enumerate() {
+            let index = generation.index(trailer)?;
+            map.apply(&index, position);
+            let seed = generation.key.of(Kind::Page, trailer.epoch);
+            crcs.push((trailer.epoch, seed, index.crcs));
+            if position + 1 == chain.len() {
+                newest = (trailer.epoch, generation.groups(*at, trailer)?);
+            }
+        }
+        let (id, groups) = newest;
+        Ok(Self {
+            generation: generation.clone(),
+            id,
+            groups,
+            map,
+            crcs,
+        })
+    }
+
+    /// Bytes of pages that this epoch holds, zero pages not counted.
+    #[must_use]
+    pub fn stored_bytes(&self) -> u64 {
+        self.map.stored() * PAGE_SIZE as u64
+    }
+
+    /// All pieces, cut to the size of one transfer and gathered into reads, in file order.
+    fn plan(&self) -> Vec<Chunk> {
+        let limit = TRANSFER as u64;
+        let mut pieces: Vec<Piece> = Vec::new();
+        for (run, place) in self.map.pieces() {
+            let Where::Data { at, epoch, crc } = place else {
+                continue;
+            };
+            let per_transfer = limit / BLOCK_LEN;
+            for from in (0..run.count()).step_by(per_transfer as usize) {
+                let count = per_transfer.min(run.count() - from);
+                if let Some(run) = Run::new(run.space(), run.first() + from, count) {
+                    let at = at + from * BLOCK_LEN;
+                    pieces.push(Piece {
+                        run,
+                        at,
+                        epoch,
+                        crc: crc + from as usize,
+                    });
+                }
+            }
+        }
+        pieces.sort_unstable_by_key(|piece| piece.at);
+        let mut chunks: Vec<Chunk> = Vec::new();
+        for piece in pieces {
+            let end = piece.at + piece.run.bytes();
+            match chunks.last_mut() {
+                Some(chunk)
+                    if end - chunk.at <= limit && piece.at <= chunk.at + chunk.len + GAP =>
+                {
+                    chunk.len = chunk.len.max(end - chunk.at);
+                    chunk.pieces.push(piece);
+                }
+                _ => {
+                    let (at, len) = (piece.at, piece.run.bytes());
+                    chunks.push(Chunk {
+                        at,
+                        len,
+                        pieces: vec![piece],
+                    });
+                }
+            }
+        }
+        chunks
+    }
+
+    /// Reads a chunk and checks every page that is wanted of it.
+    fn fetch(&self, chunk: &Chunk, buffer: &mut Buffer) -> Result<(), StoreError> {
+        let bytes = &mut buffer[..chunk.len as usize];
+        let medium = &self.generation.medium;
+        medium
+            .read(chunk.at, bytes)
+            .map_err(|e| self.generation.read_failed(chunk.at, e))?;
+        for piece in &chunk.pieces {
+            self.check(piece, &bytes[(piece.at - chunk.at) as usize..])?;
+        }
+        Ok(())
+    }
+
+    fn check(&self, piece: &Piece, bytes: &[u8]) -> Result<(), Trouble> {
+        let (epoch, seed, crcs) = &self.crcs[piece.epoch];
+        let pages = bytes.chunks_exact(PAGE_SIZE).zip(&crcs[piece.crc..]);
+        for (i, (page, crc)) in pages.take(piece.run.count() as usize).enumerate() {
+            let at = piece.at + i as u64 * BLOCK_LEN;
+            if seed.crc(at, page) != *crc {
+                let page = Run::new(piece.run.space(), piece.run.first() + i as u64, 1);
+                let part = Part::Pages(page.unwrap_or(piece.run));
+                let what = "its bytes do not have their checksum";
+                return Err(self.generation.damaged(at, Some(*epoch), part, what).into());
+            }
+        }
+        Ok(())
+    }
+
+    fn visit_zeros(&self, visit: Visit<'_>) -> Result<(), VisitError> {
+        let zeros = self.map.pieces().filter(|(_, place)| *place == Where::Zero);
+        for (run, _) in zeros {
+            visit(run, Content::Zero)?;
+        }
+        Ok(())
+    }
+}
+
+type Visit<'a> = &'a mut dyn FnMut(Run, Content<'_>) -> Result<(), VisitError>;
+
+fn visit_chunk(chunk: &Chunk, bytes: &[u8], visit: Visit<'_>) -> Result<(), VisitError> {
+    for piece in &chunk.pieces {
+        let from = (piece.at - chunk.at) as usize;
+        visit(
+            piece.run,
+            Content::Bytes(&bytes[from..from + piece.run.bytes() as usize]),
+        )?;
+    }
+    Ok(())
+}
+
+fn new_buffer() -> Result<Buffer, StoreError> {
+    let place = "buffer for reading".to_owned();
+    Buffer::new(TRANSFER).map_err(|source| StoreError::Medium { place, source })
+}
+
+impl EpochReader for Reader {
+    fn id(&self) -> EpochId {
+        EpochId(self.id)
+    }
+
+    fn groups(&self) -> Vec<String> {
+        self.groups.keys().cloned().collect()
+    }
+
+    fn tree(&self, group: &str) -> Result<Option<Vec<u8>>, StoreError> {
+        let tree = |place| self.generation.tree(group, place).map_err(StoreError::from);
+        self.groups.get(group).map(tree).transpose()
+    }
+
+    fn runs(&self) -> Vec<Run> {
+        self.map.runs()
+    }
+
+    fn pages(&self, visit: Visit<'_>) -> Result<(), VisitError> {
+        self.visit_zeros(visit)?;
+        let chunks = self.plan();
+        if let [chunk] = &chunks[..] {
+            let mut buffer = new_buffer()?;
+            self.fetch(chunk, &mut buffer)?;
+            return visit_chunk(chunk, &buffer, visit);
+        }
+        std::thread::scope(|scope| {
+            let (full, visited) = mpsc::channel();
+            let (empty, spare) = mpsc::channel();
+            for _ in 0..AHEAD.min(chunks.len()) {
+                // Neither end is gone yet.
+                let _ = empty.send(new_buffer()?);
+            }
+            let chunks = &chunks;
+            // Ends when all is read, or when the visitor has gone and hands back no buffers.
+            scope.spawn(move || {
+                for (chunk, mut buffer) in chunks.iter().zip(spare) {
+                    let result = self.fetch(chunk, &mut buffer);
+                    let stop = result.is_err();
+                    if full.send((chunk, result.map(|()| buffer))).is_err() || stop {
+                        break;
+                    }
+                }
+            });
+            for (chunk, buffer) in visited {
+                let buffer = buffer?;
+                visit_chunk(chunk, &buffer, visit)?;
+                let _ = empty.send(buffer);
+            }
+            Ok(())
+        })
+    }
+}
+
+impl std::fmt::Debug for Reader {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let place = &self.generation.place;
+        f.debug_struct("Reader")
+            .field("place", place)
+            .field("epoch", &self.id)
+            .finish()
+    }
+}

@@ -1,0 +1,571 @@
+//! The store: which generation counts, and the life of its epochs.
+//!
+//! # Invariants
+//! - `current` is the newest committed epoch. It changes only in [`Store::settle`], after its
+//!   commit record is durable.
+//! - The log beyond `current` is free; nothing there is ever looked at.
+//! - A commit whose last step failed stays in `unsettled`, and no bytes of it are overwritten,
+//!   until that step has been repeated with success.
+
+use crate::damage;
+use crate::format::{Record, SEAL_AT, SLOT_AT, SUPERBLOCK_AT, Trailer, TreePlace};
+use crate::generation::{Generation, Head, OpenError, committed_name, fresh_name, number_of};
+use crate::host::{Host, SystemHost};
+use crate::map::PageMap;
+use crate::reader::Reader;
+use crate::verify::{self, Progress, Report};
+use crate::writer::Writer;
+use outlive_epoch::{EpochFacts, EpochId, PAGE_SIZE, StoreError};
+use outlive_media::{Access, Directory, FileDirectory, MediumError};
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::Arc;
+
+/// How often the list of files is read again while a writer replaces them.
+const OPEN_TRIES: usize = 16;
+
+/// The epochs of one subject.
+pub struct Store {
+    pub(crate) dir: Arc<dyn Directory>,
+    pub(crate) host: Arc<dyn Host>,
+    access: Access,
+    pub(crate) current: Option<Live>,
+    unsettled: Option<Live>,
+    /// An epoch was abandoned: the medium may still have to report an error of its writes.
+    pub(crate) abandoned: bool,
+    next_number: u64,
+}
+
+/// A line of a listing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct EpochSummary {
+    /// Which epoch.
+    pub id: EpochId,
+    /// What its writer said of it.
+    pub facts: EpochFacts,
+    /// Microseconds from the moment in `facts` (where that is plausible, otherwise from
+    /// [`Store::begin`]) until the epoch was acknowledged; 0 where not known, as it is for an
+    /// epoch that was the newest when its writer died.
+    pub durable_us: u64,
+    /// Pages whose contents it stored.
+    pub pages: u64,
+    /// Bytes that it wrote to the medium.
+    pub bytes_written: u64,
+}
+
+/// A tree as the newest epoch has it.
+#[derive(Clone)]
+pub(crate) struct Held {
+    pub bytes: Arc<[u8]>,
+    pub place: TreePlace,
+}
+
+/// A generation with its epochs.
+pub(crate) struct Live {
+    pub generation: Generation,
+    pub record: Record,
+    /// Oldest first, with the places of the trailers; never empty. While unsettled, the last one
+    /// only.
+    pub chain: Vec<(u64, Trailer)>,
+    /// The trees of the newest epoch; `None` until somebody needs them.
+    pub trees: Option<BTreeMap<String, Held>>,
+    /// The commit record stands in its slot.
+    pub in_slot: bool,
+    /// A copy of it stands beside the slots.
+    pub sealed: bool,
+    /// The file has its final name.
+    pub named: bool,
+    /// When the commit began, on the host's clocks: microseconds, and (or 0) nanoseconds at
+    /// which the subject was stopped.
+    pub began: (u64, u64),
+    /// The pages of the first so many epochs of the chain.
+    map: (PageMap, usize),
+}
+
+impl Live {
+    pub fn new(generation: Generation, record: Record, chain: Vec<(u64, Trailer)>) -> Self {
+        Self {
+            generation,
+            record,
+            chain,
+            trees: None,
+            in_slot: true,
+            sealed: false,
+            named: true,
+            began: (0, 0),
+            map: (PageMap::default(), 0),
+        }
+    }
+
+    fn load_trees(&mut self) -> Result<(), StoreError> {
+        if let (None, Some((at, trailer))) = (&self.trees, self.chain.last()) {
+            let mut trees = BTreeMap::new();
+            for (name, place) in self.generation.groups(*at, trailer)? {
+                let bytes = self.generation.tree(&name, &place)?.into();
+                trees.insert(name, Held { bytes, place });
+            }
+            self.trees = Some(trees);
+        }
+        Ok(())
+    }
+
+    /// Writes the commit record at `at`; it is durable after a flush.
+    pub fn write_record(&self, at: u64) -> Result<(), MediumError> {
+        let record = if at == SEAL_AT {
+            self.record
+        } else {
+            Record {
+                durable_us: 0,
+                ..self.record
+            }
+        };
+        self.generation
+            .medium
+            .write(at, &record.encode(self.generation.key, at))
+    }
+
+    fn slot_at(&self) -> u64 {
+        SLOT_AT[(self.record.epoch % 2) as usize]
+    }
+
+    /// The last step of a commit, which can be repeated.
+    fn publish(&mut self, dir: &dyn Directory) -> Result<(), MediumError> {
+        if !self.in_slot {
+            self.write_record(self.slot_at())?;
+            self.generation.medium.flush()?;
+            self.in_slot = true;
+        }
+        if !self.named {
+            let (fresh, named) = (
+                fresh_name(self.generation.number),
+                committed_name(self.generation.number),
+            );
+            match dir.rename(&fresh, &named) {
+                // An attempt that gave an error may have taken effect all the same.
+                Err(e) if e.is_not_found() && dir.list()?.contains(&named) => {}
+                other => other?,
+            }
+            dir.sync()?;
+            self.named = true;
+        }
+        Ok(())
+    }
+
+    fn repair(&mut self, head: &Head) -> Result<(), MediumError> {
+        let medium = &self.generation.medium;
+        for damage in &head.harmless {
+            if SUPERBLOCK_AT.contains(&damage.offset) {
+                medium.write(
+                    damage.offset,
+                    &self.generation.superblock.encode(damage.offset),
+                )?;
+            }
+        }
+        if !head.slot_intact {
+            // Not even a power cut now may take away the record that was just found.
+            if !self.sealed {
+                self.write_record(SEAL_AT)?;
+                medium.flush()?;
+                self.sealed = true;
+            }
+            self.write_record(self.slot_at())?;
+        }
+        medium.flush()
+    }
+}
+
+impl Store {
+    /// Makes a store in a directory that is absent or empty, and opens it for writing.
+    ///
+    /// A directory in which a first epoch was begun, but never committed, counts as empty.
+    ///
+    /// # Errors
+    /// [`StoreError::Misuse`] where the directory holds anything else; [`StoreError::Busy`];
+    /// [`StoreError::Medium`].
+    pub fn create(path: impl AsRef<Path>) -> Result<Self, StoreError> {
+        let dir = FileDirectory::create(path.as_ref()).map_err(damage::medium)?;
+        Self::create_in(Arc::new(dir), Arc::new(SystemHost::default()))
+    }
+
+    /// Opens a store that exists.
+    ///
+    /// # Errors
+    /// [`StoreError::Missing`] where there is no directory, or (for reading) no committed epoch;
+    /// [`StoreError::Damaged`], [`StoreError::Newer`], [`StoreError::Busy`],
+    /// [`StoreError::Medium`].
+    pub fn open(path: impl AsRef<Path>, access: Access) -> Result<Self, StoreError> {
+        let path = path.as_ref();
+        let dir = FileDirectory::open(path, access).map_err(|e| missing_directory(path, e))?;
+        Self::open_in(Arc::new(dir), Arc::new(SystemHost::default()), access)
+    }
+
+    /// Opens a store for writing, and makes it first where it is missing.
+    ///
+    /// # Errors
+    /// Those of [`Store::create`] and [`Store::open`].
+    pub fn open_or_create(path: impl AsRef<Path>) -> Result<Self, StoreError> {
+        let dir = FileDirectory::create(path.as_ref()).map_err(damage::medium)?;
+        Self::open_in(
+            Arc::new(dir),
+            Arc::new(SystemHost::default()),
+            Access::Write,
+        )
+    }
+
+    /// [`Store::create`], in any directory.
+    ///
+    /// # Errors
+    /// As for [`Store::create`].
+    pub fn create_in(dir: Arc<dyn Directory>, host: Arc<dyn Host>) -> Result<Self, StoreError> {
+        let names = dir.list().map_err(damage::medium)?;
+        if let Some(name) = names.iter().find(|name| number_of(name, "new.").is_none()) {
+            let place = dir.place();
+            return Err(StoreError::Misuse(format!(
+                "{place} is not empty (it holds {name}): an image needs a directory of its own"
+            )));
+        }
+        Self::open_in(dir, host, Access::Write)
+    }
+
+    /// [`Store::open`], in any directory. The caller sees to it that there is one writer only.
+    ///
+    /// # Errors
+    /// As for [`Store::open`].
+    pub fn open_in(
+        dir: Arc<dyn Directory>,
+        host: Arc<dyn Host>,
+        access: Access,
+    ) -> Result<Self, StoreError> {
+        let opened = open_newest(&*dir, access)?;
+        let mut store = Self {
+            dir,
+            host,
+            access,
+            current: None,
+            unsettled: None,
+            abandoned: false,
+            next_number: 1,
+        };
+        let Some((generation, head)) = opened else {
+            if access == Access::Read {
+                let what = "no committed epoch is here (it was never begun, or its writing was \
+                            interrupted)";
+                let (place, what) = (store.dir.place(), what.to_owned());
+                return Err(StoreError::Missing { place, what });
+            }
+            store.remove_leftovers().map_err(damage::medium)?;
+            return Ok(store);
+        };
+        let chain = generation.chain(&head.record)?;
+        let mut live = Live::new(generation, head.record, chain);
+        live.sealed = head.sealed;
+        if access == Access::Write {
+            // What was read may not have been durable yet, if its writer was killed.
+            live.repair(&head).map_err(damage::medium)?;
+            store.dir.sync().map_err(damage::medium)?;
+        }
+        store.current = Some(live);
+        if access == Access::Write {
+            store.remove_leftovers().map_err(damage::medium)?;
+        }
+        Ok(store)
+    }
+
+    /// Removes files that were never published, and those that were replaced.
+    fn remove_leftovers(&mut self) -> Result<(), MediumError> {
+        let current = self.current.as_ref().map(|live| live.generation.number);
+        for name in self.dir.list()? {
+            let (old, new) = (number_of(&name, "epochs."), number_of(&name, "new."));
+            if let Some(number) = old.or(new) {
+                self.next_number = self.next_number.max(number.saturating_add(1));
+            }
+            if new.is_some() || (old.is_some() && current.is_some() && old < current) {
+                self.dir.remove(&name)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Begins the next epoch, on top of the newest one; the first epoch of all is a base.
+    ///
+    /// # Errors
+    /// [`StoreError::Full`], [`StoreError::Medium`]; [`StoreError::Damaged`] where the trees of
+    /// the newest epoch cannot be read back; [`StoreError::Misuse`] for a store that was opened
+    /// for reading.
+    pub fn begin(&mut self) -> Result<Box<Writer<'_>>, StoreError> {
+        self.prepare()?;
+        let Some(live) = &mut self.current else {
+            return self.begin_base();
+        };
+        live.load_trees()?;
+        let id = live.record.epoch.checked_add(1).ok_or_else(exhausted)?;
+        let (generation, start) = (live.generation.clone(), live.record.log_end());
+        Ok(Box::new(Writer::new(self, generation, id, start, false)))
+    }
+
+    /// Begins a *full* epoch in a file of its own: it does not rest on earlier epochs, and its
+    /// commit replaces them.
+    ///
+    /// # Errors
+    /// As for [`Store::begin`].
+    pub fn begin_base(&mut self) -> Result<Box<Writer<'_>>, StoreError> {
+        self.prepare()?;
+        let newest = self.current.as_ref().map_or(0, |live| live.record.epoch);
+        let id = newest.checked_add(1).ok_or_else(exhausted)?;
+        let number = self.next_number;
+        self.next_number = number.checked_add(1).ok_or_else(exhausted)?;
+        let generation = Generation::create(&*self.dir, number, id, self.host.uuid());
+        let generation = generation.inspect_err(|_| {
+            let _ = self.dir.remove(&fresh_name(number));
+        })?;
+        let start = crate::format::LOG_AT;
+        Ok(Box::new(Writer::new(self, generation, id, start, true)))
+    }
+
+    fn prepare(&mut self) -> Result<(), StoreError> {
+        if self.access == Access::Read {
+            let place = self.dir.place();
+            return Err(StoreError::Misuse(format!(
+                "{place} was opened for reading only"
+            )));
+        }
+        self.settle()?;
+        if let (true, Some(live)) = (self.abandoned, &self.current) {
+            // Collects the error that a write of the abandoned epoch may have left behind. If it
+            // is a lasting one, the flush of the next commit reports it again.
+            let _ = live.generation.medium.flush();
+        }
+        self.abandoned = false;
+        Ok(())
+    }
+
+    /// Takes over an epoch whose data is durable, and publishes it.
+    pub(crate) fn publish(&mut self, live: Live) -> Result<(), StoreError> {
+        self.unsettled = Some(live);
+        self.settle()
+    }
+
+    /// Completes the last step of a commit, if it is open.
+    fn settle(&mut self) -> Result<(), StoreError> {
+        let Some(live) = &mut self.unsettled else {
+            return Ok(());
+        };
+        live.publish(&*self.dir).map_err(damage::medium)?;
+        live.record.durable_us = durable_us(&*self.host, live.began);
+        let replaced = std::mem::replace(&mut self.current, self.unsettled.take());
+        if let (Some(old), Some(new)) = (replaced, &mut self.current) {
+            if old.generation.number == new.generation.number {
+                new.map = old.map;
+                let last = std::mem::replace(&mut new.chain, old.chain);
+                new.chain.extend(last);
+            } else {
+                // It does not count any more; if this fails, the next opening removes it.
+                let _ = self.dir.remove(&committed_name(old.generation.number));
+            }
+        }
+        Ok(())
+    }
+
+    /// Reads an epoch; without a number the newest one. The reader stays valid whatever becomes
+    /// of the store.
+    ///
+    /// # Errors
+    /// [`StoreError::Missing`], [`StoreError::Damaged`], [`StoreError::Medium`].
+    pub fn epoch(&self, id: Option<EpochId>) -> Result<Reader, StoreError> {
+        let missing = |what: String| StoreError::Missing {
+            place: self.dir.place(),
+            what,
+        };
+        let live = self.current.as_ref();
+        let live = live.ok_or_else(|| missing("no committed epoch is here".to_owned()))?;
+        let wanted = id.map_or(live.record.epoch, |id| id.0);
+        let position = live
+            .chain
+            .iter()
+            .position(|(_, trailer)| trailer.epoch == wanted);
+        let first = live.generation.superblock.first_epoch;
+        let position = position.ok_or_else(|| {
+            let newest = live.record.epoch;
+            missing(format!(
+                "there is no epoch {wanted}, only {first} to {newest}"
+            ))
+        })?;
+        Ok(Reader::new(&live.generation, &live.chain[..=position])?)
+    }
+
+    /// The epochs that can be read, oldest first.
+    #[must_use]
+    pub fn epochs(&self) -> Vec<EpochSummary> {
+        let Some(live) = &self.current else {
+            return Vec::new();
+        };
+        let later = live
+            .chain
+            .iter()
+            .skip(1)
+            .map(|(_, next)| next.previous_durable_us);
+        let durable = later.chain([live.record.durable_us]);
+        let summary = |((_, trailer), durable_us): (&(u64, Trailer), u64)| EpochSummary {
+            id: EpochId(trailer.epoch),
+            facts: trailer.facts,
+            durable_us,
+            pages: trailer.pages,
+            bytes_written: trailer.bytes_written,
+        };
+        live.chain.iter().zip(durable).map(summary).collect()
+    }
+
+    /// The newest committed epoch.
+    #[must_use]
+    pub fn newest(&self) -> Option<EpochId> {
+        self.current.as_ref().map(|live| EpochId(live.record.epoch))
+    }
+
+    /// Bytes of the file that holds the epochs, without space taken ahead.
+    #[must_use]
+    pub fn log_bytes(&self) -> u64 {
+        self.current
+            .as_ref()
+            .map_or(0, |live| live.record.log_end())
+    }
+
+    /// Bytes of pages that the newest epoch needs: about what a new base would write.
+    ///
+    /// # Errors
+    /// [`StoreError::Damaged`] or [`StoreError::Medium`] while reading the page indexes.
+    pub fn live_bytes(&mut self) -> Result<u64, StoreError> {
+        let Some(live) = &mut self.current else {
+            return Ok(0);
+        };
+        let Live {
+            generation,
+            chain,
+            map: (map, done),
+            ..
+        } = live;
+        for (position, (_, trailer)) in chain.iter().enumerate().skip(*done) {
+            map.apply(&generation.index(trailer)?, position);
+            *done = position + 1;
+        }
+        Ok(map.stored() * PAGE_SIZE as u64)
+    }
+
+    /// Reads and checks everything that is committed.
+    ///
+    /// # Errors
+    /// Only where nothing can be checked at all; damage is in the report.
+    pub fn verify(&self, progress: Progress<'_>) -> Result<Report, StoreError> {
+        verify::verify_in(&*self.dir, progress)
+    }
+
+    /// Leaves the image in its most robust form (a second copy of the commit record, no space
+    /// taken ahead) and says whether that worked; dropping the store does the same silently.
+    ///
+    /// # Errors
+    /// [`StoreError::Medium`]. The committed epochs are durable in any case.
+    pub fn close(mut self) -> Result<(), StoreError> {
+        self.finish().map_err(damage::medium)
+    }
+
+    fn finish(&mut self) -> Result<(), MediumError> {
+        if self.access == Access::Read || self.unsettled.is_some() {
+            return Ok(());
+        }
+        let Some(live) = &mut self.current else {
+            return Ok(());
+        };
+        let medium = &live.generation.medium;
+        let beyond = medium.geometry()?.len > live.record.log_end();
+        if beyond {
+            medium.truncate(live.record.log_end())?;
+        }
+        if !live.sealed {
+            live.write_record(SEAL_AT)?;
+        }
+        if beyond || !live.sealed {
+            medium.flush()?;
+            live.sealed = true;
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Store {
+    fn drop(&mut self) {
+        let _ = self.finish();
+    }
+}
+
+impl std::fmt::Debug for Store {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let newest = self.newest();
+        f.debug_struct("Store")
+            .field("dir", &self.dir.place())
+            .field("newest", &newest)
+            .finish()
+    }
+}
+
+/// Longest time between stop and acknowledgement that is believed, in nanoseconds: an hour. More
+/// says that the wall clock was set.
+const PLAUSIBLE_NS: u64 = 3_600_000_000_000;
+
+fn durable_us(host: &dyn Host, (began_us, taken_at_ns): (u64, u64)) -> u64 {
+    let since_stop = host
+        .realtime_ns()
+        .checked_sub(taken_at_ns)
+        .filter(|ns| *ns < PLAUSIBLE_NS);
+    let since_begin = host.monotonic_us().saturating_sub(began_us);
+    since_stop.map_or(since_begin, |ns| ns / 1000)
+}
+
+fn exhausted() -> StoreError {
+    StoreError::Misuse("the store has used up its numbers".to_owned())
+}
+
+fn missing_directory(path: &Path, error: MediumError) -> StoreError {
+    if error.is_not_found() {
+        let what = "there is no such directory".to_owned();
+        return StoreError::Missing {
+            place: path.display().to_string(),
+            what,
+        };
+    }
+    damage::medium(error)
+}
+
+/// Opens the newest generation that was published; `None` where there is none.
+pub(crate) fn open_newest(
+    dir: &dyn Directory,
+    access: Access,
+) -> Result<Option<(Generation, Head)>, crate::damage::Trouble> {
+    let mut tries = 0;
+    loop {
+        let names = dir.list().map_err(damage::medium)?;
+        let newest = names
+            .iter()
+            .filter_map(|name| number_of(name, "epochs."))
+            .max();
+        let Some(number) = newest else {
+            return Ok(None);
+        };
+        tries += 1;
+        match Generation::open(dir, number, access) {
+            // A writer has replaced it just now.
+            Err(OpenError::Medium(e)) if e.is_not_found() && tries < OPEN_TRIES => {}
+            Err(e) => return Err(e.into()),
+            Ok(opened) => return Ok(Some(opened)),
+        }
+    }
+}
+
+/// Checks an image without opening it as a store, so that one that is too damaged to be opened
+/// can be reported on as well.
+///
+/// # Errors
+/// [`StoreError::Missing`], [`StoreError::Newer`], [`StoreError::Medium`] for the directory.
+pub fn verify(path: impl AsRef<Path>, progress: Progress<'_>) -> Result<Report, StoreError> {
+    let path = path.as_ref();
+    let dir = FileDirectory::open(path, Access::Read).map_err(|e| missing_directory(path, e))?;
+    verify::verify_in(&dir, progress)
+}
