@@ -13,10 +13,13 @@ use rustix::process::{Pid, Signal, WaitOptions, kill_process, set_child_subreape
 use std::{
     fs,
     path::{Path, PathBuf},
-    sync::{Mutex, PoisonError},
+    sync::{Mutex, MutexGuard, PoisonError},
     thread,
     time::{Duration, Instant},
 };
+
+/// Held while something must not be cut short.
+static UNINTERRUPTED: Mutex<()> = Mutex::new(());
 
 static FOLDERS: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
 
@@ -29,12 +32,18 @@ pub fn install() -> Result<()> {
         .context("cannot watch for Ctrl-C")?;
     thread::spawn(move || {
         if let Some(signal) = signals.forever().next() {
+            let _whole = uninterrupted();
             eprintln!("\nxtask: interrupted; ending what was started and removing its files");
             everything();
             std::process::exit(128 + signal);
         }
     });
     Ok(())
+}
+
+/// While the result lives, an interruption waits (a package manager must not be killed).
+pub fn uninterrupted() -> MutexGuard<'static, ()> {
+    UNINTERRUPTED.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Ends every descendant and removes every registered folder.

@@ -224,9 +224,13 @@ impl Outlive {
         self.call(&["power", "simulate", name]).map(drop)
     }
 
-    /// `outlive stop NAME`, then `outlive forget NAME`.
-    pub fn stop_and_forget(&self, name: &str) -> Result<()> {
-        self.call(&["stop", name])?;
+    /// `outlive stop NAME`
+    pub fn stop(&self, name: &str) -> Result<()> {
+        self.call(&["stop", name]).map(drop)
+    }
+
+    /// `outlive forget NAME`, which its keeper must have left.
+    pub fn forget(&self, name: &str) -> Result<()> {
         self.call(&["forget", name]).map(drop)
     }
 

@@ -6,6 +6,7 @@
 //! - A package that brings a service leaves no service running: a server of the system on a
 //!   usual port would be mistaken for one of ours.
 
+use crate::cleanup;
 use anyhow::{Context, Result, bail};
 use std::{
     env,
@@ -107,6 +108,7 @@ fn install(missing: &[&Tool]) -> Result<()> {
         bail!("missing: {list}. Install these (or what your system calls them) and try again");
     }
     println!("installing {list}…");
+    let _whole = cleanup::uninterrupted();
     let _quiet = NoServices::begin()?;
     if !apt_install(&packages)? {
         let updated = as_root("apt-get", &["-q", "update"])?;

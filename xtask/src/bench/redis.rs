@@ -17,7 +17,7 @@ use crate::{
     resp::Client,
     stats, tools, workspace,
 };
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use serde_json::json;
 use std::{
     fs::{self, OpenOptions},
@@ -25,6 +25,7 @@ use std::{
     os::unix::fs::OpenOptionsExt,
     path::{Path, PathBuf},
     process::Command,
+    thread,
     time::{Duration, Instant},
 };
 
@@ -138,9 +139,13 @@ impl Bench {
             fs::remove_dir_all(&image).context("cannot remove the image")?;
         }
         let digest = client.ask_text(&["DEBUG", "DIGEST"])?;
+        // It is our child: nobody else can reap it, and it is gone only once it was reaped.
+        let reaper = thread::spawn(move || server.wait());
         self.outlive.checkpoint(identity.pid, &image, false)?;
-        // It was our child: nobody else can reap it.
-        server.wait().context("cannot wait for redis")?;
+        let reaped = reaper
+            .join()
+            .map_err(|_| anyhow!("the waiting thread panicked"))?;
+        reaped.context("cannot wait for redis")?;
         self.restore(&place, &image, &identity, &digest, &mut images)?;
         redis::end(identity.pid)?;
         fs::remove_dir_all(&image).context("cannot remove the image")?;
@@ -234,11 +239,10 @@ impl Bench {
         tracking
             .bytes_written
             .extend(during.iter().map(|epoch| epoch.bytes_written as f64));
-        self.outlive.stop_and_forget(&name)?;
-        running
-            .keeper
-            .wait()
-            .context("cannot wait for the keeper")?;
+        self.outlive.stop(&name)?;
+        let ended = running.keeper.wait();
+        ended.context("cannot wait for the keeper")?;
+        self.outlive.forget(&name)?;
         Ok(speed)
     }
 

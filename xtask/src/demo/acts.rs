@@ -212,7 +212,7 @@ impl Demo {
     }
 
     /// Waits for a process that ends by itself.
-    fn await_gone(&self, pid: u32) -> Result<()> {
+    pub(super) fn await_gone(&self, pid: u32) -> Result<()> {
         cleanup::wait_gone_within(pid, KEEPER_PATIENCE)
     }
 }

@@ -213,7 +213,9 @@ impl Demo {
         self.planned_event()?;
         self.note_epochs()?;
         self.report.keys = self.client()?.ask_number(&["DBSIZE"])?;
-        self.outlive.stop_and_forget(&self.name)?;
+        self.outlive.stop(&self.name)?;
+        self.await_gone(self.keeper)?;
+        self.outlive.forget(&self.name)?;
         if !self.place.is_silent() {
             bail!("redis still answers after `outlive stop`");
         }
