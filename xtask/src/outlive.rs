@@ -63,6 +63,15 @@ pub struct Checkpoint {
     pub bytes_written: u64,
 }
 
+/// What `power simulate --json` prints, as far as it is used here.
+#[derive(Clone, Copy, Debug, Deserialize)]
+pub struct PowerEvent {
+    /// From the stop until the last epoch would have survived a power cut, microseconds.
+    pub durable_us: Option<u64>,
+    /// From the event until the program had ended, microseconds.
+    pub event_us: Option<u64>,
+}
+
 /// A moment, nanoseconds since the Unix epoch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Moment(pub u64);
@@ -219,9 +228,9 @@ impl Outlive {
         Ok(epochs)
     }
 
-    /// `outlive power simulate NAME`
-    pub fn simulate_power_event(&self, name: &str) -> Result<()> {
-        self.call(&["power", "simulate", name]).map(drop)
+    /// `outlive power simulate NAME --json`
+    pub fn simulate_power_event(&self, name: &str) -> Result<PowerEvent> {
+        Ok(self.json(&["power", "simulate", name, "--json"])?.0)
     }
 
     /// `outlive stop NAME`

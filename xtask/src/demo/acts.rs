@@ -84,11 +84,9 @@ impl Demo {
             delay.as_secs_f64()
         );
         let (outlive, name) = (self.outlive.clone(), self.name.clone());
-        let mut took = Duration::ZERO;
+        let mut event = None;
         self.write_until(delay, || {
-            let begun = Instant::now();
-            outlive.simulate_power_event(&name)?;
-            took = begun.elapsed();
+            event = Some(outlive.simulate_power_event(&name)?);
             Ok(())
         })?;
         self.await_gone(self.identity.pid)?;
@@ -109,10 +107,11 @@ impl Demo {
             stats::count(self.journal.keys_after(prefix)),
             stats::count(acknowledged as u64)
         );
+        let event = event.context("no power event happened")?;
         self.report.planned = Some(report::Planned {
             restore,
             lost,
-            event: took,
+            event,
         });
         Ok(())
     }

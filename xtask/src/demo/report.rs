@@ -1,10 +1,10 @@
 //! What was measured, as a table.
 
 use crate::{
-    outlive::Epoch,
+    outlive::{Epoch, PowerEvent},
     stats::{bytes, count, median, time, times},
 };
-use std::{collections::BTreeMap, time::Duration};
+use std::collections::BTreeMap;
 
 /// One restore.
 #[derive(Clone, Copy, Debug)]
@@ -35,8 +35,8 @@ pub struct Planned {
     pub restore: Restore,
     /// Acknowledged writes that are missing.
     pub lost: usize,
-    /// How long the command took.
-    pub event: Duration,
+    /// What the command said.
+    pub event: PowerEvent,
 }
 
 /// Everything measured.
@@ -103,12 +103,14 @@ impl Report {
             ),
         ]);
         if let Some(planned) = self.planned {
-            let event = time(Some(planned.event.as_micros() as f64));
-            rows.push((
-                "acknowledged writes lost, planned event",
-                count(planned.lost as u64),
-            ));
-            rows.push(("planned event, whole command", event));
+            let lost = count(planned.lost as u64);
+            let known = |us: Option<u64>| time(us.map(|us| us as f64));
+            let (durable, ended) = (planned.event.durable_us, planned.event.event_us);
+            rows.extend([
+                ("acknowledged writes lost, planned event", lost),
+                ("planned event, durable time", known(durable)),
+                ("planned event, until the program had ended", known(ended)),
+            ]);
         }
         let restores = self.kills.iter().map(|kill| kill.restore);
         let restores: Vec<Restore> = restores
