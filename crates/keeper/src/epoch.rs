@@ -65,8 +65,8 @@ pub trait EpochLog {
     fn newest(&self) -> u64;
     /// Bytes of the log.
     fn log_bytes(&self) -> u64;
-    /// Bytes of it that the newest epoch needs.
-    fn live_bytes(&self) -> u64;
+    /// Bytes of it that the newest epoch needs; 0 where that cannot be found out.
+    fn live_bytes(&mut self) -> u64;
 }
 
 /// One committed epoch, with its figures.

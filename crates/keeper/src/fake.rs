@@ -206,7 +206,7 @@ impl EpochLog for FakeLog {
         0
     }
 
-    fn live_bytes(&self) -> u64 {
+    fn live_bytes(&mut self) -> u64 {
         0
     }
 }

@@ -79,7 +79,7 @@ pub struct Keeper<'a, P: Program> {
     attach: &'a mut dyn FnMut() -> Result<P, ProcessError>,
     tell: &'a mut dyn FnMut(&str),
     program: Option<P>,
-    process: OwnedFd,
+    companion: Companion,
     plan: Plan,
     origin: Instant,
     stops: Stops,
@@ -100,7 +100,7 @@ impl<'a, P: Program> Keeper<'a, P> {
         tell: &'a mut dyn FnMut(&str),
     ) -> Result<Self, KeeperError> {
         let pid = settings.pid;
-        let process = open_process(pid)?;
+        let companion = Companion::of(pid, settings.child)?;
         let every_ns = u64::try_from(settings.every.as_nanos()).unwrap_or(u64::MAX);
         let status = Status {
             pid,
@@ -125,7 +125,7 @@ impl<'a, P: Program> Keeper<'a, P> {
             attach,
             tell,
             program: None,
-            process,
+            companion,
             plan: Plan::new(every_ns, 0),
             origin: Instant::now(),
             stops: Stops::default(),
@@ -160,7 +160,7 @@ impl<'a, P: Program> Keeper<'a, P> {
                     return self.leave(ending);
                 }
             }
-            if let Some(ending) = self.ended()? {
+            if let Some(ending) = self.companion.ended()? {
                 return Ok(ending);
             }
             for (request, asker) in control.requests() {
@@ -186,37 +186,10 @@ impl<'a, P: Program> Keeper<'a, P> {
         };
         let mut set = control.poll_set();
         set.push(PollFd::new(signals, PollFlags::IN));
-        set.push(PollFd::new(&self.process, PollFlags::IN));
+        set.push(PollFd::new(&self.companion.process, PollFlags::IN));
         match poll(&mut set, Some(&timeout)) {
             Ok(_) | Err(rustix::io::Errno::INTR) => Ok(()),
             Err(error) => Err(KeeperError::io("poll")(error)),
-        }
-    }
-
-    fn gone(&self) -> bool {
-        let mut set = [PollFd::new(&self.process, PollFlags::IN)];
-        matches!(poll(&mut set, Some(&Timespec::default())), Ok(n) if n > 0)
-    }
-
-    /// How the program ended, where it did.
-    fn ended(&mut self) -> Result<Option<Ending>, KeeperError> {
-        if !self.gone() {
-            return Ok(None);
-        }
-        if !self.settings.child {
-            return Ok(Some(Ending::Gone));
-        }
-        let pid = Pid::from_raw(i32::try_from(self.settings.pid).unwrap_or(0));
-        match waitpid(pid, WaitOptions::NOHANG) {
-            Ok(Some((_, status))) => {
-                let byte = |n: i32| u8::try_from(n & 0xff).unwrap_or(u8::MAX);
-                let exited = status.exit_status().map(|n| Ending::Exited(byte(n)));
-                let killed = status.terminating_signal().map(|n| Ending::Killed(byte(n)));
-                Ok(exited.or(killed))
-            }
-            Ok(None) => Ok(None),
-            Err(rustix::io::Errno::CHILD) => Ok(Some(Ending::Gone)),
-            Err(error) => Err(KeeperError::io("wait for the program")(error)),
         }
     }
 
@@ -232,19 +205,8 @@ impl<'a, P: Program> Keeper<'a, P> {
             let ends = harmless.iter().all(|s| s.as_raw() != received.signal);
             return ends.then_some(Ending::Detached);
         }
-        if received.from_kernel && self.same_group() {
-            return None;
-        }
-        if let Some(signal) = Signal::from_named_raw(received.signal) {
-            // A program that is just gone is noticed by the caller.
-            let _ = pidfd_send_signal(&self.process, signal);
-        }
+        self.companion.pass_on(received);
         None
-    }
-
-    fn same_group(&self) -> bool {
-        let pid = Pid::from_raw(i32::try_from(self.settings.pid).unwrap_or(0));
-        rustix::process::getpgid(pid).is_ok_and(|group| group == rustix::process::getpgrp())
     }
 
     fn leave(mut self, ending: Ending) -> Result<Ending, KeeperError> {
@@ -285,7 +247,7 @@ impl<'a, P: Program> Keeper<'a, P> {
         }
     }
 
-    fn status(&self) -> Status {
+    fn status(&mut self) -> Status {
         Status {
             epoch: self.log.newest(),
             last_stop_us: self.stops.last(),
@@ -324,7 +286,8 @@ impl<'a, P: Program> Keeper<'a, P> {
             let program = (self.attach)()?;
             self.adopt(program);
         }
-        let begin = self.plan.begin(self.log.log_bytes(), self.log.live_bytes());
+        let bytes = self.log.log_bytes();
+        let begin = self.plan.begin(bytes, || self.log.live_bytes());
         let Some(program) = self.program.as_mut() else {
             return Err(ProcessError::Gone {
                 pid: self.settings.pid,
@@ -357,7 +320,7 @@ impl<'a, P: Program> Keeper<'a, P> {
     }
 
     fn failure(&mut self, error: &ProcessError) {
-        if self.gone() {
+        if self.companion.gone() {
             return;
         }
         let text = error.to_string();
@@ -380,6 +343,97 @@ impl<'a, P: Program> Keeper<'a, P> {
         if self.said.len() < MOST_WARNINGS && self.said.insert(kind) {
             (self.tell)(text);
         }
+    }
+}
+
+/// A running program that this process accompanies: it learns of its end and passes signals on.
+#[derive(Debug)]
+pub struct Companion {
+    pid: u32,
+    child: bool,
+    process: OwnedFd,
+}
+
+impl Companion {
+    /// Accompanies process `pid`, which is our `child` or not.
+    ///
+    /// # Errors
+    /// Where the process is not there.
+    pub fn of(pid: u32, child: bool) -> Result<Self, KeeperError> {
+        let process = open_process(pid)?;
+        Ok(Self {
+            pid,
+            child,
+            process,
+        })
+    }
+
+    /// Passes signals on until the program ends; takes no epochs.
+    ///
+    /// # Errors
+    /// What the operating system says of waiting.
+    pub fn run(self, signals: &mut SignalQueue) -> Result<Ending, KeeperError> {
+        loop {
+            let mut set = [
+                PollFd::new(signals, PollFlags::IN),
+                PollFd::new(&self.process, PollFlags::IN),
+            ];
+            match poll(&mut set, None) {
+                Ok(_) | Err(rustix::io::Errno::INTR) => {}
+                Err(error) => return Err(KeeperError::io("poll")(error)),
+            }
+            while let Some(signal) = signals
+                .take()
+                .map_err(KeeperError::io("read the signal queue"))?
+            {
+                self.pass_on(signal);
+            }
+            if let Some(ending) = self.ended()? {
+                return Ok(ending);
+            }
+        }
+    }
+
+    fn gone(&self) -> bool {
+        let mut set = [PollFd::new(&self.process, PollFlags::IN)];
+        matches!(poll(&mut set, Some(&Timespec::default())), Ok(n) if n > 0)
+    }
+
+    /// How the program ended, where it did.
+    fn ended(&self) -> Result<Option<Ending>, KeeperError> {
+        if !self.gone() {
+            return Ok(None);
+        }
+        if !self.child {
+            return Ok(Some(Ending::Gone));
+        }
+        let pid = Pid::from_raw(i32::try_from(self.pid).unwrap_or(0));
+        match waitpid(pid, WaitOptions::NOHANG) {
+            Ok(Some((_, status))) => {
+                let byte = |n: i32| u8::try_from(n & 0xff).unwrap_or(u8::MAX);
+                let exited = status.exit_status().map(|n| Ending::Exited(byte(n)));
+                let killed = status.terminating_signal().map(|n| Ending::Killed(byte(n)));
+                Ok(exited.or(killed))
+            }
+            Ok(None) => Ok(None),
+            Err(rustix::io::Errno::CHILD) => Ok(Some(Ending::Gone)),
+            Err(error) => Err(KeeperError::io("wait for the program")(error)),
+        }
+    }
+
+    fn pass_on(&self, received: Received) {
+        if received.from_kernel && self.same_group() {
+            return;
+        }
+        if let Some(signal) = Signal::from_named_raw(received.signal) {
+            // A program that is just gone is noticed by whoever waits for it.
+            let _ = pidfd_send_signal(&self.process, signal);
+        }
+    }
+
+    fn same_group(&self) -> bool {
+        let pid = Pid::from_raw(i32::try_from(self.pid).unwrap_or(0));
+        rustix::process::getpgid(pid).is_ok_and(|group| group == rustix::process::getpgrp())
     }
 }
 

@@ -15,6 +15,7 @@ pub mod epoch;
 mod error;
 #[cfg(test)]
 mod fake;
+pub mod images;
 pub mod keep;
 pub mod plan;
 pub mod procfs;

@@ -64,11 +64,11 @@ impl Plan {
         self.failures
     }
 
-    /// How the next epoch is to be written, given the store's figures in bytes.
-    #[must_use]
-    pub fn begin(&self, log_bytes: u64, live_bytes: u64) -> Begin {
-        let bound = live_bytes.saturating_mul(4).max(SMALL_LOG);
-        if self.full || log_bytes > bound {
+    /// How the next epoch is to be written, given the length of the log and, asked for only where
+    /// it matters, how much of it the newest epoch needs (both in bytes).
+    pub fn begin(&self, log_bytes: u64, live_bytes: impl FnOnce() -> u64) -> Begin {
+        let grown = || log_bytes > SMALL_LOG && log_bytes > live_bytes().saturating_mul(4);
+        if self.full || grown() {
             Begin::Base
         } else {
             Begin::Next
@@ -176,20 +176,20 @@ mod tests {
     #[test]
     fn full_epochs_begin_a_generation_and_so_does_a_log_grown_too_long() {
         let mut plan = Plan::new(MS, 0);
-        assert_eq!(plan.begin(0, 0), Begin::Base, "the first of a tracker");
+        assert_eq!(plan.begin(0, || 0), Begin::Base, "the first of a tracker");
         plan.committed(0, 1);
-        assert_eq!(plan.begin(SMALL_LOG, 0), Begin::Next);
-        assert_eq!(plan.begin(SMALL_LOG + 1, 0), Begin::Base);
-        assert_eq!(plan.begin(SMALL_LOG + 1, SMALL_LOG), Begin::Next);
-        assert_eq!(plan.begin(4 * SMALL_LOG + 1, SMALL_LOG), Begin::Base);
-        assert_eq!(plan.begin(u64::MAX, u64::MAX), Begin::Next);
+        assert_eq!(plan.begin(SMALL_LOG, || 0), Begin::Next);
+        assert_eq!(plan.begin(SMALL_LOG + 1, || 0), Begin::Base);
+        assert_eq!(plan.begin(SMALL_LOG + 1, || SMALL_LOG), Begin::Next);
+        assert_eq!(plan.begin(4 * SMALL_LOG + 1, || SMALL_LOG), Begin::Base);
+        assert_eq!(plan.begin(u64::MAX, || u64::MAX), Begin::Next);
         plan.failed(2, false);
         assert_eq!(
-            plan.begin(0, 0),
+            plan.begin(0, || 0),
             Begin::Next,
             "nothing was taken, nothing is lost"
         );
         plan.failed(3, true);
-        assert_eq!(plan.begin(0, 0), Begin::Base);
+        assert_eq!(plan.begin(0, || 0), Begin::Base);
     }
 }

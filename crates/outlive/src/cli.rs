@@ -1,0 +1,426 @@
+//! The command line: words, flags and their help. A contract that scripts rely on.
+//!
+//! Flags that the contract names and that are not offered yet are known here, so that using them
+//! is a usage error that says so, and never silently something else.
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use outlive_keeper::KeeperError;
+use std::ffi::OsString;
+use std::path::PathBuf;
+use std::time::Duration;
+
+const AFTER_HELP: &str = "\
+Exit codes: 0 done; 1 anything else; 2 usage; 3 refused (the message says what and what to do);
+4 image damaged beyond repair; 5 not permitted. `run` and `restore` in the foreground pass on the
+program's own exit status, 128 + N where signal N ended it.
+
+The store is --store DIR, else $OUTLIVE_STORE, else /var/lib/outlive for root and
+$XDG_STATE_HOME/outlive (~/.local/state/outlive) for everybody else.";
+
+/// Keeps unmodified Linux programs alive across power cuts, crashes and moves.
+#[derive(Debug, Parser)]
+#[command(name = "outlive", version, about, after_help = AFTER_HELP, max_term_width = 100)]
+pub struct Cli {
+    /// Print the result (and errors) as JSON on standard output
+    #[arg(long, global = true)]
+    pub json: bool,
+    /// Directory of the store
+    #[arg(long, global = true, value_name = "DIR")]
+    pub store: Option<PathBuf>,
+    /// What to do
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// The commands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Show what this host offers: kernel features, privileges, space; with remedies
+    Check,
+    /// Run a program and keep it: an epoch every so often, until it ends
+    ///
+    /// Signals, Ctrl-C and the exit status pass through. If the machine or the program dies,
+    /// `outlive restore NAME` continues it from the newest epoch.
+    Run(RunArgs),
+    /// Keep a program that runs already; Ctrl-C ends the keeping and leaves it running
+    Attach(AttachArgs),
+    /// Take an epoch now
+    ///
+    /// With a NAME, its keeper takes an epoch and the program runs on. With --pid and --image, one
+    /// self-contained image of a program is written, and the program is ended once the image is
+    /// durable, unless --leave-running is given.
+    Checkpoint(CheckpointArgs),
+    /// Continue a program from an epoch
+    ///
+    /// In the foreground, the program becomes a child of this command, which passes on signals and
+    /// the exit status and, with a NAME, goes on taking epochs at the recorded interval.
+    Restore(RestoreArgs),
+    /// List the subjects of the store
+    Ps,
+    /// List the epochs of a subject
+    History {
+        /// The subject
+        name: String,
+    },
+    /// Take a final epoch of a subject and end its program
+    Stop {
+        /// The subject
+        name: String,
+    },
+    /// Remove a subject that does not run, with all its epochs
+    Forget {
+        /// The subject
+        name: String,
+    },
+    /// Show what an image or a subject holds
+    Inspect(InspectArgs),
+    /// Read every byte of an image or a subject and check it; exit code 4 names the damage
+    Verify {
+        /// Directory of an image (with a slash in it), or the name of a subject
+        #[arg(value_name = "IMAGE|NAME")]
+        what: String,
+    },
+    /// Power events
+    #[command(subcommand)]
+    Power(PowerCommand),
+    /// Show how a program survives its own death, with a counter in your shell
+    Demo,
+}
+
+/// Power events.
+#[derive(Debug, Subcommand)]
+pub enum PowerCommand {
+    /// Act as if the power failed now: final epoch, end of the program, times
+    Simulate {
+        /// The subject
+        name: String,
+    },
+}
+
+/// `outlive run`
+#[derive(Debug, Args)]
+pub struct RunArgs {
+    /// Name of the subject; made from the program's name where it is not given
+    #[arg(long, value_name = "N")]
+    pub name: Option<String>,
+    /// How each epoch is taken
+    #[command(flatten)]
+    pub pace: Pace,
+    /// The program and its arguments
+    #[arg(
+        required = true,
+        trailing_var_arg = true,
+        allow_hyphen_values = true,
+        value_name = "CMD"
+    )]
+    pub command: Vec<OsString>,
+}
+
+/// `outlive attach`
+#[derive(Debug, Args)]
+pub struct AttachArgs {
+    /// The process
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
+    pub pid: u32,
+    /// Name of the subject; made from the program's name where it is not given
+    #[arg(long, value_name = "N")]
+    pub name: Option<String>,
+    /// How each epoch is taken
+    #[command(flatten)]
+    pub pace: Pace,
+}
+
+/// When and how epochs are taken.
+#[derive(Debug, Args)]
+pub struct Pace {
+    /// Time between epochs, with its unit: 100ms, 2s, 1m
+    #[arg(long, default_value = "100ms", value_parser = parse_interval, value_name = "TIME")]
+    pub every: Duration,
+    /// How long a thread may take to stop before an epoch is given up
+    #[arg(long, default_value = "1s", value_parser = parse_duration, value_name = "TIME")]
+    pub timeout: Duration,
+    /// How memory is captured
+    #[arg(long, default_value = "incremental", value_name = "S")]
+    pub strategy: Strategy,
+    /// Hold-up budget (not offered yet)
+    #[arg(long, value_name = "TIME", hide = true)]
+    pub hold_up: Option<String>,
+    /// Keep the budget strictly (not offered yet)
+    #[arg(long, hide = true)]
+    pub strict: bool,
+}
+
+/// How memory is captured.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Strategy {
+    /// Only the pages written since the last epoch
+    Incremental,
+    /// Not offered yet
+    #[value(hide = true)]
+    Copy,
+    /// Not offered yet
+    #[value(hide = true)]
+    Redundant,
+    /// Not offered yet
+    #[value(hide = true)]
+    Cow,
+}
+
+/// `outlive checkpoint`
+#[derive(Debug, Args)]
+pub struct CheckpointArgs {
+    /// The subject
+    #[arg(required_unless_present = "pid", conflicts_with = "pid")]
+    pub name: Option<String>,
+    /// The process
+    #[arg(long, requires = "image", value_parser = clap::value_parser!(u32).range(1..))]
+    pub pid: Option<u32>,
+    /// Directory to write the image to; must be empty or not exist
+    #[arg(long, value_name = "DIR")]
+    pub image: Option<PathBuf>,
+    /// Let the program run on
+    #[arg(long)]
+    pub leave_running: bool,
+    /// How long a thread may take to stop before it is given up
+    #[arg(long, default_value = "5s", value_parser = parse_duration, value_name = "TIME")]
+    pub timeout: Duration,
+}
+
+/// `outlive restore`
+#[derive(Debug, Args)]
+pub struct RestoreArgs {
+    /// The subject
+    #[arg(required_unless_present = "image", conflicts_with = "image")]
+    pub name: Option<String>,
+    /// Directory of an image
+    #[arg(long, value_name = "DIR")]
+    pub image: Option<PathBuf>,
+    /// Number of the epoch; the newest where it is not given
+    #[arg(long, value_name = "K")]
+    pub epoch: Option<u64>,
+    /// Return once the program runs; a keeper (NAME) or init (--image) becomes its parent
+    #[arg(long)]
+    pub detach: bool,
+    /// Files that are not as they were: `reconcile` truncates those that grew and refuses all
+    /// others, `keep` takes them as they are
+    #[arg(long, default_value = "reconcile", value_name = "HOW")]
+    pub files: Files,
+    /// Bring memory in when it is needed (not offered yet)
+    #[arg(long, hide = true)]
+    pub lazy: bool,
+    /// Restore into a new PID namespace (not offered yet)
+    #[arg(long, hide = true)]
+    pub new_pid_ns: bool,
+    /// Connections to outside peers: they are reset (keeping them is not offered yet)
+    #[arg(long, default_value = "reset", value_name = "HOW", hide = true)]
+    pub tcp: Tcp,
+    /// Set by `--detach` for the process in the background.
+    #[arg(long, hide = true)]
+    pub background: bool,
+}
+
+/// What to do with files that are not as they were.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Files {
+    /// Truncate those that grew, refuse all others
+    Reconcile,
+    /// Take them as they are
+    Keep,
+}
+
+/// What to do with connections to outside peers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Tcp {
+    /// They are reset
+    Reset,
+    /// Not offered yet
+    Keep,
+}
+
+/// `outlive inspect`
+#[derive(Debug, Args)]
+pub struct InspectArgs {
+    /// Directory of an image (with a slash in it), or the name of a subject
+    #[arg(value_name = "IMAGE|NAME")]
+    pub what: String,
+    /// Print the state trees as device tree source
+    #[arg(long)]
+    pub dts: bool,
+    /// Check the state trees' form; exit code 4 where one is wrong
+    #[arg(long)]
+    pub check: bool,
+    /// Number of the epoch; the newest where it is not given
+    #[arg(long, value_name = "K")]
+    pub epoch: Option<u64>,
+}
+
+impl Cli {
+    /// Refuses what the contract names and this version does not do.
+    ///
+    /// # Errors
+    /// Usage, naming the flag.
+    pub fn offered(&self) -> Result<(), KeeperError> {
+        let missing = match &self.command {
+            Command::Run(RunArgs { pace, .. }) | Command::Attach(AttachArgs { pace, .. }) => {
+                pace.missing()
+            }
+            Command::Checkpoint(args) if args.pid.is_none() && args.image.is_some() => {
+                Some("checkpoint NAME --image (a copy of a subject)")
+            }
+            Command::Restore(args) => args.missing(),
+            _ => None,
+        };
+        match missing {
+            Some(flag) => Err(KeeperError::Usage(format!("{flag} is not offered yet"))),
+            None => Ok(()),
+        }
+    }
+}
+
+impl Pace {
+    fn missing(&self) -> Option<&'static str> {
+        let strategy =
+            (self.strategy != Strategy::Incremental).then_some("--strategy other than incremental");
+        let hold_up = self.hold_up.as_ref().map(|_| "--hold-up");
+        hold_up.or(self.strict.then_some("--strict")).or(strategy)
+    }
+}
+
+impl RestoreArgs {
+    fn missing(&self) -> Option<&'static str> {
+        let flags = [
+            (self.lazy, "--lazy"),
+            (self.new_pid_ns, "--new-pid-ns"),
+            (self.tcp == Tcp::Keep, "--tcp keep"),
+        ];
+        flags.iter().find_map(|(used, flag)| used.then_some(*flag))
+    }
+}
+
+/// A time with its unit: `250us`, `100ms`, `1.5s`, `2m`, `1h`.
+fn parse_duration(text: &str) -> Result<Duration, String> {
+    let wrong = || format!("{text:?} is no time; write it with its unit, such as 100ms, 2s or 1m");
+    let at = text
+        .find(|c: char| !c.is_ascii_digit() && c != '.')
+        .ok_or_else(wrong)?;
+    let (number, unit) = text.split_at(at);
+    let number: f64 = number.parse().map_err(|_| wrong())?;
+    let unit = match unit {
+        "us" | "µs" => 1e-6,
+        "ms" => 1e-3,
+        "s" => 1.0,
+        "m" | "min" => 60.0,
+        "h" => 3600.0,
+        _ => return Err(wrong()),
+    };
+    let seconds = number * unit;
+    if seconds > 0.0 && seconds <= 366.0 * 86400.0 {
+        return Ok(Duration::from_secs_f64(seconds));
+    }
+    Err(format!(
+        "{text:?} is out of range: more than nothing and at most a year"
+    ))
+}
+
+fn parse_interval(text: &str) -> Result<Duration, String> {
+    let every = parse_duration(text)?;
+    if every < Duration::from_millis(1) {
+        return Err(format!(
+            "{text:?} is too short: epochs are at least 1ms apart"
+        ));
+    }
+    Ok(every)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(line: &str) -> Result<Cli, clap::Error> {
+        Cli::try_parse_from(std::iter::once("outlive").chain(line.split_whitespace()))
+    }
+
+    #[test]
+    fn the_grammar_is_sound() {
+        use clap::CommandFactory;
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn the_program_keeps_its_own_flags() {
+        for line in [
+            "run --name a -- prog --json -x",
+            "run --name a prog --json -x",
+        ] {
+            let cli = parse(line).unwrap();
+            assert!(!cli.json);
+            let Command::Run(args) = cli.command else {
+                panic!("{line}")
+            };
+            assert_eq!(args.command, ["prog", "--json", "-x"]);
+            assert_eq!(args.name.as_deref(), Some("a"));
+            assert_eq!(args.pace.every, Duration::from_millis(100));
+        }
+        assert!(parse("ps --json").unwrap().json);
+        assert!(parse("--json history x").unwrap().json);
+    }
+
+    #[test]
+    fn what_is_not_offered_yet_is_a_usage_error() {
+        for line in [
+            "run --hold-up 10ms -- a",
+            "run --strict -- a",
+            "run --strategy cow -- a",
+            "attach --pid 1 --strategy redundant",
+            "restore a --lazy",
+            "restore a --new-pid-ns",
+            "restore a --tcp keep",
+            "checkpoint a --image d",
+        ] {
+            let error = parse(line).unwrap().offered().unwrap_err();
+            assert_eq!(error.exit_code(), 2, "{line}");
+            assert!(error.to_string().contains("not offered yet"), "{line}");
+        }
+        for line in [
+            "run -- a",
+            "restore a --tcp reset --files keep",
+            "checkpoint a",
+        ] {
+            parse(line).unwrap().offered().unwrap();
+        }
+    }
+
+    #[test]
+    fn wrong_lines_are_usage_errors() {
+        for line in [
+            "",
+            "run",
+            "fly",
+            "attach",
+            "attach --pid 0",
+            "checkpoint",
+            "checkpoint --pid 5",
+            "checkpoint a --pid 5 --image d",
+            "restore",
+            "restore a --image d",
+            "run --every 100 -- a",
+            "run --every 0ms -- a",
+            "run --every 10us -- a",
+            "power",
+        ] {
+            assert_eq!(parse(line).unwrap_err().exit_code(), 2, "{line}");
+        }
+    }
+
+    #[test]
+    fn times_carry_their_unit() {
+        assert_eq!(parse_duration("100ms"), Ok(Duration::from_millis(100)));
+        assert_eq!(parse_duration("1.5s"), Ok(Duration::from_millis(1500)));
+        assert_eq!(parse_duration("2m"), Ok(Duration::from_secs(120)));
+        for bad in [
+            "", "5", "ms", "-1s", "1e9s", "0s", "999999h", "1..2s", "1 s",
+        ] {
+            assert!(parse_duration(bad).is_err(), "{bad}");
+        }
+    }
+}

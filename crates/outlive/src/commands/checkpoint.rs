@@ -1,0 +1,127 @@
+//! `checkpoint`: one epoch now.
+
+use crate::cli::CheckpointArgs;
+use crate::out;
+use outlive_keeper::control::{Reply, Request, ask};
+use outlive_keeper::epoch::{EpochLog, Program, Taken, take, take_and_end};
+use outlive_keeper::images::Log;
+use outlive_keeper::subject::Root;
+use outlive_keeper::{KeeperError, procfs};
+use outlive_process::{TrackOptions, Tracked};
+use serde_json::json;
+use std::path::Path;
+
+/// `outlive checkpoint`
+pub fn checkpoint(root: &Root, args: &CheckpointArgs, json: bool) -> Result<u8, KeeperError> {
+    let (what, pid, taken) = match (&args.name, args.pid, &args.image) {
+        (Some(name), _, _) => {
+            let (pid, taken) = through_keeper(root, name)?;
+            (name.clone(), pid, taken)
+        }
+        (None, Some(pid), Some(image)) => (
+            image.display().to_string(),
+            pid,
+            to_image(args, pid, image)?,
+        ),
+        _ => {
+            return Err(KeeperError::Usage(
+                "give a NAME, or --pid PID and --image DIR".into(),
+            ));
+        }
+    };
+    show(&what, pid, &taken, json);
+    Ok(0)
+}
+
+fn through_keeper(root: &Root, name: &str) -> Result<(u32, Taken), KeeperError> {
+    let subject = root.existing(name)?;
+    match ask(subject.dir(), Request::Checkpoint, None)? {
+        Some(Reply::Taken { epoch, pid, .. }) => Ok((pid, epoch)),
+        Some(Reply::Failed { error, exit }) => Err(KeeperError::Told {
+            message: error,
+            exit,
+        }),
+        Some(Reply::Status(_)) => Err(KeeperError::Other(format!(
+            "the keeper of {name} answered rubbish"
+        ))),
+        None => Err(KeeperError::Refused(format!(
+            "{name} is not kept by anybody now; `outlive restore {name}` continues it"
+        ))),
+    }
+}
+
+fn to_image(args: &CheckpointArgs, pid: u32, image: &Path) -> Result<Taken, KeeperError> {
+    if pid == std::process::id() {
+        return Err(KeeperError::Usage(
+            "outlive cannot take an image of itself".into(),
+        ));
+    }
+    if procfs::start_time(pid).is_none() {
+        return Err(KeeperError::Other(format!("there is no process {pid}")));
+    }
+    let options = TrackOptions {
+        stop_timeout: args.timeout,
+        incremental: args.leave_running,
+    };
+    let mut program = Tracked::attach(pid, options)?;
+    let existed = image.exists();
+    let done = Log::create(image).and_then(|mut log| {
+        let writer = log.begin()?;
+        let taken = if args.leave_running {
+            take(&mut program, writer)
+        } else {
+            take_and_end(&mut program, writer)
+        };
+        Ok(taken?)
+    });
+    match done {
+        Ok(taken) => {
+            if args.leave_running {
+                Program::detach(program)?;
+            }
+            Ok(taken)
+        }
+        Err(error) => {
+            let _ = Program::detach(program);
+            discard(image, existed);
+            Err(error)
+        }
+    }
+}
+
+/// Removes what a failed attempt left, where the directory was ours to make.
+fn discard(image: &Path, existed: bool) {
+    if !existed {
+        let _ = std::fs::remove_dir_all(image);
+    }
+}
+
+fn show(what: &str, pid: u32, taken: &Taken, json: bool) {
+    if json {
+        out::json(&json!({
+            "pid": pid,
+            "processes": taken.processes,
+            "threads": taken.threads,
+            "stop_us": taken.stop_us,
+            "durable_us": taken.durable_us,
+            "pages": taken.pages,
+            "bytes_written": taken.bytes_written,
+            "epoch": taken.epoch,
+            "time": out::moment(taken.time_ns),
+        }));
+        return;
+    }
+    out::line(&format!(
+        "{what}: epoch {} of pid {pid} ({}, {})",
+        taken.epoch,
+        out::plural(taken.processes.into(), "process", "processes"),
+        out::plural(taken.threads.into(), "thread", "threads"),
+    ));
+    out::line(&format!(
+        "stopped {}, durable after {}, {}, {} written",
+        out::time_us(taken.stop_us),
+        out::time_us(taken.durable_us),
+        out::plural(taken.pages, "page", "pages"),
+        out::bytes(taken.bytes_written),
+    ));
+}

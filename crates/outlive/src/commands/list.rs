@@ -1,0 +1,209 @@
+//! `ps` and `history`.
+
+use crate::out::{self, Column};
+use outlive_epoch::StoreError;
+use outlive_keeper::control::{Reply, Request, Status, ask};
+use outlive_keeper::images::{Image, Summary};
+use outlive_keeper::subject::{Card, Root, Subject};
+use outlive_keeper::{KeeperError, stats};
+use serde_json::{Value, json};
+use std::time::Duration;
+
+/// How long a keeper may take to say how things stand.
+const PATIENCE: Duration = Duration::from_secs(3);
+
+/// A subject as `ps` shows it.
+struct Entry {
+    name: String,
+    state: String,
+    live: Option<Status>,
+    card: Option<Card>,
+    epochs: Vec<Summary>,
+}
+
+/// `outlive ps`
+pub fn ps(root: &Root, json: bool) -> Result<u8, KeeperError> {
+    let names = root.names()?;
+    let entries: Result<Vec<Entry>, _> = names
+        .iter()
+        .map(|name| root.subject(name).map(|subject| look(&subject)))
+        .collect();
+    let entries = entries?;
+    if json {
+        out::json(&Value::Array(entries.iter().map(Entry::json).collect()));
+    } else if entries.is_empty() {
+        out::say(&format!("nothing in {}", root.path().display()));
+    } else {
+        out::line(&table(&entries));
+    }
+    Ok(0)
+}
+
+fn look(subject: &Subject) -> Entry {
+    let card = subject.card();
+    let (live, state) = match ask(subject.dir(), Request::Status, Some(PATIENCE)) {
+        Ok(Some(Reply::Status(status))) => (Some(status), "running".into()),
+        Ok(None) => (
+            None,
+            match &card {
+                Err(error) => error.to_string(),
+                Ok(card) if card.runs() => "not kept".into(),
+                Ok(card) => card.ended.clone().unwrap_or_else(|| "dead".into()),
+            },
+        ),
+        Ok(Some(_)) | Err(_) => (None, "no answer".into()),
+    };
+    let epochs = Image::open(&subject.epochs_dir()).map(|image| image.epochs());
+    Entry {
+        name: subject.name().into(),
+        state,
+        live,
+        card: card.ok(),
+        epochs: epochs.unwrap_or_default(),
+    }
+}
+
+impl Entry {
+    fn pid(&self) -> Option<u32> {
+        let runs = self.live.is_some() || self.state == "not kept";
+        let card = self.card.as_ref().filter(|_| runs).map(|card| card.pid);
+        self.live.as_ref().map(|live| live.pid).or(card)
+    }
+
+    fn newest(&self) -> Option<u64> {
+        let live = self.live.as_ref().map(|live| live.epoch).filter(|n| *n > 0);
+        live.or(self.epochs.last().map(|last| last.epoch))
+    }
+
+    fn last_time(&self) -> Option<u64> {
+        let live = self.live.as_ref().and_then(|live| live.last_time_ns);
+        live.or(self.epochs.last().map(|last| last.time_ns))
+    }
+
+    fn json(&self) -> Value {
+        let live = self.live.as_ref();
+        json!({
+            "name": self.name,
+            "state": self.state,
+            "pid": self.pid(),
+            "keeper_pid": live.map(|l| l.keeper_pid),
+            "epoch": self.newest(),
+            "epochs": self.epochs.len(),
+            "time": self.last_time().map(out::moment),
+            "since": live.map(|l| out::moment(l.since_ns)),
+            "every_us": self.card.as_ref().map(|card| card.every_ns / 1000),
+            "last_stop_us": live.and_then(|l| l.last_stop_us),
+            "median_stop_us": live.and_then(|l| l.median_stop_us),
+            "p99_stop_us": live.and_then(|l| l.p99_stop_us),
+            "failures": live.map(|l| l.failures),
+            "last_failure": live.and_then(|l| l.last_failure.clone()),
+            "tracking": live.map(|l| l.tracking.clone()),
+            "log_bytes": live.map(|l| l.log_bytes),
+            "live_bytes": live.map(|l| l.live_bytes),
+            "command": self.card.as_ref().map(|card| card.command.clone()),
+        })
+    }
+}
+
+fn table(entries: &[Entry]) -> String {
+    use Column::{Left, Right};
+    let columns = [
+        ("NAME", Left),
+        ("STATE", Left),
+        ("PID", Right),
+        ("EPOCH", Right),
+        ("LAST EPOCH (UTC)", Left),
+        ("STOP", Right),
+        ("MEDIAN", Right),
+        ("P99", Right),
+        ("FAILED", Right),
+        ("COMMAND", Left),
+    ];
+    let dash = || "-".to_owned();
+    let rows: Vec<Vec<String>> = entries
+        .iter()
+        .map(|entry| {
+            let live = entry.live.as_ref();
+            let stop = |us: Option<u64>| us.map_or_else(dash, out::time_us);
+            let command = entry
+                .card
+                .as_ref()
+                .map(|card| out::tame(&card.command.join(" ")));
+            vec![
+                entry.name.clone(),
+                out::tame(&entry.state),
+                entry.pid().map_or_else(dash, |pid| pid.to_string()),
+                entry.newest().map_or_else(dash, |n| n.to_string()),
+                entry.last_time().map_or_else(dash, out::short_moment),
+                stop(live.and_then(|l| l.last_stop_us)),
+                stop(live.and_then(|l| l.median_stop_us)),
+                stop(live.and_then(|l| l.p99_stop_us)),
+                live.map_or_else(dash, |l| l.failures.to_string()),
+                command.unwrap_or_else(dash),
+            ]
+        })
+        .collect();
+    out::table(&columns, &rows)
+}
+
+/// `outlive history`
+pub fn history(root: &Root, name: &str, json: bool) -> Result<u8, KeeperError> {
+    let subject = root.existing(name)?;
+    let epochs = match Image::open(&subject.epochs_dir()) {
+        Err(StoreError::Missing { .. }) => Vec::new(),
+        other => other?.epochs(),
+    };
+    if json {
+        let list = epochs.iter().map(|epoch| {
+            json!({
+                "epoch": epoch.epoch,
+                "time": out::moment(epoch.time_ns),
+                "stop_us": epoch.stop_us,
+                "durable_us": epoch.durable_us,
+                "pages": epoch.pages,
+                "bytes_written": epoch.bytes_written,
+            })
+        });
+        out::json(&Value::Array(list.collect()));
+    } else if epochs.is_empty() {
+        out::say(&format!("{name} has no epoch yet"));
+    } else {
+        print_history(&epochs);
+    }
+    Ok(0)
+}
+
+fn print_history(epochs: &[Summary]) {
+    use Column::{Left, Right};
+    let columns = [
+        ("EPOCH", Right),
+        ("TIME (UTC)", Left),
+        ("STOP", Right),
+        ("DURABLE", Right),
+        ("PAGES", Right),
+        ("WRITTEN", Right),
+    ];
+    let rows: Vec<Vec<String>> = epochs
+        .iter()
+        .map(|epoch| {
+            vec![
+                epoch.epoch.to_string(),
+                out::short_moment(epoch.time_ns),
+                out::time_us(epoch.stop_us),
+                epoch.durable_us.map_or_else(|| "-".into(), out::time_us),
+                out::count(epoch.pages),
+                out::bytes(epoch.bytes_written),
+            ]
+        })
+        .collect();
+    out::line(&out::table(&columns, &rows));
+    let stops: Vec<u64> = epochs.iter().map(|epoch| epoch.stop_us).collect();
+    let at = |percent| out::time_us(stats::percentile(&stops, percent).unwrap_or(0));
+    out::line(&format!(
+        "{}; stop: median {}, p99 {}, longest {}",
+        out::plural(epochs.len() as u64, "epoch", "epochs"),
+        at(50),
+        at(99),
+        at(100),
+    ));
+}

@@ -1,0 +1,37 @@
+//! The commands, one file for each group. Each returns the exit code of a command that was done;
+//! what was not done is an error that carries its own.
+
+mod check;
+mod checkpoint;
+mod demo;
+mod end;
+mod image;
+mod inspect;
+mod list;
+mod restore;
+mod run;
+
+use crate::cli::{Cli, Command, PowerCommand};
+use outlive_keeper::KeeperError;
+use outlive_keeper::subject::Root;
+
+/// Does what the command line says.
+pub fn run(cli: &Cli) -> Result<u8, KeeperError> {
+    let root = Root::find(cli.store.as_deref())?;
+    let json = cli.json;
+    match &cli.command {
+        Command::Check => check::check(&root, json),
+        Command::Run(args) => run::run(&root, args),
+        Command::Attach(args) => run::attach(&root, args),
+        Command::Checkpoint(args) => checkpoint::checkpoint(&root, args, json),
+        Command::Restore(args) => restore::restore(&root, args, json),
+        Command::Ps => list::ps(&root, json),
+        Command::History { name } => list::history(&root, name, json),
+        Command::Stop { name } => end::stop(&root, name, json),
+        Command::Forget { name } => end::forget(&root, name, json),
+        Command::Power(PowerCommand::Simulate { name }) => end::simulate(&root, name, json),
+        Command::Inspect(args) => inspect::inspect(&root, args, json),
+        Command::Verify { what } => image::verify(&root, what, json),
+        Command::Demo => demo::demo(),
+    }
+}

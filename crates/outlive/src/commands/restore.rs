@@ -1,0 +1,295 @@
+//! `restore`: a program continues from an epoch.
+//!
+//! The program becomes a child of the process that restores it, and that process must have one
+//! thread until then: so the epochs are read before the log is opened for writing.
+//!
+//! With `--detach` this command starts itself once more in a session of its own, with a socket as
+//! standard input. The process in the background restores, reports over the socket, and stays as
+//! the keeper (or ends, for an image); this one passes the report on.
+
+use super::run::{card, claim, finish, queue};
+use crate::cli::{Files, RestoreArgs};
+use crate::out;
+use outlive_epoch::EpochReader;
+use outlive_keeper::KeeperError;
+use outlive_keeper::control::Control;
+use outlive_keeper::images::{Image, Log};
+use outlive_keeper::keep::{Companion, Ending, Keeper, Settings};
+use outlive_keeper::subject::{Card, Root, Subject};
+use outlive_process::{FilesPolicy, Ready, RestoreOptions, Restored, TrackOptions, Tracked};
+use rustix::fd::OwnedFd;
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+use std::fs::{File, OpenOptions};
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+/// How long a thread may take to stop in an epoch after a restore.
+const STOP_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// What a restore tells, also across the socket of a process in the background.
+#[derive(Debug, Serialize, Deserialize)]
+enum Report {
+    Done {
+        pid: u32,
+        restore_us: u64,
+        first_run_us: u64,
+        epoch: u64,
+        notices: Vec<String>,
+    },
+    Failed {
+        error: String,
+        exit: u8,
+    },
+}
+
+/// Where the report goes.
+enum Teller {
+    User { json: bool },
+    Parent(UnixStream),
+}
+
+/// `outlive restore`
+pub fn restore(root: &Root, args: &RestoreArgs, json: bool) -> Result<u8, KeeperError> {
+    if args.background {
+        return in_background(root, args);
+    }
+    if args.detach {
+        return detach(root, args, json);
+    }
+    here(root, args, &mut Teller::User { json })
+}
+
+fn here(root: &Root, args: &RestoreArgs, teller: &mut Teller) -> Result<u8, KeeperError> {
+    match (&args.name, &args.image) {
+        (Some(name), _) => subject(root, name, args, teller),
+        (None, Some(image)) => from_image(image, args, teller),
+        (None, None) => Err(KeeperError::Usage("give a NAME or --image DIR".into())),
+    }
+}
+
+fn from_image(dir: &Path, args: &RestoreArgs, teller: &mut Teller) -> Result<u8, KeeperError> {
+    let (ready, epoch) = prepare(dir, args)?;
+    if let Teller::Parent(_) = teller {
+        teller.tell(ready.go()?, epoch);
+        return Ok(0);
+    }
+    let mut signals = queue()?;
+    let restored = ready.go()?;
+    let pid = restored.pid;
+    teller.tell(restored, epoch);
+    let ending = Companion::of(pid, true)?.run(&mut signals)?;
+    Ok(match ending {
+        Ending::Exited(code) => code,
+        Ending::Killed(signal) => signal.saturating_add(128),
+        Ending::Gone | Ending::Planned(_) | Ending::Detached => 0,
+    })
+}
+
+fn subject(
+    root: &Root,
+    name: &str,
+    args: &RestoreArgs,
+    teller: &mut Teller,
+) -> Result<u8, KeeperError> {
+    let subject = root.existing(name)?;
+    let lock = claim(&subject)?;
+    let known = subject.card()?;
+    must_not_run(&subject, &known)?;
+    let (ready, epoch) = prepare(&subject.epochs_dir(), args)?;
+    // From here on an early return drops `ready`, which removes every trace of the program.
+    let mut log = Log::open(&subject.epochs_dir())?;
+    let mut signals = queue()?;
+    let mut control = Control::open(subject.dir())?;
+    let pid = ready.pid();
+    let every = Duration::from_nanos(known.every_ns);
+    let new = Card {
+        since_ns: known.since_ns,
+        ..card(pid, known.command.clone(), every)?
+    };
+    subject.write_card(&lock, &new)?;
+    teller.tell(ready.go()?, epoch);
+    let settings = Settings {
+        pid,
+        every,
+        child: true,
+    };
+    let options = TrackOptions {
+        stop_timeout: STOP_TIMEOUT,
+        incremental: true,
+    };
+    let mut attach = || Tracked::attach(pid, options.clone());
+    let mut tell = |text: &str| out::say(&format!("{name}: {text}"));
+    let ending =
+        Keeper::new(settings, &mut log, &mut attach, &mut tell)?.run(&mut signals, &mut control)?;
+    finish(&subject, &lock, &ending)
+}
+
+fn must_not_run(subject: &Subject, card: &Card) -> Result<(), KeeperError> {
+    if !card.runs() {
+        return Ok(());
+    }
+    let (name, pid) = (subject.name(), card.pid);
+    Err(KeeperError::Refused(format!(
+        "{name} still runs as pid {pid}, without a keeper: `outlive attach --pid {pid} --name \
+         {name}` keeps it again; to restore an epoch instead, end it first (kill {pid})"
+    )))
+}
+
+/// Everything up to the first instruction.
+fn prepare(dir: &Path, args: &RestoreArgs) -> Result<(Ready, u64), KeeperError> {
+    let image = Image::open(dir)?;
+    let reader = image.epoch(args.epoch)?;
+    let files = match args.files {
+        Files::Reconcile => FilesPolicy::Reconcile,
+        Files::Keep => FilesPolicy::Keep,
+    };
+    let epoch = EpochReader::id(&*reader).0;
+    let ready = outlive_process::restore(&*reader, &RestoreOptions { files })?;
+    Ok((ready, epoch))
+}
+
+impl Teller {
+    fn tell(&mut self, restored: Restored, epoch: u64) {
+        let Restored {
+            pid,
+            restore_us,
+            first_run_us,
+            notices,
+        } = restored;
+        let report = Report::Done {
+            pid,
+            restore_us,
+            first_run_us,
+            epoch,
+            notices,
+        };
+        match self {
+            Self::User { json } => {
+                // The program runs: nothing about showing this may stop us from keeping it.
+                let _ = report.show(*json);
+            }
+            Self::Parent(stream) => report.send(stream),
+        }
+    }
+}
+
+impl Report {
+    fn send(&self, stream: &mut UnixStream) {
+        let Ok(mut text) = serde_json::to_vec(self) else {
+            return;
+        };
+        text.push(b'\n');
+        let _ = stream.write_all(&text).and_then(|()| stream.flush());
+    }
+
+    fn show(self, json: bool) -> Result<u8, KeeperError> {
+        let (pid, restore_us, first_run_us, epoch, notices) = match self {
+            Self::Failed { error, exit } => {
+                return Err(KeeperError::Told {
+                    message: error,
+                    exit,
+                });
+            }
+            Self::Done {
+                pid,
+                restore_us,
+                first_run_us,
+                epoch,
+                notices,
+            } => (pid, restore_us, first_run_us, epoch, notices),
+        };
+        for notice in &notices {
+            out::say(notice);
+        }
+        if json {
+            out::json(&json!({
+                "pid": pid,
+                "ns_pid": pid,
+                "restore_us": restore_us,
+                "first_run_us": first_run_us,
+                "epoch": epoch,
+                "notices": notices,
+            }));
+        } else {
+            out::say(&format!(
+                "pid {pid} runs again from epoch {epoch}: all in place after {}, first run after {}",
+                out::time_us(restore_us),
+                out::time_us(first_run_us),
+            ));
+        }
+        Ok(0)
+    }
+}
+
+/// Starts this command again in the background and passes its report on.
+fn detach(root: &Root, args: &RestoreArgs, json: bool) -> Result<u8, KeeperError> {
+    let (ours, theirs) = UnixStream::pair().map_err(KeeperError::io("make a socket"))?;
+    let itself = std::env::current_exe().map_err(KeeperError::io("find this program"))?;
+    let (output, errors) = outputs(root, args)?;
+    let mut child = Command::new(itself)
+        .args(std::env::args_os().skip(1))
+        .arg("--background")
+        .stdin(Stdio::from(OwnedFd::from(theirs)))
+        .stdout(output)
+        .stderr(errors)
+        .spawn()
+        .map_err(KeeperError::io("start the process in the background"))?;
+    let mut text = String::new();
+    let heard = BufReader::new(ours).read_line(&mut text);
+    if heard.is_err() || text.is_empty() {
+        let status = child
+            .wait()
+            .map_err(KeeperError::io("wait for the background"))?;
+        return Err(KeeperError::Other(format!(
+            "the process in the background ended without a report ({status})"
+        )));
+    }
+    let report: Report = serde_json::from_str(&text).map_err(|e| {
+        KeeperError::Other(format!("the process in the background said rubbish: {e}"))
+    })?;
+    report.show(json)
+}
+
+/// Standard output and error of a program in the background: the subject's log; an image has no
+/// place of its own for one.
+fn outputs(root: &Root, args: &RestoreArgs) -> Result<(Stdio, Stdio), KeeperError> {
+    let Some(name) = &args.name else {
+        return Ok((Stdio::null(), Stdio::null()));
+    };
+    let path = root.existing(name)?.log_path();
+    let wrap = |error| KeeperError::io::<std::io::Error>(format!("open {}", path.display()))(error);
+    let file: File = OpenOptions::new()
+        .append(true)
+        .create(true)
+        .mode(0o600)
+        .open(&path)
+        .map_err(wrap)?;
+    let other = file.try_clone().map_err(wrap)?;
+    Ok((file.into(), other.into()))
+}
+
+/// The process in the background: standard input is the socket for the report.
+fn in_background(root: &Root, args: &RestoreArgs) -> Result<u8, KeeperError> {
+    let socket = rustix::io::fcntl_dupfd_cloexec(rustix::stdio::stdin(), 3)
+        .map_err(KeeperError::io("take the socket for the report"))?;
+    let null = File::open("/dev/null").map_err(KeeperError::io("open /dev/null"))?;
+    rustix::stdio::dup2_stdin(&null).map_err(KeeperError::io("replace standard input"))?;
+    rustix::process::setsid().map_err(KeeperError::io("begin a session"))?;
+    let socket = UnixStream::from(socket);
+    let again = socket
+        .try_clone()
+        .map_err(KeeperError::io("keep the socket"))?;
+    let mut teller = Teller::Parent(socket);
+    let done = here(root, args, &mut teller);
+    if let Err(error) = &done {
+        // After a report that all is well nobody listens any more; this is then lost.
+        let (error, exit) = (error.to_string(), error.exit_code());
+        Report::Failed { error, exit }.send(&mut { again });
+    }
+    done
+}
