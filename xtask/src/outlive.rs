@@ -13,6 +13,9 @@ use std::{
     time::{Duration, Instant},
 };
 
+/// How long to wait for an epoch that must come.
+const EPOCH_PATIENCE: Duration = Duration::from_secs(120);
+
 /// The binary and the store that it is told to use.
 #[derive(Clone, Debug)]
 pub struct Outlive {
@@ -226,6 +229,25 @@ impl Outlive {
         let mut epochs: Vec<Epoch> = self.json(&["history", name, "--json"])?.0;
         epochs.sort_by_key(|epoch| epoch.epoch);
         Ok(epochs)
+    }
+
+    /// Waits until an epoch is committed that was taken not before a moment.
+    pub fn await_epoch_since(&self, name: &str, nanos: u64) -> Result<()> {
+        let deadline = Instant::now() + EPOCH_PATIENCE;
+        loop {
+            let history = self.history(name);
+            if let Ok(epochs) = &history
+                && epochs.iter().any(|epoch| epoch.time.0 >= nanos)
+            {
+                return Ok(());
+            }
+            if Instant::now() > deadline {
+                let older = history?.len();
+                let waited = EPOCH_PATIENCE.as_secs();
+                bail!("no new epoch of {name} within {waited} s; there are {older} older ones");
+            }
+            thread::sleep(Duration::from_millis(50));
+        }
     }
 
     /// `outlive power simulate NAME --json`

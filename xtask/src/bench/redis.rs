@@ -18,7 +18,7 @@ use crate::{
     stats, tools, workspace,
 };
 use anyhow::{Context, Result, anyhow, bail, ensure};
-use serde_json::json;
+use serde_json::{Value, json};
 use std::{
     fs::{self, OpenOptions},
     io::Write,
@@ -41,11 +41,11 @@ pub struct Options {
     /// How many keys of 400 bytes.
     #[arg(long, default_value_t = 850_000, value_parser = clap::value_parser!(u32).range(1..))]
     keys: u32,
-    /// How many images are written.
-    #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
+    /// How many images are written; 0 leaves this part out.
+    #[arg(long, default_value_t = 5)]
     images: u32,
-    /// How many pairs of untracked and tracked runs.
-    #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
+    /// How many pairs of untracked and tracked runs; 0 leaves this part out.
+    #[arg(long, default_value_t = 5)]
     pairs: u32,
     /// How many SET requests a run makes.
     #[arg(long, default_value_t = 600_000, value_parser = clap::value_parser!(u32).range(1..))]
@@ -77,9 +77,9 @@ pub fn run(options: &Options) -> Result<()> {
         outlive: Outlive { binary, store },
         folder,
     };
-    let images = bench.images()?;
-    let tracking = bench.pairs()?;
-    print_tables(&images, &tracking);
+    let images = (options.images > 0).then(|| bench.images()).transpose()?;
+    let tracking = (options.pairs > 0).then(|| bench.pairs()).transpose()?;
+    print(images.as_ref(), tracking.as_ref());
     Ok(())
 }
 
@@ -216,6 +216,7 @@ impl Bench {
         let mut running = self.outlive.run(&name, EVERY, &place.command_line())?;
         let (mut client, _) = place.wait(|| running.must_live())?;
         self.fill(&mut client)?;
+        self.outlive.await_epoch_since(&name, demo::now_nanos())?;
         let begun = demo::now_nanos();
         let speed = self.benchmark(&place)?;
         let ended = demo::now_nanos();
@@ -351,67 +352,98 @@ fn ratios(above: &[f64], below: &[f64]) -> Vec<f64> {
         .collect()
 }
 
-fn print_tables(images: &Images, tracking: &Tracking) {
-    let of_raw = ratios(&images.speeds, &images.raw);
-    let of_untracked = ratios(&tracking.tracked, &tracking.untracked);
-    let written = stats::median(&images.written).unwrap_or(0.0);
-    let rows = [
-        ("Redis, resident", stats::bytes(images.resident)),
-        ("image, bytes written", stats::bytes(written as u64)),
-        ("image, durable GB/s", spread(&images.speeds, 2)),
-        ("raw O_DIRECT write, GB/s", spread(&images.raw, 2)),
-        ("image against raw", spread(&of_raw, 2)),
-        (
-            "image, stop time: median / p99 / max",
-            stats::times(&images.stop_us),
-        ),
-        (
-            "restore, all in place",
-            stats::time(Some(images.restore_us)),
-        ),
-        (
-            "restore, first thread runs",
-            stats::time(Some(images.first_run_us)),
-        ),
-        (
-            "restore, first answer",
-            stats::time(Some(images.first_answer_us)),
-        ),
-        ("SET/s untracked", spread(&tracking.untracked, 0)),
-        ("SET/s tracked, every 200 ms", spread(&tracking.tracked, 0)),
-        ("tracked against untracked", spread(&of_untracked, 3)),
-        (
-            "epoch under SET load, stop time: median / p99 / max",
-            stats::times(&tracking.stop_us),
-        ),
-        (
-            "epoch under SET load, durable: median / p99 / max",
-            stats::times(&tracking.durable_us),
-        ),
-    ];
+type Rows = Vec<(&'static str, String)>;
+
+impl Images {
+    fn rows(&self) -> Rows {
+        let of_raw = ratios(&self.speeds, &self.raw);
+        let written = stats::median(&self.written).unwrap_or(0.0);
+        let micros = |us: f64| stats::time(Some(us));
+        vec![
+            ("Redis, resident", stats::bytes(self.resident)),
+            ("image, bytes written", stats::bytes(written as u64)),
+            ("image, durable GB/s", spread(&self.speeds, 2)),
+            ("raw O_DIRECT write, GB/s", spread(&self.raw, 2)),
+            ("image against raw", spread(&of_raw, 2)),
+            (
+                "image, stop time: median / p99 / max",
+                stats::times(&self.stop_us),
+            ),
+            ("restore, all in place", micros(self.restore_us)),
+            ("restore, first thread runs", micros(self.first_run_us)),
+            ("restore, first answer", micros(self.first_answer_us)),
+        ]
+    }
+
+    fn json(&self) -> Value {
+        json!({
+            "resident_bytes": self.resident,
+            "image_bytes": self.written,
+            "image_gb_per_s": self.speeds,
+            "raw_gb_per_s": self.raw,
+            "stop_us": self.stop_us,
+            "restore_us": self.restore_us,
+            "first_run_us": self.first_run_us,
+            "first_answer_us": self.first_answer_us,
+        })
+    }
+}
+
+impl Tracking {
+    fn rows(&self) -> Rows {
+        let of_untracked = ratios(&self.tracked, &self.untracked);
+        let epoch_bytes = stats::median(&self.bytes_written).unwrap_or(0.0);
+        vec![
+            ("SET/s untracked", spread(&self.untracked, 0)),
+            ("SET/s tracked, every 200 ms", spread(&self.tracked, 0)),
+            ("tracked against untracked", spread(&of_untracked, 3)),
+            (
+                "epochs under SET load",
+                stats::count(self.bytes_written.len() as u64),
+            ),
+            (
+                "their stop time: median / p99 / max",
+                stats::times(&self.stop_us),
+            ),
+            (
+                "their durable time: median / p99 / max",
+                stats::times(&self.durable_us),
+            ),
+            (
+                "their bytes written, median",
+                stats::bytes(epoch_bytes as u64),
+            ),
+        ]
+    }
+
+    fn json(&self) -> Value {
+        json!({
+            "untracked_per_s": self.untracked,
+            "tracked_per_s": self.tracked,
+            "epochs": self.bytes_written.len(),
+            "stop_us_median": stats::median(&self.stop_us),
+            "stop_us_p99": stats::percentile(&self.stop_us, 99.0),
+            "durable_us_median": stats::median(&self.durable_us),
+            "epoch_bytes_median": stats::median(&self.bytes_written),
+        })
+    }
+}
+
+fn print(images: Option<&Images>, tracking: Option<&Tracking>) {
     println!("\n| what | measured: median (smallest to largest) |\n|---|---|");
-    for (what, value) in rows {
+    let rows = images
+        .map(Images::rows)
+        .into_iter()
+        .chain(tracking.map(Tracking::rows));
+    for (what, value) in rows.flatten() {
         println!("| {what} | {value} |");
     }
     println!("\n{}", machine());
-    let line = json!({
-        "bench": "redis",
-        "resident_bytes": images.resident,
-        "image_bytes": images.written,
-        "image_gb_per_s": images.speeds,
-        "raw_gb_per_s": images.raw,
-        "image_stop_us": images.stop_us,
-        "restore_us": images.restore_us,
-        "first_run_us": images.first_run_us,
-        "first_answer_us": images.first_answer_us,
-        "untracked_per_s": tracking.untracked,
-        "tracked_per_s": tracking.tracked,
-        "epochs": tracking.stop_us.len(),
-        "stop_us_median": stats::median(&tracking.stop_us),
-        "stop_us_p99": stats::percentile(&tracking.stop_us, 99.0),
-        "epoch_bytes_median": stats::median(&tracking.bytes_written),
-    });
-    println!("{line}");
+    let (images, tracking) = (images.map(Images::json), tracking.map(Tracking::json));
+    println!(
+        "{}",
+        json!({ "bench": "redis", "images": images, "tracking": tracking })
+    );
 }
 
 /// One line about the machine.

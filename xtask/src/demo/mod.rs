@@ -32,15 +32,11 @@ use std::{
     os::unix::process::CommandExt,
     path::{Path, PathBuf},
     process::Command,
-    thread,
     time::{Duration, Instant, SystemTime},
 };
 
 /// How often epochs are taken.
 const EVERY: &str = "200ms";
-
-/// How long to wait for an epoch that must come.
-const EPOCH_PATIENCE: Duration = Duration::from_secs(120);
 
 /// What the demo can be asked for.
 #[derive(Args, Clone, Debug)]
@@ -238,25 +234,8 @@ impl Demo {
 
     /// Waits for the first epoch that began after everything was filled in.
     fn await_epoch_of_everything(&mut self) -> Result<()> {
-        let filled = now_nanos();
         let spinner = spinner("waiting for the first epoch that holds everything");
-        let deadline = Instant::now() + EPOCH_PATIENCE;
-        loop {
-            let history = self.outlive.history(&self.name);
-            if let Ok(epochs) = &history
-                && epochs.iter().any(|epoch| epoch.time.0 >= filled)
-            {
-                break;
-            }
-            if Instant::now() > deadline {
-                let seen = history.map(|epochs| format!("{} older epochs", epochs.len()))?;
-                bail!(
-                    "no epoch in {} s after filling ({seen})",
-                    EPOCH_PATIENCE.as_secs()
-                );
-            }
-            thread::sleep(Duration::from_millis(50));
-        }
+        self.outlive.await_epoch_since(&self.name, now_nanos())?;
         spinner.finish_and_clear();
         self.note_epochs()
     }
