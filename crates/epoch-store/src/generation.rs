@@ -145,7 +145,9 @@ impl Generation {
                 let what = "the commit records contradict each other";
                 return Err(self.damaged(at, None, Part::CommitRecord, what).into());
             }
-            if slot.copies < RECORD_COPIES && !slot.blank {
+            // Before a second epoch was begun, the other slot and the copy are unused.
+            let unused = slot.blank && record.epoch == self.superblock.first_epoch;
+            if slot.copies < RECORD_COPIES && !unused {
                 let epoch = slot.record.map(|r| r.epoch);
                 let what = format!("only {} of {RECORD_COPIES} copies are intact", slot.copies);
                 let damage = self.damaged(at, epoch, Part::CommitRecord, &what);

@@ -34,5 +34,5 @@ pub use host::{Host, SystemHost};
 pub use outlive_media::Access;
 pub use reader::Reader;
 pub use store::{EpochSummary, Store, verify};
-pub use verify::{Progress, Report};
+pub use verify::{Progress, Report, verify_in};
 pub use writer::Writer;

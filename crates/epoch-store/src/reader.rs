@@ -170,9 +170,11 @@ fn visit_chunk(chunk: &Chunk, bytes: &[u8], visit: Visit<'_>) -> Result<(), Visi
     Ok(())
 }
 
-fn new_buffer() -> Result<Buffer, StoreError> {
+/// A buffer for the largest of these reads.
+pub(crate) fn new_buffer(lens: impl Iterator<Item = u64>) -> Result<Buffer, StoreError> {
     let place = "buffer for reading".to_owned();
-    Buffer::new(TRANSFER).map_err(|source| StoreError::Medium { place, source })
+    let len = lens.max().unwrap_or(0).min(TRANSFER as u64);
+    Buffer::new(len as usize).map_err(|source| StoreError::Medium { place, source })
 }
 
 impl EpochReader for Reader {
@@ -196,8 +198,9 @@ impl EpochReader for Reader {
     fn pages(&self, visit: Visit<'_>) -> Result<(), VisitError> {
         self.visit_zeros(visit)?;
         let chunks = self.plan();
+        let lens = chunks.iter().map(|chunk| chunk.len);
         if let [chunk] = &chunks[..] {
-            let mut buffer = new_buffer()?;
+            let mut buffer = new_buffer(lens)?;
             self.fetch(chunk, &mut buffer)?;
             return visit_chunk(chunk, &buffer, visit);
         }
@@ -206,7 +209,7 @@ impl EpochReader for Reader {
             let (empty, spare) = mpsc::channel();
             for _ in 0..AHEAD.min(chunks.len()) {
                 // Neither end is gone yet.
-                let _ = empty.send(new_buffer()?);
+                let _ = empty.send(new_buffer(lens.clone())?);
             }
             let chunks = &chunks;
             // Ends when all is read, or when the visitor has gone and hands back no buffers.

@@ -1,12 +1,14 @@
 //! Checking of a whole image.
 //!
-//! Everything committed is read and compared with its checksum: also pages that later epochs
-//! have replaced, because earlier epochs can still be restored. Padding is not checked, since it
-//! is never used.
+//! Everything that any epoch needs is read and compared with its checksum: also pages that later
+//! epochs have replaced, because earlier epochs can still be restored. What is never used is not
+//! checked: padding, and pages that were staged and superseded within one epoch.
 
 use crate::damage::{Damage, Part, Trouble};
-use crate::format::{BLOCK_LEN, Kind, LOG_AT, Record, SLOT_AT, Says, Trailer};
+use crate::format::{BLOCK_LEN, Kind, LOG_AT, Record, SLOT_AT, Trailer};
 use crate::generation::{Generation, Head};
+use crate::map::{PageMap, Where};
+use crate::reader::new_buffer;
 use crate::store::open_newest;
 use outlive_epoch::{EpochId, PAGE_SIZE, Run, StoreError};
 use outlive_media::{Access, Buffer, Directory, TRANSFER};
@@ -68,8 +70,11 @@ impl Report {
     }
 }
 
-/// Checks the newest generation in a directory.
-pub(crate) fn verify_in(dir: &dyn Directory, progress: Progress<'_>) -> Result<Report, StoreError> {
+/// Checks the newest generation in any directory.
+///
+/// # Errors
+/// [`StoreError::Missing`], [`StoreError::Newer`], [`StoreError::Medium`]: nothing can be checked.
+pub fn verify_in(dir: &dyn Directory, progress: Progress<'_>) -> Result<Report, StoreError> {
     let mut report = Report::default();
     let (generation, head) = match open_newest(dir, Access::Read) {
         Ok(Some(opened)) => opened,
@@ -172,12 +177,17 @@ impl Walk<'_> {
             Ok(index) => index,
         };
         self.report.bytes += trailer.index.len;
-        let mut crcs = &index.crcs[..];
-        for entry in &index.entries {
-            if let Says::Data(at) = entry.says {
-                let (these, rest) = crcs.split_at(entry.run.count() as usize);
-                self.pages(trailer.epoch, entry.run, at, these);
-                crcs = rest;
+        // Pages that were superseded within the epoch are needed by nobody.
+        let mut map = PageMap::default();
+        map.apply(&index, 0);
+        for (run, place) in map.pieces() {
+            if let Where::Data { at, crc, .. } = place {
+                self.pages(
+                    trailer.epoch,
+                    run,
+                    at,
+                    &index.crcs[crc..crc + run.count() as usize],
+                );
             }
         }
     }
@@ -202,14 +212,12 @@ impl Walk<'_> {
     }
 
     fn read(&mut self, epoch: u64, run: Run, at: u64, crcs: &[u32]) -> Result<(), Trouble> {
-        let mut buffer = match self.buffer.take() {
+        let len = crcs.len() * PAGE_SIZE;
+        let mut buffer = match self.buffer.take().filter(|buffer| buffer.len() >= len) {
             Some(buffer) => buffer,
-            None => Buffer::new(TRANSFER).map_err(|source| {
-                let place = "buffer for reading".to_owned();
-                StoreError::Medium { place, source }
-            })?,
+            None => new_buffer(std::iter::once(len as u64))?,
         };
-        let bytes = &mut buffer[..crcs.len() * PAGE_SIZE];
+        let bytes = &mut buffer[..len];
         let read = self.generation.medium.read(at, bytes);
         let seed = self.generation.key.of(Kind::Page, epoch);
         if read.is_ok() {

@@ -197,11 +197,14 @@ impl<'a> Writer<'a> {
         let medium = &self.generation.medium;
         let trailer_at = self.tail + tables.len() as u64 - BLOCK_LEN;
         medium.write(self.tail, &tables).map_err(damage::medium)?;
-        if let (false, Some(live)) = (self.base, &mut self.store.current) {
-            if !live.sealed {
-                // The flush below makes this durable before the other slot is touched.
-                live.write_record(format::SEAL_AT).map_err(damage::medium)?;
-            }
+        let current = self
+            .store
+            .current
+            .as_ref()
+            .filter(|live| !self.base && !live.sealed);
+        if let Some(live) = current {
+            // The flush below makes this durable before the other slot is touched.
+            live.write_record(format::SEAL_AT).map_err(damage::medium)?;
         }
         medium.flush().map_err(damage::medium)?;
         let chain = vec![(trailer_at, trailer)];

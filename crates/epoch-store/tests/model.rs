@@ -1,5 +1,7 @@
 //! Random lives of a store against a plain model, on a simulated disk and in real files.
 
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "helpers of tests")]
+
 mod common;
 
 use common::{Model, Script, SimHost, Step, read_back};
@@ -174,7 +176,7 @@ fn what_was_never_committed_is_missing_and_can_be_begun_again() {
     let busy = Store::open(&path, Access::Write);
     assert!(matches!(busy, Err(StoreError::Busy { .. })), "{busy:?}");
     let mut writer = store.begin().unwrap();
-    writer.put(common::run(1, 0, 1), &common::page(1)).unwrap();
+    writer.put(common::run(1, 0, 1), common::page(1)).unwrap();
     // As a writer leaves it that is killed.
     let names = std::fs::read_dir(&path).unwrap().count();
     assert_eq!(names, 1);
@@ -203,7 +205,7 @@ fn misuse_is_refused() {
     let disk = SimDisk::new();
     let mut store = common::create(&disk).unwrap();
     let mut writer = store.begin().unwrap();
-    let short = writer.put(common::run(0, 0, 2), &common::page(1));
+    let short = writer.put(common::run(0, 0, 2), common::page(1));
     assert!(matches!(short, Err(StoreError::Misuse(_))), "{short:?}");
     writer.tree("a", b"1").unwrap();
     assert!(matches!(writer.tree("a", b"2"), Err(StoreError::Misuse(_))));

@@ -2,14 +2,13 @@
 #![allow(dead_code, reason = "each test uses a part")]
 
 use outlive_epoch::{
-    Content, EpochFacts, EpochId, EpochReader, EpochWriter, PAGE_SIZE, Run, SpaceId,
-    StoreError,
+    Content, EpochFacts, EpochId, EpochReader, EpochWriter, PAGE_SIZE, Run, SpaceId, StoreError,
 };
 use outlive_epoch_store::{Access, Host, Reader, Store};
 use outlive_media::SimDisk;
 use std::collections::BTreeMap;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, LazyLock};
 
 /// A host whose clock counts its questions and whose identities are numbered.
 #[derive(Default)]
@@ -53,7 +52,12 @@ pub struct Script {
 }
 
 /// The page that a seed stands for: no two sectors of it are alike.
-pub fn page(seed: u8) -> Vec<u8> {
+pub fn page(seed: u8) -> &'static [u8] {
+    static PAGES: LazyLock<Vec<Vec<u8>>> = LazyLock::new(|| (0..=255).map(make_page).collect());
+    &PAGES[usize::from(seed)]
+}
+
+fn make_page(seed: u8) -> Vec<u8> {
     let byte = |i: usize| seed.wrapping_add((i / 512) as u8).wrapping_mul(seed) ^ (i as u8 & seed);
     let mut page: Vec<u8> = (0..PAGE_SIZE).map(byte).collect();
     page[PAGE_SIZE - 1] = seed;
@@ -99,7 +103,8 @@ impl Script {
         for step in &self.steps {
             match step {
                 Step::Put(space, first, seeds) => {
-                    let bytes: Vec<u8> = seeds.iter().flat_map(|seed| page(*seed)).collect();
+                    let bytes: Vec<u8> =
+                        seeds.iter().flat_map(|seed| page(*seed)).copied().collect();
                     writer.put(run(*space, *first, seeds.len() as u64), &bytes)?;
                 }
                 Step::Absent(space, first, count) => writer.absent(run(*space, *first, *count))?,

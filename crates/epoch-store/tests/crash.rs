@@ -1,0 +1,315 @@
+//! Power cuts at every boundary of a small history, with every fate of what was not flushed;
+//! power cuts during recovery; and failures of every single operation.
+//!
+//! The oracle: what is found is exactly one of the epochs that were written, byte for byte; it is
+//! not older than the newest acknowledged one, and not newer than the one being written.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "helpers of tests")]
+
+mod common;
+
+use common::{Model, Script, create, history, models, open, read_back};
+use outlive_epoch::{EpochReader, StoreError};
+use outlive_epoch_store::Access;
+use outlive_media::{Fate, Fault, Op, Pending, SimDisk, power_off};
+use std::io;
+
+/// The larger part of the subsets is taken exhaustively up to this many pending changes.
+const EXHAUSTIVE: usize = 12;
+/// Mixed fates tried for each cut.
+const MIXED: u64 = 24;
+
+/// Writes the history with an abandoned epoch and a reopening in it, as far as the disk goes;
+/// gives the newest acknowledged epoch and the newest one that was begun.
+fn scenario(disk: &SimDisk, history: &[Script]) -> (u64, u64) {
+    let (mut acked, mut begun) = (0, 0);
+    let result = (|| -> Result<(), StoreError> {
+        let mut store = create(disk)?;
+        for (i, script) in history.iter().enumerate() {
+            if i == 2 {
+                history[0].stage(&mut *store.begin()?)?;
+                store.close()?;
+                store = open(disk, Access::Write)?;
+            }
+            begun = i as u64 + 1;
+            acked = script.write(&mut store)?.0;
+        }
+        store.close()
+    })();
+    if let Err(e) = result {
+        assert!(matches!(e, StoreError::Medium { .. }), "{e}");
+    }
+    (acked, begun)
+}
+
+/// What a reader finds: the newest epoch, all of whose contents are compared.
+fn find(disk: &SimDisk, models: &[Model]) -> u64 {
+    let store = match open(disk, Access::Read) {
+        Ok(store) => store,
+        Err(StoreError::Missing { .. }) => return 0,
+        Err(e) => panic!("{e}"),
+    };
+    for epoch in store.epochs() {
+        let found = read_back(&store.epoch(Some(epoch.id)).unwrap()).unwrap();
+        assert_eq!(found, models[epoch.id.0 as usize - 1], "epoch {}", epoch.id);
+    }
+    store.epoch(None).unwrap().id().0
+}
+
+/// A sequence of numbers that look random.
+fn next(seed: &mut u64) -> u64 {
+    *seed = seed
+        .wrapping_mul(6364136223846793005)
+        .wrapping_add(1442695040888963407);
+    *seed >> 17
+}
+
+/// All cuts that are tried for so many pending changes, as lists of fates.
+fn cuts(pending: &[Pending], mixed: u64) -> Vec<Vec<Fate>> {
+    let n = pending.len();
+    let keep = |on: bool| if on { Fate::Keep } else { Fate::Drop };
+    let mut cuts: Vec<Vec<Fate>> = Vec::new();
+    if n <= EXHAUSTIVE {
+        cuts.extend((0..1u64 << n).map(|set| (0..n).map(|i| keep(set >> i & 1 == 1)).collect()));
+    } else {
+        cuts.push(vec![Fate::Keep; n]);
+        cuts.push(vec![Fate::Drop; n]);
+    }
+    for (i, change) in pending.iter().enumerate() {
+        let Pending::Write(_, _, bytes) = change else {
+            continue;
+        };
+        let sectors = (bytes.len() / 512).min(64);
+        let torn = (1..sectors).flat_map(|k| [Fate::Torn((1 << k) - 1), Fate::Torn(!0 << k)]);
+        let single = (0..sectors).map(|k| Fate::Torn(1 << k));
+        for fate in torn
+            .chain(single)
+            .chain([Fate::Trash(i as u64), Fate::Trash(!0)])
+        {
+            for others in [Fate::Keep, Fate::Drop] {
+                let mut cut = vec![others; n];
+                cut[i] = fate;
+                cuts.push(cut);
+            }
+        }
+    }
+    let mut seed = n as u64 + 99;
+    for _ in 0..mixed {
+        let fate = |seed: &mut u64| match next(seed) % 4 {
+            0 => Fate::Keep,
+            1 => Fate::Drop,
+            2 => Fate::Torn(next(seed)),
+            _ => Fate::Trash(next(seed)),
+        };
+        cuts.push((0..n).map(|_| fate(&mut seed)).collect());
+    }
+    cuts
+}
+
+/// The operations that change something or flush: cutting before a read is no other case.
+fn boundaries(trace: &[Op]) -> Vec<u64> {
+    let changes = trace.iter().enumerate().filter(|(_, op)| **op != Op::Read);
+    changes
+        .map(|(i, _)| i as u64)
+        .chain([trace.len() as u64])
+        .collect()
+}
+
+fn cut_at(at: u64) -> Option<Fault> {
+    Some(Fault {
+        at,
+        lasting: true,
+        error: power_off(),
+        applied: false,
+    })
+}
+
+#[test]
+fn a_power_cut_anywhere_leaves_the_last_or_the_next_epoch() {
+    let history = history();
+    let models = models(&history);
+    let disk = SimDisk::new();
+    assert_eq!(scenario(&disk, &history), (5, 5));
+    let (mut states, mut next_found) = (0u64, 0u64);
+    for at in boundaries(&disk.trace()) {
+        let disk = SimDisk::new();
+        disk.fault(cut_at(at));
+        let (acked, begun) = scenario(&disk, &history);
+        for cut in cuts(&disk.pending(), MIXED) {
+            let after = disk.power_cut(&mut |i, _| cut[i]);
+            let found = find(&after, &models);
+            assert!(
+                found >= acked,
+                "cut at {at}, {cut:?}: {found}, but {acked} was acknowledged"
+            );
+            assert!(found <= begun, "cut at {at}, {cut:?}");
+            states += 1;
+            next_found += u64::from(found > acked);
+        }
+    }
+    // The test is worth something only if it met both outcomes, often.
+    assert!(
+        states > 5_000 && next_found > 100,
+        "{states} states, {next_found} with the next"
+    );
+}
+
+#[test]
+fn a_power_cut_in_recovery_loses_nothing_that_was_found() {
+    let history = history();
+    let models = models(&history);
+    let disk = SimDisk::new();
+    scenario(&disk, &history);
+    let mut states = 0u64;
+    for at in boundaries(&disk.trace()) {
+        let disk = SimDisk::new();
+        disk.fault(cut_at(at));
+        scenario(&disk, &history);
+        let all = cuts(&disk.pending(), 8);
+        let some = all
+            .iter()
+            .enumerate()
+            .filter(|(i, _)| i % (1 + all.len() / 40) == 0);
+        for (_, cut) in some {
+            let after = disk.power_cut(&mut |i, _| cut[i]);
+            let found = find(&after, &models);
+            let rest = &history[found as usize..];
+            states += recover(&after, found, &models, rest);
+        }
+    }
+    assert!(states > 5_000, "{states} states");
+}
+
+/// Recovers with a power cut at each boundary; then without, and goes on writing.
+fn recover(disk: &SimDisk, found: u64, models: &[Model], rest: &[Script]) -> u64 {
+    let whole = disk.fork();
+    let mut store = open(&whole, Access::Write).unwrap();
+    let trace = whole.trace();
+    if let Some(script) = rest.first() {
+        assert_eq!(script.write(&mut store).unwrap().0, found + 1);
+    }
+    drop(store);
+    assert_eq!(find(&whole, models), (found + 1).min(models.len() as u64));
+    let mut states = 0;
+    for at in boundaries(&trace) {
+        let again = disk.fork();
+        again.fault(cut_at(at));
+        let cut_short = open(&again, Access::Write).is_err();
+        assert!(cut_short || at >= trace.len() as u64);
+        for cut in cuts(&again.pending(), 0) {
+            let after = again.power_cut(&mut |i, _| cut[i]);
+            assert_eq!(
+                find(&after, models),
+                found,
+                "cut at {at} of the recovery, {cut:?}"
+            );
+            states += 1;
+        }
+    }
+    states
+}
+
+/// Writes the history, repeating what fails; gives the newest model.
+fn persist(disk: &SimDisk, history: &[Script], models: &[Model], failures: &mut u64) -> u64 {
+    let mut count = |e: StoreError| {
+        let known = matches!(e, StoreError::Medium { .. } | StoreError::Full { .. });
+        assert!(known, "{e}");
+        *failures += 1;
+        e
+    };
+    let mut tries = 0;
+    let mut store = loop {
+        match create(disk).map_err(&mut count) {
+            Ok(store) => break store,
+            Err(_) => tries += 1,
+        }
+        assert!(tries < 3);
+    };
+    let mut newest = 0;
+    for (script, model) in history.iter().zip(models) {
+        let id = loop {
+            match script.write(&mut store).map_err(&mut count) {
+                Ok(id) => break id.0,
+                Err(_) => tries += 1,
+            }
+            assert!(tries < 3, "one failure is met once");
+            // What was acknowledged before is untouched by the failure.
+            if newest > 0 {
+                store
+                    .epoch(Some(outlive_epoch::EpochId(newest)))
+                    .map_err(&mut count)
+                    .ok();
+            }
+        };
+        assert!(id > newest);
+        newest = id;
+        if let Ok(reader) = store.epoch(None).map_err(&mut count) {
+            match read_back(&reader).map_err(&mut count) {
+                Ok(found) => assert_eq!(found, *model),
+                Err(_) => tries += 1,
+            }
+        }
+    }
+    newest
+}
+
+#[test]
+fn any_operation_may_fail_once_and_the_next_attempt_succeeds() {
+    let history = history();
+    let models = models(&history);
+    let clean = SimDisk::new();
+    persist(&clean, &history, &models, &mut 0);
+    let mut met = 0;
+    for error in [io::ErrorKind::Other, io::ErrorKind::StorageFull] {
+        for at in 0..clean.trace().len() as u64 {
+            for applied in [false, true] {
+                let disk = SimDisk::new();
+                disk.fault(Some(Fault {
+                    at,
+                    lasting: false,
+                    error,
+                    applied,
+                }));
+                let newest = persist(&disk, &history, &models, &mut met);
+                let last = models.last().unwrap();
+                for fate in [Fate::Drop, Fate::Keep] {
+                    let after = disk.power_cut(&mut |_, _| fate);
+                    let store = open(&after, Access::Read).unwrap();
+                    assert_eq!(store.newest().unwrap().0, newest);
+                    let found = read_back(&store.epoch(None).unwrap()).unwrap();
+                    assert_eq!(found, *last, "operation {at} failed");
+                    assert!(!store.verify(&mut |_, _| {}).unwrap().is_lossy());
+                }
+            }
+        }
+    }
+    assert!(met > 200, "{met} failures were met");
+}
+
+#[test]
+fn a_full_medium_keeps_what_is_there_and_works_again_when_there_is_space() {
+    let history = history();
+    let models = models(&history);
+    let clean = SimDisk::new();
+    scenario(&clean, &history);
+    let need = clean.contents("epochs.2").unwrap().len() as u64 * 3;
+    for capacity in (0..need).step_by(4096) {
+        let disk = SimDisk::new();
+        disk.set_capacity(Some(capacity));
+        let mut store = create(&disk).unwrap();
+        for (i, script) in history.iter().enumerate() {
+            let result = script.write(&mut store);
+            if let Err(e) = result {
+                assert!(matches!(e, StoreError::Full { .. }), "{e}");
+                if i > 0 {
+                    let found = read_back(&store.epoch(None).unwrap()).unwrap();
+                    assert_eq!(found, models[i - 1]);
+                }
+                disk.set_capacity(None);
+                assert_eq!(script.write(&mut store).unwrap().0, i as u64 + 1);
+            }
+        }
+        drop(store);
+        assert_eq!(find(&disk, &models), 5);
+    }
+}
