@@ -56,9 +56,6 @@ pub enum Reply {
         epoch: Taken,
         /// The process.
         pid: u32,
-        /// From the arrival of the request until the epoch was durable and, where that was asked,
-        /// the program ended, microseconds.
-        request_us: u64,
     },
     /// It could not be done.
     Failed {

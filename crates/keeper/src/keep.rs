@@ -14,7 +14,7 @@
 
 use crate::KeeperError;
 use crate::control::{Asker, Control, Reply, Request, Status, failed};
-use crate::epoch::{self, EpochLog, Program, Taken, micros};
+use crate::epoch::{self, EpochLog, Program, Taken};
 use crate::plan::{Begin, Plan};
 use crate::stats::Stops;
 use outlive_linux::signals::{Received, SignalQueue};
@@ -32,6 +32,10 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 pub const REATTACH_AFTER: u32 = 2;
 /// Kinds of failure that are said; more are only counted.
 const MOST_WARNINGS: usize = 32;
+
+/// How long a program may take from its first failing to be captured until it is seen to have
+/// ended, before the failure counts.
+const ENDING: Duration = Duration::from_millis(50);
 
 /// The signals a keeper takes: those it passes on, and `SIGPWR`.
 pub const SIGNALS: [i32; 8] = [
@@ -180,10 +184,7 @@ impl<'a, P: Program> Keeper<'a, P> {
 
     fn sleep(&self, signals: &SignalQueue, control: &Control) -> Result<(), KeeperError> {
         let wait = Duration::from_nanos(self.plan.wait(self.now()));
-        let timeout = Timespec {
-            tv_sec: i64::try_from(wait.as_secs()).unwrap_or(i64::MAX),
-            tv_nsec: i64::from(wait.subsec_nanos()),
-        };
+        let timeout = timespec(wait);
         let mut set = control.poll_set();
         set.push(PollFd::new(signals, PollFlags::IN));
         set.push(PollFd::new(&self.companion.process, PollFlags::IN));
@@ -227,15 +228,12 @@ impl<'a, P: Program> Keeper<'a, P> {
             Request::Checkpoint => false,
             Request::Stop | Request::Power => true,
         };
-        let arrived = Instant::now();
         match self.take(end) {
             Ok(taken) => {
-                let request_us = micros(arrived.elapsed());
                 let pid = self.settings.pid;
                 asker.answer(&Reply::Taken {
                     epoch: taken.clone(),
                     pid,
-                    request_us,
                 });
                 end.then_some(Ending::Planned(taken))
             }
@@ -320,7 +318,8 @@ impl<'a, P: Program> Keeper<'a, P> {
     }
 
     fn failure(&mut self, error: &ProcessError) {
-        if self.companion.gone() {
+        // A program that is just ending fails in many ways; its end is what counts then.
+        if self.companion.gone_within(ENDING) {
             return;
         }
         let text = error.to_string();
@@ -395,8 +394,12 @@ impl Companion {
     }
 
     fn gone(&self) -> bool {
+        self.gone_within(Duration::ZERO)
+    }
+
+    fn gone_within(&self, wait: Duration) -> bool {
         let mut set = [PollFd::new(&self.process, PollFlags::IN)];
-        matches!(poll(&mut set, Some(&Timespec::default())), Ok(n) if n > 0)
+        matches!(poll(&mut set, Some(&timespec(wait))), Ok(n) if n > 0)
     }
 
     /// How the program ended, where it did.
@@ -434,6 +437,13 @@ impl Companion {
     fn same_group(&self) -> bool {
         let pid = Pid::from_raw(i32::try_from(self.pid).unwrap_or(0));
         rustix::process::getpgid(pid).is_ok_and(|group| group == rustix::process::getpgrp())
+    }
+}
+
+fn timespec(wait: Duration) -> Timespec {
+    Timespec {
+        tv_sec: i64::try_from(wait.as_secs()).unwrap_or(i64::MAX),
+        tv_nsec: i64::from(wait.subsec_nanos()),
     }
 }
 

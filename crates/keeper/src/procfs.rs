@@ -8,12 +8,6 @@ pub fn start_time(pid: u32) -> Option<u64> {
     parse_stat(&fs::read(format!("/proc/{pid}/stat")).ok()?)
 }
 
-/// Whether there is a process of this number, be it a zombie.
-#[must_use]
-pub fn exists(pid: u32) -> bool {
-    fs::exists(format!("/proc/{pid}")).unwrap_or(false)
-}
-
 /// The command line of a process, lossily as text.
 #[must_use]
 pub fn command(pid: u32) -> Option<Vec<String>> {

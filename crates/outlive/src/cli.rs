@@ -57,7 +57,7 @@ pub enum Command {
     Restore(RestoreArgs),
     /// List the subjects of the store
     Ps,
-    /// List the epochs of a subject
+    /// List the epochs of a subject that can be restored
     History {
         /// The subject
         name: String,
@@ -181,9 +181,10 @@ pub struct CheckpointArgs {
     /// Let the program run on
     #[arg(long)]
     pub leave_running: bool,
-    /// How long a thread may take to stop before it is given up
-    #[arg(long, default_value = "5s", value_parser = parse_duration, value_name = "TIME")]
-    pub timeout: Duration,
+    /// How long a thread may take to stop before it is given up (5s); with a NAME, how long to wait
+    /// for its keeper's answer
+    #[arg(long, value_parser = parse_duration, value_name = "TIME")]
+    pub timeout: Option<Duration>,
 }
 
 /// `outlive restore`

@@ -10,12 +10,16 @@ use outlive_keeper::{KeeperError, procfs};
 use outlive_process::{TrackOptions, Tracked};
 use serde_json::json;
 use std::path::Path;
+use std::time::Duration;
+
+/// How long a thread may take to stop, where nothing else is asked for.
+const STOP_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// `outlive checkpoint`
 pub fn checkpoint(root: &Root, args: &CheckpointArgs, json: bool) -> Result<u8, KeeperError> {
     let (what, pid, taken) = match (&args.name, args.pid, &args.image) {
         (Some(name), _, _) => {
-            let (pid, taken) = through_keeper(root, name)?;
+            let (pid, taken) = through_keeper(root, name, args.timeout)?;
             (name.clone(), pid, taken)
         }
         (None, Some(pid), Some(image)) => (
@@ -33,9 +37,13 @@ pub fn checkpoint(root: &Root, args: &CheckpointArgs, json: bool) -> Result<u8, 
     Ok(0)
 }
 
-fn through_keeper(root: &Root, name: &str) -> Result<(u32, Taken), KeeperError> {
+fn through_keeper(
+    root: &Root,
+    name: &str,
+    patience: Option<Duration>,
+) -> Result<(u32, Taken), KeeperError> {
     let subject = root.existing(name)?;
-    match ask(subject.dir(), Request::Checkpoint, None)? {
+    match ask(subject.dir(), Request::Checkpoint, patience)? {
         Some(Reply::Taken { epoch, pid, .. }) => Ok((pid, epoch)),
         Some(Reply::Failed { error, exit }) => Err(KeeperError::Told {
             message: error,
@@ -59,8 +67,9 @@ fn to_image(args: &CheckpointArgs, pid: u32, image: &Path) -> Result<Taken, Keep
     if procfs::start_time(pid).is_none() {
         return Err(KeeperError::Other(format!("there is no process {pid}")));
     }
+    must_be_free(image)?;
     let options = TrackOptions {
-        stop_timeout: args.timeout,
+        stop_timeout: args.timeout.unwrap_or(STOP_TIMEOUT),
         incremental: args.leave_running,
     };
     let mut program = Tracked::attach(pid, options)?;
@@ -86,6 +95,20 @@ fn to_image(args: &CheckpointArgs, pid: u32, image: &Path) -> Result<Taken, Keep
             discard(image, existed);
             Err(error)
         }
+    }
+}
+
+/// An image needs a directory of its own.
+fn must_be_free(image: &Path) -> Result<(), KeeperError> {
+    let place = image.display();
+    match std::fs::read_dir(image).map(|mut entries| entries.next().is_some()) {
+        Ok(true) => Err(KeeperError::Refused(format!(
+            "{place} is not empty: an image needs a new or empty directory"
+        ))),
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            Err(KeeperError::io(format!("read {place}"))(error))
+        }
+        _ => Ok(()),
     }
 }
 

@@ -16,8 +16,8 @@ const GOODBYE: Duration = Duration::from_secs(5);
 struct End {
     pid: u32,
     taken: Taken,
-    request_us: u64,
-    whole_us: u64,
+    /// From the request, as it was sent, until the program had ended, microseconds.
+    event_us: u64,
 }
 
 /// `outlive stop`
@@ -58,8 +58,7 @@ pub fn simulate(root: &Root, name: &str, json: bool) -> Result<u8, KeeperError> 
     let rows = [
         ("final epoch", end.taken.epoch.to_string()),
         ("stop to durable", out::time_us(end.taken.durable_us)),
-        ("event to program ended", out::time_us(end.request_us)),
-        ("with this command", out::time_us(end.whole_us)),
+        ("event to program ended", out::time_us(end.event_us)),
         ("pages", out::count(end.taken.pages)),
         ("written", out::bytes(end.taken.bytes_written)),
     ];
@@ -100,13 +99,9 @@ fn not_kept(subject: &Subject) -> Result<(), KeeperError> {
 /// Asks the keeper for a planned end and waits until the keeper is gone; `None` without one.
 fn end(subject: &Subject, request: Request) -> Result<Option<End>, KeeperError> {
     let started = Instant::now();
-    let (taken, pid, request_us) = match ask(subject.dir(), request, None)? {
+    let (taken, pid) = match ask(subject.dir(), request, None)? {
         None => return Ok(None),
-        Some(Reply::Taken {
-            epoch,
-            pid,
-            request_us,
-        }) => (epoch, pid, request_us),
+        Some(Reply::Taken { epoch, pid }) => (epoch, pid),
         Some(Reply::Failed { error, exit }) => {
             return Err(KeeperError::Told {
                 message: error,
@@ -117,7 +112,7 @@ fn end(subject: &Subject, request: Request) -> Result<Option<End>, KeeperError> 
             return Err(KeeperError::Other("the keeper answered rubbish".into()));
         }
     };
-    let whole_us = micros(started.elapsed());
+    let event_us = micros(started.elapsed());
     let socket = subject.dir().join("control");
     let patience = Instant::now();
     while socket.exists() && patience.elapsed() < GOODBYE {
@@ -126,8 +121,7 @@ fn end(subject: &Subject, request: Request) -> Result<Option<End>, KeeperError> 
     Ok(Some(End {
         pid,
         taken,
-        request_us,
-        whole_us,
+        event_us,
     }))
 }
 
@@ -140,7 +134,7 @@ fn figures(name: &str, end: &End) -> Value {
         "time": out::moment(end.taken.time_ns),
         "stop_us": end.taken.stop_us,
         "durable_us": end.taken.durable_us,
-        "event_us": end.request_us,
+        "event_us": end.event_us,
         "pages": end.taken.pages,
         "bytes_written": end.taken.bytes_written,
     })

@@ -21,8 +21,8 @@ pub fn run(cli: &Cli) -> Result<u8, KeeperError> {
     let json = cli.json;
     match &cli.command {
         Command::Check => check::check(&root, json),
-        Command::Run(args) => run::run(&root, args),
-        Command::Attach(args) => run::attach(&root, args),
+        Command::Run(args) => run::run(&root, args, json),
+        Command::Attach(args) => run::attach(&root, args, json),
         Command::Checkpoint(args) => checkpoint::checkpoint(&root, args, json),
         Command::Restore(args) => restore::restore(&root, args, json),
         Command::Ps => list::ps(&root, json),

@@ -7,7 +7,7 @@
 //! standard input. The process in the background restores, reports over the socket, and stays as
 //! the keeper (or ends, for an image); this one passes the report on.
 
-use super::run::{card, claim, finish, queue};
+use super::run::{claim, finish, introduce, queue};
 use crate::cli::{Files, RestoreArgs};
 use crate::out;
 use outlive_epoch::EpochReader;
@@ -26,10 +26,13 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::{Command, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// How long a thread may take to stop in an epoch after a restore.
 const STOP_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// How long a program that was just killed may take to be gone.
+const DYING: Duration = Duration::from_millis(300);
 
 /// What a restore tells, also across the socket of a process in the background.
 #[derive(Debug, Serialize, Deserialize)]
@@ -107,11 +110,7 @@ fn subject(
     let mut control = Control::open(subject.dir())?;
     let pid = ready.pid();
     let every = Duration::from_nanos(known.every_ns);
-    let new = Card {
-        since_ns: known.since_ns,
-        ..card(pid, known.command.clone(), every)?
-    };
-    subject.write_card(&lock, &new)?;
+    introduce(&subject, &lock, pid)?;
     teller.tell(ready.go()?, epoch);
     let settings = Settings {
         pid,
@@ -126,12 +125,17 @@ fn subject(
     let mut tell = |text: &str| out::say(&format!("{name}: {text}"));
     let ending =
         Keeper::new(settings, &mut log, &mut attach, &mut tell)?.run(&mut signals, &mut control)?;
-    finish(&subject, &lock, &ending)
+    finish(&subject, &lock, &log, &ending, false)
 }
 
 fn must_not_run(subject: &Subject, card: &Card) -> Result<(), KeeperError> {
-    if !card.runs() {
-        return Ok(());
+    // A program that was just killed may take a moment to be gone.
+    let patience = Instant::now();
+    while patience.elapsed() < DYING {
+        if !card.runs() {
+            return Ok(());
+        }
+        std::thread::sleep(Duration::from_millis(5));
     }
     let (name, pid) = (subject.name(), card.pid);
     Err(KeeperError::Refused(format!(

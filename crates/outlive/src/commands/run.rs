@@ -5,19 +5,21 @@ use crate::out;
 use outlive_epoch::StoreError;
 use outlive_keeper::KeeperError;
 use outlive_keeper::control::Control;
+use outlive_keeper::epoch::EpochLog;
 use outlive_keeper::images::{Image, Log};
 use outlive_keeper::keep::{Ending, Keeper, SIGNALS, Settings, now_ns};
 use outlive_keeper::procfs;
 use outlive_keeper::subject::{CARD_VERSION, Card, Lock, Root, Subject};
 use outlive_linux::signals::SignalQueue;
-use outlive_process::{ProcessError, TrackOptions, Tracked};
+use outlive_process::{TrackOptions, Tracked};
+use serde_json::json;
 use std::io::ErrorKind;
 use std::path::PathBuf;
 use std::process::Command;
 use std::time::Duration;
 
 /// `outlive run`
-pub fn run(root: &Root, args: &RunArgs) -> Result<u8, KeeperError> {
+pub fn run(root: &Root, args: &RunArgs, json: bool) -> Result<u8, KeeperError> {
     let Some((program, words)) = args.command.split_first() else {
         return Err(KeeperError::Usage("no program is given".into()));
     };
@@ -30,49 +32,43 @@ pub fn run(root: &Root, args: &RunArgs) -> Result<u8, KeeperError> {
     let lock = claim(&subject)?;
     let mut log = fresh_log(&subject)?;
     let mut signals = queue()?;
+    let command: Vec<String> = args
+        .command
+        .iter()
+        .map(|w| w.to_string_lossy().into())
+        .collect();
+    let every = args.pace.every;
+    // Whoever sees the program sees that it is kept: the socket and the card are there first.
+    subject.write_card(&lock, &blank_card(command, every))?;
+    let mut control = Control::open(subject.dir())?;
     let mut child = match Command::new(program).args(words).spawn() {
         Ok(child) => child,
         Err(error) => {
             if new {
-                drop(log);
                 subject.remove(&lock)?;
             }
             return Err(not_started(&program.to_string_lossy(), &error));
         }
     };
     let pid = child.id();
-    let command = args
-        .command
-        .iter()
-        .map(|word| word.to_string_lossy().into_owned())
-        .collect();
-    let kept = card(pid, command, args.pace.every)
-        .and_then(|card| subject.write_card(&lock, &card))
-        .and_then(|()| Control::open(subject.dir()));
-    let mut control = match kept {
-        Ok(control) => control,
-        Err(error) => {
-            // A program that cannot be kept is not left behind unkept.
-            let _ = child.kill();
-            let _ = child.wait();
-            return Err(error);
-        }
-    };
-    let settings = Settings {
-        pid,
-        every: args.pace.every,
-        child: true,
-    };
+    if let Err(error) = introduce(&subject, &lock, pid) {
+        // A program that cannot be kept is not left behind unkept.
+        let _ = child.kill();
+        let _ = child.wait();
+        return Err(error);
+    }
+    let child = true;
+    let settings = Settings { pid, every, child };
     let options = options(&args.pace);
     let mut attach = || Tracked::attach(pid, options.clone());
     let mut tell = |text: &str| out::say(&format!("{name}: {text}"));
     let ending =
         Keeper::new(settings, &mut log, &mut attach, &mut tell)?.run(&mut signals, &mut control)?;
-    finish(&subject, &lock, &ending)
+    finish(&subject, &lock, &log, &ending, json)
 }
 
 /// `outlive attach`
-pub fn attach(root: &Root, args: &AttachArgs) -> Result<u8, KeeperError> {
+pub fn attach(root: &Root, args: &AttachArgs, json: bool) -> Result<u8, KeeperError> {
     let pid = args.pid;
     let command = procfs::command(pid)
         .ok_or_else(|| KeeperError::Other(format!("there is no program with pid {pid}")))?;
@@ -90,7 +86,8 @@ pub fn attach(root: &Root, args: &AttachArgs) -> Result<u8, KeeperError> {
         Ok(card) if card.pid == pid && card.runs() => reopened_log(&subject)?,
         _ => fresh_log(&subject)?,
     };
-    subject.write_card(&lock, &card(pid, command, args.pace.every)?)?;
+    subject.write_card(&lock, &blank_card(command, args.pace.every))?;
+    introduce(&subject, &lock, pid)?;
     let mut control = Control::open(subject.dir())?;
     out::say(&format!(
         "{name}: keeping pid {pid}; Ctrl-C leaves it running"
@@ -104,7 +101,7 @@ pub fn attach(root: &Root, args: &AttachArgs) -> Result<u8, KeeperError> {
     let ending = Keeper::new(settings, &mut log, &mut attach, &mut tell)?
         .with_program(program)
         .run(&mut signals, &mut control)?;
-    finish(&subject, &lock, &ending)
+    finish(&subject, &lock, &log, &ending, json)
 }
 
 fn not_started(program: &str, error: &std::io::Error) -> KeeperError {
@@ -163,48 +160,67 @@ fn reopened_log(subject: &Subject) -> Result<Log, KeeperError> {
     }
 }
 
-/// What is to be known of a running process.
-pub fn card(pid: u32, command: Vec<String>, every: Duration) -> Result<Card, KeeperError> {
-    let gone = || ProcessError::Gone {
-        pid,
-        what: "ended before it could be kept".into(),
-    };
-    Ok(Card {
+/// A card of a program that is not there yet.
+fn blank_card(command: Vec<String>, every: Duration) -> Card {
+    Card {
         version: CARD_VERSION,
         command,
         every_ns: u64::try_from(every.as_nanos()).unwrap_or(u64::MAX),
-        pid,
-        // A child that has ended already is still there to be waited for, without a start time.
-        started: procfs::start_time(pid)
-            .or_else(|| procfs::exists(pid).then_some(0))
-            .ok_or_else(gone)?,
+        pid: 0,
+        started: 0,
         boot: procfs::boot_id(),
         since_ns: now_ns(),
         ended: None,
-    })
+    }
 }
 
-/// Records how the program ended and passes its status on.
-pub fn finish(subject: &Subject, lock: &Lock, ending: &Ending) -> Result<u8, KeeperError> {
-    let name = subject.name();
+/// Writes into the card which process it is about.
+pub fn introduce(subject: &Subject, lock: &Lock, pid: u32) -> Result<(), KeeperError> {
+    // A child that has ended already waits to be reaped and has no start time any more.
+    let started = procfs::start_time(pid).unwrap_or(0);
+    let boot = procfs::boot_id();
+    let card = Card {
+        pid,
+        started,
+        boot,
+        ended: None,
+        ..subject.card()?
+    };
+    subject.write_card(lock, &card)
+}
+
+/// Records how the program ended, says what can be done now, and passes its status on.
+pub fn finish(
+    subject: &Subject,
+    lock: &Lock,
+    log: &dyn EpochLog,
+    ending: &Ending,
+    json: bool,
+) -> Result<u8, KeeperError> {
+    let (name, newest) = (subject.name(), log.newest());
     let (ended, code) = match ending {
         Ending::Exited(code) => (Some(format!("exit status {code}")), *code),
         Ending::Killed(signal) => (Some(format!("signal {signal}")), signal.saturating_add(128)),
         Ending::Gone => (Some("ended".into()), 0),
-        Ending::Planned(taken) => {
-            out::say(&format!(
-                "{name}: stopped at epoch {}; `outlive restore {name}` continues it",
-                taken.epoch
-            ));
-            (Some("stopped".into()), 0)
-        }
-        Ending::Detached => {
-            out::say(&format!("{name}: no longer kept; the program runs on"));
-            (None, 0)
-        }
+        Ending::Planned(_) => (Some("stopped".into()), 0),
+        Ending::Detached => (None, 0),
     };
+    let remedy = format!("`outlive restore {name}` continues it from epoch {newest}");
+    match ending {
+        Ending::Killed(signal) if newest > 0 => {
+            out::say(&format!("{name}: ended by signal {signal}; {remedy}"));
+        }
+        Ending::Planned(_) => out::say(&format!("{name}: stopped; {remedy}")),
+        Ending::Detached => out::say(&format!("{name}: no longer kept; the program runs on")),
+        _ => {}
+    }
     if let Ok(card) = subject.card() {
+        let ended = ended.clone();
         subject.write_card(lock, &Card { ended, ..card })?;
+    }
+    if json {
+        let state = ended.unwrap_or_else(|| "not kept".into());
+        out::json(&json!({ "name": name, "state": state, "epoch": newest, "exit": code }));
     }
     Ok(code)
 }

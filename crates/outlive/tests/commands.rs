@@ -1,0 +1,215 @@
+//! The binary as a script calls it: exit codes, JSON on errors, what passes through `run`. Whether
+//! epochs of real programs can be restored is tested elsewhere; nothing here depends on it.
+#![allow(clippy::unwrap_used, reason = "all of this is test code")]
+
+use serde_json::Value;
+use std::io::{BufRead, BufReader};
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::{Child, Command, Output, Stdio};
+
+fn outlive(store: &Path, words: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_outlive"));
+    command
+        .args(words)
+        .env("OUTLIVE_STORE", store)
+        .stdin(Stdio::null());
+    command
+}
+
+fn call(store: &Path, words: &[&str]) -> (i32, String, String) {
+    let Output {
+        status,
+        stdout,
+        stderr,
+    } = outlive(store, words).output().unwrap();
+    let text = |bytes| String::from_utf8(bytes).unwrap();
+    (status.code().unwrap(), text(stdout), text(stderr))
+}
+
+/// The JSON that a failed command prints, with its exit code checked against the real one.
+fn failure(store: &Path, words: &[&str]) -> (i32, String) {
+    let (code, stdout, _) = call(store, words);
+    let value: Value = serde_json::from_str(&stdout).unwrap_or_else(|e| panic!("{stdout:?}: {e}"));
+    assert_eq!(value["exit"], code, "{stdout}");
+    (code, value["error"].as_str().unwrap().to_owned())
+}
+
+/// A keeper with a program that ends when it is told to; killed and reaped when it is dropped.
+struct Kept {
+    keeper: Child,
+    output: BufReader<std::process::ChildStdout>,
+}
+
+impl Kept {
+    fn start(store: &Path, words: &[&str]) -> Self {
+        let mut command = outlive(store, words);
+        command
+            .process_group(0)
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null());
+        let mut keeper = command.spawn().unwrap();
+        let output = BufReader::new(keeper.stdout.take().unwrap());
+        Self { keeper, output }
+    }
+
+    fn line(&mut self) -> String {
+        let mut line = String::new();
+        self.output.read_line(&mut line).unwrap();
+        line.trim_end().to_owned()
+    }
+
+    fn signal(&self, signal: rustix::process::Signal) {
+        let pid = rustix::process::Pid::from_child(&self.keeper);
+        rustix::process::kill_process(pid, signal).unwrap();
+    }
+
+    fn code(mut self) -> i32 {
+        self.keeper.wait().unwrap().code().unwrap()
+    }
+}
+
+impl Drop for Kept {
+    fn drop(&mut self) {
+        if let Ok(None) = self.keeper.try_wait() {
+            let group = rustix::process::Pid::from_child(&self.keeper);
+            let _ = rustix::process::kill_process_group(group, rustix::process::Signal::KILL);
+            let _ = self.keeper.wait();
+        }
+    }
+}
+
+#[test]
+fn errors_have_the_codes_of_the_contract_and_are_json_when_asked() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = dir.path();
+    assert_eq!(failure(store, &["fly", "--json"]).0, 2);
+    assert_eq!(
+        failure(store, &["run", "--strict", "--json", "--", "true"]).0,
+        2
+    );
+    assert_eq!(failure(store, &["history", "../etc", "--json"]).0, 2);
+    let (code, error) = failure(store, &["history", "nobody", "--json"]);
+    assert_eq!(code, 1);
+    assert!(
+        error.contains("nobody") && error.contains(store.to_str().unwrap()),
+        "{error}"
+    );
+    for words in [
+        ["stop", "nobody"],
+        ["forget", "nobody"],
+        ["restore", "nobody"],
+        ["verify", "nobody"],
+    ] {
+        assert_eq!(call(store, &words).0, 1, "{words:?}");
+    }
+    let taken = dir.path().join("taken");
+    std::fs::create_dir(&taken).unwrap();
+    std::fs::write(taken.join("file"), "precious").unwrap();
+    let (taken, me) = (taken.to_str().unwrap(), std::process::id().to_string());
+    let (code, error) = failure(
+        store,
+        &["checkpoint", "--pid", &me, "--image", taken, "--json"],
+    );
+    assert_eq!(code, 3, "{error}");
+    let image = dir.path().join("none");
+    let image = image.to_str().unwrap();
+    assert_eq!(
+        failure(store, &["restore", "--image", image, "--json"]).0,
+        1
+    );
+    assert_eq!(
+        failure(store, &["restore", "--image", image, "--detach", "--json"]).0,
+        1
+    );
+    assert_eq!(failure(store, &["verify", image, "--json"]).0, 1);
+    let (code, stdout, _) = call(store, &["--help"]);
+    assert_eq!(code, 0);
+    assert!(stdout.contains("Exit codes"));
+}
+
+#[test]
+fn the_exit_status_of_the_program_passes_through() {
+    let dir = tempfile::tempdir().unwrap();
+    let run = |script: &str| {
+        call(
+            dir.path(),
+            &["run", "--every", "1h", "--", "sh", "-c", script],
+        )
+    };
+    let (code, stdout, stderr) = run("echo out; exit 7");
+    assert_eq!((code, stdout.as_str(), stderr.as_str()), (7, "out\n", ""));
+    assert_eq!(run("kill -9 $$").0, 137);
+    assert_eq!(call(dir.path(), &["run", "--", "/no/such/program"]).0, 127);
+    assert_eq!(call(dir.path(), &["run", "--", "/etc/passwd"]).0, 126);
+    let (code, stdout, _) = call(dir.path(), &["ps", "--json"]);
+    let list: Value = serde_json::from_str(&stdout).unwrap();
+    let list: Vec<_> = list
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|e| (e["name"].clone(), e["state"].clone()))
+        .collect();
+    assert_eq!(code, 0);
+    let entry = |name: &str, state: &str| (Value::from(name), Value::from(state));
+    assert_eq!(
+        list,
+        [entry("sh", "exit status 7"), entry("sh-2", "signal 9")]
+    );
+}
+
+#[test]
+fn signals_sent_to_the_keeper_reach_the_program_and_only_one_keeper_keeps_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let script = "trap 'echo got usr1' USR1; trap 'exit 9' TERM; echo ready; \
+                  while :; do sleep 0.05; done";
+    let words = [
+        "run", "--name", "a", "--every", "1h", "--", "sh", "-c", script,
+    ];
+    let mut kept = Kept::start(dir.path(), &words);
+    assert_eq!(kept.line(), "ready");
+    kept.signal(rustix::process::Signal::USR1);
+    assert_eq!(kept.line(), "got usr1");
+    let (code, stdout, _) = call(dir.path(), &["ps", "--json"]);
+    assert_eq!(code, 0);
+    let list: Value = serde_json::from_str(&stdout).unwrap();
+    assert_eq!(list[0]["state"], "running");
+    assert_eq!(list[0]["keeper_pid"], kept.keeper.id());
+    let (code, error) = failure(dir.path(), &["run", "--name", "a", "--json", "--", "true"]);
+    assert_eq!(code, 3);
+    assert!(
+        error.contains(&format!("pid {}", kept.keeper.id())),
+        "{error}"
+    );
+    assert_eq!(call(dir.path(), &["forget", "a"]).0, 3);
+    kept.signal(rustix::process::Signal::TERM);
+    assert_eq!(kept.code(), 9);
+    assert_eq!(call(dir.path(), &["forget", "a"]).0, 0);
+    assert!(!dir.path().join("a").exists());
+}
+
+#[test]
+fn a_program_without_a_keeper_is_neither_stopped_nor_forgotten() {
+    let dir = tempfile::tempdir().unwrap();
+    let script = "echo ready; sleep 1000";
+    let words = [
+        "run", "--name", "a", "--every", "1h", "--", "sh", "-c", script,
+    ];
+    let mut kept = Kept::start(dir.path(), &words);
+    assert_eq!(kept.line(), "ready");
+    let (_, stdout, _) = call(dir.path(), &["ps", "--json"]);
+    let list: Value = serde_json::from_str(&stdout).unwrap();
+    let pid = list[0]["pid"].as_i64().unwrap();
+    kept.signal(rustix::process::Signal::KILL);
+    kept.keeper.wait().unwrap();
+    for words in [["stop", "a"], ["forget", "a"], ["restore", "a"]] {
+        let (code, _, stderr) = call(dir.path(), &words);
+        assert_eq!(code, 3, "{words:?}: {stderr}");
+        assert!(
+            stderr.contains(&format!("attach --pid {pid}")),
+            "{words:?}: {stderr}"
+        );
+    }
+    let group = rustix::process::Pid::from_child(&kept.keeper);
+    rustix::process::kill_process_group(group, rustix::process::Signal::KILL).unwrap();
+}
