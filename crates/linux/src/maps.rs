@@ -77,6 +77,7 @@ vm_flags! {
     SHADOW_STACK = 17, b"ss", "A shadow stack.";
     SYNC = 18, b"sf", "`MAP_SYNC`.";
     DROPPABLE = 19, b"dp", "`MAP_DROPPABLE`.";
+    MAY_WRITE = 21, b"mw", "It may be made writable.";
     MIXED = 20, b"mm", "Mixed page frames and pages.";
 }
 

@@ -209,6 +209,19 @@ impl Halted {
         }
     }
 
+    /// Waits until a thread that was killed is gone, and reaps it unless it is our own child.
+    pub fn await_end(mut self, deadline: Instant) -> Result<(), WaitError> {
+        self.armed = false;
+        loop {
+            match wait_stop(self.tid, self.own_child, deadline) {
+                Err(WaitError::Ended { .. }) => return Ok(()),
+                Err(e) => return Err(e),
+                // An exit stop or a stop that came before the kill.
+                Ok(_) => drop(request(libc::PTRACE_CONT, self.tid, 0, 0)),
+            }
+        }
+    }
+
     /// Has the kernel kill this thread's process if this tracer ends before it is detached.
     pub fn die_with_us(&self) -> Result<(), Errno> {
         let options = libc::PTRACE_O_TRACESYSGOOD | libc::PTRACE_O_EXITKILL;

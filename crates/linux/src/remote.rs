@@ -307,7 +307,7 @@ pub struct InFlight {
     batch: Batch,
 }
 
-fn put(raw: &mut [u8], at: usize, value: u64) {
+fn put_word(raw: &mut [u8], at: usize, value: u64) {
     raw[at..at + 8].copy_from_slice(&value.to_ne_bytes());
 }
 
@@ -351,6 +351,13 @@ impl Arena {
     #[must_use]
     pub fn range(&self) -> (u64, u64) {
         (self.base, Self::length(self.slots, self.slot))
+    }
+
+    /// Memory that belongs to no batch: room for data to which arguments point indirectly. Not to
+    /// be used together with a [`Rescue`]. Address and length.
+    #[must_use]
+    pub fn scratch(&self) -> (u64, u64) {
+        (self.base + PAGE + self.slot - HEADER - FRAME_ROOM, FRAME_ROOM - 256)
     }
 
     /// How many threads can run batches at the same time.
@@ -448,19 +455,19 @@ impl Arena {
 
 fn header_image(list: u64, end: u64, rescue: Option<&Rescue>) -> [u8; HEADER as usize] {
     let mut raw = [0u8; HEADER as usize];
-    put(&mut raw, 0, list);
-    put(&mut raw, 8, end);
+    put_word(&mut raw, 0, list);
+    put_word(&mut raw, 8, end);
     // Without a rescue the thread waits (practically) for ever.
-    put(&mut raw, 24, rescue.map_or(1 << 40, |_| RESCUE_AFTER.as_secs()));
+    put_word(&mut raw, 24, rescue.map_or(1 << 40, |_| RESCUE_AFTER.as_secs()));
     if let Some(Rescue { registers, mask }) = rescue {
         let r = restarted(*registers);
-        put(&mut raw, 48, *mask);
+        put_word(&mut raw, 48, *mask);
         let order = [
             r.r15, r.r14, r.r13, r.r12, r.r11, r.r10, r.r9, r.r8, r.rdi, r.rsi, r.rbp, r.rbx, r.rdx,
             r.rcx, r.rax, r.rip, r.cs, r.eflags, r.rsp, r.ss,
         ];
         for (i, value) in order.into_iter().enumerate() {
-            put(&mut raw, 56 + i * 8, value);
+            put_word(&mut raw, 56 + i * 8, value);
         }
     }
     raw

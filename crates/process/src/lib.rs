@@ -12,10 +12,19 @@
 //! 5. [`Captured::write`] and [`Captured::sync_files`] while the program runs on, then the commit.
 //! 6. If any of this failed: [`Tracked::forget_progress`], so that the next epoch is a full one.
 
+mod bootstrap;
 pub mod error;
+mod freeze;
+pub mod image;
+mod interval;
+mod pages;
+mod preflight;
+mod reentry;
 pub mod resources;
 pub mod restore;
+mod target;
 pub mod track;
+mod waits;
 
 pub use error::{ProcessError, Refusal};
 pub use restore::{FilesPolicy, Ready, RestoreOptions, Restored, restore};

@@ -1,3 +1,8 @@
 //! The kinds of process state, one file each, all of one shape.
 
+pub mod attributes;
+pub mod credentials;
 pub mod descriptors;
+pub mod memory;
+pub mod signals;
+pub mod thread;

@@ -1,0 +1,170 @@
+//! The foothold in a process: the arena for remote calls, and the userfaultfd that tracks writes.
+
+use crate::ProcessError;
+use crate::freeze::{Held, remote_failed};
+use crate::target::Target;
+use outlive_linux::Errno;
+use outlive_linux::maps::{self, Mapping};
+use outlive_linux::memory;
+use outlive_linux::remote::{Arena, Arg, Batch};
+use outlive_linux::userfault::{FLAGS, WriteTracker};
+use rustix::process::{PidfdGetfdFlags, pidfd_getfd};
+
+/// Where the arena lies and how it is divided.
+#[derive(Clone, Copy, Debug)]
+pub struct Plan {
+    /// Address, or `None` for wherever the kernel likes.
+    pub at: Option<u64>,
+    /// Threads that can run batches at the same time.
+    pub slots: u64,
+    /// Bytes for each.
+    pub slot: u64,
+}
+
+impl Plan {
+    /// For capture: small batches in many threads.
+    pub const CAPTURE: Self = Self { at: None, slots: 32, slot: 64 * 1024 };
+}
+
+const NONE: u64 = u64::MAX;
+const PROT_RW: u64 = (libc::PROT_READ | libc::PROT_WRITE) as u64;
+const PROT_RX: u64 = (libc::PROT_READ | libc::PROT_EXEC) as u64;
+
+/// Finds a `syscall` instruction in a process: the vDSO has one, else any code will do.
+pub fn find_syscall(pid: u32, mappings: &[Mapping]) -> Option<u64> {
+    let vdso = mappings.iter().filter(|m| m.name == b"[vdso]");
+    let others = mappings.iter().filter(|m| m.prot & 4 != 0 && m.name != b"[vdso]");
+    for m in vdso.chain(others) {
+        let mut code = vec![0u8; m.len().min(4 << 20) as usize];
+        if memory::read_exact(pid, m.start, &mut code).is_ok()
+            && let Some(at) = code.windows(2).position(|w| w == [0x0f, 0x05])
+        {
+            return Some(m.start + at as u64);
+        }
+    }
+    None
+}
+
+/// Makes an arena in a stopped process. It is shared memory, so that it never becomes one mapping
+/// with memory of the program's own.
+pub fn make_arena(
+    target: &Target,
+    leader: &mut Held,
+    syscall_at: u64,
+    plan: Plan,
+) -> Result<Arena, ProcessError> {
+    let length = Arena::length(plan.slots, plan.slot);
+    let mut flags = (libc::MAP_SHARED | libc::MAP_ANONYMOUS) as u64;
+    if plan.at.is_some() {
+        flags |= libc::MAP_FIXED_NOREPLACE as u64;
+    }
+    let args = [plan.at.unwrap_or(0), length, PROT_RW, flags, NONE, 0];
+    let base = call(target, leader, syscall_at, libc::SYS_mmap, args, "mapping working memory")?;
+    let arena = Arena::fill(target.pid, base, plan.slots, plan.slot)
+        .map_err(|e| target.kernel("filling working memory", e));
+    let args = [base, 4096, PROT_RX, 0, 0, 0];
+    let executable =
+        call(target, leader, syscall_at, libc::SYS_mprotect, args, "making working memory executable");
+    match arena.and_then(|arena| executable.map(|_| arena)) {
+        Ok(arena) => Ok(arena),
+        Err(e) => {
+            let _ = leader.single(syscall_at, libc::SYS_munmap, [base, length, 0, 0, 0, 0]);
+            Err(e)
+        }
+    }
+}
+
+/// Removes an arena.
+pub fn remove_arena(
+    target: &Target,
+    leader: &mut Held,
+    syscall_at: u64,
+    range: (u64, u64),
+) -> Result<(), ProcessError> {
+    let args = [range.0, range.1, 0, 0, 0, 0];
+    call(target, leader, syscall_at, libc::SYS_munmap, args, "unmapping working memory").map(drop)
+}
+
+fn call(
+    target: &Target,
+    leader: &mut Held,
+    syscall_at: u64,
+    number: i64,
+    args: [u64; 6],
+    what: &str,
+) -> Result<u64, ProcessError> {
+    let result = leader.single(syscall_at, number, args).map_err(|e| remote_failed(target, e))?;
+    result.map_err(|e| target.kernel(what, e))
+}
+
+/// Removes what a tracer that died left in the process: its arena is found by its stamp.
+pub fn remove_leftovers(
+    target: &Target,
+    threads: &mut [Held],
+    syscall_at: u64,
+    mappings: &[Mapping],
+) -> Result<(), ProcessError> {
+    for (at, m) in mappings.iter().enumerate() {
+        let is_code = m.shared && m.prot == 5 && m.len() == 4096 && m.name.starts_with(b"/dev/zero");
+        if !is_code || !Arena::is_stamped(target.pid, m.start) {
+            continue;
+        }
+        if threads.iter().any(|t| (m.start..m.end).contains(&t.registers.rip)) {
+            let what = "a thread is still helping itself after an earlier outlive died".to_owned();
+            let r = target.refusal("", what, "try again in a few seconds");
+            return Err(ProcessError::Refused(vec![r]));
+        }
+        let rest = mappings.get(at + 1).filter(|n| n.start == m.end && n.shared);
+        let end = rest.map_or(m.end, |n| n.end);
+        remove_arena(target, &mut threads[0], syscall_at, (m.start, end - m.start))?;
+    }
+    Ok(())
+}
+
+/// Creates a userfaultfd in the process and takes it out, so that nothing of it stays there.
+/// `Err` in the inner result: the kernel has no asynchronous write protection, and why.
+pub fn make_tracker(
+    target: &Target,
+    leader: &mut Held,
+    arena: &Arena,
+) -> Result<Result<WriteTracker, String>, ProcessError> {
+    let mut batch = Batch::new();
+    let fd = batch.push(libc::SYS_userfaultfd, [Arg::Value(FLAGS)]);
+    let answers = leader.run(arena, batch).map_err(|e| remote_failed(target, e))?;
+    let number = match answers.value(fd) {
+        Ok(number) => number,
+        Err(e) => return Ok(Err(format!("userfaultfd: {e}"))),
+    };
+    let taken = pidfd_getfd(&target.pidfd, number as i32, PidfdGetfdFlags::empty());
+    let mut batch = Batch::new();
+    batch.push(libc::SYS_close, [Arg::Value(number)]);
+    leader.run(arena, batch).map_err(|e| remote_failed(target, e))?;
+    let taken = taken.map_err(|e| target.kernel("taking over the userfaultfd", e))?;
+    Ok(WriteTracker::new(taken).map_err(|e| match e {
+        Errno::INVAL => "this kernel has no asynchronous write protection (Linux 6.7)".into(),
+        e => format!("userfaultfd: {e}"),
+    }))
+}
+
+/// Keeps the arena out of children and core dumps.
+pub fn hide_arena(target: &Target, leader: &mut Held, arena: &Arena) -> Result<(), ProcessError> {
+    let (base, length) = arena.range();
+    let mut batch = Batch::new();
+    for advice in [libc::MADV_DONTFORK, libc::MADV_DONTDUMP] {
+        let args = [Arg::Value(base), Arg::Value(length), Arg::Value(advice as u64)];
+        batch.push(libc::SYS_madvise, args);
+    }
+    leader.run(arena, batch).map(drop).map_err(|e| remote_failed(target, e))
+}
+
+/// The mappings of a process without those in `range` (address, length).
+pub fn mappings_without(
+    target: &Target,
+    range: Option<(u64, u64)>,
+) -> Result<Vec<Mapping>, ProcessError> {
+    let mut all = maps::read(target.pid).map_err(|e| target.kernel("reading its mappings", e))?;
+    if let Some((base, length)) = range {
+        all.retain(|m| m.start < base || m.end > base + length);
+    }
+    Ok(all)
+}

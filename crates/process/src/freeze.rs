@@ -1,0 +1,254 @@
+//! Stopping all threads of a process, and letting them go on as if nothing had happened.
+//!
+//! # Rules
+//! - A thread that is let go, in whatever way (also by an error on our side), gets back exactly
+//!   the registers and the signal mask that it had, unless the caller says otherwise.
+//! - Nobody stays seized: seize, work, detach.
+
+use crate::ProcessError;
+use crate::target::Target;
+use outlive_linux::Errno;
+use outlive_linux::ptrace::{Halted, Registers, Running, Stop, WaitError};
+use outlive_linux::remote::{Arena, Batch, RemoteError, Rescue, Results, single};
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+/// A stopped thread.
+#[derive(Debug)]
+pub struct Held {
+    /// The thread.
+    pub tid: u32,
+    /// Its registers at the stop.
+    pub registers: Registers,
+    /// The registers that it goes on with: those at the stop, unless an interrupted call is to be
+    /// made again.
+    pub go_on: Registers,
+    /// Its signal mask at the stop; what it goes on with.
+    pub mask: u64,
+    halted: Option<Halted>,
+    /// Remote calls were made: registers and mask must be put back.
+    touched: bool,
+}
+
+impl Held {
+    /// Takes charge of a stopped thread.
+    pub fn new(halted: Halted) -> Result<Self, Errno> {
+        let registers = halted.registers()?;
+        let mask = halted.signal_mask()?;
+        Ok(Self {
+            tid: halted.tid(),
+            registers,
+            go_on: registers,
+            mask,
+            halted: Some(halted),
+            touched: false,
+        })
+    }
+
+    /// The stopped thread, for reading more of it.
+    pub fn halted(&self) -> Result<&Halted, RemoteError> {
+        self.halted.as_ref().ok_or(RemoteError::Wait(WaitError::Ended { tid: self.tid }))
+    }
+
+    /// The stopped thread, for changing it.
+    pub fn halted_mut(&mut self) -> Result<&mut Halted, RemoteError> {
+        self.halted.as_mut().ok_or(RemoteError::Wait(WaitError::Ended { tid: self.tid }))
+    }
+
+    fn take(&mut self) -> Result<Halted, RemoteError> {
+        self.touched = true;
+        self.halted.take().ok_or(RemoteError::Wait(WaitError::Ended { tid: self.tid }))
+    }
+
+    fn rescue(&self) -> Rescue {
+        Rescue { registers: self.go_on, mask: self.mask }
+    }
+
+    /// Makes one system call at a known `syscall` instruction.
+    pub fn single(
+        &mut self,
+        syscall_at: u64,
+        number: i64,
+        args: [u64; 6],
+    ) -> Result<Result<u64, Errno>, RemoteError> {
+        let mut halted = self.take()?;
+        // Without the mask a handler could run on the way.
+        let _ = halted.set_signal_mask(u64::MAX);
+        let (halted, result) = single(halted, syscall_at, number, args)?;
+        self.halted = Some(halted);
+        Ok(result)
+    }
+
+    /// Runs a batch of system calls.
+    pub fn run(&mut self, arena: &Arena, batch: Batch) -> Result<Results, RemoteError> {
+        let rescue = self.rescue();
+        let (halted, results) = arena.run(self.take()?, batch, Some(&rescue))?;
+        self.halted = Some(halted);
+        Ok(results)
+    }
+
+    /// Takes the thread out of a group of remote calls' hands: it is not restored when dropped.
+    /// For a process that is being made.
+    pub fn into_halted(mut self) -> Option<Halted> {
+        self.halted.take()
+    }
+
+    /// Registers and mask are to be put back in any case.
+    pub fn touch(&mut self) {
+        self.touched = true;
+    }
+
+    /// Lets the thread go on.
+    pub fn release(mut self) -> Result<(), Errno> {
+        match self.halted.take() {
+            Some(mut halted) => {
+                put_back(&mut halted, &self.go_on, self.touched.then_some(self.mask))?;
+                halted.detach()
+            }
+            None => Ok(()),
+        }
+    }
+}
+
+fn put_back(halted: &mut Halted, registers: &Registers, mask: Option<u64>) -> Result<(), Errno> {
+    match halted.set_registers(registers).and_then(|()| match mask {
+        Some(mask) => halted.set_signal_mask(mask),
+        None => Ok(()),
+    }) {
+        // Killed meanwhile: nothing to put back.
+        Err(Errno::SRCH) => Ok(()),
+        r => r,
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        if let Some(halted) = &mut self.halted {
+            let _ = put_back(halted, &self.go_on, self.touched.then_some(self.mask));
+        }
+    }
+}
+
+/// Runs one batch in each of some threads, as many at the same time as the arena has slots.
+pub fn run_all(
+    arena: &Arena,
+    threads: &mut [Held],
+    mut batch_of: impl FnMut(&Held) -> Batch,
+) -> Result<Vec<Results>, RemoteError> {
+    let mut all = Vec::with_capacity(threads.len());
+    for group in threads.chunks_mut(arena.slots()) {
+        let mut flights = Vec::with_capacity(group.len());
+        for (slot, held) in group.iter_mut().enumerate() {
+            let (batch, rescue) = (batch_of(held), held.rescue());
+            flights.push(arena.begin(held.take()?, slot, batch, Some(&rescue))?);
+        }
+        // Every thread is brought back before an error is passed on.
+        let mut failed = None;
+        for (held, flight) in group.iter_mut().zip(flights) {
+            match arena.finish(flight) {
+                Ok((halted, results)) => {
+                    held.halted = Some(halted);
+                    all.push(results);
+                }
+                Err(e) => failed = failed.or(Some(e)),
+            }
+        }
+        if let Some(e) = failed {
+            return Err(e);
+        }
+    }
+    Ok(all)
+}
+
+/// Stops every thread of a process; its leader comes first. New threads that appear meanwhile are
+/// stopped too: when a listing shows no new one while all known ones stand still, all are held.
+pub fn freeze(target: &Target, timeout: Duration) -> Result<Vec<Held>, ProcessError> {
+    let deadline = Instant::now() + timeout;
+    let mut held: BTreeMap<u32, Held> = BTreeMap::new();
+    loop {
+        let mut fresh = Vec::new();
+        for tid in target.threads()? {
+            if !held.contains_key(&tid) {
+                fresh.extend(seize(target, tid)?);
+            }
+        }
+        if fresh.is_empty() {
+            break;
+        }
+        for running in fresh {
+            let tid = running.tid();
+            match running.wait_interrupted(deadline) {
+                Ok(halted) => {
+                    refuse_group_stop(target, &halted)?;
+                    let h = Held::new(halted).map_err(|e| target.kernel("reading registers", e))?;
+                    held.insert(tid, h);
+                }
+                Err((_, WaitError::Ended { .. })) if tid != target.pid => {}
+                Err((_, e)) => return Err(wait_failed(target, timeout, e)),
+            }
+        }
+    }
+    let mut all: Vec<Held> = held.into_values().collect();
+    match all.iter().position(|h| h.tid == target.pid) {
+        Some(leader) => all.swap(0, leader),
+        None => {
+            let what = "its leading thread has ended while others run".to_owned();
+            return Err(ProcessError::Gone { pid: target.pid, what });
+        }
+    }
+    all[1..].sort_by_key(|h| h.tid);
+    Ok(all)
+}
+
+fn seize(target: &Target, tid: u32) -> Result<Option<Running>, ProcessError> {
+    let running = match Running::seize(tid, target.own_child && tid == target.pid) {
+        Ok(running) => running,
+        // The thread ended between the listing and now, or is a zombie.
+        Err(Errno::SRCH) => return Ok(None),
+        Err(Errno::PERM) if already_ended(target.pid, tid) => return Ok(None),
+        Err(e) => return Err(target.kernel(format!("tracing thread {tid}"), e)),
+    };
+    match running.interrupt() {
+        Ok(()) => Ok(Some(running)),
+        Err(Errno::SRCH) => Ok(None),
+        Err(e) => Err(target.kernel(format!("stopping thread {tid}"), e)),
+    }
+}
+
+fn already_ended(pid: u32, tid: u32) -> bool {
+    crate::target::Status::read(pid, tid).map_or(true, |s| matches!(s.state, b'Z' | b'X'))
+}
+
+fn refuse_group_stop(target: &Target, halted: &Halted) -> Result<(), ProcessError> {
+    match halted.stop() {
+        Stop::Event(signal) if signal != libc::SIGTRAP => {
+            let what = format!("the program is stopped by signal {signal} (job control)");
+            let r = target.refusal("", what, "let it continue (SIGCONT) and try again");
+            Err(ProcessError::Refused(vec![r]))
+        }
+        _ => Ok(()),
+    }
+}
+
+fn wait_failed(target: &Target, timeout: Duration, e: WaitError) -> ProcessError {
+    match e {
+        WaitError::Timeout { tid } => ProcessError::NotStopped {
+            pid: target.pid,
+            tid,
+            waited_ms: timeout.as_millis() as u64,
+        },
+        WaitError::Ended { .. } => {
+            ProcessError::Gone { pid: target.pid, what: "ended meanwhile".into() }
+        }
+        WaitError::Kernel { source, .. } => target.kernel("waiting for it to stop", source),
+    }
+}
+
+/// A remote call failed.
+pub fn remote_failed(target: &Target, e: RemoteError) -> ProcessError {
+    match e {
+        RemoteError::Wait(e) => wait_failed(target, Duration::from_secs(60), e),
+        RemoteError::Kernel { source, what, .. } => target.kernel(what, source),
+        e => target.kernel(e.to_string(), std::io::Error::other("remote calls failed")),
+    }
+}

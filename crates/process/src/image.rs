@@ -1,0 +1,96 @@
+//! The groups of state trees that make up an epoch of a process tree.
+
+use crate::ProcessError;
+use outlive_epoch::{EpochReader, EpochWriter};
+use outlive_state_tree::{SchemaConflict, SchemaSet, StateNode, from_fdt, to_fdt};
+
+/// The root group: what is saved here and when.
+#[derive(StateNode, Clone, Debug, PartialEq, Eq)]
+#[state(compatible = "outlive,subject-v1")]
+pub struct SubjectState {
+    /// The process from which all others descend.
+    pub root_process: u32,
+    /// All processes.
+    pub processes: Vec<u32>,
+    /// Number of threads in all.
+    pub threads: u32,
+    /// Command line of the root process, arguments ended by zero bytes.
+    pub command_line: Vec<u8>,
+    /// CLOCK_REALTIME at the stop, nanoseconds.
+    pub realtime_ns: u64,
+    /// CLOCK_MONOTONIC as the program saw it at the stop, nanoseconds.
+    pub monotonic_ns: u64,
+    /// CLOCK_BOOTTIME as the program saw it at the stop, nanoseconds.
+    pub boottime_ns: u64,
+    /// Release of the kernel (`uname -r`).
+    pub kernel: String,
+    /// Identity of the boot.
+    pub boot_id: String,
+}
+
+/// Name of the root group.
+pub const SUBJECT: &str = "subject";
+
+/// The group of one kind of state of one process.
+#[must_use]
+pub fn group(kind: &str, pid: u32) -> String {
+    format!("process-{pid}/{kind}")
+}
+
+/// Kinds of groups of a process.
+pub mod kinds {
+    /// Attributes of the process.
+    pub const ATTRIBUTES: &str = "attributes";
+    /// Signals.
+    pub const SIGNALS: &str = "signals";
+    /// Threads.
+    pub const THREADS: &str = "threads";
+    /// Address space.
+    pub const MEMORY: &str = "memory";
+    /// Descriptors.
+    pub const DESCRIPTORS: &str = "descriptors";
+}
+
+/// The threads of a process.
+#[derive(StateNode, Clone, Debug, PartialEq)]
+#[state(compatible = "outlive,threads-v1")]
+pub struct ThreadsState {
+    /// The threads, the leading one first.
+    #[state(children)]
+    pub threads: Vec<crate::resources::thread::ThreadState>,
+}
+
+/// Writes the tree of a group.
+pub fn put<T: StateNode>(
+    writer: &mut dyn EpochWriter,
+    name: &str,
+    state: &T,
+) -> Result<(), ProcessError> {
+    let fdt = to_fdt(state).map_err(|e| ProcessError::Image(format!("{name}: {e}")))?;
+    Ok(writer.tree(name, &fdt)?)
+}
+
+/// Reads the tree of a group.
+pub fn get<T: StateNode>(reader: &dyn EpochReader, name: &str) -> Result<T, ProcessError> {
+    let fdt = reader.tree(name)?;
+    let fdt = fdt.ok_or_else(|| ProcessError::Image(format!("the group {name} is missing")))?;
+    from_fdt(&fdt).map_err(|e| ProcessError::Image(format!("group {name}: {e}")))
+}
+
+/// What an epoch holds, without restoring it.
+pub fn describe(reader: &dyn EpochReader) -> Result<SubjectState, ProcessError> {
+    get(reader, SUBJECT)
+}
+
+/// The published schemas of all groups.
+pub fn schemas() -> Result<SchemaSet, SchemaConflict> {
+    use crate::resources::{attributes, descriptors, memory, signals};
+    let mut set = SchemaSet::new();
+    set.add::<SubjectState>()?;
+    set.add::<attributes::ProcessState>()?;
+    set.add::<signals::SignalsState>()?;
+    set.add::<ThreadsState>()?;
+    set.add::<memory::MemoryState>()?;
+    set.add::<descriptors::FdTable>()?;
+    Ok(set)
+}

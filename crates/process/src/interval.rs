@@ -1,0 +1,101 @@
+//! Sets of page indexes as disjoint ranges.
+
+use std::collections::BTreeMap;
+
+/// A set of `u64` kept as disjoint, non-adjacent half-open ranges.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct IntervalSet {
+    /// Start → end. Invariant: start < end, and each end is below the next start.
+    ranges: BTreeMap<u64, u64>,
+}
+
+impl IntervalSet {
+    /// Adds `start..end`.
+    pub fn insert(&mut self, mut start: u64, mut end: u64) {
+        if start >= end {
+            return;
+        }
+        if let Some((&s, &e)) = self.ranges.range(..=start).next_back() {
+            if e >= end {
+                return;
+            }
+            if e >= start {
+                start = s;
+            }
+        }
+        while let Some((&s, &e)) = self.ranges.range(start..=end).next() {
+            end = end.max(e);
+            self.ranges.remove(&s);
+        }
+        self.ranges.insert(start, end);
+    }
+
+    /// Removes `start..end` and returns what of it was in the set.
+    pub fn remove(&mut self, start: u64, end: u64) -> Vec<(u64, u64)> {
+        let mut removed = Vec::new();
+        if start >= end {
+            return removed;
+        }
+        let first = self.ranges.range(..=start).next_back().filter(|&(_, &e)| e > start);
+        let from = first.map_or(start, |(&s, _)| s);
+        let hit: Vec<(u64, u64)> = self.ranges.range(from..end).map(|(&s, &e)| (s, e)).collect();
+        for (s, e) in hit {
+            self.ranges.remove(&s);
+            if s < start {
+                self.ranges.insert(s, start);
+            }
+            if e > end {
+                self.ranges.insert(end, e);
+            }
+            removed.push((s.max(start), e.min(end)));
+        }
+        removed
+    }
+
+    /// The ranges in order.
+    pub fn iter(&self) -> impl Iterator<Item = (u64, u64)> + '_ {
+        self.ranges.iter().map(|(&s, &e)| (s, e))
+    }
+
+    /// How many numbers are in the set.
+    pub fn count(&self) -> u64 {
+        self.iter().map(|(s, e)| e - s).sum()
+    }
+
+    /// Empties the set.
+    pub fn clear(&mut self) {
+        self.ranges.clear();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use std::collections::BTreeSet;
+
+    proptest! {
+        #[test]
+        fn behaves_like_a_set(ops in prop::collection::vec((any::<bool>(), 0u64..60, 0u64..20), 0..60)) {
+            let mut set = IntervalSet::default();
+            let mut model = BTreeSet::new();
+            for (add, start, len) in ops {
+                if add {
+                    set.insert(start, start + len);
+                    model.extend(start..start + len);
+                } else {
+                    let removed: Vec<u64> =
+                        set.remove(start, start + len).into_iter().flat_map(|(s, e)| s..e).collect();
+                    let expected: Vec<u64> = model.range(start..start + len).copied().collect();
+                    prop_assert_eq!(removed, expected.clone());
+                    for v in expected { model.remove(&v); }
+                }
+                let all: Vec<u64> = set.iter().flat_map(|(s, e)| s..e).collect();
+                prop_assert_eq!(all, model.iter().copied().collect::<Vec<_>>());
+                let ranges: Vec<_> = set.iter().collect();
+                prop_assert!(ranges.windows(2).all(|w| w[0].1 < w[1].0));
+                prop_assert_eq!(set.count(), model.len() as u64);
+            }
+        }
+    }
+}

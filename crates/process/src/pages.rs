@@ -1,0 +1,388 @@
+//! Which pages changed, and their contents.
+//!
+//! Private pages of a process are tracked by asynchronous write protection: `PAGEMAP_SCAN` reports
+//! what was written and protects it again in one step. Pages in shared mappings of files belong to
+//! the files.
+//!
+//! # What a pass reports
+//! - *Written* pages that exist: their contents go into the epoch.
+//! - Pages that the epochs so far hold and that exist no more (`MADV_DONTNEED`, or the mapping
+//!   went away): they read as what lies below the mapping again, and must be said to be *absent*,
+//!   or a restore would bring old data back.
+//! - A mapping that is not registered yet is *fresh*: all of it is absent first, then all its pages
+//!   count as written. `mremap` and `munmap` + `mmap` at the same place end up here.
+//!
+//! Only pages that exist are protected: protecting holes would build page tables for them.
+
+use crate::ProcessError;
+use crate::interval::IntervalSet;
+use crate::target::Target;
+use outlive_epoch::{PAGE_SIZE, PageSink, Run, SpaceId};
+use outlive_linux::Errno;
+use outlive_linux::memory::{self, RANGES};
+use outlive_linux::pagemap::{self, Pagemap, Query, Region};
+use outlive_linux::userfault::WriteTracker;
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+
+/// Largest piece that is read and handed on at once, bytes.
+const PIECE: usize = 4 << 20;
+const PAGE: u64 = PAGE_SIZE as u64;
+
+/// A range of addresses, whole pages.
+pub type Span = (u64, u64);
+
+/// A private mapping.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PrivateArea {
+    /// Its addresses.
+    pub span: Span,
+    /// Whether it is readable at all (else only `/proc/PID/mem` can read it).
+    pub readable: bool,
+}
+
+/// What one pass found.
+#[derive(Debug, Default)]
+pub struct Changes {
+    /// Pages whose contents are to be taken.
+    pub written: Vec<Span>,
+    /// Of these, the ones in mappings that cannot be read.
+    pub unreadable: Vec<Span>,
+    /// Pages that the epochs so far hold and that are no more.
+    pub absent: Vec<Span>,
+    /// Guard regions.
+    pub guards: Vec<Span>,
+}
+
+impl Changes {
+    /// Bytes to be taken.
+    #[must_use]
+    pub fn bytes(&self) -> u64 {
+        self.written.iter().chain(&self.unreadable).map(|(s, e)| e - s).sum()
+    }
+}
+
+/// Tracks the private pages of one address space.
+#[derive(Debug)]
+pub struct PageTracker {
+    pid: u32,
+    space: SpaceId,
+    pagemap: Pagemap,
+    tracker: Option<WriteTracker>,
+    /// Page indexes whose contents the epochs so far (and the one being written) hold.
+    stored: IntervalSet,
+    scratch: Vec<Region>,
+    buffer: Vec<u8>,
+}
+
+/// Whether mappings may change under our hands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum World {
+    /// The program runs.
+    Runs,
+    /// It is stopped.
+    Stopped,
+}
+
+impl PageTracker {
+    /// Begins with nothing stored.
+    pub fn new(target: &Target, tracker: Option<WriteTracker>) -> Result<Self, ProcessError> {
+        let pagemap =
+            Pagemap::open(target.pid).map_err(|e| target.kernel("opening its page map", e))?;
+        Ok(Self {
+            pid: target.pid,
+            space: SpaceId(target.pid),
+            pagemap,
+            tracker,
+            stored: IntervalSet::default(),
+            scratch: Vec::new(),
+            buffer: Vec::new(),
+        })
+    }
+
+    /// Whether passes report only what was written since the last one.
+    #[must_use]
+    pub fn is_incremental(&self) -> bool {
+        self.tracker.is_some()
+    }
+
+    /// The epochs so far do not count: everything is reported as written by the next pass.
+    pub fn forget(&mut self, areas: &[PrivateArea]) {
+        if let Some(tracker) = &self.tracker {
+            for area in areas {
+                // An area that was never registered, or is gone: fresh in any case.
+                let _ = tracker.unregister(area.span.0, area.span.1);
+            }
+        }
+        self.stored.clear();
+    }
+
+    /// Finds what changed since the last pass. `areas` are all private mappings, in order.
+    pub fn pass(
+        &mut self,
+        target: &Target,
+        areas: &[PrivateArea],
+        world: World,
+    ) -> Result<Changes, ProcessError> {
+        let mut changes = Changes::default();
+        let mut end_of_last = 0;
+        for area in areas {
+            self.drop_stored(end_of_last, area.span.0, &mut changes);
+            end_of_last = area.span.1;
+            self.scan(area, &mut changes).or_else(|e| match (world, e) {
+                // The mapping went away while the program runs: the next pass sees that.
+                (World::Runs, Errno::NOENT | Errno::INVAL | Errno::PERM | Errno::FAULT | Errno::NOMEM) => Ok(()),
+                (_, e) => Err(target.kernel(
+                    format!("looking for written pages at {:x}-{:x}", area.span.0, area.span.1),
+                    e,
+                )),
+            })?;
+        }
+        self.drop_stored(end_of_last, u64::MAX & !(PAGE - 1), &mut changes);
+        Ok(changes)
+    }
+
+    fn drop_stored(&mut self, start: u64, end: u64, changes: &mut Changes) {
+        let gone = self.stored.remove(start / PAGE, end / PAGE);
+        changes.absent.extend(gone.into_iter().map(|(s, e)| (s * PAGE, e * PAGE)));
+    }
+
+    fn scan(&mut self, area: &PrivateArea, changes: &mut Changes) -> Result<(), Errno> {
+        match self.scan_registered(area, changes) {
+            Err(Errno::PERM) if self.tracker.is_some() => {
+                if let Some(tracker) = &self.tracker {
+                    tracker.register(area.span.0, area.span.1)?;
+                }
+                self.drop_stored(area.span.0, area.span.1, changes);
+                self.scan_registered(area, changes)
+            }
+            r => r,
+        }
+    }
+
+    fn scan_registered(&mut self, area: &PrivateArea, changes: &mut Changes) -> Result<(), Errno> {
+        let mut regions = std::mem::take(&mut self.scratch);
+        let result = self.scan_into(area, changes, &mut regions);
+        regions.clear();
+        self.scratch = regions;
+        result
+    }
+
+    fn scan_into(
+        &mut self,
+        area: &PrivateArea,
+        changes: &mut Changes,
+        regions: &mut Vec<Region>,
+    ) -> Result<(), Errno> {
+        let (start, end) = area.span;
+        let incremental = self.tracker.is_some();
+        let exists = Query {
+            all_of: if incremental { pagemap::WRITTEN } else { 0 },
+            any_of: pagemap::PRESENT | pagemap::SWAPPED | pagemap::GUARD,
+            report: pagemap::FILE | pagemap::ZERO | pagemap::GUARD,
+            protect: incremental,
+            ..Query::default()
+        };
+        self.pagemap.scan(start, end, exists, regions)?;
+        for r in regions.iter() {
+            if r.categories & pagemap::GUARD != 0 {
+                changes.guards.push((r.start, r.end));
+                self.drop_stored(r.start, r.end, changes);
+            } else if r.categories & (pagemap::FILE | pagemap::ZERO) != 0 {
+                self.drop_stored(r.start, r.end, changes);
+            } else {
+                let list =
+                    if area.readable { &mut changes.written } else { &mut changes.unreadable };
+                match list.last_mut() {
+                    Some(last) if last.1 == r.start => last.1 = r.end,
+                    _ => list.push((r.start, r.end)),
+                }
+            }
+        }
+        regions.clear();
+        let holes = Query {
+            all_of: pagemap::PRESENT | pagemap::SWAPPED | if incremental { pagemap::WRITTEN } else { 0 },
+            inverted: pagemap::PRESENT | pagemap::SWAPPED,
+            ..Query::default()
+        };
+        self.pagemap.scan(start, end, holes, regions)?;
+        for r in regions.iter() {
+            self.drop_stored(r.start, r.end, changes);
+        }
+        Ok(())
+    }
+
+    fn note_stored(&mut self, span: Span) {
+        self.stored.insert(span.0 / PAGE, span.1 / PAGE);
+    }
+
+    fn run(&self, span: Span) -> Result<Run, ProcessError> {
+        Run::new(self.space, span.0 / PAGE, (span.1 - span.0) / PAGE)
+            .ok_or_else(|| ProcessError::Image(format!("pages {:x}-{:x}", span.0, span.1)))
+    }
+
+    /// Copies changed pages of a running program into a sink. Pages that vanish meanwhile are left
+    /// to the next pass.
+    pub fn copy(&mut self, changes: &Changes, sink: &mut dyn PageSink) -> Result<(), ProcessError> {
+        for &span in &changes.absent {
+            sink.absent(self.run(span)?)?;
+        }
+        let mut buffer = std::mem::take(&mut self.buffer);
+        let result = self.copy_written(changes, sink, &mut buffer);
+        self.buffer = buffer;
+        result
+    }
+
+    fn copy_written(
+        &mut self,
+        changes: &Changes,
+        sink: &mut dyn PageSink,
+        buffer: &mut Vec<u8>,
+    ) -> Result<(), ProcessError> {
+        buffer.resize(PIECE, 0);
+        for group in pieces(&changes.written, PIECE as u64) {
+            let ranges: Vec<_> = group.iter().map(|&(s, e)| (s, (e - s) as usize)).collect();
+            let total: usize = ranges.iter().map(|r| r.1).sum();
+            let read = memory::read(self.pid, &ranges, &mut buffer[..total]).unwrap_or(0);
+            let mut at = 0;
+            for &(start, end) in &group {
+                let len = (end - start) as usize;
+                if at + len > read {
+                    // Unmapped or protected meanwhile: singly, as far as they go.
+                    self.copy_one_by_one((start, end), sink)?;
+                } else {
+                    sink.put(self.run((start, end))?, &buffer[at..at + len])?;
+                    self.note_stored((start, end));
+                }
+                at += len;
+            }
+        }
+        for &span in &changes.unreadable {
+            self.copy_one_by_one(span, sink)?;
+        }
+        Ok(())
+    }
+
+    fn copy_one_by_one(&mut self, span: Span, sink: &mut dyn PageSink) -> Result<(), ProcessError> {
+        let Ok(mem) = File::open(format!("/proc/{}/mem", self.pid)) else { return Ok(()) };
+        let mut page = [0u8; PAGE_SIZE];
+        for start in (span.0..span.1).step_by(PAGE_SIZE) {
+            if mem.read_exact_at(&mut page, start).is_ok() {
+                sink.put(self.run((start, start + PAGE))?, &page)?;
+                self.note_stored((start, start + PAGE));
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes changed pages of a stopped program into memory; every one must be readable.
+    pub fn take(
+        &mut self,
+        target: &Target,
+        changes: Changes,
+        mut buffer: Vec<u8>,
+    ) -> Result<Residue, ProcessError> {
+        let total: u64 = changes.bytes();
+        buffer.resize(total as usize, 0);
+        let mut at = 0;
+        for group in pieces(&changes.written, 64 << 20) {
+            let ranges: Vec<_> = group.iter().map(|&(s, e)| (s, (e - s) as usize)).collect();
+            let want: usize = ranges.iter().map(|r| r.1).sum();
+            let out = &mut buffer[at..at + want];
+            let read = memory::read(self.pid, &ranges, out).unwrap_or(0);
+            if read < want {
+                let mut from = 0;
+                for &span in &group {
+                    let len = (span.1 - span.0) as usize;
+                    read_forced(target, span, &mut out[from..from + len])?;
+                    from += len;
+                }
+            }
+            at += want;
+        }
+        for &span in &changes.unreadable {
+            let len = (span.1 - span.0) as usize;
+            read_forced(target, span, &mut buffer[at..at + len])?;
+            at += len;
+        }
+        let mut runs = Vec::with_capacity(changes.written.len() + changes.unreadable.len());
+        for &span in changes.written.iter().chain(&changes.unreadable) {
+            runs.push(self.run(span)?);
+            self.note_stored(span);
+        }
+        let absent: Result<Vec<Run>, _> = changes.absent.iter().map(|&s| self.run(s)).collect();
+        Ok(Residue { runs, absent: absent?, buffer })
+    }
+}
+
+fn read_forced(target: &Target, span: Span, out: &mut [u8]) -> Result<(), ProcessError> {
+    let what = || format!("reading memory at {:x}-{:x}", span.0, span.1);
+    let mem = File::open(format!("/proc/{}/mem", target.pid)).map_err(|e| target.kernel(what(), e))?;
+    mem.read_exact_at(out, span.0).map_err(|e| target.kernel(what(), e))
+}
+
+/// Cuts spans into groups of at most `limit` bytes and [`RANGES`] ranges.
+fn pieces(spans: &[Span], limit: u64) -> Vec<Vec<Span>> {
+    let mut groups = Vec::new();
+    let (mut group, mut bytes) = (Vec::new(), 0);
+    for &(mut start, end) in spans {
+        while start < end {
+            let upto = end.min(start + (limit - bytes));
+            group.push((start, upto));
+            bytes += upto - start;
+            start = upto;
+            if bytes >= limit || group.len() == RANGES {
+                groups.push(std::mem::take(&mut group));
+                bytes = 0;
+            }
+        }
+    }
+    if !group.is_empty() {
+        groups.push(group);
+    }
+    groups
+}
+
+/// Pages that were taken at the stop.
+#[derive(Debug, Default)]
+pub struct Residue {
+    /// Where the pages in the buffer belong, one after the other.
+    pub runs: Vec<Run>,
+    /// Pages that are no more.
+    pub absent: Vec<Run>,
+    /// The contents.
+    pub buffer: Vec<u8>,
+}
+
+impl Residue {
+    /// Hands everything to a sink.
+    pub fn write(&self, sink: &mut dyn PageSink) -> Result<(), ProcessError> {
+        for &run in &self.absent {
+            sink.absent(run)?;
+        }
+        let mut at = 0;
+        for &run in &self.runs {
+            let len = run.bytes() as usize;
+            sink.put(run, &self.buffer[at..at + len])?;
+            at += len;
+        }
+        Ok(())
+    }
+
+    /// Number of pages with contents.
+    #[must_use]
+    pub fn pages(&self) -> u64 {
+        self.runs.iter().map(Run::count).sum()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn spans_are_cut_at_the_limit() {
+        let groups = pieces(&[(0, 10), (20, 25), (30, 31)], 6);
+        assert_eq!(groups, vec![vec![(0, 6)], vec![(6, 10), (20, 22)], vec![(22, 25), (30, 31)]]);
+    }
+}

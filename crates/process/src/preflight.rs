@@ -1,0 +1,68 @@
+//! What is refused before any harm: everything about a process that could not be made again.
+
+use crate::target::{Status, Target};
+use crate::{ProcessError, Refusal};
+use std::os::unix::fs::MetadataExt;
+
+/// Namespaces that must be those of the restorer.
+const NAMESPACES: [&str; 7] = ["cgroup", "ipc", "mnt", "net", "pid", "user", "uts"];
+
+/// Everything that would be refused later, as far as it can be seen while the program runs.
+pub fn of_process(target: &Target) -> Result<Vec<Refusal>, ProcessError> {
+    let mut found = Vec::new();
+    let pid = target.pid;
+    for name in NAMESPACES {
+        let id = |who: &str| std::fs::metadata(format!("/proc/{who}/ns/{name}")).map(|m| m.ino());
+        let theirs = id(&pid.to_string())
+            .map_err(|e| target.kernel(format!("reading its {name} namespace"), e))?;
+        if id("self").ok() != Some(theirs) {
+            found.push(target.refusal(
+                "",
+                format!("it lives in another {name} namespace"),
+                "run outlive inside that namespace",
+            ));
+        }
+    }
+    found.extend(of_threads(target)?);
+    let timers = target.proc_file("timers").unwrap_or_default();
+    if !timers.is_empty() {
+        let what = "POSIX timers (timer_create)";
+        found.push(target.refusal("", what, "they cannot be saved yet"));
+    }
+    Ok(found)
+}
+
+/// Refusals that concern threads and children; also looked for at each stop.
+pub fn of_threads(target: &Target) -> Result<Vec<Refusal>, ProcessError> {
+    let mut found = Vec::new();
+    let me = std::process::id();
+    for tid in target.threads()? {
+        let Ok(status) = Status::read(target.pid, tid) else { continue };
+        let place = format!("thread {tid}");
+        if status.tracer != 0 && status.tracer != me {
+            found.push(target.refusal(
+                place.clone(),
+                format!("it is traced by process {}", status.tracer),
+                "end the debugger or strace first",
+            ));
+        }
+        if status.seccomp != 0 {
+            let what = "system calls are filtered (seccomp)";
+            found.push(target.refusal(place.clone(), what, "filters cannot be saved yet"));
+        }
+        if tid == target.pid && matches!(status.state, b'Z' | b'X') {
+            let what = "the leading thread has ended while others run";
+            found.push(target.refusal(place.clone(), what, "this cannot be saved yet"));
+        }
+        let children = target.proc_file(&format!("task/{tid}/children")).unwrap_or_default();
+        let children = String::from_utf8_lossy(&children).trim().to_owned();
+        if !children.is_empty() {
+            found.push(target.refusal(
+                place,
+                format!("child processes ({children})"),
+                "process trees cannot be saved yet; wait until the children have ended",
+            ));
+        }
+    }
+    Ok(found)
+}

@@ -1,0 +1,241 @@
+//! Lets interrupted system calls go on with the time that was left, over any number of stops.
+//! What is decided here rests on the pure rules of [`crate::waits`].
+
+use crate::freeze::Held;
+use crate::resources::thread::{call_of, interruption_of, limit_of};
+use crate::target::{Status, Target};
+use crate::waits::{Again, Call, Interruption, Limit, again, has_limit, timespec};
+use outlive_linux::clock::now_ns;
+use outlive_linux::memory;
+use outlive_linux::ptrace::Registers;
+use rustix::process::{PidfdGetfdFlags, pidfd_getfd};
+use rustix::time::ClockId;
+use std::collections::HashMap;
+
+/// `-EAGAIN` in a result register.
+const EAGAIN: u64 = -11i64 as u64;
+
+/// A call that was interrupted before, and when it ends.
+#[derive(Clone, Copy, Debug)]
+struct Known {
+    call: Call,
+    rip: u64,
+    /// CLOCK_MONOTONIC of the host, nanoseconds.
+    deadline_ns: u64,
+    /// Voluntary context switches of the thread when it went on.
+    switches: u64,
+}
+
+/// What is remembered of the threads of a program between stops.
+#[derive(Debug, Default)]
+pub struct WaitBook {
+    known: HashMap<u32, Known>,
+}
+
+/// Threads that sleep in a call with a limit, just before a stop: since when.
+#[derive(Debug, Default)]
+pub struct Sleepers(HashMap<u32, Sleeper>);
+
+#[derive(Clone, Copy, Debug)]
+struct Sleeper {
+    call: Call,
+    rip: u64,
+    since_ns: u64,
+    switches: u64,
+}
+
+impl WaitBook {
+    /// Looks at the threads of the running program.
+    #[must_use]
+    pub fn look(&self, target: &Target) -> Sleepers {
+        let mut sleepers = HashMap::new();
+        let Ok(threads) = target.threads() else { return Sleepers::default() };
+        let mut offset = None;
+        for tid in threads {
+            let Some((call, rip)) = sleeping_call(target.pid, tid) else { continue };
+            if !has_limit(&call) {
+                continue;
+            }
+            let Some((ran_ns, switches)) = scheduler_facts(target.pid, tid) else { continue };
+            let offset = *offset.get_or_insert_with(scheduler_clock_offset);
+            let since_ns = ran_ns.saturating_add_signed(offset);
+            sleepers.insert(tid, Sleeper { call, rip, since_ns, switches });
+        }
+        Sleepers(sleepers)
+    }
+
+    /// Prepares a stopped thread to go on: an interrupted call is made again. Returns the time
+    /// that was left of it, where it has a limit.
+    pub fn prepare(
+        &mut self,
+        target: &Target,
+        held: &mut Held,
+        status: &Status,
+        sleepers: &Sleepers,
+    ) -> Option<u64> {
+        let interruption = interruption_of(&held.registers, status);
+        let before = self.known.remove(&held.tid);
+        let interruption = interruption?;
+        let call = call_of(&held.registers);
+        let limit = limit_of(interruption);
+        let now = u64::try_from(now_ns(ClockId::Monotonic)).unwrap_or(0);
+        let sleeper = sleepers.0.get(&held.tid).filter(|s| {
+            s.call == call && s.rip == held.registers.rip
+        });
+        let continued = before.filter(|k| {
+            k.call == call
+                && k.rip == held.registers.rip
+                && sleeper.is_some_and(|s| s.switches == k.switches + 1)
+        });
+        let deadline_ns = match continued {
+            Some(k) => Some(k.deadline_ns),
+            None => limit_ns(target, &call, limit)
+                .map(|ns| sleeper.map_or(now, |s| s.since_ns.min(now)).saturating_add(ns)),
+        };
+        let left = deadline_ns.map(|d| d.saturating_sub(now));
+        if let Interruption::Returned(limit) = interruption {
+            held.go_on = made_again(target.pid, &held.go_on, limit, left);
+        }
+        if let Some(deadline_ns) = deadline_ns {
+            let call = Call { number: call.number, ..call_of(&held.go_on) };
+            let rip = held.registers.rip;
+            self.known.insert(held.tid, Known { call, rip, deadline_ns, switches: u64::MAX });
+        }
+        left
+    }
+
+    /// To be called right before a thread goes on.
+    pub fn going_on(&mut self, target: &Target, tid: u32) {
+        if let Some(known) = self.known.get_mut(&tid) {
+            known.switches = Status::read(target.pid, tid).map_or(u64::MAX, |s| s.voluntary_switches);
+        }
+    }
+}
+
+/// The call that a sleeping thread is in, and where it returns to (`/proc/TID/syscall`).
+fn sleeping_call(pid: u32, tid: u32) -> Option<(Call, u64)> {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/task/{tid}/syscall")).ok()?;
+    let mut words = text.split_whitespace();
+    let number = words.next()?.parse().ok()?;
+    let mut values = words.map(|w| u64::from_str_radix(w.trim_start_matches("0x"), 16).unwrap_or(0));
+    let mut args = [0; 6];
+    for arg in &mut args {
+        *arg = values.next()?;
+    }
+    Some((Call { number, args }, values.nth(1)?))
+}
+
+/// When a thread last ran (scheduler clock, nanoseconds) and how often it went to sleep
+/// (`/proc/TID/sched`; missing in kernels without scheduler debugging).
+fn scheduler_facts(pid: u32, tid: u32) -> Option<(u64, u64)> {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/task/{tid}/sched")).ok()?;
+    let mut ran = None;
+    let mut switches = None;
+    for line in text.lines() {
+        let Some((key, value)) = line.split_once(':') else { continue };
+        match key.trim() {
+            "se.exec_start" => ran = milliseconds(value.trim()),
+            "nr_voluntary_switches" => switches = value.trim().parse().ok(),
+            _ => {}
+        }
+    }
+    Some((ran?, switches?))
+}
+
+/// `123.456789` milliseconds as nanoseconds.
+fn milliseconds(text: &str) -> Option<u64> {
+    let (whole, fraction) = text.split_once('.')?;
+    let (whole, fraction): (u64, u64) = (whole.parse().ok()?, fraction.parse().ok()?);
+    whole.checked_mul(1_000_000)?.checked_add(fraction)
+}
+
+/// What must be added to the scheduler's clock to get CLOCK_MONOTONIC, nanoseconds.
+fn scheduler_clock_offset() -> i64 {
+    let me = rustix::thread::gettid().as_raw_nonzero().get() as u32;
+    // After a sleep "last ran" is now.
+    std::thread::sleep(std::time::Duration::from_nanos(1));
+    let ran = scheduler_facts(std::process::id(), me).map_or(0, |(ran, _)| ran);
+    now_ns(ClockId::Monotonic) - i64::try_from(ran).unwrap_or(0)
+}
+
+/// The whole limit of a call, nanoseconds; `None` where it has none.
+fn limit_ns(target: &Target, call: &Call, limit: Limit) -> Option<u64> {
+    match limit {
+        Limit::None => None,
+        Limit::Milliseconds(arg) => {
+            let ms = call.args[arg] as i32;
+            u64::try_from(ms).ok().map(|ms| ms * 1_000_000)
+        }
+        Limit::Timespec(arg) => {
+            let mut raw = [0u8; 16];
+            if call.args[arg] == 0 {
+                return None;
+            }
+            memory::read_exact(target.pid, call.args[arg], &mut raw).ok()?;
+            let (words, _) = raw.as_chunks::<8>();
+            let [s, ns] = [words[0], words[1]].map(u64::from_ne_bytes);
+            Some(s.saturating_mul(1_000_000_000).saturating_add(ns))
+        }
+        Limit::SocketReceive | Limit::SocketSend => {
+            use rustix::net::sockopt::{Timeout, socket_timeout};
+            let fd = i32::try_from(call.args[0]).ok()?;
+            let socket = pidfd_getfd(&target.pidfd, fd, PidfdGetfdFlags::empty()).ok()?;
+            let which = if limit == Limit::SocketReceive { Timeout::Recv } else { Timeout::Send };
+            let limit = socket_timeout(&socket, which).ok()??;
+            u64::try_from(limit.as_nanos()).ok()
+        }
+    }
+}
+
+/// Registers with which an interrupted call is made again.
+#[must_use]
+pub fn made_again(pid: u32, r: &Registers, limit: Limit, left_ns: Option<u64>) -> Registers {
+    let mut r = *r;
+    match again(limit, left_ns, r.rsp) {
+        Again::TimedOut => {
+            r.rax = EAGAIN;
+            r.orig_rax = u64::MAX;
+            return r;
+        }
+        Again::Argument { arg, value } => *argument(&mut r, arg) = value,
+        Again::Timespec { arg, address, ns } => {
+            // Where there is no room below the stack, the call waits the full time again.
+            if memory::write(pid, address, &timespec(ns)).is_ok() {
+                *argument(&mut r, arg) = address;
+            }
+        }
+        Again::Plain => {}
+    }
+    r.rax = r.orig_rax;
+    r.rip -= 2;
+    r.orig_rax = u64::MAX;
+    r
+}
+
+fn argument(r: &mut Registers, arg: usize) -> &mut u64 {
+    match arg {
+        0 => &mut r.rdi,
+        1 => &mut r.rsi,
+        2 => &mut r.rdx,
+        3 => &mut r.r10,
+        4 => &mut r.r8,
+        _ => &mut r.r9,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn scheduler_times_are_understood() {
+        assert_eq!(milliseconds("564745.056045"), Some(564_745_056_045));
+        assert_eq!(milliseconds("x"), None);
+    }
+
+    #[test]
+    fn the_scheduler_clock_follows_the_monotonic_one() {
+        let (a, b) = (scheduler_clock_offset(), scheduler_clock_offset());
+        assert!((a - b).abs() < 1_000_000_000, "{a} {b}");
+    }
+}

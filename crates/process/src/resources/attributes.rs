@@ -1,0 +1,281 @@
+//! What belongs to a process as a whole and is no memory, thread, signal or descriptor: names,
+//! directories, limits, job control, interval timers, and the switches of `prctl(2)`.
+
+use crate::ProcessError;
+use crate::target::{Stat, Status, Target};
+use outlive_linux::remote::{Arg, Batch, CallId, Results};
+use outlive_state_tree::StateNode;
+
+/// A process.
+#[derive(StateNode, Clone, Debug, PartialEq, Eq)]
+#[state(compatible = "outlive,process-v1")]
+pub struct ProcessState {
+    /// Process ID.
+    pub pid: u32,
+    /// Process group.
+    pub pgid: u32,
+    /// Session.
+    pub sid: u32,
+    /// The program (`/proc/PID/exe`).
+    pub executable: Vec<u8>,
+    /// Its arguments, each ended by a zero byte, as they are now.
+    pub command_line: Vec<u8>,
+    /// Working directory.
+    pub working_directory: Vec<u8>,
+    /// Root directory.
+    pub root_directory: Vec<u8>,
+    /// File mode creation mask.
+    pub umask: u32,
+    /// Resource limits: soft and hard in turn, in the order of their numbers (`getrlimit(2)`).
+    pub limits: Vec<u64>,
+    /// `setitimer(2)` for ITIMER_REAL, VIRTUAL, PROF: interval and value, seconds and microseconds.
+    pub interval_timers: Vec<u64>,
+    /// `personality(2)`.
+    pub personality: u32,
+    /// `PR_GET_DUMPABLE`.
+    pub dumpable: u64,
+    /// `PR_GET_PDEATHSIG`.
+    pub parent_death_signal: u32,
+    /// `PR_GET_KEEPCAPS`.
+    pub keep_caps: u64,
+    /// `PR_GET_SECUREBITS`.
+    pub secure_bits: u64,
+    /// `PR_GET_CHILD_SUBREAPER`.
+    pub child_subreaper: u32,
+    /// `PR_GET_THP_DISABLE`.
+    pub thp_disable: u64,
+    /// `PR_GET_TIMERSLACK`, nanoseconds, of the leading thread.
+    pub timer_slack_ns: u64,
+    /// Registrations of `membarrier(2)`, as a bit mask of its commands.
+    pub membarrier: u64,
+    /// `/proc/PID/oom_score_adj`.
+    pub oom_score_adj: i32,
+    /// `/proc/PID/coredump_filter`.
+    pub coredump_filter: u64,
+}
+
+/// Questions to the leading thread.
+#[derive(Clone, Debug)]
+pub struct Asked {
+    timers: [CallId; 3],
+    values: [CallId; 5],
+    words: [CallId; 2],
+    membarrier: CallId,
+}
+
+const MEMBARRIER_GET_REGISTRATIONS: u64 = 1 << 9;
+
+fn prctl(batch: &mut Batch, option: libc::c_int, arg: Arg) -> CallId {
+    let zero = || Arg::Value(0);
+    batch.push(libc::SYS_prctl, [Arg::Value(option as u64), arg, zero(), zero(), zero()])
+}
+
+/// Adds the questions.
+pub fn ask(batch: &mut Batch) -> Asked {
+    let timers = [0u64, 1, 2].map(|n| batch.push(libc::SYS_getitimer, [Arg::Value(n), Arg::Out(32)]));
+    let values = [
+        libc::PR_GET_DUMPABLE,
+        libc::PR_GET_KEEPCAPS,
+        libc::PR_GET_SECUREBITS,
+        libc::PR_GET_THP_DISABLE,
+        libc::PR_GET_TIMERSLACK,
+    ]
+    .map(|option| prctl(batch, option, Arg::Value(0)));
+    let words = [libc::PR_GET_PDEATHSIG, libc::PR_GET_CHILD_SUBREAPER]
+        .map(|option| prctl(batch, option, Arg::Out(4)));
+    let args = [Arg::Value(MEMBARRIER_GET_REGISTRATIONS), Arg::Value(0), Arg::Value(0)];
+    Asked { timers, values, words, membarrier: batch.push(libc::SYS_membarrier, args) }
+}
+
+/// Puts together what is seen from outside and what the leading thread answered.
+pub fn collect(
+    target: &Target,
+    status: &Status,
+    asked: &Asked,
+    answers: &Results,
+) -> Result<ProcessState, ProcessError> {
+    let stat = Stat::read(target.pid).map_err(|e| target.kernel("reading its stat", e))?;
+    let mut interval_timers = Vec::with_capacity(12);
+    for id in asked.timers {
+        answers.value(id).map_err(|e| target.kernel("asking for its interval timers", e))?;
+        let (words, _) = answers.out(id, 1).as_chunks::<8>();
+        interval_timers.extend(words.iter().map(|w| u64::from_ne_bytes(*w)));
+    }
+    let mut values = [0; 5];
+    for (value, id) in values.iter_mut().zip(asked.values) {
+        *value = answers.value(id).map_err(|e| target.kernel("asking with prctl", e))?;
+    }
+    let mut words = [0; 2];
+    for (word, id) in words.iter_mut().zip(asked.words) {
+        answers.value(id).map_err(|e| target.kernel("asking with prctl", e))?;
+        let raw = answers.out(id, 1);
+        *word = u32::from_ne_bytes([raw[0], raw[1], raw[2], raw[3]]);
+    }
+    Ok(ProcessState {
+        pid: target.pid,
+        pgid: stat.pgid,
+        sid: stat.sid,
+        executable: target.proc_link("exe")?,
+        command_line: target.proc_file("cmdline")?,
+        working_directory: target.proc_link("cwd")?,
+        root_directory: target.proc_link("root")?,
+        umask: status.umask,
+        limits: parse_limits(&target.proc_file("limits")?),
+        interval_timers,
+        personality: number(&target.proc_file("personality")?, 16) as u32,
+        dumpable: values[0],
+        parent_death_signal: words[0],
+        keep_caps: values[1],
+        secure_bits: values[2],
+        child_subreaper: words[1],
+        thp_disable: values[3],
+        timer_slack_ns: values[4],
+        // Kernels before 6.3 cannot tell; programs there register again at their next use or not.
+        membarrier: answers.value(asked.membarrier).unwrap_or(0),
+        oom_score_adj: number(&target.proc_file("oom_score_adj")?, 10) as i32,
+        coredump_filter: target.proc_file("coredump_filter").map_or(0x33, |t| number(&t, 16) as u64),
+    })
+}
+
+fn number(text: &[u8], radix: u32) -> i64 {
+    let text = String::from_utf8_lossy(text);
+    i64::from_str_radix(text.trim(), radix).unwrap_or(0)
+}
+
+/// The resource limits in the order of their numbers, by the names in `/proc/PID/limits`.
+const LIMITS: [&str; 16] = [
+    "Max cpu time",
+    "Max file size",
+    "Max data size",
+    "Max stack size",
+    "Max core file size",
+    "Max resident set",
+    "Max processes",
+    "Max open files",
+    "Max locked memory",
+    "Max address space",
+    "Max file locks",
+    "Max pending signals",
+    "Max msgqueue size",
+    "Max nice priority",
+    "Max realtime priority",
+    "Max realtime timeout",
+];
+
+fn parse_limits(text: &[u8]) -> Vec<u64> {
+    let text = String::from_utf8_lossy(text);
+    let mut values = vec![u64::MAX; LIMITS.len() * 2];
+    for line in text.lines() {
+        let Some(at) = LIMITS.iter().position(|name| line.starts_with(name)) else { continue };
+        let words = line[LIMITS[at].len()..].split_whitespace();
+        for (i, word) in words.take(2).enumerate() {
+            values[at * 2 + i] = word.parse().unwrap_or(u64::MAX);
+        }
+    }
+    values
+}
+
+fn path_argument(path: &[u8]) -> Arg {
+    let mut path = path.to_vec();
+    path.push(0);
+    Arg::In(path)
+}
+
+/// Adds the calls that change limits from `now` to `state`, named for messages.
+pub fn recreate_limits(state: &ProcessState, now: &[u8], batch: &mut Batch) -> Vec<&'static str> {
+    let now = parse_limits(now);
+    let mut names = Vec::new();
+    for (i, name) in LIMITS.iter().enumerate() {
+        let pair = i * 2..i * 2 + 2;
+        if state.limits.get(pair.clone()) != Some(&now[pair.clone()])
+            && let Some(wanted) = state.limits.get(pair)
+        {
+            let raw: Vec<u8> = wanted.iter().flat_map(|v| v.to_ne_bytes()).collect();
+            let args = [Arg::Value(0), Arg::Value(i as u64), Arg::In(raw), Arg::Value(0)];
+            batch.push(libc::SYS_prlimit64, args);
+            names.push(*name);
+        }
+    }
+    names
+}
+
+/// Adds the calls that the leading thread makes before credentials are set: job control,
+/// directories, switches. Returns what each call is for.
+pub fn recreate(state: &ProcessState, now: &Stat, batch: &mut Batch) -> Vec<String> {
+    let mut what = Vec::new();
+    let v = Arg::Value;
+    if state.sid == state.pid {
+        batch.push(libc::SYS_setsid, []);
+        what.push("beginning a session".to_owned());
+    } else if state.pgid == state.pid && now.pgid != state.pid {
+        batch.push(libc::SYS_setpgid, [v(0), v(0)]);
+        what.push("beginning a process group".to_owned());
+    }
+    batch.push(libc::SYS_chdir, [path_argument(&state.working_directory)]);
+    what.push(format!("entering {}", String::from_utf8_lossy(&state.working_directory)));
+    if state.root_directory != b"/" {
+        batch.push(libc::SYS_chroot, [path_argument(&state.root_directory)]);
+        what.push(format!("changing root to {}", String::from_utf8_lossy(&state.root_directory)));
+    }
+    batch.push(libc::SYS_umask, [v(u64::from(state.umask))]);
+    what.push("setting the file mode mask".into());
+    batch.push(libc::SYS_personality, [v(u64::from(state.personality))]);
+    what.push("setting the personality".into());
+    let set = [
+        (libc::PR_SET_THP_DISABLE, state.thp_disable),
+        (libc::PR_SET_TIMERSLACK, state.timer_slack_ns),
+        (libc::PR_SET_CHILD_SUBREAPER, u64::from(state.child_subreaper)),
+    ];
+    for (option, value) in set {
+        prctl(batch, option, v(value));
+        what.push(format!("prctl option {option}"));
+    }
+    // Each bit is a registration command of its own.
+    for bit in (0..64).filter(|b| state.membarrier & 1 << b != 0) {
+        batch.push(libc::SYS_membarrier, [v(1 << bit), v(0), v(0)]);
+        what.push("registering for membarrier".into());
+    }
+    what
+}
+
+/// Adds the calls that come after credentials were set, because setting these resets them or needs
+/// them.
+pub fn recreate_late(state: &ProcessState, batch: &mut Batch) -> Vec<String> {
+    let mut what = Vec::new();
+    let (timers, _) = state.interval_timers.as_chunks::<4>();
+    for (n, timer) in timers.iter().take(3).enumerate() {
+        if timer[2..] != [0, 0] {
+            let raw = timer.iter().flat_map(|w| w.to_ne_bytes()).collect();
+            batch.push(libc::SYS_setitimer, [Arg::Value(n as u64), Arg::In(raw), Arg::Value(0)]);
+            what.push("setting an interval timer".into());
+        }
+    }
+    let set = [
+        (libc::PR_SET_SECUREBITS, state.secure_bits, 0),
+        (libc::PR_SET_KEEPCAPS, state.keep_caps, 0),
+        // 2 can only come from a privileged change of credentials, and is made by it.
+        (libc::PR_SET_DUMPABLE, state.dumpable.min(1), 1),
+        (libc::PR_SET_PDEATHSIG, u64::from(state.parent_death_signal), u64::MAX),
+    ];
+    for (option, value, default) in set {
+        if value != default {
+            prctl(batch, option, Arg::Value(value));
+            what.push(format!("prctl option {option}"));
+        }
+    }
+    what
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn our_own_limits_are_understood() {
+        let text = std::fs::read("/proc/self/limits").unwrap();
+        let limits = parse_limits(&text);
+        let files = rustix::process::getrlimit(rustix::process::Resource::Nofile);
+        assert_eq!(limits[14], files.current.unwrap_or(u64::MAX));
+        assert_eq!(limits[15], files.maximum.unwrap_or(u64::MAX));
+    }
+}

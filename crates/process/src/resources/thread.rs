@@ -1,0 +1,304 @@
+//! Threads: registers, extended state, and everything else that the kernel keeps for each of them.
+
+use crate::ProcessError;
+use crate::freeze::Held;
+use crate::resources::credentials::Credentials;
+use crate::target::{Status, Target};
+use crate::waits::{Call, Interruption, Limit, interruption};
+use outlive_linux::ptrace::Registers;
+use outlive_linux::remote::{Arg, Batch, CallId, Results};
+use outlive_linux::{memory, thread};
+use outlive_state_tree::StateNode;
+
+/// A thread.
+#[derive(StateNode, Clone, Debug, PartialEq)]
+#[state(compatible = "outlive,thread-v1")]
+pub struct ThreadState {
+    /// Its ID.
+    pub tid: u32,
+    /// Its name, without a terminating zero.
+    pub comm: Vec<u8>,
+    /// General registers.
+    #[state(child)]
+    pub registers: RegistersState,
+    /// Extended registers in the standard XSAVE format.
+    pub xstate: Vec<u8>,
+    /// Blocked signals, bit n-1 for signal n.
+    pub signal_mask: u64,
+    /// Queued signals of this thread, 128 bytes each.
+    pub pending_signals: Vec<u8>,
+    /// Alternate signal stack.
+    #[state(child)]
+    pub alternate_stack: AlternateStack,
+    /// Where the kernel writes zero when the thread ends.
+    pub clear_tid_address: u64,
+    /// Head of the list of robust futexes.
+    pub robust_list: u64,
+    /// Length of that head, bytes; 0 where there is no list.
+    pub robust_list_length: u64,
+    /// Restartable sequences.
+    #[state(child)]
+    pub rseq: Option<RseqState>,
+    /// Scheduling attributes (`struct sched_attr`).
+    pub scheduling: Vec<u8>,
+    /// Processors that it may run on, as a bit mask.
+    pub affinity: Vec<u8>,
+    /// I/O priority.
+    pub io_priority: u32,
+    /// Users, groups and capabilities.
+    #[state(child)]
+    pub credentials: Credentials,
+    /// The thread was in a system call that must be made again.
+    pub call_again: bool,
+    /// Time that was left of that call, nanoseconds, where it has a limit.
+    pub wait_left_ns: Option<u64>,
+}
+
+/// An alternate signal stack (`sigaltstack(2)`).
+#[derive(StateNode, Clone, Debug, Default, PartialEq, Eq)]
+#[state(compatible = "outlive,alternate-stack-v1")]
+pub struct AlternateStack {
+    /// Lowest address.
+    pub address: u64,
+    /// Flags.
+    pub flags: u32,
+    /// Length, bytes.
+    pub size: u64,
+}
+
+/// A registration of restartable sequences (`rseq(2)`).
+#[derive(StateNode, Clone, Debug, PartialEq, Eq)]
+#[state(compatible = "outlive,rseq-v1")]
+pub struct RseqState {
+    /// Address of the thread's structure.
+    pub address: u64,
+    /// Its length, bytes.
+    pub size: u32,
+    /// The signature before abort handlers.
+    pub signature: u32,
+    /// Flags.
+    pub flags: u32,
+}
+
+macro_rules! registers {
+    ($($name:ident)*) => {
+        /// General registers of an x86-64 thread, as `PTRACE_GETREGS` gives them.
+        #[derive(StateNode, Clone, Debug, Default, PartialEq, Eq)]
+        #[state(compatible = "outlive,registers-x86-64-v1")]
+        pub struct RegistersState { $(#[doc = stringify!($name)] pub $name: u64,)* }
+
+        impl RegistersState {
+            /// Takes over what `ptrace` gave.
+            #[must_use]
+            pub fn of(r: &Registers) -> Self {
+                Self { $($name: r.$name,)* }
+            }
+
+            /// The form that `ptrace` takes.
+            #[must_use]
+            pub fn to_ptrace(&self) -> Registers {
+                Registers { $($name: self.$name,)* }
+            }
+        }
+    };
+}
+
+registers! {
+    r15 r14 r13 r12 rbp rbx r11 r10 r9 r8 rax rcx rdx rsi rdi orig_rax rip cs eflags rsp ss
+    fs_base gs_base ds es fs gs
+}
+
+/// The system call that these registers show a thread in.
+#[must_use]
+pub fn call_of(r: &Registers) -> Call {
+    Call { number: r.orig_rax as i64, args: [r.rdi, r.rsi, r.rdx, r.r10, r.r8, r.r9] }
+}
+
+/// How a stopped thread's system call was interrupted, and whether it may be made again.
+#[must_use]
+pub fn interruption_of(r: &Registers, status: &Status) -> Option<Interruption> {
+    let deliverable = (status.pending | status.shared_pending) & !status.blocked != 0;
+    interruption(&call_of(r), r.rax as i64, deliverable)
+}
+
+/// The limit of an interrupted call.
+#[must_use]
+pub fn limit_of(i: Interruption) -> Limit {
+    match i {
+        Interruption::Returned(limit) | Interruption::RestartBlock(limit) => limit,
+    }
+}
+
+/// What is asked of the thread itself.
+#[derive(Clone, Copy, Debug)]
+pub struct Asked {
+    stack: CallId,
+    tid_address: CallId,
+}
+
+/// Adds the questions that only the thread itself can answer.
+pub fn ask(batch: &mut Batch) -> Asked {
+    let stack = batch.push(libc::SYS_sigaltstack, [Arg::Value(0), Arg::Out(24)]);
+    let get = libc::PR_GET_TID_ADDRESS as u64;
+    let tid_address = batch.push(libc::SYS_prctl, [Arg::Value(get), Arg::Out(8)]);
+    Asked { stack, tid_address }
+}
+
+fn word(bytes: &[u8], at: usize) -> u64 {
+    bytes.get(at..at + 8).map_or(0, |b| b.iter().rev().fold(0, |n, &b| n << 8 | u64::from(b)))
+}
+
+/// What is read of a thread from outside while it stands still, before remote calls are made.
+pub struct Sight {
+    /// Its status file.
+    pub status: Status,
+    /// Its extended registers: no remote call may come before this is read.
+    xstate: Vec<u8>,
+    /// Its queued signals.
+    pending: Vec<[u8; 128]>,
+    rseq: Option<RseqState>,
+}
+
+/// Looks at a stopped thread. If it stands inside a restartable sequence, it is moved to the
+/// abort handler, as the kernel does with a thread that is preempted there.
+pub fn look(target: &Target, held: &mut Held) -> Result<Sight, ProcessError> {
+    let kernel = |what: &str, e| target.kernel(format!("thread {}: {what}", held.tid), e);
+    let status = Status::read(target.pid, held.tid)
+        .map_err(|e| target.kernel(format!("reading the status of thread {}", held.tid), e))?;
+    let halted = held.halted().map_err(|e| crate::freeze::remote_failed(target, e))?;
+    let xstate = halted.xstate().map_err(|e| kernel("reading extended registers", e))?;
+    let pending = halted.queued_signals(false).map_err(|e| kernel("reading signals", e))?;
+    let rseq = halted.rseq().map_err(|e| kernel("reading rseq", e))?;
+    if let Some(rseq) = &rseq
+        && let Some(abort) = rseq_abort(target.pid, rseq.address, held.registers.rip)
+    {
+        held.registers.rip = abort;
+        held.go_on.rip = abort;
+    }
+    let rseq = rseq.map(|r| RseqState {
+        address: r.address,
+        size: r.size,
+        signature: r.signature,
+        flags: r.flags,
+    });
+    Ok(Sight { status, xstate, pending, rseq })
+}
+
+/// The abort handler, if `rip` lies inside the thread's current critical section
+/// (`struct rseq_cs`: version, flags, start, length, abort).
+fn rseq_abort(pid: u32, rseq: u64, rip: u64) -> Option<u64> {
+    let mut raw = [0u8; 8];
+    memory::read_exact(pid, rseq + 8, &mut raw).ok()?;
+    let section = u64::from_ne_bytes(raw);
+    if section == 0 {
+        return None;
+    }
+    let mut cs = [0u8; 32];
+    memory::read_exact(pid, section, &mut cs).ok()?;
+    let (start, length, abort) = (word(&cs, 8), word(&cs, 16), word(&cs, 24));
+    (rip.wrapping_sub(start) < length).then_some(abort)
+}
+
+/// Puts together what was seen and what the thread answered.
+pub fn collect(
+    target: &Target,
+    held: &Held,
+    sight: Sight,
+    asked: Asked,
+    answers: &Results,
+    wait_left_ns: Option<u64>,
+) -> Result<ThreadState, ProcessError> {
+    let kernel = |what: &str, e| target.kernel(format!("thread {}: {what}", held.tid), e);
+    let tid = held.tid;
+    answers.value(asked.stack).map_err(|e| kernel("asking for its signal stack", e))?;
+    let stack = answers.out(asked.stack, 1);
+    let clear_tid_address = match answers.value(asked.tid_address) {
+        Ok(_) => word(answers.out(asked.tid_address, 1), 0),
+        Err(e) => return Err(kernel("asking for its TID address", e)),
+    };
+    let (robust_list, robust_list_length) =
+        thread::robust_list(tid).map_err(|e| kernel("reading its robust list", e))?;
+    let comm = target.proc_file(&format!("task/{tid}/comm"))?;
+    Ok(ThreadState {
+        tid,
+        comm: comm.strip_suffix(b"\n").unwrap_or(&comm).to_vec(),
+        registers: RegistersState::of(&held.registers),
+        xstate: sight.xstate,
+        signal_mask: held.mask,
+        pending_signals: sight.pending.concat(),
+        alternate_stack: AlternateStack {
+            address: word(stack, 0),
+            // SS_ONSTACK only says where the thread stands; the kernel refuses it as an order.
+            flags: (word(stack, 8) as u32) & !(libc::SS_ONSTACK as u32),
+            size: word(stack, 16),
+        },
+        clear_tid_address,
+        robust_list,
+        robust_list_length: if robust_list == 0 { 0 } else { robust_list_length },
+        rseq: sight.rseq,
+        scheduling: thread::scheduling(tid).map_err(|e| kernel("reading scheduling", e))?.to_vec(),
+        affinity: thread::affinity(tid).map_err(|e| kernel("reading its affinity", e))?,
+        io_priority: thread::io_priority(tid).map_err(|e| kernel("reading I/O priority", e))?,
+        call_again: interruption_of(&held.registers, &sight.status).is_some(),
+        credentials: Credentials::of(&sight.status),
+        wait_left_ns,
+    })
+}
+
+/// Adds the calls by which a new thread takes on its state. Registers come last, by `ptrace`.
+pub fn recreate(state: &ThreadState, batch: &mut Batch) {
+    let value = Arg::Value;
+    batch.push(libc::SYS_set_tid_address, [value(state.clear_tid_address)]);
+    if state.robust_list_length > 0 {
+        let list = [value(state.robust_list), value(state.robust_list_length)];
+        batch.push(libc::SYS_set_robust_list, list);
+    }
+    if let Some(rseq) = &state.rseq {
+        let args = [
+            value(rseq.address),
+            value(u64::from(rseq.size)),
+            value(u64::from(rseq.flags)),
+            value(u64::from(rseq.signature)),
+        ];
+        batch.push(libc::SYS_rseq, args);
+    }
+    let mut stack = Vec::with_capacity(24);
+    stack.extend_from_slice(&state.alternate_stack.address.to_ne_bytes());
+    stack.extend_from_slice(&u64::from(state.alternate_stack.flags).to_ne_bytes());
+    stack.extend_from_slice(&state.alternate_stack.size.to_ne_bytes());
+    batch.push(libc::SYS_sigaltstack, [Arg::In(stack), value(0)]);
+    let mut name = state.comm.clone();
+    name.truncate(15);
+    name.push(0);
+    batch.push(libc::SYS_prctl, [value(libc::PR_SET_NAME as u64), Arg::In(name)]);
+}
+
+/// Sets what can be set from outside: scheduling, affinity, I/O priority, where they differ.
+pub fn recreate_outside(pid: u32, state: &ThreadState) -> Result<Vec<String>, ProcessError> {
+    let tid = state.tid;
+    let kernel = |what: &str, e: outlive_linux::Errno| {
+        crate::target::gone_or(pid, &format!("thread {tid}: {what}"), e.into())
+    };
+    let mut notices = Vec::new();
+    let attr: [u8; 48] = state
+        .scheduling
+        .as_slice()
+        .try_into()
+        .map_err(|_| ProcessError::Image(format!("thread {tid}: scheduling has a wrong size")))?;
+    if thread::scheduling(tid).map_err(|e| kernel("reading scheduling", e))? != attr
+        && let Err(e) = thread::set_scheduling(tid, &attr)
+    {
+        notices.push(format!("thread {tid}: scheduling policy or priority not restored: {e}"));
+    }
+    if thread::affinity(tid).map_err(|e| kernel("reading affinity", e))? != state.affinity
+        && let Err(e) = thread::set_affinity(tid, &state.affinity)
+    {
+        notices.push(format!("thread {tid}: processor affinity not restored: {e}"));
+    }
+    if thread::io_priority(tid).map_err(|e| kernel("reading I/O priority", e))? != state.io_priority
+        && let Err(e) = thread::set_io_priority(tid, state.io_priority)
+    {
+        notices.push(format!("thread {tid}: I/O priority not restored: {e}"));
+    }
+    Ok(notices)
+}

@@ -1,0 +1,353 @@
+//! Making the address space: mappings first, then contents, then protections, seals and locks.
+
+use super::stub::{Step, Stub, step};
+use crate::ProcessError;
+use crate::resources::memory::{Area, AreaKind, MappedFile, MemoryState};
+use outlive_epoch::{Content, EpochReader, PAGE_SIZE, VisitError};
+use outlive_linux::maps::{self, Mapping, VmFlags};
+use outlive_linux::memory;
+use outlive_linux::remote::Arg;
+use std::fs::File;
+use std::os::fd::AsRawFd;
+
+const PAGE: u64 = PAGE_SIZE as u64;
+/// Highest address of user space with four-level page tables.
+const TOP: u64 = 0x7fff_ffff_f000;
+const MADV_POPULATE_WRITE: u64 = 23;
+const MADV_GUARD_INSTALL: u64 = 102;
+const SYS_MSEAL: i64 = 462;
+const PR_SET_VMA: u64 = 0x5356_4d41;
+
+/// An image is hostile: areas must be whole pages, in order, disjoint and below the top; every
+/// reference must lead somewhere.
+pub fn validate(state: &MemoryState) -> Result<(), ProcessError> {
+    let bad = |what: String| Err(ProcessError::Image(format!("memory: {what}")));
+    let mut last = PAGE;
+    for a in &state.areas {
+        if a.start % PAGE != 0 || a.end % PAGE != 0 || a.start < last || a.end <= a.start || a.end > TOP {
+            return bad(format!("area {:x}-{:x} is out of order or range", a.start, a.end));
+        }
+        last = a.end;
+        let needs_file = matches!(a.kind, AreaKind::PrivateFile | AreaKind::SharedFile);
+        let file = a.file.and_then(|f| state.files.get(f as usize));
+        if needs_file != a.file.is_some() || needs_file != file.is_some() {
+            return bad(format!("area {:x} refers to no file", a.start));
+        }
+        if a.protection > 7 || a.offset % PAGE != 0 {
+            return bad(format!("area {:x} has a wrong protection or offset", a.start));
+        }
+    }
+    if state.layout.len() != 10 || state.guards.len() % 2 != 0 {
+        return bad("fields of a wrong length".into());
+    }
+    Ok(())
+}
+
+/// An address where `length` bytes are free both in this process (of which the new one is a copy)
+/// and in the saved layout, away from anything that may grow.
+pub fn find_hole(state: &MemoryState, ours: &[Mapping], length: u64) -> Result<u64, ProcessError> {
+    const MARGIN: u64 = 16 << 20;
+    let mut taken: Vec<(u64, u64)> = state.areas.iter().map(|a| (a.start, a.end)).collect();
+    taken.extend(ours.iter().map(|m| (m.start, m.end)));
+    taken.sort_unstable();
+    let mut free_from = 0x1_0000_0000;
+    for (start, end) in taken {
+        if start > free_from && start - free_from >= length + 2 * MARGIN {
+            break;
+        }
+        free_from = free_from.max(end);
+    }
+    let at = (free_from + MARGIN).next_multiple_of(PAGE);
+    if at + length > TOP {
+        return Err(ProcessError::Image("memory: no room for working memory".into()));
+    }
+    Ok(at)
+}
+
+/// The mappings that the kernel gives to every process.
+fn kernel_kind(m: &Mapping) -> Option<AreaKind> {
+    match m.name.as_slice() {
+        b"[vdso]" => Some(AreaKind::Vdso),
+        b"[vvar]" => Some(AreaKind::Vvar),
+        b"[vvar_vclock]" => Some(AreaKind::VvarVclock),
+        _ => None,
+    }
+}
+
+/// Whether the vDSO of this kernel is the one that the program was saved with.
+pub fn check_kernel(state: &MemoryState, ours: &[Mapping]) -> Result<(), String> {
+    let differs = "the kernel is not the one under which the program was saved (its vDSO differs)";
+    for area in &state.areas {
+        if matches!(area.kind, AreaKind::Vdso | AreaKind::Vvar | AreaKind::VvarVclock) {
+            let same = ours.iter().find(|m| kernel_kind(m) == Some(area.kind));
+            if same.is_none_or(|m| m.len() != area.len()) {
+                return Err(differs.into());
+            }
+        }
+    }
+    let vdso = ours.iter().find(|m| m.name == b"[vdso]");
+    let checksum = vdso.and_then(|m| {
+        crate::resources::memory::vdso_checksum_of(std::process::id(), m.start, m.end).ok()
+    });
+    match state.vdso_checksum {
+        Some(saved) if Some(saved) != checksum => Err(differs.into()),
+        _ => Ok(()),
+    }
+}
+
+/// Empties the address space, but for working memory and what the kernel gave, which moves to its
+/// place.
+pub fn clear(stub: &mut Stub, state: &MemoryState) -> Result<(), ProcessError> {
+    let (arena, length) = stub.arena.range();
+    let pid = stub.target.pid;
+    let all = maps::read(pid).map_err(|e| stub.target.kernel("reading its mappings", e))?;
+    let rseq = stub.threads[0].halted().ok().and_then(|h| h.rseq().ok().flatten());
+    let mut steps = Vec::new();
+    if let Some(r) = rseq {
+        let args = [r.address, u64::from(r.size), 1, u64::from(r.signature)];
+        steps.push(step(libc::SYS_rseq, args, "unregistering rseq"));
+    }
+    let ours: Vec<&Mapping> =
+        all.iter().filter(|m| m.start < arena || m.end > arena + length).collect();
+    for m in ours.iter().filter(|m| kernel_kind(m).is_none()) {
+        steps.push(step(libc::SYS_munmap, [m.start, m.len()], "emptying the address space"));
+    }
+    stub.steps(steps)?;
+    move_kernel_areas(stub, state, &ours)
+}
+
+/// In two moves, by way of a free place, because old and new places may overlap.
+fn move_kernel_areas(stub: &mut Stub, state: &MemoryState, ours: &[&Mapping]) -> Result<(), ProcessError> {
+    let (arena, length) = stub.arena.range();
+    let mut away = Vec::new();
+    let mut home = Vec::new();
+    // Behind working memory there is a margin that nothing uses.
+    let mut aside = arena + length + (4 << 20);
+    for m in ours {
+        let Some(kind) = kernel_kind(m) else { continue };
+        let flags = (libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED) as u64;
+        let len = m.len();
+        match state.areas.iter().find(|a| a.kind == kind) {
+            Some(area) => {
+                let what = "moving what the kernel maps";
+                away.push(step(libc::SYS_mremap, [m.start, len, len, flags, aside], what));
+                home.push(step(libc::SYS_mremap, [aside, len, len, flags, area.start], what));
+                aside += len;
+            }
+            None => away.push(step(libc::SYS_munmap, [m.start, len], "unmapping the vDSO")),
+        }
+    }
+    away.append(&mut home);
+    stub.steps(away).map(drop)
+}
+
+/// Runs of pages that the epoch holds, clipped to the areas that take pages.
+struct Clip<'a> {
+    areas: Vec<&'a Area>,
+}
+
+impl<'a> Clip<'a> {
+    fn new(state: &'a MemoryState) -> Self {
+        Self { areas: state.areas.iter().filter(|a| a.has_pages()).collect() }
+    }
+
+    /// The parts of `start..end` that lie in areas, each with its area.
+    fn parts(&self, start: u64, end: u64) -> impl Iterator<Item = (u64, u64, &'a Area)> + '_ {
+        let first = self.areas.partition_point(|a| a.end <= start);
+        self.areas[first..]
+            .iter()
+            .take_while(move |a| a.start < end)
+            .map(move |a| (start.max(a.start), end.min(a.end), *a))
+    }
+}
+
+/// Makes all mappings. `files` are open in the new process at the same numbers as here.
+pub fn map(
+    stub: &mut Stub,
+    state: &MemoryState,
+    files: &[File],
+    reader: &dyn EpochReader,
+) -> Result<(), ProcessError> {
+    let clip = Clip::new(state);
+    let runs: Vec<(u64, u64)> = reader
+        .runs()
+        .iter()
+        .filter(|r| r.space().0 == stub.target.pid)
+        .flat_map(|r| {
+            let end = r.address().saturating_add(r.bytes());
+            clip.parts(r.address(), end).map(|(s, e, _)| (s, e)).collect::<Vec<_>>()
+        })
+        .collect();
+    let mut steps = Vec::new();
+    for area in &state.areas {
+        let filled = runs.partition_point(|r| r.1 <= area.start);
+        let filled = runs.get(filled).is_some_and(|r| r.0 < area.end);
+        steps.extend(map_area(area, files, filled));
+        if let Some(advice) = huge_page_advice(area.vm_flags()) {
+            let args = [area.start, area.len(), advice];
+            steps.push(step(libc::SYS_madvise, args, "asking for huge pages"));
+        }
+    }
+    for (start, end) in runs {
+        // Only to be faster: where it fails, writing the contents says why.
+        let args = [start, end - start, MADV_POPULATE_WRITE].map(Arg::Value);
+        let mut s = Step::new(libc::SYS_madvise, args, "populating memory");
+        s.tolerate = &[libc::EINVAL, libc::EAGAIN, libc::EFAULT];
+        steps.push(s);
+    }
+    stub.steps(steps).map(drop)
+}
+
+fn huge_page_advice(flags: VmFlags) -> Option<u64> {
+    if flags.has(VmFlags::HUGEPAGE) {
+        Some(libc::MADV_HUGEPAGE as u64)
+    } else if flags.has(VmFlags::NO_HUGEPAGE) {
+        Some(libc::MADV_NOHUGEPAGE as u64)
+    } else {
+        None
+    }
+}
+
+fn map_area(area: &Area, files: &[File], filled: bool) -> Option<Step> {
+    let flags = area.vm_flags();
+    let (sort, fd) = match area.kind {
+        AreaKind::Anonymous => (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, None),
+        AreaKind::PrivateFile => (libc::MAP_PRIVATE, area.file),
+        AreaKind::SharedFile => (libc::MAP_SHARED, area.file),
+        AreaKind::Vdso | AreaKind::Vvar | AreaKind::VvarVclock => return None,
+    };
+    let mut map = sort | libc::MAP_FIXED_NOREPLACE;
+    if flags.has(VmFlags::GROWS_DOWN) {
+        map |= libc::MAP_GROWSDOWN;
+    }
+    if flags.has(VmFlags::NO_RESERVE) {
+        map |= libc::MAP_NORESERVE;
+    }
+    let fd = fd.and_then(|f| files.get(f as usize)).map_or(u64::MAX, |f| f.as_raw_fd() as u64);
+    let protection = if filled { area.protection | 3 } else { area.protection };
+    let args =
+        [area.start, area.len(), u64::from(protection), map as u64, fd, area.offset];
+    Some(step(libc::SYS_mmap, args, format!("mapping {:x}-{:x}", area.start, area.end)))
+}
+
+/// Writes the contents of all pages.
+pub fn fill(stub: &Stub, state: &MemoryState, reader: &dyn EpochReader) -> Result<(), ProcessError> {
+    let clip = Clip::new(state);
+    let pid = stub.target.pid;
+    let visitor = |e: ProcessError| VisitError::Visitor(Box::new(e));
+    let zeros = vec![0u8; 1 << 20];
+    let walked = reader.pages(&mut |run, content| {
+        if run.space().0 != pid {
+            return Ok(());
+        }
+        let from = run.address();
+        for (start, end, area) in clip.parts(from, from.saturating_add(run.bytes())) {
+            let write = |at: u64, bytes: &[u8]| {
+                memory::write(pid, at, bytes).map_err(|e| {
+                    visitor(stub.target.kernel(format!("writing memory at {at:x}"), e))
+                })
+            };
+            match content {
+                Content::Bytes(b) => write(start, &b[(start - from) as usize..(end - from) as usize])?,
+                // Anonymous memory is zero already.
+                Content::Zero if area.kind == AreaKind::Anonymous => {}
+                Content::Zero => {
+                    let mut at = start;
+                    while at < end {
+                        let n = (end - at).min(zeros.len() as u64);
+                        write(at, &zeros[..n as usize])?;
+                        at += n;
+                    }
+                }
+            }
+        }
+        Ok(())
+    });
+    walked.map_err(|e| match e {
+        VisitError::Store(e) => e.into(),
+        VisitError::Visitor(e) => match e.downcast::<ProcessError>() {
+            Ok(e) => *e,
+            Err(e) => ProcessError::Image(e.to_string()),
+        },
+    })
+}
+
+/// Final protections, advice, guards, names, locks and seals.
+pub fn finish(stub: &mut Stub, state: &MemoryState) -> Result<(), ProcessError> {
+    let mut steps = Vec::new();
+    for guard in state.guards.chunks_exact(2) {
+        let args = [guard[0], guard[1].saturating_sub(guard[0]), MADV_GUARD_INSTALL];
+        steps.push(step(libc::SYS_madvise, args, "installing guard pages"));
+    }
+    for area in &state.areas {
+        let (start, len, flags) = (area.start, area.len(), area.vm_flags());
+        if area.has_pages() && area.protection & 3 != 3 {
+            let args = [start, len, u64::from(area.protection)];
+            steps.push(step(libc::SYS_mprotect, args, format!("protecting {start:x}")));
+        }
+        for (flag, advice) in ADVICE {
+            if flags.has(flag) && area.kind != AreaKind::Vvar && area.kind != AreaKind::VvarVclock {
+                let args = [start, len, advice as u64].map(Arg::Value);
+                let mut s = Step::new(libc::SYS_madvise, args, format!("advice for {start:x}"));
+                s.tolerate = &[libc::EINVAL];
+                steps.push(s);
+            }
+        }
+        if let Some(label) = &area.label {
+            let mut label = label.clone();
+            label.push(0);
+            let args = [PR_SET_VMA, 0, start, len].map(Arg::Value).into_iter().chain([Arg::In(label)]);
+            let mut s = Step::new(libc::SYS_prctl, args, "naming memory");
+            s.tolerate = &[libc::EINVAL, libc::EBADF];
+            steps.push(s);
+        }
+        if flags.has(VmFlags::LOCKED) {
+            steps.push(step(libc::SYS_mlock, [start, len], format!("locking {start:x}")));
+        }
+    }
+    for area in state.areas.iter().filter(|a| a.vm_flags().has(VmFlags::SEALED)) {
+        let kernel_gave = !area.has_pages() && area.file.is_none();
+        if !kernel_gave {
+            steps.push(step(SYS_MSEAL, [area.start, area.len(), 0], "sealing memory"));
+        }
+    }
+    stub.steps(steps).map(drop)
+}
+
+const ADVICE: [(VmFlags, libc::c_int); 6] = [
+    (VmFlags::SEQUENTIAL, libc::MADV_SEQUENTIAL),
+    (VmFlags::RANDOM, libc::MADV_RANDOM),
+    (VmFlags::DONT_COPY, libc::MADV_DONTFORK),
+    (VmFlags::DONT_DUMP, libc::MADV_DONTDUMP),
+    (VmFlags::MERGEABLE, libc::MADV_MERGEABLE),
+    (VmFlags::WIPE_ON_FORK, libc::MADV_WIPEONFORK),
+];
+
+/// Tells the kernel where code, data, heap, stack, arguments and the program's file are
+/// (`PR_SET_MM_MAP`, `struct prctl_mm_map`).
+pub fn set_layout(stub: &mut Stub, state: &MemoryState, exe: &File) -> Result<(), ProcessError> {
+    let auxv_at = stub.scratch(&state.auxiliary_vector)?;
+    let l = &state.layout;
+    // start_code, end_code, start_data, end_data, start_brk, brk, start_stack, arguments,
+    // environment.
+    let words =
+        [l[0], l[1], l[3], l[4], l[5], state.brk, l[2], l[6], l[7], l[8], l[9], auxv_at];
+    let mut map: Vec<u8> = words.iter().flat_map(|w| w.to_ne_bytes()).collect();
+    map.extend_from_slice(&(state.auxiliary_vector.len() as u32).to_ne_bytes());
+    map.extend_from_slice(&(exe.as_raw_fd() as u32).to_ne_bytes());
+    let size = map.len() as u64;
+    let v = Arg::Value;
+    let args = [v(libc::PR_SET_MM as u64), v(libc::PR_SET_MM_MAP as u64), Arg::In(map), v(size), v(0)];
+    stub.steps(vec![Step::new(libc::SYS_prctl, args, "setting the layout of memory")]).map(drop)
+}
+
+/// Opens the files that are mapped, and judges whether they are the right ones.
+pub fn open_files(files: &[MappedFile], keep: bool) -> Result<Vec<File>, Vec<String>> {
+    let (opened, wrong): (Vec<_>, Vec<_>) = files
+        .iter()
+        .map(|f| crate::resources::memory::reopen(f, keep))
+        .partition(Result::is_ok);
+    let wrong: Vec<String> = wrong.into_iter().filter_map(Result::err).collect();
+    if wrong.is_empty() { Ok(opened.into_iter().flatten().collect()) } else { Err(wrong) }
+}
+

@@ -1,0 +1,185 @@
+//! The process that is being made: born empty, then changed from outside, step by step.
+
+use crate::ProcessError;
+use crate::bootstrap::{self, Plan};
+use crate::freeze::{Held, remote_failed};
+use crate::target::Target;
+use outlive_linux::Errno;
+use outlive_linux::clock::TimeOffsets;
+use outlive_linux::maps;
+use outlive_linux::ptrace::Running;
+use outlive_linux::remote::{Arena, Arg, Batch};
+use outlive_linux::spawn::{self, SpawnError};
+use std::time::{Duration, Instant};
+
+/// How long a step may take.
+pub const PATIENCE: Duration = Duration::from_secs(20);
+/// Bytes of a batch.
+const BATCH: usize = 256 * 1024;
+const PLAN: Plan = Plan { at: None, slots: 16, slot: 512 * 1024 };
+
+/// A process that is being made. Dropping it kills it: nothing half-restored is left behind.
+pub struct Stub {
+    /// The process.
+    pub target: Target,
+    /// Working memory in it.
+    pub arena: Arena,
+    /// Its threads, the leading one first.
+    pub threads: Vec<Held>,
+    /// Whether it is to live.
+    pub keep: bool,
+}
+
+/// One system call with what it is for.
+pub struct Step {
+    /// `SYS_…`.
+    pub number: i64,
+    /// Its arguments.
+    pub args: Vec<Arg>,
+    /// What it is for.
+    pub what: String,
+    /// Errors that do not matter.
+    pub tolerate: &'static [i32],
+}
+
+impl Step {
+    /// A step of which any error matters. Arguments are numbers or data.
+    pub fn new(number: i64, args: impl IntoIterator<Item = Arg>, what: impl Into<String>) -> Self {
+        Self { number, args: args.into_iter().collect(), what: what.into(), tolerate: &[] }
+    }
+}
+
+/// A step with numbers only.
+pub fn step<const N: usize>(number: i64, args: [u64; N], what: impl Into<String>) -> Step {
+    Step::new(number, args.map(Arg::Value), what)
+}
+
+impl Stub {
+    /// Makes the process, with working memory at `arena_at`.
+    pub fn new(pid: u32, time: TimeOffsets, arena_at: u64) -> Result<Self, ProcessError> {
+        spawn::waiting_process(pid, Some(time)).map_err(|e| spawn_failed(pid, e))?;
+        let mut guard = KillOnDrop(Some(pid));
+        let target = Target::open(pid)?;
+        let leader = Running::seize(pid, true).map_err(|e| target.kernel("tracing it", e))?;
+        leader.interrupt().map_err(|e| target.kernel("stopping it", e))?;
+        let halted = leader
+            .wait_interrupted(Instant::now() + PATIENCE)
+            .map_err(|(_, e)| target.kernel(e.to_string(), std::io::Error::other("no stop")))?;
+        halted.die_with_us().map_err(|e| target.kernel("tracing it", e))?;
+        let mut leader = Held::new(halted).map_err(|e| target.kernel("reading registers", e))?;
+        let mappings =
+            maps::read(pid).map_err(|e| target.kernel("reading its mappings", e))?;
+        let syscall_at = bootstrap::find_syscall(pid, &mappings).ok_or_else(|| {
+            target.kernel("looking for a syscall instruction", std::io::Error::other("none there"))
+        })?;
+        let plan = Plan { at: Some(arena_at), ..PLAN };
+        let arena = bootstrap::make_arena(&target, &mut leader, syscall_at, plan)?;
+        guard.0 = None;
+        Ok(Self { target, arena, threads: vec![leader], keep: false })
+    }
+
+    /// Bytes of working memory that a stub needs.
+    #[must_use]
+    pub fn arena_length() -> u64 {
+        Arena::length(PLAN.slots, PLAN.slot)
+    }
+
+    /// Runs a batch in one thread and gives every call's result.
+    pub fn run(&mut self, thread: usize, batch: Batch) -> Result<outlive_linux::remote::Results, ProcessError> {
+        let (target, arena) = (&self.target, &self.arena);
+        self.threads[thread].run(arena, batch).map_err(|e| remote_failed(target, e))
+    }
+
+    /// Runs a batch in the leading thread, of which every call must succeed.
+    pub fn run_named(&mut self, batch: Batch, what: &[String]) -> Result<(), ProcessError> {
+        let results = self.run(0, batch)?;
+        match results.first_error() {
+            None => Ok(()),
+            Some((at, errno)) => {
+                let what = what.get(at).map_or("a system call", String::as_str);
+                Err(self.target.kernel(what, errno))
+            }
+        }
+    }
+
+    /// Runs any number of steps in the leading thread; returns what each gave. Stops after the
+    /// first batch in which one failed.
+    pub fn steps(&mut self, steps: Vec<Step>) -> Result<Vec<u64>, ProcessError> {
+        let mut values = Vec::with_capacity(steps.len());
+        let mut rest = steps.into_iter().peekable();
+        while rest.peek().is_some() {
+            let mut batch = Batch::new();
+            let mut ids = Vec::new();
+            while let Some(step) = rest.next_if(|_| batch.size() < BATCH) {
+                ids.push((batch.push(step.number, step.args), step.what, step.tolerate));
+            }
+            let results = self.run(0, batch)?;
+            for (id, what, tolerate) in ids {
+                match results.value(id) {
+                    Ok(value) => values.push(value),
+                    Err(e) if tolerate.contains(&e.raw_os_error()) => values.push(0),
+                    Err(e) => return Err(self.target.kernel(what, e)),
+                }
+            }
+        }
+        Ok(values)
+    }
+
+    /// Writes into the working memory; returns the address.
+    pub fn scratch(&self, bytes: &[u8]) -> Result<u64, ProcessError> {
+        let (at, room) = self.arena.scratch();
+        if bytes.len() as u64 > room {
+            return Err(ProcessError::Image(format!("{} bytes where {room} fit", bytes.len())));
+        }
+        outlive_linux::memory::write(self.target.pid, at, bytes)
+            .map_err(|e| self.target.kernel("writing working memory", e))?;
+        Ok(at)
+    }
+}
+
+impl Drop for Stub {
+    fn drop(&mut self) {
+        if !self.keep {
+            // Killed while it is stopped; the threads' holders see it gone.
+            let guard = KillOnDrop(Some(self.target.pid));
+            let _ = outlive_linux::thread::kill(self.target.pid);
+            let deadline = Instant::now() + PATIENCE;
+            for halted in self.threads.drain(..).rev().filter_map(Held::into_halted) {
+                let _ = halted.await_end(deadline);
+            }
+            drop(guard);
+        }
+    }
+}
+
+/// Kills and reaps our child.
+struct KillOnDrop(Option<u32>);
+
+impl Drop for KillOnDrop {
+    fn drop(&mut self) {
+        if let Some(pid) = self.0
+            && let Some(raw) = i32::try_from(pid).ok().and_then(rustix::process::Pid::from_raw)
+        {
+            let _ = outlive_linux::thread::kill(pid);
+            let _ = rustix::process::waitpid(Some(raw), rustix::process::WaitOptions::empty());
+        }
+    }
+}
+
+fn spawn_failed(pid: u32, e: SpawnError) -> ProcessError {
+    let taken = |errno| matches!(e, SpawnError::Clone { source, .. } if source == errno);
+    if taken(Errno::EXIST) {
+        return ProcessError::Refused(vec![super::pid_taken(pid)]);
+    }
+    let source = match e {
+        SpawnError::TimeNamespace(s) | SpawnError::Clone { source: s, .. } | SpawnError::Other(s) => s,
+    };
+    match source {
+        Errno::PERM | Errno::ACCESS => ProcessError::NotPermitted {
+            pid,
+            what: e.to_string(),
+            remedy: "restore as root (CAP_SYS_ADMIN or CAP_CHECKPOINT_RESTORE)".into(),
+        },
+        source => ProcessError::Kernel { pid, what: e.to_string(), source: source.into() },
+    }
+}

@@ -1,0 +1,189 @@
+//! Making threads, and setting what each of them goes on with.
+
+use super::stub::{PATIENCE, Step, Stub};
+use crate::ProcessError;
+use crate::freeze::{Held, remote_failed, run_all};
+use crate::reentry::made_again;
+use crate::resources::credentials::{self, Credentials};
+use crate::resources::signals::{self, SignalsState};
+use crate::resources::thread::{self, ThreadState, call_of, limit_of};
+use crate::target::Status;
+use crate::waits::{Interruption, interruption};
+use outlive_linux::ptrace::{Registers, Running, Stop};
+use outlive_linux::remote::{Arg, Batch};
+use outlive_linux::spawn::{CLONE_ARGS_SIZE, thread_args};
+use std::collections::BTreeSet;
+use std::time::Instant;
+
+/// Flags of a further thread of the same process, which is traced from birth.
+const THREAD: u64 = (libc::CLONE_VM
+    | libc::CLONE_FS
+    | libc::CLONE_FILES
+    | libc::CLONE_SIGHAND
+    | libc::CLONE_THREAD
+    | libc::CLONE_SYSVSEM
+    | libc::CLONE_PTRACE) as u64;
+/// Threads made by one batch: their IDs must fit into the working memory.
+const GROUP: usize = 1024;
+
+/// An image is hostile: the leading thread first, IDs sensible and unique, fixed lengths right.
+pub fn validate(threads: &[ThreadState], pid: u32) -> Result<(), ProcessError> {
+    let bad = |what: String| Err(ProcessError::Image(what));
+    if threads.first().is_none_or(|t| t.tid != pid) {
+        return bad("the leading thread is missing".into());
+    }
+    let mut seen = BTreeSet::new();
+    for t in threads {
+        if i32::try_from(t.tid).map_or(true, |t| t <= 0) || !seen.insert(t.tid) {
+            return bad(format!("thread ID {} is out of range or there twice", t.tid));
+        }
+        if !t.credentials.is_well_formed() {
+            return bad(format!("thread {}: credentials have a wrong length", t.tid));
+        }
+    }
+    Ok(())
+}
+
+/// Makes all threads but the leading one, and gives every thread its state but for registers.
+/// Returns what could not be restored and does no harm.
+pub fn recreate(
+    stub: &mut Stub,
+    threads: &[ThreadState],
+    signals: &SignalsState,
+) -> Result<Vec<String>, ProcessError> {
+    for group in threads[1..].chunks(GROUP) {
+        make(stub, group)?;
+    }
+    let mut batch = Batch::new();
+    signals::recreate(signals, &mut batch)?;
+    stub.run_named(batch, &[])?;
+    let pid = stub.target.pid;
+    let mut notices = Vec::new();
+    for t in threads {
+        notices.extend(thread::recreate_outside(pid, t)?);
+    }
+    let status =
+        Status::read(pid, pid).map_err(|e| stub.target.kernel("reading its status", e))?;
+    let now = Credentials::of(&status);
+    let mut batches = Vec::with_capacity(threads.len());
+    for t in threads {
+        let mut batch = Batch::new();
+        thread::recreate(t, &mut batch);
+        signals::requeue(pid, Some(t.tid), &t.pending_signals, &mut batch)?;
+        if t.tid == pid {
+            signals::requeue(pid, None, &signals.pending, &mut batch)?;
+        }
+        credentials::recreate(&t.credentials, &now, &mut batch);
+        batches.push(batch);
+    }
+    let mut batches = batches.into_iter();
+    let (arena, target) = (stub.arena, &stub.target);
+    let results = run_all(&arena, &mut stub.threads, |_| batches.next().unwrap_or_default())
+        .map_err(|e| remote_failed(target, e))?;
+    for (t, result) in threads.iter().zip(results) {
+        if let Some((at, e)) = result.first_error() {
+            let what = format!("restoring state of thread {} (call {at})", t.tid);
+            return Err(stub.target.kernel(what, e));
+        }
+    }
+    Ok(notices)
+}
+
+fn make(stub: &mut Stub, threads: &[ThreadState]) -> Result<(), ProcessError> {
+    let tids: Vec<u8> = threads.iter().flat_map(|t| t.tid.to_ne_bytes()).collect();
+    let at = stub.scratch(&tids)?;
+    let steps = threads.iter().enumerate().map(|(i, t)| {
+        let args = thread_args(THREAD, at + 4 * i as u64);
+        let args = [Arg::In(args.to_vec()), Arg::Value(CLONE_ARGS_SIZE as u64)];
+        Step::new(libc::SYS_clone3, args, format!("making thread {}", t.tid))
+    });
+    let made = stub.steps(steps.collect());
+    let deadline = Instant::now() + PATIENCE;
+    for t in threads {
+        let running = Running::born_seized(t.tid);
+        match running.wait(deadline) {
+            Ok(halted) if matches!(halted.stop(), Stop::Event(_)) => {
+                let held = Held::new(halted);
+                stub.threads.push(held.map_err(|e| stub.target.kernel("reading registers", e))?);
+            }
+            Ok(_) => return Err(ProcessError::Image(format!("thread {} began oddly", t.tid))),
+            // If it was not made, that is the error to tell of.
+            Err((_, e)) => {
+                made?;
+                let other = std::io::Error::other("no first stop");
+                return Err(stub.target.kernel(e.to_string(), other));
+            }
+        }
+    }
+    made.map(drop)
+}
+
+fn interrupted(state: &ThreadState) -> Option<Interruption> {
+    let r = state.registers.to_ptrace();
+    interruption(&call_of(&r), r.rax as i64, !state.call_again)
+}
+
+/// Gives calls that the kernel continues by a restart block such a block: the call is entered
+/// again with the time that was left, and interrupted at once.
+pub fn rearm(stub: &mut Stub, threads: &[ThreadState]) -> Result<(), ProcessError> {
+    for (i, state) in threads.iter().enumerate() {
+        if let Some(how @ Interruption::RestartBlock(_)) = interrupted(state) {
+            let saved = state.registers.to_ptrace();
+            let again = made_again(stub.target.pid, &saved, limit_of(how), state.wait_left_ns);
+            let held = stub.threads.remove(i);
+            let held = enter_and_interrupt(stub, held, &again)?;
+            stub.threads.insert(i, held);
+        }
+    }
+    Ok(())
+}
+
+fn enter_and_interrupt(stub: &Stub, held: Held, again: &Registers) -> Result<Held, ProcessError> {
+    let tid = held.tid;
+    let failed = |what: &str, e: std::io::Error| {
+        stub.target.kernel(format!("thread {tid}: entering its call again: {what}"), e)
+    };
+    let no_stop = || std::io::Error::other("no stop");
+    let mut halted =
+        held.into_halted().ok_or_else(|| failed("the thread is gone", no_stop()))?;
+    halted.set_signal_mask(u64::MAX).map_err(|e| failed("mask", e.into()))?;
+    halted.set_registers(again).map_err(|e| failed("registers", e.into()))?;
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        let running = halted.resume_to_syscall().map_err(|e| failed("resuming", e.into()))?;
+        halted = running.wait(deadline).map_err(|(_, e)| failed(&e.to_string(), no_stop()))?;
+        if halted.stop() == Stop::Syscall {
+            break;
+        }
+    }
+    let running = halted.resume().map_err(|e| failed("resuming", e.into()))?;
+    running.interrupt().map_err(|e| failed("interrupting", e.into()))?;
+    let halted = running
+        .wait_interrupted(deadline)
+        .map_err(|(_, e)| failed(&e.to_string(), no_stop()))?;
+    let mut held = Held::new(halted).map_err(|e| failed("reading registers", e.into()))?;
+    held.touch();
+    Ok(held)
+}
+
+/// Sets extended registers now, and what each thread goes on with when it is let go.
+pub fn set_registers(stub: &mut Stub, threads: &[ThreadState]) -> Result<(), ProcessError> {
+    let pid = stub.target.pid;
+    for (held, state) in stub.threads.iter_mut().zip(threads) {
+        let kernel = |what: &str, e| stub.target.kernel(format!("thread {}: {what}", state.tid), e);
+        let halted = held.halted_mut().map_err(|e| remote_failed(&stub.target, e))?;
+        halted.set_xstate(&state.xstate).map_err(|e| {
+            kernel("setting extended registers (does the processor have the same ones?)", e)
+        })?;
+        let saved = state.registers.to_ptrace();
+        held.go_on = match interrupted(state) {
+            Some(Interruption::Returned(limit)) => {
+                made_again(pid, &saved, limit, state.wait_left_ns)
+            }
+            _ => saved,
+        };
+        held.mask = state.signal_mask;
+        held.touch();
+    }
+    Ok(())
+}

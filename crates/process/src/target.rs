@@ -1,0 +1,266 @@
+//! One process seen from outside through `/proc`.
+
+use crate::{ProcessError, Refusal};
+use rustix::fd::OwnedFd;
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
+use std::io;
+use std::os::unix::ffi::OsStrExt;
+
+/// A process that is looked at. The pidfd makes sure that it stays the same one.
+#[derive(Debug)]
+pub struct Target {
+    /// Its process ID, as this process sees it.
+    pub pid: u32,
+    /// Its name.
+    pub program: String,
+    /// A descriptor for it.
+    pub pidfd: OwnedFd,
+    /// Whether it is our own child.
+    pub own_child: bool,
+}
+
+impl Target {
+    /// Looks a process up.
+    pub fn open(pid: u32) -> Result<Self, ProcessError> {
+        let gone = |_| ProcessError::Gone { pid, what: "there is no such process".into() };
+        let raw = i32::try_from(pid).ok().and_then(Pid::from_raw);
+        let raw = raw.ok_or_else(|| ProcessError::Gone { pid, what: "not a process ID".into() })?;
+        let pidfd = pidfd_open(raw, PidfdFlags::empty()).map_err(gone)?;
+        let status = Status::read(pid, pid).map_err(|e| gone_or(pid, "reading its status", e))?;
+        if status.tgid != pid {
+            let what = format!("is a thread of process {}; give that", status.tgid);
+            return Err(ProcessError::Gone { pid, what });
+        }
+        if matches!(status.state, b'Z' | b'X') {
+            return Err(ProcessError::Gone { pid, what: "has ended".into() });
+        }
+        let own_child = status.ppid == std::process::id();
+        Ok(Self { pid, program: status.name, pidfd, own_child })
+    }
+
+    /// A refusal that names this process.
+    pub fn refusal(&self, place: impl Into<String>, what: impl Into<String>, remedy: &str) -> Refusal {
+        Refusal {
+            pid: self.pid,
+            program: self.program.clone(),
+            place: place.into(),
+            what: what.into(),
+            remedy: remedy.into(),
+        }
+    }
+
+    /// The kernel refused an operation on this process.
+    pub fn kernel(&self, what: impl Into<String>, source: impl Into<io::Error>) -> ProcessError {
+        let (what, source) = (what.into(), source.into());
+        gone_or(self.pid, &what, source)
+    }
+
+    /// Its threads, as they are listed now.
+    pub fn threads(&self) -> Result<Vec<u32>, ProcessError> {
+        let path = format!("/proc/{}/task", self.pid);
+        let listed = std::fs::read_dir(path).and_then(|dir| {
+            dir.map(|entry| Ok(entry?.file_name().to_string_lossy().parse().unwrap_or(0))).collect()
+        });
+        let mut tids: Vec<u32> = listed.map_err(|e| self.kernel("listing its threads", e))?;
+        tids.retain(|&t| t != 0);
+        tids.sort_unstable();
+        Ok(tids)
+    }
+
+    /// The contents of a file below `/proc/PID`.
+    pub fn proc_file(&self, name: &str) -> Result<Vec<u8>, ProcessError> {
+        let path = format!("/proc/{}/{name}", self.pid);
+        std::fs::read(&path).map_err(|e| self.kernel(format!("reading {path}"), e))
+    }
+
+    /// Where a link below `/proc/PID` points.
+    pub fn proc_link(&self, name: &str) -> Result<Vec<u8>, ProcessError> {
+        let path = format!("/proc/{}/{name}", self.pid);
+        let link = std::fs::read_link(&path).map_err(|e| self.kernel(format!("reading {path}"), e))?;
+        Ok(link.as_os_str().as_bytes().to_vec())
+    }
+}
+
+/// Turns "no such process" and "permission denied" into what they mean for the user.
+pub fn gone_or(pid: u32, what: &str, source: io::Error) -> ProcessError {
+    match source.raw_os_error() {
+        Some(libc::ESRCH) => ProcessError::Gone { pid, what: "ended meanwhile".into() },
+        Some(libc::ENOENT) if !std::path::Path::new(&format!("/proc/{pid}")).exists() => {
+            ProcessError::Gone { pid, what: "ended meanwhile".into() }
+        }
+        Some(libc::EPERM | libc::EACCES) => ProcessError::NotPermitted {
+            pid,
+            what: what.to_owned(),
+            remedy: "run outlive as root, or as the owner of the process where it is not traced by \
+                     somebody else"
+                .into(),
+        },
+        _ => ProcessError::Kernel { pid, what: what.to_owned(), source },
+    }
+}
+
+/// What `/proc/PID/task/TID/status` tells (`proc_pid_status(5)`).
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Status {
+    /// Name of the thread, unescaped.
+    pub name: String,
+    /// State letter.
+    pub state: u8,
+    /// Process.
+    pub tgid: u32,
+    /// Parent.
+    pub ppid: u32,
+    /// Tracer, 0 where there is none.
+    pub tracer: u32,
+    /// Real, effective, saved and file system user.
+    pub uid: [u32; 4],
+    /// Real, effective, saved and file system group.
+    pub gid: [u32; 4],
+    /// Supplementary groups.
+    pub groups: Vec<u32>,
+    /// Capabilities: inheritable, permitted, effective, bounding, ambient.
+    pub caps: [u64; 5],
+    /// Signals pending for the thread.
+    pub pending: u64,
+    /// Signals pending for the process.
+    pub shared_pending: u64,
+    /// Signals that are blocked at this moment.
+    pub blocked: u64,
+    /// File mode creation mask.
+    pub umask: u32,
+    /// `PR_SET_NO_NEW_PRIVS`.
+    pub no_new_privs: bool,
+    /// Seccomp mode: 0 none, 1 strict, 2 filter.
+    pub seccomp: u32,
+    /// Voluntary context switches so far.
+    pub voluntary_switches: u64,
+}
+
+impl Status {
+    /// Reads the status of a thread.
+    pub fn read(pid: u32, tid: u32) -> io::Result<Self> {
+        Ok(Self::parse(&std::fs::read(format!("/proc/{pid}/task/{tid}/status"))?))
+    }
+
+    fn parse(text: &[u8]) -> Self {
+        let text = String::from_utf8_lossy(text);
+        let mut s = Self::default();
+        for line in text.lines() {
+            let Some((key, value)) = line.split_once(':') else { continue };
+            s.set(key, value.trim_start_matches('\t').trim_end());
+        }
+        s
+    }
+
+    fn set(&mut self, key: &str, value: &str) {
+        let number = || value.split_whitespace().next().and_then(|w| w.parse().ok()).unwrap_or(0);
+        let hex = || u64::from_str_radix(value.trim(), 16).unwrap_or(0);
+        let four = || {
+            let mut ids = value.split_whitespace().map(|w| w.parse().unwrap_or(u32::MAX));
+            std::array::from_fn(|_| ids.next().unwrap_or(u32::MAX))
+        };
+        match key {
+            "Name" => self.name = value.replace("\\n", "\n").replace("\\\\", "\\"),
+            "Umask" => self.umask = u32::from_str_radix(value.trim(), 8).unwrap_or(0o022),
+            "State" => self.state = value.bytes().next().unwrap_or(b'?'),
+            "Tgid" => self.tgid = number(),
+            "PPid" => self.ppid = number(),
+            "TracerPid" => self.tracer = number(),
+            "Uid" => self.uid = four(),
+            "Gid" => self.gid = four(),
+            "Groups" => {
+                self.groups = value.split_whitespace().filter_map(|w| w.parse().ok()).collect();
+            }
+            "SigPnd" => self.pending = hex(),
+            "ShdPnd" => self.shared_pending = hex(),
+            "SigBlk" => self.blocked = hex(),
+            "CapInh" => self.caps[0] = hex(),
+            "CapPrm" => self.caps[1] = hex(),
+            "CapEff" => self.caps[2] = hex(),
+            "CapBnd" => self.caps[3] = hex(),
+            "CapAmb" => self.caps[4] = hex(),
+            "NoNewPrivs" => self.no_new_privs = number() != 0,
+            "Seccomp" => self.seccomp = number(),
+            "voluntary_ctxt_switches" => self.voluntary_switches = u64::from(number()),
+            _ => {}
+        }
+    }
+}
+
+/// What `/proc/PID/stat` tells of the layout of memory and of job control (`proc_pid_stat(5)`).
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Stat {
+    /// Process group.
+    pub pgid: u32,
+    /// Session.
+    pub sid: u32,
+    /// Controlling terminal, 0 where there is none.
+    pub tty: i64,
+    /// Kernel flags of the leader.
+    pub flags: u64,
+    /// `start_code`, `end_code`, `start_stack`, `start_data`, `end_data`, `start_brk`,
+    /// `arg_start`, `arg_end`, `env_start`, `env_end`.
+    pub layout: [u64; 10],
+}
+
+impl Stat {
+    /// Reads the stat line of a process.
+    pub fn read(pid: u32) -> io::Result<Self> {
+        let text = std::fs::read(format!("/proc/{pid}/stat"))?;
+        Self::parse(&text)
+            .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "unexpected form of stat"))
+    }
+
+    fn parse(text: &[u8]) -> Option<Self> {
+        // The name may hold spaces and parentheses; the last one ends it.
+        let after = text.iter().rposition(|&b| b == b')')?;
+        let rest = std::str::from_utf8(&text[after + 1..]).ok()?;
+        let words: Vec<&str> = rest.split_whitespace().collect();
+        // words[0] is field 3 of the manual page.
+        let field = |n: usize| words.get(n - 3).and_then(|w| w.parse::<i64>().ok().map(|v| v as u64).or_else(|| w.parse().ok()));
+        let layout = [26, 27, 28, 45, 46, 47, 48, 49, 50, 51];
+        let mut values = [0u64; 10];
+        for (value, n) in values.iter_mut().zip(layout) {
+            *value = field(n)?;
+        }
+        Some(Self {
+            pgid: field(5)? as u32,
+            sid: field(6)? as u32,
+            tty: field(7)? as i64,
+            flags: field(9)?,
+            layout: values,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn our_own_process_is_understood() {
+        let pid = std::process::id();
+        let status = Status::read(pid, pid).unwrap();
+        assert_eq!(status.tgid, pid);
+        assert_eq!(status.uid[0], rustix::process::getuid().as_raw());
+        let stat = Stat::read(pid).unwrap();
+        assert!(stat.layout[0] > 0 && stat.layout[2] > stat.layout[0]);
+        assert_eq!(stat.sid, rustix::process::getsid(None).unwrap().as_raw_nonzero().get() as u32);
+    }
+
+    #[test]
+    fn a_name_with_parentheses_does_not_confuse() {
+        let mut line = b"7 (a) b) S 1 2 3 0 -1 64".to_vec();
+        for n in 10..=52 {
+            line.extend_from_slice(format!(" {n}").as_bytes());
+        }
+        let stat = Stat::parse(&line).unwrap();
+        assert_eq!((stat.pgid, stat.sid, stat.flags, stat.layout[0]), (2, 3, 64, 26));
+        assert_eq!(Stat::parse(b"7 (x"), None);
+    }
+
+    #[test]
+    fn a_thread_is_not_a_process() {
+        assert!(matches!(Target::open(u32::MAX), Err(ProcessError::Gone { .. })));
+    }
+}
