@@ -1,0 +1,264 @@
+//! Collecting the table of a stopped process.
+//!
+//! Every descriptor costs one link and one `fdinfo`; which numbers share an open file description
+//! is asked of the kernel (`kcmp`) only among those whose link, position and flags are equal, in
+//! `n log n` questions. What does not change from epoch to epoch is kept in [`Memory`].
+
+use super::context::{Around, CollectContext};
+use super::locks;
+use super::probe::{Probe, ProcDirs, Target, failed};
+use super::stream;
+use super::table::{FdTable, OpenDescription};
+use super::unix_diag::UnixDiag;
+use super::{Description, probe};
+use crate::error::{ProcessError, Refusal};
+use outlive_linux::kcmp;
+use rustix::fs::{Dir, OFlags};
+use rustix::io::Errno;
+use std::cmp::Ordering;
+use std::collections::HashMap;
+use std::os::fd::OwnedFd;
+
+/// What was learned about a program's descriptors at earlier epochs. Only to save time: an empty
+/// one gives the same result.
+#[derive(Debug, Default)]
+pub struct Memory {
+    /// Per writable file (device, inode): size, modification time, checksum of the tail.
+    pub(crate) tails: HashMap<(u64, u64), (u64, i64, u32)>,
+    /// Options of a new socket, per family and type.
+    pub(crate) fresh_sockets: HashMap<(u16, u32), super::socket_options::SocketOptions>,
+    buffer: Vec<u8>,
+}
+
+/// The regular files that the program has open for writing, taken at the stop.
+#[derive(Debug, Default)]
+pub struct FilesToSync {
+    pub(crate) files: HashMap<(u64, u64), (String, OwnedFd)>,
+}
+
+impl FilesToSync {
+    /// Makes their contents, sizes and times durable. Must succeed before the epoch is committed:
+    /// the restore compares the files with what is recorded in the epoch.
+    ///
+    /// # Errors
+    /// The first file that cannot be written back.
+    pub fn sync(&self, pid: u32) -> Result<(), ProcessError> {
+        for (path, file) in self.files.values() {
+            match rustix::fs::fsync(file) {
+                // A file system that keeps nothing has nothing to write back.
+                Ok(()) | Err(Errno::INVAL | Errno::ROFS) => {}
+                Err(errno) => return Err(failed(pid, format!("write back {path}"), errno)),
+            }
+        }
+        Ok(())
+    }
+
+    /// How many there are.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.files.len()
+    }
+
+    /// Whether there are none.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.files.is_empty()
+    }
+}
+
+/// What was collected.
+#[derive(Debug)]
+pub struct Collected {
+    /// The table, for the epoch.
+    pub table: FdTable,
+    /// The files to be synced before the commit.
+    pub files: FilesToSync,
+}
+
+/// Looks for descriptors that could not be restored, at any time, and keeps nothing.
+///
+/// # Errors
+/// [`ProcessError::Refused`] with all of them.
+pub fn preflight(target: &Target<'_>) -> Result<(), ProcessError> {
+    collect_table(target, &mut Memory::default()).map(|_| ())
+}
+
+/// Collects all descriptors of a process that is stopped.
+///
+/// # Errors
+/// [`ProcessError::Refused`] with everything that cannot be saved.
+pub fn collect_table(
+    target: &Target<'_>,
+    memory: &mut Memory,
+) -> Result<Collected, ProcessError> {
+    let dirs = ProcDirs::open(target.pid)?;
+    let mut buffer = std::mem::take(&mut memory.buffer);
+    let mut probes = Vec::new();
+    let mut around = Around::default();
+    for number in numbers(target, &dirs)? {
+        if target.ignore.contains(&number) {
+            continue;
+        }
+        if let Some(probe) = Probe::read(target, &dirs, number, &mut buffer)? {
+            around.add(&probe);
+            probes.push(probe);
+        }
+    }
+    memory.buffer = buffer;
+    let groups = share(target, probes)?;
+    let mut cx = CollectContext {
+        target,
+        around: &around,
+        pipes: Vec::new(),
+        pipe_places: HashMap::new(),
+        files: FilesToSync::default(),
+        memory,
+        unix: UnixDiag::default(),
+    };
+    let mut descriptions = Vec::with_capacity(groups.len());
+    let mut refusals: Vec<Refusal> = Vec::new();
+    for group in groups {
+        match describe(&group, &mut cx) {
+            Ok(description) => stream::split(description, &mut descriptions),
+            Err(ProcessError::Refused(more)) => refusals.extend(more),
+            Err(error) => return Err(error),
+        }
+    }
+    if !refusals.is_empty() {
+        return Err(ProcessError::Refused(refusals));
+    }
+    let (pipes, files) = (cx.pipes, cx.files);
+    Ok(Collected { table: FdTable { descriptions, pipes }, files })
+}
+
+/// The open descriptor numbers, in order.
+fn numbers(target: &Target<'_>, dirs: &ProcDirs) -> Result<Vec<u32>, ProcessError> {
+    let list = |errno| failed(target.pid, "list descriptors", errno);
+    let mut numbers = Vec::new();
+    for entry in Dir::read_from(&dirs.links).map_err(list)? {
+        let entry = entry.map_err(list)?;
+        if let Some(number) = entry.file_name().to_str().ok().and_then(|name| name.parse().ok()) {
+            numbers.push(number);
+        }
+    }
+    numbers.sort_unstable();
+    Ok(numbers)
+}
+
+/// One open file description: how it looks through its lowest number, and all numbers.
+struct Group<'a> {
+    probe: Probe<'a>,
+    numbers: Vec<u32>,
+    cloexec: Vec<u32>,
+}
+
+impl<'a> Group<'a> {
+    fn new(probe: Probe<'a>) -> Self {
+        let mut group = Self { numbers: Vec::new(), cloexec: Vec::new(), probe };
+        group.add(group.probe.number, group.probe.info.flags);
+        group
+    }
+
+    fn add(&mut self, number: u32, flags: u32) {
+        self.numbers.push(number);
+        if flags & probe::CLOEXEC != 0 {
+            self.cloexec.push(number);
+        }
+    }
+}
+
+/// What is equal for all numbers of one open file description and cheap to compare.
+#[derive(PartialEq, Eq, Hash)]
+struct Looks {
+    link: Vec<u8>,
+    position: i64,
+    status: u32,
+    mount: u64,
+    inode: u64,
+    /// Numbers event counters, which otherwise all look the same.
+    id: Option<String>,
+}
+
+impl Looks {
+    fn of(probe: &Probe<'_>) -> Self {
+        let info = &probe.info;
+        Self {
+            link: probe.link.clone(),
+            position: info.position,
+            status: info.status(),
+            mount: info.mount,
+            inode: info.inode,
+            id: info.field("eventfd-id").map(str::to_owned),
+        }
+    }
+}
+
+/// Puts the numbers of each open file description together; ordered by lowest number.
+fn share<'a>(
+    target: &Target<'_>,
+    probes: Vec<Probe<'a>>,
+) -> Result<Vec<Group<'a>>, ProcessError> {
+    let mut groups: Vec<Group<'a>> = Vec::with_capacity(probes.len());
+    // Per look: places in `groups`, in the order of kcmp.
+    let mut alike: HashMap<Looks, Vec<usize>> = HashMap::new();
+    for probe in probes {
+        let known = alike.entry(Looks::of(&probe)).or_default();
+        match search(target, &groups, known, probe.number)? {
+            Ok(place) => groups[place].add(probe.number, probe.info.flags),
+            Err(insert_at) => {
+                known.insert(insert_at, groups.len());
+                groups.push(Group::new(probe));
+            }
+        }
+    }
+    Ok(groups)
+}
+
+/// Finds the description of `number` among those that look alike: its place in `groups`, or where
+/// it belongs in `known`.
+fn search(
+    target: &Target<'_>,
+    groups: &[Group<'_>],
+    known: &[usize],
+    number: u32,
+) -> Result<Result<usize, usize>, ProcessError> {
+    let (mut low, mut high) = (0, known.len());
+    while low < high {
+        let middle = low.midpoint(high);
+        let place = known[middle];
+        let other = groups[place].probe.number;
+        match kcmp::compare_files(target.pid, other, number) {
+            Ok(Ordering::Equal) => return Ok(Ok(place)),
+            Ok(Ordering::Less) => low = middle + 1,
+            Ok(Ordering::Greater) => high = middle,
+            // Closed meanwhile, which only happens in a program that runs (preflight).
+            Err(Errno::BADF) => return Ok(Err(low)),
+            Err(errno) => {
+                return Err(failed(target.pid, format!("compare fd {other} and {number}"), errno));
+            }
+        }
+    }
+    Ok(Err(low))
+}
+
+fn describe(
+    group: &Group<'_>,
+    cx: &mut CollectContext<'_>,
+) -> Result<OpenDescription, ProcessError> {
+    let probe = &group.probe;
+    let around = cx.around;
+    let object = Description::collect(probe, around, cx)?;
+    if probe.info.flags & OFlags::from_bits_retain(libc::O_ASYNC as u32).bits() != 0 {
+        return Err(probe.refuse(
+            format!("signal-driven I/O (O_ASYNC) on {}", probe.shown()),
+            "have the program wait with poll or epoll instead",
+        ));
+    }
+    Ok(OpenDescription {
+        numbers: group.numbers.clone(),
+        cloexec: group.cloexec.clone(),
+        flags: probe.info.status(),
+        locks: locks::collect(probe)?,
+        object,
+    })
+}

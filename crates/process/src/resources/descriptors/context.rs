@@ -1,0 +1,162 @@
+//! What the kinds are given while they collect, check and recreate.
+
+use super::collect::{FilesToSync, Memory};
+use super::file_action::FileAction;
+use super::pipe::{PipeEnds, PipeState};
+use super::probe::{Probe, Target};
+use super::restore::CheckRequest;
+use super::table::FdTable;
+use super::unix_diag::UnixDiag;
+use crate::error::{ProcessError, Refusal};
+use outlive_linux::remote::Arg;
+use rustix::fs::OFlags;
+use std::collections::{HashMap, HashSet};
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+
+/// Everything that one descriptor may need to know of the others.
+#[derive(Debug, Default)]
+pub struct Around {
+    /// By pipe inode: whether the program holds a reading and a writing end.
+    pub pipes: HashMap<u64, (bool, bool)>,
+    /// Of descriptors 0 to 2: the link and the access mode.
+    pub streams: [Option<(Vec<u8>, u32)>; 3],
+    /// By descriptor number: the inode, and whether it shares it with strangers.
+    pub inodes: HashMap<u32, (u64, bool)>,
+    /// Inodes of all sockets.
+    pub sockets: HashSet<u64>,
+}
+
+impl Around {
+    /// Adds one descriptor.
+    pub(crate) fn add(&mut self, probe: &Probe<'_>) {
+        let anonymous = probe.link.starts_with(b"anon_inode:");
+        self.inodes.insert(probe.number, (probe.info.inode, anonymous));
+        if let Some(stream) = self.streams.get_mut(probe.number as usize) {
+            *stream = Some((probe.link.clone(), probe.access()));
+        }
+        if probe.link.starts_with(b"pipe:[") {
+            let ends = self.pipes.entry(probe.info.inode).or_default();
+            ends.0 |= probe.access() != OFlags::WRONLY.bits();
+            ends.1 |= probe.access() != OFlags::RDONLY.bits();
+        } else if probe.link.starts_with(b"socket:[") {
+            self.sockets.insert(probe.info.inode);
+        }
+    }
+
+    /// The standard stream that is the same object opened the same way.
+    pub(crate) fn same_stream(&self, probe: &Probe<'_>) -> Option<u32> {
+        if probe.number < 3 {
+            return Some(probe.number);
+        }
+        let same = |stream: &Option<(Vec<u8>, u32)>| {
+            stream.as_ref().is_some_and(|(link, access)| {
+                *link == probe.link && *access == probe.access()
+            })
+        };
+        // Output first: who keeps a copy of a terminal mostly wants to write to it.
+        [1, 2, 0].into_iter().find(|&n| same(&self.streams[n])).map(|n| n as u32)
+    }
+}
+
+/// What a kind may use while it collects.
+pub struct CollectContext<'a> {
+    /// The process.
+    pub target: &'a Target<'a>,
+    /// The other descriptors.
+    pub around: &'a Around,
+    /// Pipes found so far.
+    pub pipes: Vec<PipeState>,
+    /// By inode: the place of a pipe in `pipes`.
+    pub pipe_places: HashMap<u64, u32>,
+    /// Files whose contents must be durable before the epoch is.
+    pub files: FilesToSync,
+    /// What was learned at earlier epochs.
+    pub memory: &'a mut Memory,
+    /// Questions about unix sockets.
+    pub unix: UnixDiag,
+}
+
+/// Which open file description is meant.
+#[derive(Clone, Debug)]
+pub struct About {
+    /// Its place in the table.
+    pub index: usize,
+    /// Its lowest number.
+    pub number: u32,
+    /// Its status flags (`O_…`).
+    pub flags: u32,
+}
+
+/// What a kind may use while it checks.
+pub struct CheckContext<'a> {
+    /// What is restored.
+    pub request: &'a CheckRequest<'a>,
+    /// All descriptions.
+    pub table: &'a FdTable,
+    /// All descriptor numbers.
+    pub numbers: HashSet<u32>,
+    /// What was opened or bound on the way, by place in the table.
+    pub held: HashMap<usize, OwnedFd>,
+    /// What must be done to files, by device and inode.
+    pub actions: HashMap<(u64, u64), FileAction>,
+    /// How many connections to outside peers are reset.
+    pub resets: usize,
+}
+
+impl CheckContext<'_> {
+    /// A refusal that names a descriptor.
+    pub(crate) fn refuse(
+        &self,
+        about: &About,
+        what: impl Into<String>,
+        remedy: impl Into<String>,
+    ) -> ProcessError {
+        ProcessError::Refused(vec![Refusal {
+            pid: self.request.pid,
+            program: self.request.program.to_owned(),
+            place: format!("fd {}", about.number),
+            what: what.into(),
+            remedy: remedy.into(),
+        }])
+    }
+
+    /// Keeps a descriptor for the recreation of this description.
+    pub fn hold(&mut self, about: &About, fd: OwnedFd) {
+        self.held.insert(about.index, fd);
+    }
+}
+
+/// What a kind may use while it recreates.
+pub struct RecreateContext {
+    /// The process that is restored.
+    pub pid: u32,
+    /// What the checks kept, by place in the table.
+    pub held: HashMap<usize, OwnedFd>,
+    /// The pipes.
+    pub pipes: Vec<PipeEnds>,
+    /// Socket files that were made, to be removed again should the restore fail.
+    pub created: Vec<PathBuf>,
+}
+
+impl RecreateContext {
+    /// Takes what the check kept.
+    pub(crate) fn take(&mut self, about: &About) -> Result<OwnedFd, ProcessError> {
+        self.held.remove(&about.index).ok_or_else(|| {
+            ProcessError::Image(format!("fd {} was recreated without its check", about.number))
+        })
+    }
+}
+
+/// A system call that the restored process must make itself.
+#[derive(Clone, Debug)]
+pub struct RemoteCall {
+    /// `SYS_…`.
+    pub number: i64,
+    /// Its arguments, at most six.
+    pub args: Vec<Arg>,
+    /// What it is for, for messages.
+    pub what: String,
+    /// Error numbers that do not matter.
+    pub tolerate: &'static [i32],
+}

@@ -1,0 +1,442 @@
+//! Regular files with a path.
+//!
+//! # Files go with the memory
+//! A file that the program can write is recorded with its size and modification time, and with a
+//! checksum of the last bytes before its end. At the restore it is one of:
+//! - *equal*: the same size and time;
+//! - *grown*: longer, and the bytes before the recorded end are the same. It is truncated back,
+//!   what is cut off goes to `PATH.outlive-tail.EPOCH`, and the recorded time is set again, so
+//!   that a second restore finds it equal;
+//! - anything else is refused, unless the user keeps files as they are.
+//!
+//! A file that is only read must be the same file, or have the same size and time.
+//!
+//! # What it refuses
+//! Deleted files, memory files, files of `/proc` that belong to a process, and files whose path
+//! no longer leads to them.
+
+use super::Descriptor;
+use super::context::{About, Around, CheckContext, CollectContext, RecreateContext};
+use super::file_action::{FileAction, tail_name};
+use super::probe::{Probe, failed, show};
+use crate::ProcessError;
+use crate::restore::FilesPolicy;
+use outlive_state_tree::StateNode;
+use rustix::fs::{AtFlags, FileType, Mode, OFlags, SeekFrom, Statx, StatxFlags};
+use rustix::io::Errno;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+
+/// How many bytes before the end of a file vouch for the rest of it.
+const TAIL: u64 = 4096;
+
+/// An open regular file.
+#[derive(StateNode, Debug, Clone, PartialEq)]
+#[state(compatible = "outlive,fd-file-v1")]
+pub struct FileState {
+    /// Its absolute path.
+    pub path: Vec<u8>,
+    /// Where the next read or write takes place.
+    pub position: u64,
+    /// Device number of its file system.
+    pub device: u64,
+    /// Inode number.
+    pub inode: u64,
+    /// When it was created, nanoseconds since 1970, where the file system tells.
+    pub born: Option<i64>,
+    /// Its size in bytes.
+    pub size: u64,
+    /// When it was last modified, nanoseconds since 1970.
+    pub modified: i64,
+    /// CRC32C of the last bytes (up to 4096), of a file that is open for writing.
+    pub tail_crc: Option<u32>,
+    /// Whether the kernel makes up its contents (`/proc`, `/sys`): nothing to be compared.
+    pub made_up: bool,
+}
+
+/// What the recorded file and the one found now have in common.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Verdict {
+    Equal,
+    Grown { by: u64 },
+    Changed(&'static str),
+}
+
+/// What of a file is compared.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Seen {
+    pub(crate) device: u64,
+    pub(crate) inode: u64,
+    pub(crate) born: Option<i64>,
+    pub(crate) size: u64,
+    pub(crate) modified: i64,
+}
+
+impl Seen {
+    pub(crate) fn of(stat: &Statx) -> Self {
+        let born = (stat.stx_mask & StatxFlags::BTIME.bits() != 0)
+            .then(|| nanoseconds(stat.stx_btime.tv_sec, stat.stx_btime.tv_nsec));
+        Self {
+            device: rustix::fs::makedev(stat.stx_dev_major, stat.stx_dev_minor),
+            inode: stat.stx_ino,
+            born,
+            size: stat.stx_size,
+            modified: nanoseconds(stat.stx_mtime.tv_sec, stat.stx_mtime.tv_nsec),
+        }
+    }
+
+    pub(crate) fn of_fd(fd: BorrowedFd<'_>) -> Result<(Self, FileType), Errno> {
+        let mask = StatxFlags::BASIC_STATS | StatxFlags::BTIME;
+        let stat = rustix::fs::statx(fd, c"", AtFlags::EMPTY_PATH, mask)?;
+        Ok((Self::of(&stat), FileType::from_raw_mode(stat.stx_mode.into())))
+    }
+}
+
+fn nanoseconds(seconds: i64, nanoseconds: u32) -> i64 {
+    seconds.saturating_mul(1_000_000_000).saturating_add(nanoseconds.into())
+}
+
+impl FileState {
+    fn seen(&self) -> Seen {
+        Seen {
+            device: self.device,
+            inode: self.inode,
+            born: self.born,
+            size: self.size,
+            modified: self.modified,
+        }
+    }
+
+    /// The flags to open it with again.
+    fn open_flags(flags: u32) -> OFlags {
+        let lost = OFlags::NOFOLLOW | OFlags::CREATE | OFlags::EXCL | OFlags::TRUNC;
+        (OFlags::from_bits_retain(flags) - lost) | OFlags::CLOEXEC | OFlags::NOCTTY
+    }
+}
+
+/// Whether both are the same file, whatever it contains. Device numbers may change from boot to
+/// boot; the time of birth does not, and tells a reused inode number.
+fn same_file(then: &Seen, now: &Seen) -> bool {
+    then.inode == now.inode
+        && match (then.born, now.born) {
+            (Some(a), Some(b)) => a == b,
+            _ => then.device == now.device,
+        }
+}
+
+/// Judges a file that the program could write. `tail_equal` says whether the bytes before the
+/// recorded end are as they were.
+pub(crate) fn judge(
+    then: &Seen,
+    now: &Seen,
+    was_cut: bool,
+    tail_equal: impl FnOnce() -> Result<bool, Errno>,
+) -> Result<Verdict, Errno> {
+    let equal_contents = then.size == now.size && then.modified == now.modified;
+    if equal_contents {
+        return Ok(Verdict::Equal);
+    }
+    if !same_file(then, now) {
+        return Ok(Verdict::Changed("it is another file now"));
+    }
+    if now.size < then.size {
+        return Ok(Verdict::Changed("it is shorter than at the epoch"));
+    }
+    if now.size == then.size && !was_cut {
+        return Ok(Verdict::Changed("it was modified after the epoch"));
+    }
+    if !tail_equal()? {
+        return Ok(Verdict::Changed("it was overwritten after the epoch"));
+    }
+    Ok(Verdict::Grown { by: now.size - then.size })
+}
+
+/// CRC32C of the last bytes before `size`.
+fn tail_crc(file: BorrowedFd<'_>, size: u64) -> Result<u32, Errno> {
+    let length = size.min(TAIL);
+    let mut bytes = vec![0; length as usize];
+    let mut filled = 0;
+    while filled < bytes.len() {
+        let at = size - length + filled as u64;
+        match rustix::io::pread(file, &mut bytes[filled..], at) {
+            Ok(0) => break,
+            Ok(n) => filled += n,
+            Err(Errno::INTR) => {}
+            Err(errno) => return Err(errno),
+        }
+    }
+    Ok(crc32c::crc32c(&bytes[..filled]))
+}
+
+/// Opens anew what an `O_PATH` descriptor stands for.
+fn reopen(held: &OwnedFd, flags: OFlags) -> Result<OwnedFd, Errno> {
+    let path = format!("/proc/self/fd/{}", held.as_raw_fd());
+    rustix::fs::open(path, flags | OFlags::CLOEXEC, Mode::empty())
+}
+
+/// Looks up a path without following a link at its end and without opening what it finds.
+pub(crate) fn look_up(path: &[u8]) -> Result<OwnedFd, Errno> {
+    let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    rustix::fs::open(path, flags, Mode::empty())
+}
+
+fn is_made_up(path: &[u8]) -> bool {
+    path.starts_with(b"/proc/") || path.starts_with(b"/sys/")
+}
+
+fn is_of_a_process(path: &[u8]) -> bool {
+    path.strip_prefix(b"/proc/").is_some_and(|rest| rest.first().is_some_and(u8::is_ascii_digit))
+}
+
+/// Refuses a file that could not be found again under its path.
+pub(crate) fn refuse_lost(probe: &Probe<'_>) -> Result<(), ProcessError> {
+    let link = probe.shown();
+    let stat = probe.stat()?;
+    let named = |what: &str, remedy: &str| Err(probe.refuse(format!("{what} ({link})"), remedy));
+    if probe.link.starts_with(b"/memfd:") {
+        return named("memfd", "run the program without memory files");
+    }
+    if probe.link.starts_with(b"/SYSV") || probe.link == b"/dev/zero (deleted)" {
+        return named("shared memory", "run the program without shared memory");
+    }
+    if probe.link.starts_with(b"/anon_hugepage") {
+        return named("huge page memory", "run the program without explicit huge pages");
+    }
+    let inside = [format!("/proc/{}/root", probe.target.pid).as_bytes(), &probe.link].concat();
+    let found = rustix::fs::statx(
+        rustix::fs::CWD,
+        inside,
+        AtFlags::SYMLINK_NOFOLLOW | AtFlags::NO_AUTOMOUNT,
+        StatxFlags::INO,
+    );
+    let same = found.is_ok_and(|found| {
+        found.stx_ino == stat.stx_ino
+            && (found.stx_dev_major, found.stx_dev_minor) == (stat.stx_dev_major, stat.stx_dev_minor)
+    });
+    if same {
+        Ok(())
+    } else if probe.link.ends_with(b" (deleted)") {
+        named("deleted file", "have the program close it, or use a file with a name")
+    } else {
+        // Internal mounts of the kernel, such as that of POSIX message queues, end here too.
+        named(
+            "file that its path does not lead to: a message queue, or a file that is mounted over",
+            "have the program close it",
+        )
+    }
+}
+
+impl Descriptor for FileState {
+    const NAME: &'static str = "regular file";
+
+    fn claims(probe: &Probe<'_>, _: &Around) -> Result<bool, ProcessError> {
+        Ok(probe.has_path() && probe.file_type()? == FileType::RegularFile)
+    }
+
+    fn collect(probe: &Probe<'_>, cx: &mut CollectContext<'_>) -> Result<Self, ProcessError> {
+        let made_up = is_made_up(&probe.link);
+        if is_of_a_process(&probe.link) {
+            return Err(probe.refuse(
+                format!("file about a process ({})", probe.shown()),
+                "have the program close it",
+            ));
+        }
+        refuse_lost(probe)?;
+        let seen = Seen::of(probe.stat()?);
+        let writable = probe.access() != OFlags::RDONLY.bits() && !probe.has(OFlags::PATH);
+        let tail_crc =
+            if writable && !made_up { written(probe, cx, &seen)? } else { None };
+        Ok(Self {
+            path: probe.link.clone(),
+            position: u64::try_from(probe.info.position).unwrap_or(0),
+            device: seen.device,
+            inode: seen.inode,
+            born: seen.born,
+            size: seen.size,
+            modified: seen.modified,
+            tail_crc,
+            made_up,
+        })
+    }
+
+    fn check(&self, about: &About, cx: &mut CheckContext<'_>) -> Result<(), ProcessError> {
+        let path = show(&self.path);
+        if !self.path.starts_with(b"/") || self.path.contains(&0) {
+            return Err(ProcessError::Image(format!("the path of fd {} is none", about.number)));
+        }
+        let held = match look_up(&self.path) {
+            Ok(fd) => fd,
+            Err(Errno::NOENT | Errno::NOTDIR) => {
+                let remedy = "put the file back where it was at the epoch";
+                return Err(cx.refuse(about, format!("file {path} is gone"), remedy));
+            }
+            Err(errno) => return Err(failed(cx.request.pid, format!("look up {path}"), errno)),
+        };
+        let look = |errno| failed(cx.request.pid, format!("look at {path}"), errno);
+        let (now, file_type) = Seen::of_fd(held.as_fd()).map_err(look)?;
+        if file_type != FileType::RegularFile {
+            let remedy = "put the file back where it was at the epoch";
+            return Err(cx.refuse(about, format!("{path} is no regular file any more"), remedy));
+        }
+        if !self.made_up && cx.request.files == FilesPolicy::Reconcile {
+            self.reconcile(about, cx, &held, &now, &path)?;
+        }
+        cx.hold(about, held);
+        Ok(())
+    }
+
+    fn recreate(
+        &self,
+        about: &About,
+        cx: &mut RecreateContext,
+    ) -> Result<OwnedFd, ProcessError> {
+        let held = cx.take(about)?;
+        let path = show(&self.path);
+        let file = reopen(&held, Self::open_flags(about.flags))
+            .map_err(|errno| failed(cx.pid, format!("open {path} for fd {}", about.number), errno))?;
+        seek(cx.pid, about, &file, self.position, self.made_up)?;
+        Ok(file)
+    }
+}
+
+impl FileState {
+    fn reconcile(
+        &self,
+        about: &About,
+        cx: &mut CheckContext<'_>,
+        held: &OwnedFd,
+        now: &Seen,
+        path: &str,
+    ) -> Result<(), ProcessError> {
+        let then = self.seen();
+        let flags = OFlags::from_bits_retain(about.flags);
+        let writable = flags & OFlags::ACCMODE != OFlags::RDONLY && !flags.contains(OFlags::PATH);
+        let remedy = "put the file back as it was, or restore with --files keep";
+        if !writable {
+            let equal = then.size == now.size && then.modified == now.modified;
+            if same_file(&then, now) || equal {
+                return Ok(());
+            }
+            return Err(cx.refuse(about, format!("file {path} is another one now"), remedy));
+        }
+        let was_cut = look_up(&tail_name(&self.path, cx.request.epoch)).is_ok();
+        let verdict = judge(&then, now, was_cut, || match self.tail_crc {
+            Some(crc) => {
+                let file = reopen(held, OFlags::RDONLY | OFlags::NONBLOCK)?;
+                Ok(tail_crc(file.as_fd(), then.size)? == crc)
+            }
+            None => Ok(false),
+        });
+        match verdict.map_err(|errno| failed(cx.request.pid, format!("read {path}"), errno))? {
+            Verdict::Equal => Ok(()),
+            Verdict::Changed(how) => {
+                Err(cx.refuse(about, format!("file {path} is not as it was: {how}"), remedy))
+            }
+            Verdict::Grown { by } => {
+                let file = reopen(held, OFlags::RDWR | OFlags::NONBLOCK)
+                    .map_err(|errno| failed(cx.request.pid, format!("open {path} for writing"), errno))?;
+                cx.actions.entry((now.device, now.inode)).or_insert(FileAction {
+                    path: self.path.clone(),
+                    file,
+                    size: then.size,
+                    grown_by: by,
+                    modified: then.modified,
+                    epoch: cx.request.epoch,
+                });
+                Ok(())
+            }
+        }
+    }
+}
+
+/// Notes a file that the program can write, and computes what vouches for its contents.
+fn written(
+    probe: &Probe<'_>,
+    cx: &mut CollectContext<'_>,
+    seen: &Seen,
+) -> Result<Option<u32>, ProcessError> {
+    let key = (seen.device, seen.inode);
+    if !cx.files.files.contains_key(&key) {
+        cx.files.files.insert(key, (probe.shown(), probe.another_duplicate()?));
+    }
+    if let Some(&(size, modified, crc)) = cx.memory.tails.get(&key)
+        && (size, modified) == (seen.size, seen.modified)
+    {
+        return Ok(Some(crc));
+    }
+    // Not through a duplicate: it may be for writing only, or want aligned buffers.
+    let crc = match probe.reopen(OFlags::RDONLY) {
+        Ok(file) => tail_crc(file.as_fd(), seen.size).ok(),
+        Err(_) => None,
+    };
+    if let Some(crc) = crc {
+        cx.memory.tails.insert(key, (seen.size, seen.modified, crc));
+    }
+    Ok(crc)
+}
+
+/// Sets the position of what was opened anew.
+pub(crate) fn seek(
+    pid: u32,
+    about: &About,
+    file: &OwnedFd,
+    position: u64,
+    lenient: bool,
+) -> Result<(), ProcessError> {
+    if position == 0 || OFlags::from_bits_retain(about.flags).contains(OFlags::PATH) {
+        return Ok(());
+    }
+    match rustix::fs::seek(file, SeekFrom::Start(position)) {
+        Ok(_) => Ok(()),
+        Err(_) if lenient => Ok(()),
+        Err(errno) => {
+            let what = format!("set the position of fd {} to {position}", about.number);
+            Err(failed(pid, what, errno))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const THEN: Seen = Seen { device: 1, inode: 2, born: Some(3), size: 100, modified: 50 };
+
+    fn verdict(now: Seen, was_cut: bool, tail: bool) -> Verdict {
+        judge(&THEN, &now, was_cut, || Ok(tail)).unwrap()
+    }
+
+    #[test]
+    fn an_untouched_file_is_equal_even_as_a_copy() {
+        assert_eq!(verdict(THEN, false, false), Verdict::Equal);
+        assert_eq!(verdict(Seen { device: 9, inode: 9, ..THEN }, false, false), Verdict::Equal);
+    }
+
+    #[test]
+    fn a_file_that_grew_is_cut_only_when_its_old_end_is_unchanged() {
+        let grown = Seen { size: 130, modified: 60, ..THEN };
+        assert_eq!(verdict(grown, false, true), Verdict::Grown { by: 30 });
+        assert!(matches!(verdict(grown, false, false), Verdict::Changed(_)));
+        let elsewhere = Seen { device: 7, ..grown };
+        assert_eq!(verdict(elsewhere, false, true), Verdict::Grown { by: 30 });
+    }
+
+    #[test]
+    fn what_was_rewritten_or_replaced_is_refused() {
+        for now in [
+            Seen { size: 99, ..THEN },
+            Seen { modified: 60, ..THEN },
+            Seen { size: 130, inode: 8, ..THEN },
+            Seen { size: 130, born: Some(4), ..THEN },
+            Seen { size: 130, born: None, device: 2, ..THEN },
+        ] {
+            assert!(matches!(verdict(now, false, true), Verdict::Changed(_)), "{now:?}");
+        }
+    }
+
+    #[test]
+    fn a_restore_that_was_interrupted_after_the_cut_goes_on() {
+        let cut = Seen { modified: 70, ..THEN };
+        assert_eq!(verdict(cut, true, true), Verdict::Grown { by: 0 });
+        assert!(matches!(verdict(cut, true, false), Verdict::Changed(_)));
+    }
+}

@@ -1,0 +1,162 @@
+//! Truncating a file back to what it was at the epoch: the only change that a restore makes to a
+//! file which existed before.
+//!
+//! # Order
+//! What is cut off is copied and made durable first, then the file is truncated, then its time is
+//! set. A crash at any point leaves either the grown file (and perhaps a copy of its tail), or the
+//! cut file beside the copy, which tells the next restore that the cut was ours.
+
+use super::probe::{failed, show};
+use crate::ProcessError;
+use rustix::fs::{Mode, OFlags, Timespec, Timestamps, UTIME_OMIT};
+use rustix::io::Errno;
+use std::os::fd::OwnedFd;
+
+/// What must be done to one file.
+#[derive(Debug)]
+pub struct FileAction {
+    /// Its path.
+    pub path: Vec<u8>,
+    /// The file, for reading and writing.
+    pub file: OwnedFd,
+    /// Its size at the epoch.
+    pub size: u64,
+    /// By how many bytes it is longer now.
+    pub grown_by: u64,
+    /// When it was last modified before the epoch, nanoseconds since 1970.
+    pub modified: i64,
+    /// The epoch.
+    pub epoch: u64,
+}
+
+/// Where the cut-off tail of a file goes.
+pub(crate) fn tail_name(path: &[u8], epoch: u64) -> Vec<u8> {
+    [path, format!(".outlive-tail.{epoch}").as_bytes()].concat()
+}
+
+impl FileAction {
+    /// Does it, and says what was done.
+    pub(crate) fn apply(&self, pid: u32) -> Result<String, ProcessError> {
+        let path = show(&self.path);
+        let tail = tail_name(&self.path, self.epoch);
+        let wrap = |what: &str| {
+            let what = format!("{what} {path}");
+            move |errno| failed(pid, what, errno)
+        };
+        if self.grown_by > 0 {
+            self.copy_tail(&tail).map_err(wrap("keep the tail of"))?;
+            rustix::fs::ftruncate(&self.file, self.size).map_err(wrap("truncate"))?;
+        }
+        let modified = Timespec {
+            tv_sec: self.modified.div_euclid(1_000_000_000),
+            tv_nsec: self.modified.rem_euclid(1_000_000_000),
+        };
+        let times = Timestamps {
+            last_access: Timespec { tv_sec: 0, tv_nsec: UTIME_OMIT },
+            last_modification: modified,
+        };
+        rustix::fs::futimens(&self.file, &times).map_err(wrap("set the time of"))?;
+        rustix::fs::fsync(&self.file).map_err(wrap("write back"))?;
+        Ok(format!(
+            "{path} had grown by {} bytes since the epoch: cut back, the tail is in {}",
+            self.grown_by,
+            show(&tail)
+        ))
+    }
+
+    fn copy_tail(&self, tail: &[u8]) -> Result<(), Errno> {
+        // What an earlier, interrupted restore left there is a part of the same tail.
+        let flags = OFlags::WRONLY
+            | OFlags::CREATE
+            | OFlags::TRUNC
+            | OFlags::NOFOLLOW
+            | OFlags::NONBLOCK
+            | OFlags::CLOEXEC;
+        let out = rustix::fs::open(tail, flags, Mode::RUSR | Mode::WUSR)?;
+        rustix::fs::fchmod(&out, Mode::RUSR | Mode::WUSR)?;
+        let mut buffer = vec![0; 1 << 20];
+        let mut at = self.size;
+        loop {
+            match rustix::io::pread(&self.file, &mut buffer, at) {
+                Ok(0) => break,
+                Ok(n) => {
+                    let mut rest = &buffer[..n];
+                    while !rest.is_empty() {
+                        match rustix::io::write(&out, rest) {
+                            Ok(written) => rest = &rest[written..],
+                            Err(Errno::INTR) => {}
+                            Err(errno) => return Err(errno),
+                        }
+                    }
+                    at += n as u64;
+                }
+                Err(Errno::INTR) => {}
+                Err(errno) => return Err(errno),
+            }
+        }
+        rustix::fs::fsync(&out)?;
+        sync_directory_of(tail)
+    }
+}
+
+fn sync_directory_of(path: &[u8]) -> Result<(), Errno> {
+    let end = path.iter().rposition(|&b| b == b'/').unwrap_or(0);
+    let directory = if end == 0 { b"/" } else { &path[..end] };
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let directory = rustix::fs::open(directory, flags, Mode::empty())?;
+    match rustix::fs::fsync(&directory) {
+        Err(Errno::INVAL) => Ok(()),
+        result => result,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::{MetadataExt, PermissionsExt};
+
+    #[test]
+    fn the_tail_is_kept_aside_and_the_time_set_back() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("log");
+        std::fs::write(&path, b"before|after").unwrap();
+        let file = std::fs::OpenOptions::new().read(true).write(true).open(&path).unwrap();
+        let action = FileAction {
+            path: path.as_os_str().as_encoded_bytes().to_vec(),
+            file: file.into(),
+            size: 7,
+            grown_by: 5,
+            modified: 1_700_000_000_123_456_789,
+            epoch: 4,
+        };
+        let said = action.apply(1).unwrap();
+        assert!(said.contains("5 bytes") && said.contains("log.outlive-tail.4"), "{said}");
+        assert_eq!(std::fs::read(&path).unwrap(), b"before|");
+        let stat = std::fs::metadata(&path).unwrap();
+        assert_eq!((stat.mtime(), stat.mtime_nsec()), (1_700_000_000, 123_456_789));
+        let tail = dir.path().join("log.outlive-tail.4");
+        assert_eq!(std::fs::read(&tail).unwrap(), b"after");
+        assert_eq!(std::fs::metadata(&tail).unwrap().permissions().mode() & 0o777, 0o600);
+    }
+
+    #[test]
+    fn a_tail_is_never_written_through_a_link() {
+        let dir = tempfile::tempdir().unwrap();
+        let (path, victim) = (dir.path().join("log"), dir.path().join("victim"));
+        std::fs::write(&path, b"before|after").unwrap();
+        std::fs::write(&victim, b"untouched").unwrap();
+        std::os::unix::fs::symlink(&victim, dir.path().join("log.outlive-tail.4")).unwrap();
+        let file = std::fs::OpenOptions::new().read(true).write(true).open(&path).unwrap();
+        let action = FileAction {
+            path: path.as_os_str().as_encoded_bytes().to_vec(),
+            file: file.into(),
+            size: 7,
+            grown_by: 5,
+            modified: 0,
+            epoch: 4,
+        };
+        assert!(action.apply(1).is_err());
+        assert_eq!(std::fs::read(&victim).unwrap(), b"untouched");
+        assert_eq!(std::fs::read(&path).unwrap(), b"before|after");
+    }
+}

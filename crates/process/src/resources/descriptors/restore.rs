@@ -1,0 +1,225 @@
+//! The steps of a restore: check everything, make everything, change files last.
+
+use super::Description;
+use super::context::{CheckContext, RecreateContext, RemoteCall};
+use super::file_action::FileAction;
+use super::locks;
+use super::probe::failed;
+use super::table::FdTable;
+use crate::error::{ProcessError, Refusal};
+use crate::restore::FilesPolicy;
+use rustix::fs::OFlags;
+use rustix::process::{Resource, getrlimit, setrlimit};
+use std::collections::{HashMap, HashSet};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::path::PathBuf;
+
+/// The flags that `F_SETFL` can set.
+const SETTABLE: OFlags = OFlags::APPEND
+    .union(OFlags::NONBLOCK)
+    .union(OFlags::DIRECT)
+    .union(OFlags::NOATIME);
+
+/// Descriptors that this process needs beside those which it makes.
+const SPARE: u64 = 128;
+
+/// For what a table is checked.
+#[derive(Clone, Copy, Debug)]
+pub struct CheckRequest<'a> {
+    /// The process that is restored.
+    pub pid: u32,
+    /// Its name (`comm`), for messages.
+    pub program: &'a str,
+    /// The epoch that is restored.
+    pub epoch: u64,
+    /// What to do with files that are not as they were.
+    pub files: FilesPolicy,
+}
+
+/// A table that can be restored here, with what was opened and bound to find that out.
+#[derive(Debug)]
+pub struct Checked {
+    pid: u32,
+    notices: Vec<String>,
+    held: HashMap<usize, OwnedFd>,
+    actions: Vec<FileAction>,
+}
+
+impl Checked {
+    /// What the user should know.
+    #[must_use]
+    pub fn notices(&self) -> &[String] {
+        &self.notices
+    }
+}
+
+/// Finds every reason why the descriptors cannot be restored here. Changes nothing on disk; ports
+/// and abstract names are taken until the result is dropped.
+///
+/// # Errors
+/// [`ProcessError::Refused`] with all reasons; [`ProcessError::Image`] when the table makes no
+/// sense.
+pub fn check_table(table: &FdTable, request: &CheckRequest<'_>) -> Result<Checked, ProcessError> {
+    table.validate()?;
+    allow_descriptors(table.descriptions.len() as u64);
+    let mut cx = CheckContext {
+        request,
+        table,
+        numbers: table.descriptions.iter().flat_map(|d| d.numbers.iter().copied()).collect(),
+        held: HashMap::new(),
+        actions: HashMap::new(),
+        resets: 0,
+    };
+    let mut refusals: Vec<Refusal> = Vec::new();
+    for (about, description) in table.each() {
+        locks::check(&description.locks)?;
+        match description.object.check(&about, &mut cx) {
+            Ok(()) => {}
+            Err(ProcessError::Refused(more)) => refusals.extend(more),
+            Err(error) => return Err(error),
+        }
+    }
+    if !refusals.is_empty() {
+        return Err(ProcessError::Refused(refusals));
+    }
+    let notices = match cx.resets {
+        0 => Vec::new(),
+        1 => vec!["1 connection to an outside peer was reset".into()],
+        n => vec![format!("{n} connections to outside peers were reset")],
+    };
+    let actions = cx.actions.into_values().collect();
+    Ok(Checked { pid: request.pid, notices, held: cx.held, actions })
+}
+
+/// Raises the limit of open descriptors of this process as far as needed and permitted.
+fn allow_descriptors(count: u64) {
+    let needed = count.saturating_mul(2).saturating_add(SPARE);
+    let mut limit = getrlimit(Resource::Nofile);
+    if limit.current.is_some_and(|current| current < needed) {
+        limit.current = limit.maximum.map_or(Some(needed), |maximum| Some(needed.min(maximum)));
+        // Where it is not permitted, opening fails and says so.
+        let _ = setrlimit(Resource::Nofile, limit);
+    }
+}
+
+/// A descriptor that was made, and where it belongs.
+#[derive(Clone, Copy, Debug)]
+pub struct Install<'a> {
+    /// The descriptor, in this process.
+    pub fd: BorrowedFd<'a>,
+    /// Its numbers in the restored process, and whether each is closed by exec.
+    pub numbers: &'a [(u32, bool)],
+}
+
+/// The descriptors of a program, made in this process. Dropping it without [`Made::keep`] removes
+/// the socket files that were made.
+#[derive(Debug)]
+pub struct Made {
+    pid: u32,
+    /// All close-on-exec, none below 3.
+    descriptors: Vec<(OwnedFd, Vec<(u32, bool)>)>,
+    actions: Vec<FileAction>,
+    created: Vec<PathBuf>,
+}
+
+impl Made {
+    /// What was made, one per open file description.
+    pub fn installs(&self) -> impl Iterator<Item = Install<'_>> {
+        self.descriptors.iter().map(|(fd, numbers)| Install { fd: fd.as_fd(), numbers })
+    }
+
+    /// Cuts files that grew since the epoch back, and says so. The last step that may fail before
+    /// the program runs.
+    ///
+    /// # Errors
+    /// The first file that could not be cut back; those before it were.
+    pub fn apply_files(&mut self) -> Result<Vec<String>, ProcessError> {
+        self.actions.drain(..).map(|action| action.apply(self.pid)).collect()
+    }
+
+    /// The program runs: what was made for it stays.
+    pub fn keep(mut self) {
+        self.created.clear();
+    }
+}
+
+impl Drop for Made {
+    fn drop(&mut self) {
+        for path in &self.created {
+            // Best effort on a path that leads to an error already.
+            let _ = std::fs::remove_file(path);
+        }
+    }
+}
+
+/// Makes one descriptor per open file description, in this process.
+///
+/// # Errors
+/// The first one that could not be made; nothing stays of the others.
+pub fn recreate_table(table: &FdTable, checked: Checked) -> Result<Made, ProcessError> {
+    let pid = checked.pid;
+    let mut made = Made {
+        pid,
+        descriptors: Vec::with_capacity(table.descriptions.len()),
+        actions: checked.actions,
+        created: Vec::new(),
+    };
+    let mut pipes = Vec::with_capacity(table.pipes.len());
+    for pipe in &table.pipes {
+        pipes.push(pipe.make(pid)?);
+    }
+    let mut cx = RecreateContext { pid, held: checked.held, pipes, created: Vec::new() };
+    for (about, description) in table.each() {
+        let result = description.object.recreate(&about, &mut cx);
+        made.created.append(&mut cx.created);
+        let fd = above_streams(pid, result?)?;
+        if description.object.sets_flags() {
+            set_flags(pid, &about, &description.object, &fd)?;
+        }
+        locks::take(pid, &about, &description.locks, &fd)?;
+        let cloexec: HashSet<u32> = description.cloexec.iter().copied().collect();
+        let numbers = description.numbers.iter().map(|&n| (n, cloexec.contains(&n))).collect();
+        made.descriptors.push((fd, numbers));
+    }
+    Ok(made)
+}
+
+/// Moves a descriptor away from 0 to 2, should these be free in this process.
+fn above_streams(pid: u32, fd: OwnedFd) -> Result<OwnedFd, ProcessError> {
+    if fd.as_raw_fd() > 2 {
+        return Ok(fd);
+    }
+    rustix::io::fcntl_dupfd_cloexec(&fd, 3).map_err(|e| failed(pid, "move a descriptor", e))
+}
+
+fn set_flags(
+    pid: u32,
+    about: &super::About,
+    object: &Description,
+    fd: &OwnedFd,
+) -> Result<(), ProcessError> {
+    let fail = |errno| {
+        let what = format!("set the flags of fd {} ({})", about.number, object.name());
+        failed(pid, what, errno)
+    };
+    let wanted = OFlags::from_bits_retain(about.flags);
+    if wanted.contains(OFlags::PATH) {
+        return Ok(());
+    }
+    let now = rustix::fs::fcntl_getfl(fd).map_err(fail)?;
+    if now & SETTABLE == wanted & SETTABLE {
+        return Ok(());
+    }
+    rustix::fs::fcntl_setfl(fd, (now - SETTABLE) | (wanted & SETTABLE)).map_err(fail)
+}
+
+/// What the restored process must call itself, in this order, once every number is in place.
+#[must_use]
+pub fn finish_calls(table: &FdTable) -> Vec<RemoteCall> {
+    let mut calls = Vec::new();
+    for (about, description) in table.each() {
+        description.object.finish(&about, table, &mut calls);
+        locks::finish(&about, &description.locks, &mut calls);
+    }
+    calls
+}

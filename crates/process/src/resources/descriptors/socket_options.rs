@@ -1,0 +1,312 @@
+//! The options that a program set on a socket.
+//!
+//! An option is recorded when it differs from that of a new socket of the same kind, so that what
+//! the program never touched follows the host it runs on. One list below says which options there
+//! are; a further one is one line.
+
+use super::collect::Memory;
+use super::probe::Probe;
+use crate::ProcessError;
+use outlive_linux::sockopt;
+use outlive_state_tree::StateNode;
+use rustix::io::Errno;
+use rustix::net::{AddressFamily, SocketFlags, SocketType, socket_with};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+/// `SO_BUF_LOCK`: which buffer sizes were set by the program.
+const SO_BUF_LOCK: i32 = 72;
+const SEND_LOCKED: u32 = 1;
+const RECEIVE_LOCKED: u32 = 2;
+/// `SO_GET_FILTER`
+const SO_GET_FILTER: i32 = 26;
+
+/// When an option must be set.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum When {
+    BeforeBind,
+    Last,
+}
+
+macro_rules! options {
+    ($($(#[$doc:meta])* $field:ident: $level:expr, $name:expr, $when:ident;)*) => {
+        /// Options of a socket; absent ones are as on a new socket.
+        #[derive(StateNode, Debug, Clone, PartialEq, Default)]
+        #[state(compatible = "outlive,socket-options-v1")]
+        pub struct SocketOptions {
+            $($(#[$doc])* pub $field: Option<u32>,)*
+            /// Size of the receive buffer, set by the program (`SO_RCVBUF`, as read).
+            pub receive_buffer: Option<u32>,
+            /// Size of the send buffer, set by the program (`SO_SNDBUF`, as read).
+            pub send_buffer: Option<u32>,
+            /// The interface that it is bound to (`SO_BINDTODEVICE`).
+            pub device: Option<Vec<u8>>,
+            /// The congestion control (`TCP_CONGESTION`).
+            pub congestion: Option<Vec<u8>>,
+            /// `SO_LINGER`, a `struct linger`.
+            pub linger: Option<Vec<u8>>,
+            /// `SO_RCVTIMEO`, a `struct timeval`.
+            pub receive_timeout: Option<Vec<u8>>,
+            /// `SO_SNDTIMEO`, a `struct timeval`.
+            pub send_timeout: Option<Vec<u8>>,
+        }
+
+        impl SocketOptions {
+            fn read_numbers(&mut self, socket: BorrowedFd<'_>) -> Result<(), Errno> {
+                $(self.$field = sockopt::get_u32(socket, $level, $name)?;)*
+                Ok(())
+            }
+
+            fn forget_equal_numbers(&mut self, fresh: &Self) {
+                $(if self.$field == fresh.$field { self.$field = None; })*
+            }
+
+            fn numbers(&self) -> Vec<(&'static str, i32, i32, When, u32)> {
+                let mut list = Vec::new();
+                $(if let Some(value) = self.$field {
+                    list.push((stringify!($name), $level, $name, When::$when, value));
+                })*
+                list
+            }
+        }
+    };
+}
+
+use libc::{IPPROTO_IP, IPPROTO_IPV6, IPPROTO_TCP, SOL_SOCKET};
+
+options! {
+    /// `SO_REUSEADDR`
+    reuse_address: SOL_SOCKET, libc::SO_REUSEADDR, Last;
+    /// `SO_REUSEPORT`
+    reuse_port: SOL_SOCKET, libc::SO_REUSEPORT, BeforeBind;
+    /// `SO_KEEPALIVE`
+    keep_alive: SOL_SOCKET, libc::SO_KEEPALIVE, Last;
+    /// `SO_OOBINLINE`
+    urgent_inline: SOL_SOCKET, libc::SO_OOBINLINE, Last;
+    /// `SO_PRIORITY`
+    priority: SOL_SOCKET, libc::SO_PRIORITY, Last;
+    /// `SO_MARK`
+    mark: SOL_SOCKET, libc::SO_MARK, BeforeBind;
+    /// `SO_DONTROUTE`
+    dont_route: SOL_SOCKET, libc::SO_DONTROUTE, Last;
+    /// `SO_RCVLOWAT`
+    low_water: SOL_SOCKET, libc::SO_RCVLOWAT, Last;
+    /// `SO_BUSY_POLL`
+    busy_poll: SOL_SOCKET, libc::SO_BUSY_POLL, Last;
+    /// `SO_INCOMING_CPU`
+    incoming_cpu: SOL_SOCKET, libc::SO_INCOMING_CPU, Last;
+    /// `SO_TIMESTAMP`
+    timestamp: SOL_SOCKET, libc::SO_TIMESTAMP, Last;
+    /// `SO_PASSCRED`
+    pass_credentials: SOL_SOCKET, libc::SO_PASSCRED, Last;
+    /// `SO_PASSSEC`
+    pass_security: SOL_SOCKET, libc::SO_PASSSEC, Last;
+    /// `SO_ZEROCOPY`
+    zero_copy: SOL_SOCKET, libc::SO_ZEROCOPY, Last;
+    /// `TCP_NODELAY`
+    no_delay: IPPROTO_TCP, libc::TCP_NODELAY, Last;
+    /// `TCP_CORK`
+    cork: IPPROTO_TCP, libc::TCP_CORK, Last;
+    /// `TCP_DEFER_ACCEPT`
+    defer_accept: IPPROTO_TCP, libc::TCP_DEFER_ACCEPT, Last;
+    /// `TCP_KEEPIDLE`
+    keep_idle: IPPROTO_TCP, libc::TCP_KEEPIDLE, Last;
+    /// `TCP_KEEPINTVL`
+    keep_interval: IPPROTO_TCP, libc::TCP_KEEPINTVL, Last;
+    /// `TCP_KEEPCNT`
+    keep_count: IPPROTO_TCP, libc::TCP_KEEPCNT, Last;
+    /// `TCP_SYNCNT`
+    syn_count: IPPROTO_TCP, libc::TCP_SYNCNT, Last;
+    /// `TCP_USER_TIMEOUT`
+    user_timeout: IPPROTO_TCP, libc::TCP_USER_TIMEOUT, Last;
+    /// `TCP_NOTSENT_LOWAT`
+    not_sent_low_water: IPPROTO_TCP, libc::TCP_NOTSENT_LOWAT, Last;
+    /// `TCP_FASTOPEN`
+    fast_open: IPPROTO_TCP, libc::TCP_FASTOPEN, Last;
+    /// `TCP_LINGER2`
+    fin_timeout: IPPROTO_TCP, libc::TCP_LINGER2, Last;
+    /// `IP_TOS`
+    tos: IPPROTO_IP, libc::IP_TOS, Last;
+    /// `IP_TTL`
+    ttl: IPPROTO_IP, libc::IP_TTL, Last;
+    /// `IP_MTU_DISCOVER`
+    mtu_discover: IPPROTO_IP, libc::IP_MTU_DISCOVER, Last;
+    /// `IP_FREEBIND`
+    free_bind: IPPROTO_IP, libc::IP_FREEBIND, BeforeBind;
+    /// `IP_TRANSPARENT`
+    transparent: IPPROTO_IP, libc::IP_TRANSPARENT, BeforeBind;
+    /// `IPV6_V6ONLY`
+    v6_only: IPPROTO_IPV6, libc::IPV6_V6ONLY, BeforeBind;
+    /// `IPV6_TCLASS`
+    traffic_class: IPPROTO_IPV6, libc::IPV6_TCLASS, Last;
+}
+
+/// Longest name of an interface or a congestion control.
+const NAME_ROOM: usize = 16;
+
+impl SocketOptions {
+    /// Reads all of them.
+    fn read(socket: BorrowedFd<'_>) -> Result<Self, Errno> {
+        let mut options = Self::default();
+        options.read_numbers(socket)?;
+        let locked = sockopt::get_u32(socket, SOL_SOCKET, SO_BUF_LOCK)?.unwrap_or(0);
+        if locked & RECEIVE_LOCKED != 0 {
+            options.receive_buffer = sockopt::get_u32(socket, SOL_SOCKET, libc::SO_RCVBUF)?;
+        }
+        if locked & SEND_LOCKED != 0 {
+            options.send_buffer = sockopt::get_u32(socket, SOL_SOCKET, libc::SO_SNDBUF)?;
+        }
+        let bytes = |level, name, room| sockopt::get(socket, level, name, room);
+        let name = |level, name| {
+            let found = bytes(level, name, NAME_ROOM)?;
+            Ok::<_, Errno>(found.map(|mut text| {
+                text.truncate(text.iter().position(|&b| b == 0).unwrap_or(text.len()));
+                text
+            }))
+        };
+        options.device = name(SOL_SOCKET, libc::SO_BINDTODEVICE)?.filter(|n| !n.is_empty());
+        options.congestion = name(IPPROTO_TCP, libc::TCP_CONGESTION)?;
+        options.linger = bytes(SOL_SOCKET, libc::SO_LINGER, 8)?;
+        options.receive_timeout = bytes(SOL_SOCKET, libc::SO_RCVTIMEO, 16)?;
+        options.send_timeout = bytes(SOL_SOCKET, libc::SO_SNDTIMEO, 16)?;
+        Ok(options)
+    }
+
+    fn forget_equal(&mut self, fresh: &Self) {
+        self.forget_equal_numbers(fresh);
+        let pairs = [
+            (&mut self.congestion, &fresh.congestion),
+            (&mut self.linger, &fresh.linger),
+            (&mut self.receive_timeout, &fresh.receive_timeout),
+            (&mut self.send_timeout, &fresh.send_timeout),
+        ];
+        for (mine, theirs) in pairs {
+            if mine == theirs {
+                *mine = None;
+            }
+        }
+    }
+
+    /// Reads what differs from a new socket.
+    pub(crate) fn collect(probe: &Probe<'_>, memory: &mut Memory) -> Result<Self, ProcessError> {
+        let fail = |errno| probe.failed("read options of", errno);
+        let socket = probe.duplicate()?;
+        let Some(facts) = probe.socket()? else { return Err(fail(Errno::NOTSOCK)) };
+        if sockopt::get(socket, SOL_SOCKET, SO_GET_FILTER, 0) != Ok(Some(Vec::new())) {
+            return Err(probe.refuse(
+                "socket with a packet filter (SO_ATTACH_FILTER)",
+                "run the program without the filter",
+            ));
+        }
+        let mut options = Self::read(socket).map_err(fail)?;
+        let key = (facts.family.as_raw(), facts.kind.as_raw());
+        if !memory.fresh_sockets.contains_key(&key) {
+            let fresh = fresh_socket(facts.family, facts.kind).map_err(fail)?;
+            memory.fresh_sockets.insert(key, Self::read(fresh.as_fd()).map_err(fail)?);
+        }
+        if let Some(fresh) = memory.fresh_sockets.get(&key) {
+            options.forget_equal(fresh);
+        }
+        Ok(options)
+    }
+
+    /// Sets what must be set before the socket gets its address, and the buffer sizes.
+    ///
+    /// # Errors
+    /// The option that could not be set, and why.
+    pub(crate) fn apply_before_bind(
+        &self,
+        socket: &OwnedFd,
+    ) -> Result<(), (&'static str, Errno)> {
+        self.apply_numbers(socket, When::BeforeBind)?;
+        let fd = socket.as_fd();
+        if let Some(device) = &self.device {
+            sockopt::set(fd, SOL_SOCKET, libc::SO_BINDTODEVICE, device)
+                .map_err(|errno| ("SO_BINDTODEVICE", errno))?;
+        }
+        let sizes = [
+            (self.receive_buffer, "SO_RCVBUF", libc::SO_RCVBUF, libc::SO_RCVBUFFORCE),
+            (self.send_buffer, "SO_SNDBUF", libc::SO_SNDBUF, libc::SO_SNDBUFFORCE),
+        ];
+        for (size, name, plain, force) in sizes {
+            // The kernel doubles what it is told.
+            if let Some(size) = size.map(|size| size / 2)
+                && sockopt::set_u32(fd, SOL_SOCKET, force, size).is_err()
+            {
+                sockopt::set_u32(fd, SOL_SOCKET, plain, size).map_err(|errno| (name, errno))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Sets the rest, once the socket listens or stays as it is.
+    ///
+    /// # Errors
+    /// The option that could not be set, and why.
+    pub(crate) fn apply_last(&self, socket: &OwnedFd) -> Result<(), (&'static str, Errno)> {
+        let fd = socket.as_fd();
+        if self.reuse_address.is_none() {
+            // It was set for the sake of the bind.
+            sockopt::set_u32(fd, SOL_SOCKET, libc::SO_REUSEADDR, 0)
+                .map_err(|errno| ("SO_REUSEADDR", errno))?;
+        }
+        self.apply_numbers(socket, When::Last)?;
+        let bytes = [
+            (&self.congestion, "TCP_CONGESTION", IPPROTO_TCP, libc::TCP_CONGESTION),
+            (&self.linger, "SO_LINGER", SOL_SOCKET, libc::SO_LINGER),
+            (&self.receive_timeout, "SO_RCVTIMEO", SOL_SOCKET, libc::SO_RCVTIMEO),
+            (&self.send_timeout, "SO_SNDTIMEO", SOL_SOCKET, libc::SO_SNDTIMEO),
+        ];
+        for (value, shown, level, name) in bytes {
+            if let Some(value) = value {
+                sockopt::set(fd, level, name, value).map_err(|errno| (shown, errno))?;
+            }
+        }
+        Ok(())
+    }
+
+    fn apply_numbers(&self, socket: &OwnedFd, when: When) -> Result<(), (&'static str, Errno)> {
+        for (shown, level, name, stage, value) in self.numbers() {
+            if stage == when {
+                sockopt::set_u32(socket.as_fd(), level, name, value)
+                    .map_err(|errno| (shown.trim_start_matches("libc::"), errno))?;
+            }
+        }
+        Ok(())
+    }
+}
+
+fn fresh_socket(family: AddressFamily, kind: SocketType) -> Result<OwnedFd, Errno> {
+    socket_with(family, kind, SocketFlags::CLOEXEC, None)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_what_was_set_is_recorded_and_it_is_set_again() {
+        let make = || fresh_socket(AddressFamily::INET, SocketType::STREAM).unwrap();
+        let fresh = SocketOptions::read(make().as_fd()).unwrap();
+        let socket = make();
+        let set = |level, name, value| {
+            sockopt::set_u32(socket.as_fd(), level, name, value).unwrap();
+        };
+        set(SOL_SOCKET, libc::SO_KEEPALIVE, 1);
+        set(SOL_SOCKET, libc::SO_RCVBUF, 65536);
+        set(IPPROTO_TCP, libc::TCP_NODELAY, 1);
+        set(IPPROTO_TCP, libc::TCP_KEEPIDLE, 77);
+        set(IPPROTO_IP, libc::IP_TOS, 0x10);
+        let mut options = SocketOptions::read(socket.as_fd()).unwrap();
+        options.forget_equal(&fresh);
+        assert_eq!(options.keep_idle, Some(77));
+        assert_eq!(options.receive_buffer, Some(131_072));
+        assert_eq!((options.send_buffer, options.linger.clone()), (None, None));
+
+        let again = make();
+        options.apply_before_bind(&again).unwrap();
+        options.apply_last(&again).unwrap();
+        let mut read = SocketOptions::read(again.as_fd()).unwrap();
+        read.forget_equal(&fresh);
+        assert_eq!(read, options);
+    }
+}
