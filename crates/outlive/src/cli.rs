@@ -83,8 +83,11 @@ pub enum Command {
     /// Power events
     #[command(subcommand)]
     Power(PowerCommand),
-    /// Show how a program survives its own death, with a counter in your shell
+    /// Watch a counter be killed together with its keeper, and count on
     Demo,
+    /// Count up for ever: the program of the demo.
+    #[command(hide = true)]
+    Count,
 }
 
 /// Power events.

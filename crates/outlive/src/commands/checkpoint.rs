@@ -3,14 +3,14 @@
 use crate::cli::CheckpointArgs;
 use crate::out;
 use outlive_keeper::control::{Reply, Request, ask};
-use outlive_keeper::epoch::{EpochLog, Program, Taken, take, take_and_end};
+use outlive_keeper::epoch::{EpochLog, Program, Taken, micros, take, take_and_end};
 use outlive_keeper::images::Log;
 use outlive_keeper::subject::Root;
 use outlive_keeper::{KeeperError, procfs};
 use outlive_process::{TrackOptions, Tracked};
 use serde_json::json;
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// How long a thread may take to stop, where nothing else is asked for.
 const STOP_TIMEOUT: Duration = Duration::from_secs(5);
@@ -68,10 +68,14 @@ fn to_image(args: &CheckpointArgs, pid: u32, image: &Path) -> Result<Taken, Keep
         return Err(KeeperError::Other(format!("there is no process {pid}")));
     }
     must_be_free(image)?;
+    let stop_timeout = args.timeout.unwrap_or(STOP_TIMEOUT);
+    // Tracked also for one epoch: most of it is then copied while the program runs, and flows to
+    // the medium at the same time.
     let options = TrackOptions {
-        stop_timeout: args.timeout.unwrap_or(STOP_TIMEOUT),
-        incremental: args.leave_running,
+        stop_timeout,
+        incremental: true,
     };
+    let began = Instant::now();
     let mut program = Tracked::attach(pid, options)?;
     let existed = image.exists();
     let done = Log::create(image).and_then(|mut log| {
@@ -85,10 +89,15 @@ fn to_image(args: &CheckpointArgs, pid: u32, image: &Path) -> Result<Taken, Keep
     });
     match done {
         Ok(taken) => {
+            // All of it was copied for this image: its time counts from the beginning.
+            let durable_us = micros(began.elapsed());
             if args.leave_running {
                 Program::detach(program)?;
             }
-            Ok(taken)
+            Ok(Taken {
+                durable_us,
+                ..taken
+            })
         }
         Err(error) => {
             let _ = Program::detach(program);

@@ -32,6 +32,7 @@ pub fn run(cli: &Cli) -> Result<u8, KeeperError> {
         Command::Power(PowerCommand::Simulate { name }) => end::simulate(&root, name, json),
         Command::Inspect(args) => inspect::inspect(&root, args, json),
         Command::Verify { what } => image::verify(&root, what, json),
-        Command::Demo => demo::demo(),
+        Command::Demo => demo::demo(json),
+        Command::Count => demo::count(),
     }
 }
