@@ -23,6 +23,8 @@ mod damage;
 mod format;
 mod generation;
 mod host;
+#[cfg(test)]
+mod hostile_tests;
 mod map;
 mod reader;
 mod store;

@@ -5,6 +5,12 @@
 //! refuses `O_DIRECT`, the same thread writes through the page cache. A flush waits for the
 //! thread and calls `fdatasync(2)`.
 //!
+//! Plain writes, one at a time, were chosen by measurement: 512 MiB in pieces of 4 MiB to space
+//! taken ahead, then `fdatasync`, on ext4 on a virtual disk, medians of 7 alternating runs: plain
+//! writes 3.6 GB/s; io_uring with one, two, four writes under way 3.5, 3.8, 3.6 GB/s, with
+//! registered buffers 3.6, 3.7, 4.0 GB/s. The gain is below a tenth and within the spread of the
+//! runs, and io_uring is forbidden in many containers.
+//!
 //! # Invariants
 //! - Writes reach the file in the order in which they were made (one thread, one queue); a small
 //!   tail is written by the caller itself only while the thread has nothing to do.
