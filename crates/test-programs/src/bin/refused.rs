@@ -1,0 +1,78 @@
+//! Holds one piece of state of the kind named by its argument, and waits: `refused KIND`. For the
+//! tests which show that what cannot be saved is refused by name and left unharmed.
+//!
+//! # Safety
+//! Plain C library calls with numbers, literals and live local values.
+#![allow(unsafe_code)]
+
+use outlive_test_programs::{await_report_order, block, fail, good, say};
+
+fn main() {
+    block(&[libc::SIGUSR1]);
+    let kind = std::env::args().nth(1).unwrap_or_default();
+    hold(&kind);
+    say("ready");
+    await_report_order();
+    say("unharmed");
+}
+
+fn hold(kind: &str) {
+    let page = 4096;
+    // SAFETY: see the module heading; what is made is never accessed.
+    unsafe {
+        match kind {
+            "posix-timer" => {
+                let mut timer: libc::timer_t = std::mem::zeroed();
+                let mut event: libc::sigevent = std::mem::zeroed();
+                event.sigev_notify = libc::SIGEV_NONE;
+                let r = libc::timer_create(libc::CLOCK_MONOTONIC, &raw mut event, &raw mut timer);
+                let _ = good("timer_create", r.into());
+            }
+            "shared-memory" => {
+                let flags = libc::MAP_SHARED | libc::MAP_ANONYMOUS;
+                let at = libc::mmap(std::ptr::null_mut(), page, libc::PROT_READ, flags, -1, 0);
+                let _ = good("mmap", at as i64);
+            }
+            "memfd" => {
+                let _ = good("memfd_create", libc::memfd_create(c"x".as_ptr(), 0).into());
+            }
+            "inotify" => {
+                let _ = good("inotify_init", libc::inotify_init1(0).into());
+            }
+            "udp" => {
+                let fd = libc::socket(libc::AF_INET, libc::SOCK_DGRAM, 0);
+                let _ = good("socket", fd.into());
+            }
+            "child" => {
+                let child = good("fork", libc::fork().into());
+                if child == 0 {
+                    libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
+                    loop {
+                        libc::pause();
+                    }
+                }
+            }
+            "seccomp" => {
+                let allow = [libc::sock_filter {
+                    code: 6,
+                    jt: 0,
+                    jf: 0,
+                    k: 0x7fff_0000,
+                }];
+                let program = libc::sock_fprog {
+                    len: 1,
+                    filter: allow.as_ptr().cast_mut(),
+                };
+                let _ = good(
+                    "no_new_privs",
+                    libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0).into(),
+                );
+                let mode = libc::SECCOMP_MODE_FILTER;
+                let r = libc::prctl(libc::PR_SET_SECCOMP, mode, &raw const program);
+                let _ = good("seccomp", r.into());
+            }
+            "nothing" => {}
+            _ => fail("usage: refused KIND"),
+        }
+    }
+}
