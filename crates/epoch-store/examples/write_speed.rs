@@ -37,12 +37,39 @@ fn main() -> Outcome<()> {
         figures[3].1.push(read(dir, memory.len())?);
         std::fs::remove_dir_all(dir.join("epoch"))?;
     }
+    let (median, worst) = small(dir)?;
     println!("{} MB, median of {repeats}:", memory.len() / 1_000_000);
     for (name, values) in &mut figures {
         values.sort_by(f64::total_cmp);
         println!("{:6.2} GB/s  {name}", values[values.len() / 2]);
     }
+    println!(
+        "epochs of 16 scattered pages: begin to acknowledged {median} us median, {worst} us p99"
+    );
     Ok(())
+}
+
+/// Median and 99th percentile of the time for a small epoch, in microseconds.
+fn small(dir: &Path) -> Outcome<(u128, u128)> {
+    let path = dir.join("epoch");
+    let mut store = Store::create(&path)?;
+    let page = noise(PAGE_SIZE);
+    let mut times = Vec::new();
+    for epoch in 0..300u64 {
+        let start = Instant::now();
+        let mut writer = store.begin()?;
+        for i in 0..16 {
+            let run = Run::new(SpaceId(1), epoch + 1000 * i, 1).ok_or("an empty run")?;
+            writer.put(run, &page)?;
+        }
+        writer.tree("root", &epoch.to_le_bytes())?;
+        writer.commit(EpochFacts::default())?;
+        times.push(start.elapsed().as_micros());
+    }
+    store.close()?;
+    std::fs::remove_dir_all(path)?;
+    times.sort_unstable();
+    Ok((times[times.len() / 2], times[times.len() * 99 / 100]))
 }
 
 /// Memory in which no page is zero.

@@ -149,7 +149,7 @@ impl Walk<'_> {
 
     /// Where the other commit slot says that the epoch before this one ends.
     fn other_slot(&self, epoch: u64) -> Option<(u64, u64)> {
-        let at = SLOT_AT[(epoch % 2 ^ 1) as usize];
+        let at = SLOT_AT[((epoch % 2) ^ 1) as usize];
         let mut block = vec![0; BLOCK_LEN as usize];
         self.generation.medium.read(at, &mut block).ok()?;
         let record = Record::decode(self.generation.key, at, &block).record?;
