@@ -76,6 +76,19 @@ pub enum Ending {
     Detached,
 }
 
+impl Ending {
+    /// The exit status that a shell would show: the program's own, or 128 and the signal's number;
+    /// 0 where the program did not end of itself.
+    #[must_use]
+    pub fn code(&self) -> u8 {
+        match self {
+            Self::Exited(code) => *code,
+            Self::Killed(signal) => signal.saturating_add(128),
+            Self::Gone | Self::Planned(_) | Self::Detached => 0,
+        }
+    }
+}
+
 /// The parts that the loop works with.
 pub struct Keeper<'a, P: Program> {
     settings: Settings,

@@ -8,6 +8,12 @@ pub fn start_time(pid: u32) -> Option<u64> {
     parse_stat(&fs::read(format!("/proc/{pid}/stat")).ok()?)
 }
 
+/// Whether a process has ended and was not reaped yet, so that its number is still taken.
+#[must_use]
+pub fn lingers(pid: u32) -> bool {
+    fs::read(format!("/proc/{pid}/stat")).is_ok_and(|stat| parse_stat(&stat).is_none())
+}
+
 /// The command line of a process, lossily as text.
 #[must_use]
 pub fn command(pid: u32) -> Option<Vec<String>> {
@@ -55,7 +61,20 @@ mod tests {
         assert_eq!(parse_stat(format!("17 (a) Z {rest}").as_bytes()), None);
         assert_eq!(parse_stat(b"17 (a"), None);
         assert_eq!(parse_stat(b"17 (a) S 1 1"), None);
-        let mine = start_time(std::process::id());
-        assert!(mine.is_some());
+        assert!(start_time(std::process::id()).is_some());
+    }
+
+    #[test]
+    fn a_child_that_ended_lingers_until_it_is_reaped() {
+        let mut child = std::process::Command::new("true").spawn().unwrap();
+        let pid = child.id();
+        let id = rustix::process::Pid::from_child(&child);
+        let ended = rustix::process::WaitIdOptions::EXITED | rustix::process::WaitIdOptions::NOWAIT;
+        rustix::process::waitid(rustix::process::WaitId::Pid(id), ended).unwrap();
+        assert!(lingers(pid));
+        assert_eq!(start_time(pid), None);
+        child.wait().unwrap();
+        assert!(!lingers(pid));
+        assert!(!lingers(std::process::id()));
     }
 }

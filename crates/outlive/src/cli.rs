@@ -85,9 +85,6 @@ pub enum Command {
     Power(PowerCommand),
     /// Watch a counter be killed together with its keeper, and count on
     Demo,
-    /// Count up for ever: the program of the demo.
-    #[command(hide = true)]
-    Count,
 }
 
 /// Power events.
@@ -109,6 +106,10 @@ pub struct RunArgs {
     /// How each epoch is taken
     #[command(flatten)]
     pub pace: Pace,
+    /// Pass on inherited pipes and sockets, too; without this, the program gets the standard
+    /// streams and inherited files only, since others could not be restored
+    #[arg(long)]
+    pub pass_fds: bool,
     /// The program and its arguments
     #[arg(
         required = true,

@@ -59,6 +59,7 @@ fn finding(
 
 /// `outlive check`
 pub fn check(root: &Root, json: bool) -> Result<u8, KeeperError> {
+    super::run::withhold()?;
     let mut findings = kernel();
     findings.extend(privileges());
     findings.extend(store(root));

@@ -1,8 +1,8 @@
 //! `demo`: a counter is killed without warning, together with its keeper, and counts on.
 //!
 //! Everything is done with the ordinary commands, in a store of its own in the temporary
-//! directory, and removed at the end. The counter is this binary (`count`), so that the show needs
-//! no other program.
+//! directory, and removed at the end. The counter is a loop in the user's `sh`, of builtin commands
+//! only, so that it is one process.
 
 use crate::out;
 use outlive_keeper::control::{Reply, Request, ask};
@@ -21,22 +21,14 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 /// How long it counts before and after its death.
-const ACT: Duration = Duration::from_secs(3);
+const ACT: Duration = Duration::from_secs(2);
 /// How long a step that must come may take.
 const PATIENCE: Duration = Duration::from_secs(20);
-/// Time between two numbers.
-const BEAT: Duration = Duration::from_millis(250);
+/// The counter: it works for every number, and starts no program.
+const COUNTER: &str = "i=0; while :; do i=$((i+1)); \
+    if [ $((i % 100000)) = 0 ]; then echo $((i / 100000)); fi; done";
 /// The counter's name.
 const NAME: &str = "counter";
-
-/// `outlive count`: the program of the show.
-pub fn count() -> Result<u8, KeeperError> {
-    for number in 1u64.. {
-        out::line(&number.to_string());
-        std::thread::sleep(BEAT);
-    }
-    Ok(0)
-}
 
 /// `outlive demo`
 pub fn demo(json: bool) -> Result<u8, KeeperError> {
@@ -95,7 +87,7 @@ impl Show {
 
     /// The number before the death, the first one after it, and the epoch between.
     fn play(&mut self) -> Result<(u64, u64, u64), KeeperError> {
-        out::say("a counter runs under `outlive run`, with an epoch every 100 ms");
+        out::say("a counter in `sh` runs under `outlive run`, with an epoch every 100 ms");
         let numbers = self.start(&["run", "--name", NAME, "--"], true)?;
         self.wait_for_epoch()?;
         self.pause(ACT)?;
@@ -126,11 +118,24 @@ impl Show {
         let mut command = Command::new(&itself);
         command.arg("--store").arg(&self.dir).args(words);
         if count {
-            command.arg(&itself).arg("count");
+            command.args(["sh", "-c", COUNTER]);
         }
-        command.stdin(Stdio::null()).stdout(Stdio::piped());
+        // Pipes, also where our own streams are files: those would be cut back with the counter.
+        command
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
         let mut keeper = command.spawn().map_err(KeeperError::io("start outlive"))?;
         let pipe = keeper.stdout.take();
+        let said = keeper.stderr.take();
+        std::thread::spawn(move || {
+            let lines = said
+                .into_iter()
+                .flat_map(|pipe| BufReader::new(pipe).lines());
+            lines
+                .map_while(Result::ok)
+                .for_each(|line| eprintln!("{line}"));
+        });
         self.keeper = Some(keeper);
         let (first, last) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicU64::new(0)));
         let (one, two) = (first.clone(), last.clone());

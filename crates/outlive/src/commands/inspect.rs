@@ -7,7 +7,7 @@ use outlive_epoch::{EpochReader, Run};
 use outlive_keeper::KeeperError;
 use outlive_keeper::images::Image;
 use outlive_keeper::subject::Root;
-use outlive_state_tree::Tree;
+use outlive_state_tree::{SchemaSet, Tree};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 
@@ -28,9 +28,11 @@ pub fn inspect(root: &Root, args: &InspectArgs, json: bool) -> Result<u8, Keeper
     let epochs = image.epochs();
     let reader = image.epoch(args.epoch)?;
     let names = reader.groups();
+    let schemas = outlive_process::image::schemas()
+        .map_err(|error| KeeperError::Other(format!("the published schemas disagree: {error}")))?;
     let groups: Result<Vec<Group>, KeeperError> = names
         .into_iter()
-        .map(|name| look(&*reader, name, args))
+        .map(|name| look(&*reader, name, args, &schemas))
         .collect();
     let groups = groups?;
     let spaces = spaces(&reader.runs());
@@ -65,7 +67,12 @@ pub fn inspect(root: &Root, args: &InspectArgs, json: bool) -> Result<u8, Keeper
     Ok(if problems == 0 { 0 } else { 4 })
 }
 
-fn look(reader: &dyn EpochReader, name: String, args: &InspectArgs) -> Result<Group, KeeperError> {
+fn look(
+    reader: &dyn EpochReader,
+    name: String,
+    args: &InspectArgs,
+    schemas: &SchemaSet,
+) -> Result<Group, KeeperError> {
     let blob = reader.tree(&name)?.unwrap_or_default();
     let mut group = Group {
         name,
@@ -79,7 +86,15 @@ fn look(reader: &dyn EpochReader, name: String, args: &InspectArgs) -> Result<Gr
         Ok(tree) => {
             group.compatible = tree.root.compatible.to_string();
             group.nodes = count_nodes(&tree.root);
-            group.dts = args.dts.then(|| outlive_state_tree::to_dts(&tree));
+            group.dts = args
+                .dts
+                .then(|| outlive_state_tree::to_dts_with(&tree, schemas));
+            if args.check {
+                let problems = outlive_state_tree::check(&tree, schemas);
+                group
+                    .problems
+                    .extend(problems.iter().map(ToString::to_string));
+            }
         }
         Err(error) => group.problems.push(error.to_string()),
     }

@@ -33,6 +33,5 @@ pub fn run(cli: &Cli) -> Result<u8, KeeperError> {
         Command::Inspect(args) => inspect::inspect(&root, args, json),
         Command::Verify { what } => image::verify(&root, what, json),
         Command::Demo => demo::demo(json),
-        Command::Count => demo::count(),
     }
 }

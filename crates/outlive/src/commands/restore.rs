@@ -11,11 +11,11 @@ use super::run::{claim, finish, introduce, queue};
 use crate::cli::{Files, RestoreArgs};
 use crate::out;
 use outlive_epoch::EpochReader;
-use outlive_keeper::KeeperError;
 use outlive_keeper::control::Control;
 use outlive_keeper::images::{Image, Log};
-use outlive_keeper::keep::{Companion, Ending, Keeper, Settings};
+use outlive_keeper::keep::{Companion, Keeper, Settings};
 use outlive_keeper::subject::{Card, Root, Subject};
+use outlive_keeper::{KeeperError, procfs};
 use outlive_process::{FilesPolicy, Ready, RestoreOptions, Restored, TrackOptions, Tracked};
 use rustix::fd::OwnedFd;
 use serde::{Deserialize, Serialize};
@@ -33,6 +33,9 @@ const STOP_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// How long a program that was just killed may take to be gone.
 const DYING: Duration = Duration::from_millis(300);
+
+/// How long a program that has ended may take to be reaped.
+const REAPING: Duration = Duration::from_secs(5);
 
 /// What a restore tells, also across the socket of a process in the background.
 #[derive(Debug, Serialize, Deserialize)]
@@ -85,12 +88,7 @@ fn from_image(dir: &Path, args: &RestoreArgs, teller: &mut Teller) -> Result<u8,
     let restored = ready.go()?;
     let pid = restored.pid;
     teller.tell(restored, epoch);
-    let ending = Companion::of(pid, true)?.run(&mut signals)?;
-    Ok(match ending {
-        Ending::Exited(code) => code,
-        Ending::Killed(signal) => signal.saturating_add(128),
-        Ending::Gone | Ending::Planned(_) | Ending::Detached => 0,
-    })
+    Ok(Companion::of(pid, true)?.run(&mut signals)?.code())
 }
 
 fn subject(
@@ -104,17 +102,28 @@ fn subject(
     let known = subject.card()?;
     must_not_run(&subject, &known)?;
     let (ready, epoch) = prepare(&subject.epochs_dir(), args)?;
-    // From here on an early return drops `ready`, which removes every trace of the program.
-    let mut log = Log::open(&subject.epochs_dir())?;
+    // Until `go`, an early return drops `ready`, which removes every trace of the program.
     let mut signals = queue()?;
     let mut control = Control::open(subject.dir())?;
-    let pid = ready.pid();
-    let every = Duration::from_nanos(known.every_ns);
-    introduce(&subject, &lock, pid)?;
-    teller.tell(ready.go()?, epoch);
+    let mut restored = ready.go()?;
+    let pid = restored.pid;
+    // The program runs: what fails now costs its epochs, not its life.
+    let opened = introduce(&subject, &lock, pid).and_then(|()| Log::open(&subject.epochs_dir()));
+    let mut log = match opened {
+        Ok(log) => log,
+        Err(error) => {
+            restored
+                .notices
+                .push(format!("{name} runs, but no epochs are taken: {error}"));
+            drop(control);
+            teller.tell(restored, epoch);
+            return Ok(Companion::of(pid, true)?.run(&mut signals)?.code());
+        }
+    };
+    teller.tell(restored, epoch);
     let settings = Settings {
         pid,
-        every,
+        every: Duration::from_nanos(known.every_ns),
         child: true,
     };
     let options = TrackOptions {
@@ -153,6 +162,13 @@ fn prepare(dir: &Path, args: &RestoreArgs) -> Result<(Ready, u64), KeeperError> 
         Files::Keep => FilesPolicy::Keep,
     };
     let epoch = EpochReader::id(&*reader).0;
+    if let Ok(saved) = outlive_process::image::describe(&*reader) {
+        // The number of a program that was just killed is free once its new parent has reaped it.
+        let patience = Instant::now();
+        while procfs::lingers(saved.root_process) && patience.elapsed() < REAPING {
+            std::thread::sleep(Duration::from_millis(2));
+        }
+    }
     let ready = outlive_process::restore(&*reader, &RestoreOptions { files })?;
     Ok((ready, epoch))
 }

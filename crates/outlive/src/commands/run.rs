@@ -27,6 +27,9 @@ pub fn run(root: &Root, args: &RunArgs, json: bool) -> Result<u8, KeeperError> {
         Some(name) => name.clone(),
         None => root.free_name(&PathBuf::from(program)),
     };
+    if !args.pass_fds {
+        withhold()?;
+    }
     let subject = root.subject(&name)?;
     let new = !subject.dir().exists();
     let lock = claim(&subject)?;
@@ -102,6 +105,12 @@ pub fn attach(root: &Root, args: &AttachArgs, json: bool) -> Result<u8, KeeperEr
         .with_program(program)
         .run(&mut signals, &mut control)?;
     finish(&subject, &lock, &log, &ending, json)
+}
+
+/// Keeps what could not be restored from programs that this process starts.
+pub fn withhold() -> Result<(), KeeperError> {
+    outlive_linux::inherited::withhold_pipes_and_sockets()
+        .map_err(KeeperError::io("look at inherited descriptors"))
 }
 
 fn not_started(program: &str, error: &std::io::Error) -> KeeperError {
@@ -198,12 +207,13 @@ pub fn finish(
     json: bool,
 ) -> Result<u8, KeeperError> {
     let (name, newest) = (subject.name(), log.newest());
-    let (ended, code) = match ending {
-        Ending::Exited(code) => (Some(format!("exit status {code}")), *code),
-        Ending::Killed(signal) => (Some(format!("signal {signal}")), signal.saturating_add(128)),
-        Ending::Gone => (Some("ended".into()), 0),
-        Ending::Planned(_) => (Some("stopped".into()), 0),
-        Ending::Detached => (None, 0),
+    let code = ending.code();
+    let ended = match ending {
+        Ending::Exited(code) => Some(format!("exit status {code}")),
+        Ending::Killed(signal) => Some(format!("signal {signal}")),
+        Ending::Gone => Some("ended".into()),
+        Ending::Planned(_) => Some("stopped".into()),
+        Ending::Detached => None,
     };
     let remedy = format!("`outlive restore {name}` continues it from epoch {newest}");
     match ending {
