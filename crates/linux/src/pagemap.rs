@@ -74,64 +74,56 @@ pub struct Query {
     pub protect: bool,
 }
 
-/// The page map of one process.
+/// The page map of one process, with room for what a scan finds.
 #[derive(Debug)]
 pub struct Pagemap {
     file: OwnedFd,
+    found: Box<[Region]>,
 }
 
 impl Pagemap {
     /// Opens the page map of a process.
     pub fn open(pid: u32) -> Result<Self, Errno> {
         let path = format!("/proc/{pid}/pagemap");
-        Ok(Self { file: open(path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())? })
+        let file = open(path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?;
+        Ok(Self { file, found: vec![Region::default(); BATCH].into() })
     }
 
-    /// Appends to `out` the regions of `start..end` that match.
-    pub fn scan(&self, start: u64, end: u64, query: Query, out: &mut Vec<Region>) -> Result<(), Errno> {
+    /// Hands out the regions of `start..end` that match, in order. A region may come in several
+    /// parts.
+    pub fn scan(
+        &mut self,
+        start: u64,
+        end: u64,
+        query: Query,
+        mut visit: impl FnMut(Region),
+    ) -> Result<(), Errno> {
         let mut from = start;
         while from < end {
-            let used = out.len();
-            out.resize(used + BATCH, Region::default());
             let mut arg = Argument {
                 size: size_of::<Argument>() as u64,
                 flags: if query.protect { WP_MATCHING | CHECK_WPASYNC } else { 0 },
                 start: from,
                 end,
-                vec: out[used..].as_mut_ptr() as u64,
-                vec_len: BATCH as u64,
+                vec: self.found.as_mut_ptr() as u64,
+                vec_len: self.found.len() as u64,
                 category_inverted: query.inverted,
                 category_mask: query.all_of,
                 category_anyof_mask: query.any_of,
                 return_mask: query.report,
                 ..Argument::default()
             };
-            // SAFETY: arg is live; vec and vec_len describe the BATCH elements just added.
+            // SAFETY: arg is live; vec and vec_len describe the exclusively borrowed found.
             let n = unsafe { libc::ioctl(self.file.as_raw_fd(), PAGEMAP_SCAN, &raw mut arg) };
             if n < 0 {
-                out.truncate(used);
                 return Err(last_error());
             }
-            let n = (n as usize).min(BATCH);
-            out.truncate(used + n);
-            merge_at(out, used);
+            self.found.iter().take(n as usize).for_each(|r| visit(*r));
             if arg.walk_end <= from {
-                return Ok(());
+                break;
             }
             from = arg.walk_end;
         }
         Ok(())
-    }
-}
-
-/// Joins a region that a full batch cut in two.
-fn merge_at(regions: &mut Vec<Region>, at: usize) {
-    if at == 0 || at >= regions.len() {
-        return;
-    }
-    let (a, b) = (regions[at - 1], regions[at]);
-    if a.end == b.start && a.categories == b.categories {
-        regions[at - 1].end = b.end;
-        regions.remove(at);
     }
 }

@@ -14,6 +14,7 @@
 
 mod bootstrap;
 pub mod error;
+mod flags;
 mod freeze;
 pub mod image;
 mod interval;

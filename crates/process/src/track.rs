@@ -1,6 +1,7 @@
 //! A running program under tracking, and the stop.
 
 use crate::bootstrap::{self, Plan};
+use crate::flags::FlagsCache;
 use crate::freeze::{Held, freeze, remote_failed, run_all};
 use crate::image::{self, SubjectState, ThreadsState, group, kinds};
 use crate::pages::{Changes, PageTracker, PrivateArea, Residue, World};
@@ -60,6 +61,7 @@ pub struct Tracked {
     waits: WaitBook,
     descriptors: descriptors::Memory,
     build_ids: memory::BuildIds,
+    flags: FlagsCache,
     spare: Spare,
     /// The arena was removed again.
     detached: bool,
@@ -94,6 +96,7 @@ impl Tracked {
             waits,
             descriptors: descriptors::Memory::default(),
             build_ids: memory::BuildIds::default(),
+            flags: FlagsCache::default(),
             spare: Spare::default(),
             detached: false,
         })
@@ -166,12 +169,11 @@ impl Tracked {
     /// Freezes the program and takes everything that is left into memory. On failure the program
     /// runs on as before.
     pub fn stop(&mut self) -> Result<(Stopped<'_>, Captured), ProcessError> {
-        let before = maps::read_with_flags(self.target.pid)
-            .map_err(|e| self.target.kernel("reading its mappings", e))?;
+        self.flags.refresh(&self.target)?;
         let sleepers = self.waits.look(&self.target);
         let began = Instant::now();
         let mut threads = freeze(&self.target, self.options.stop_timeout)?;
-        let captured = self.capture(&mut threads, &sleepers, before);
+        let captured = self.capture(&mut threads, &sleepers);
         match captured {
             Ok(captured) => Ok((Stopped { tracked: self, threads, began }, captured)),
             Err(e) => {
@@ -212,7 +214,6 @@ impl Tracked {
         &mut self,
         threads: &mut [Held],
         sleepers: &Sleepers,
-        mappings_before: Vec<(Mapping, VmFlags)>,
     ) -> Result<Captured, ProcessError> {
         let refusals = preflight::of_threads(&self.target)?;
         if !refusals.is_empty() {
@@ -237,7 +238,7 @@ impl Tracked {
             };
             descriptors::collect_table(&target, &mut self.descriptors)?
         };
-        let mappings = self.mappings_at_stop(mappings_before)?;
+        let mappings = self.mappings_at_stop()?;
         let plain: Vec<Mapping> = mappings.iter().map(|(m, _)| m.clone()).collect();
         let changes = self.pages.pass(&self.target, &private_areas(&plain), World::Stopped)?;
         let guards = changes.guards.clone();
@@ -307,24 +308,10 @@ impl Tracked {
         Ok((Asked { threads: asked, process, signals, memory }, answers))
     }
 
-    /// The mappings with their flags. Reading flags is dear, so those read before the stop serve,
-    /// unless the mappings changed since.
-    fn mappings_at_stop(
-        &self,
-        before: Vec<(Mapping, VmFlags)>,
-    ) -> Result<Vec<(Mapping, VmFlags)>, ProcessError> {
-        let (base, length) = self.arena.range();
-        let ours = |m: &Mapping| m.start >= base && m.end <= base + length;
-        let now = maps::read(self.target.pid)
-            .map_err(|e| self.target.kernel("reading its mappings", e))?;
-        let mut with_flags = if now.iter().eq(before.iter().map(|(m, _)| m)) {
-            before
-        } else {
-            maps::read_with_flags(self.target.pid)
-                .map_err(|e| self.target.kernel("reading its mappings", e))?
-        };
-        with_flags.retain(|(m, _)| !ours(m));
-        Ok(with_flags)
+    /// The mappings with their flags, without our own.
+    fn mappings_at_stop(&mut self) -> Result<Vec<(Mapping, VmFlags)>, ProcessError> {
+        let now = bootstrap::mappings_without(&self.target, Some(self.arena.range()))?;
+        Ok(self.flags.assign(now))
     }
 }
 
@@ -404,7 +391,7 @@ fn private_areas(mappings: &[Mapping]) -> Vec<PrivateArea> {
     mappings
         .iter()
         .filter(|m| !m.shared && !m.name.starts_with(b"[v"))
-        .map(|m| PrivateArea { span: (m.start, m.end), readable: m.prot & 1 != 0 })
+        .map(|m| PrivateArea { span: (m.start, m.end), readable: m.prot & 1 != 0, anonymous: m.inode == 0 })
         .collect()
 }
 

@@ -87,19 +87,27 @@ pub fn preflight(target: &Target<'_>) -> Result<(), ProcessError> {
 ///
 /// # Errors
 /// [`ProcessError::Refused`] with everything that cannot be saved.
-pub fn collect_table(
+pub fn collect_table(target: &Target<'_>, memory: &mut Memory) -> Result<Collected, ProcessError> {
+    let dirs = ProcDirs::open(target.pid)?;
+    let numbers = numbers(target, &dirs)?;
+    collect_numbers(target, &dirs, &numbers, memory)
+}
+
+/// Collects the descriptors with these numbers, as if there were no others.
+pub(crate) fn collect_numbers(
     target: &Target<'_>,
+    dirs: &ProcDirs,
+    numbers: &[u32],
     memory: &mut Memory,
 ) -> Result<Collected, ProcessError> {
-    let dirs = ProcDirs::open(target.pid)?;
     let mut buffer = std::mem::take(&mut memory.buffer);
     let mut probes = Vec::new();
     let mut around = Around::default();
-    for number in numbers(target, &dirs)? {
+    for &number in numbers {
         if target.ignore.contains(&number) {
             continue;
         }
-        if let Some(probe) = Probe::read(target, &dirs, number, &mut buffer)? {
+        if let Some(probe) = Probe::read(target, dirs, number, &mut buffer)? {
             around.add(&probe);
             probes.push(probe);
         }
@@ -128,7 +136,13 @@ pub fn collect_table(
         return Err(ProcessError::Refused(refusals));
     }
     let (pipes, files) = (cx.pipes, cx.files);
-    Ok(Collected { table: FdTable { descriptions, pipes }, files })
+    Ok(Collected {
+        table: FdTable {
+            descriptions,
+            pipes,
+        },
+        files,
+    })
 }
 
 /// The open descriptor numbers, in order.
@@ -137,7 +151,12 @@ fn numbers(target: &Target<'_>, dirs: &ProcDirs) -> Result<Vec<u32>, ProcessErro
     let mut numbers = Vec::new();
     for entry in Dir::read_from(&dirs.links).map_err(list)? {
         let entry = entry.map_err(list)?;
-        if let Some(number) = entry.file_name().to_str().ok().and_then(|name| name.parse().ok()) {
+        if let Some(number) = entry
+            .file_name()
+            .to_str()
+            .ok()
+            .and_then(|name| name.parse().ok())
+        {
             numbers.push(number);
         }
     }
@@ -154,7 +173,11 @@ struct Group<'a> {
 
 impl<'a> Group<'a> {
     fn new(probe: Probe<'a>) -> Self {
-        let mut group = Self { numbers: Vec::new(), cloexec: Vec::new(), probe };
+        let mut group = Self {
+            numbers: Vec::new(),
+            cloexec: Vec::new(),
+            probe,
+        };
         group.add(group.probe.number, group.probe.info.flags);
         group
     }
@@ -194,10 +217,7 @@ impl Looks {
 }
 
 /// Puts the numbers of each open file description together; ordered by lowest number.
-fn share<'a>(
-    target: &Target<'_>,
-    probes: Vec<Probe<'a>>,
-) -> Result<Vec<Group<'a>>, ProcessError> {
+fn share<'a>(target: &Target<'_>, probes: Vec<Probe<'a>>) -> Result<Vec<Group<'a>>, ProcessError> {
     let mut groups: Vec<Group<'a>> = Vec::with_capacity(probes.len());
     // Per look: places in `groups`, in the order of kcmp.
     let mut alike: HashMap<Looks, Vec<usize>> = HashMap::new();
@@ -234,7 +254,11 @@ fn search(
             // Closed meanwhile, which only happens in a program that runs (preflight).
             Err(Errno::BADF) => return Ok(Err(low)),
             Err(errno) => {
-                return Err(failed(target.pid, format!("compare fd {other} and {number}"), errno));
+                return Err(failed(
+                    target.pid,
+                    format!("compare fd {other} and {number}"),
+                    errno,
+                ));
             }
         }
     }

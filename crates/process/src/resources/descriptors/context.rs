@@ -31,7 +31,8 @@ impl Around {
     /// Adds one descriptor.
     pub(crate) fn add(&mut self, probe: &Probe<'_>) {
         let anonymous = probe.link.starts_with(b"anon_inode:");
-        self.inodes.insert(probe.number, (probe.info.inode, anonymous));
+        self.inodes
+            .insert(probe.number, (probe.info.inode, anonymous));
         if let Some(stream) = self.streams.get_mut(probe.number as usize) {
             *stream = Some((probe.link.clone(), probe.access()));
         }
@@ -50,12 +51,15 @@ impl Around {
             return Some(probe.number);
         }
         let same = |stream: &Option<(Vec<u8>, u32)>| {
-            stream.as_ref().is_some_and(|(link, access)| {
-                *link == probe.link && *access == probe.access()
-            })
+            stream
+                .as_ref()
+                .is_some_and(|(link, access)| *link == probe.link && *access == probe.access())
         };
         // Output first: who keeps a copy of a terminal mostly wants to write to it.
-        [1, 2, 0].into_iter().find(|&n| same(&self.streams[n])).map(|n| n as u32)
+        [1, 2, 0]
+            .into_iter()
+            .find(|&n| same(&self.streams[n]))
+            .map(|n| n as u32)
     }
 }
 
@@ -143,7 +147,10 @@ impl RecreateContext {
     /// Takes what the check kept.
     pub(crate) fn take(&mut self, about: &About) -> Result<OwnedFd, ProcessError> {
         self.held.remove(&about.index).ok_or_else(|| {
-            ProcessError::Image(format!("fd {} was recreated without its check", about.number))
+            ProcessError::Image(format!(
+                "fd {} was recreated without its check",
+                about.number
+            ))
         })
     }
 }

@@ -98,17 +98,21 @@ impl Descriptor for DeviceState {
         }
     }
 
-    fn recreate(
-        &self,
-        about: &About,
-        cx: &mut RecreateContext,
-    ) -> Result<OwnedFd, ProcessError> {
+    fn recreate(&self, about: &About, cx: &mut RecreateContext) -> Result<OwnedFd, ProcessError> {
         let held = cx.take(about)?;
         let kept = OFlags::ACCMODE | OFlags::PATH;
         let flags = (OFlags::from_bits_retain(about.flags) & kept) | OFlags::CLOEXEC;
-        rustix::fs::open(format!("/proc/self/fd/{}", held.as_raw_fd()), flags, Mode::empty())
-            .map_err(|errno| {
-                failed(cx.pid, format!("open {} for fd {}", self.device.path(), about.number), errno)
-            })
+        rustix::fs::open(
+            format!("/proc/self/fd/{}", held.as_raw_fd()),
+            flags,
+            Mode::empty(),
+        )
+        .map_err(|errno| {
+            failed(
+                cx.pid,
+                format!("open {} for fd {}", self.device.path(), about.number),
+                errno,
+            )
+        })
     }
 }

@@ -40,7 +40,10 @@ impl Descriptor for DirectoryState {
     fn check(&self, about: &About, cx: &mut CheckContext<'_>) -> Result<(), ProcessError> {
         let path = show(&self.path);
         if !self.path.starts_with(b"/") || self.path.contains(&0) {
-            return Err(ProcessError::Image(format!("the path of fd {} is none", about.number)));
+            return Err(ProcessError::Image(format!(
+                "the path of fd {} is none",
+                about.number
+            )));
         }
         let held = look_up(&self.path).ok().filter(|fd| {
             Seen::of_fd(fd.as_fd()).is_ok_and(|(_, found)| found == FileType::Directory)
@@ -57,17 +60,17 @@ impl Descriptor for DirectoryState {
         }
     }
 
-    fn recreate(
-        &self,
-        about: &About,
-        cx: &mut RecreateContext,
-    ) -> Result<OwnedFd, ProcessError> {
+    fn recreate(&self, about: &About, cx: &mut RecreateContext) -> Result<OwnedFd, ProcessError> {
         let held = cx.take(about)?;
         let lost = OFlags::NOFOLLOW | OFlags::CREATE | OFlags::EXCL | OFlags::TRUNC;
         let flags = (OFlags::from_bits_retain(about.flags) - lost) | OFlags::CLOEXEC;
         let path = format!("/proc/self/fd/{}", held.as_raw_fd());
         let fd = rustix::fs::open(path, flags, Mode::empty()).map_err(|errno| {
-            failed(cx.pid, format!("open {} for fd {}", show(&self.path), about.number), errno)
+            failed(
+                cx.pid,
+                format!("open {} for fd {}", show(&self.path), about.number),
+                errno,
+            )
         })?;
         seek(cx.pid, about, &fd, self.position, false)?;
         Ok(fd)

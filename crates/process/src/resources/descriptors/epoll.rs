@@ -52,10 +52,19 @@ struct Watch {
 fn parse(line: &str) -> Option<Watch> {
     let mut words = line.split_whitespace();
     let target = words.next()?.parse().ok()?;
-    let mut watch = Watch { target, events: 0, data: 0, inode: 0 };
+    let mut watch = Watch {
+        target,
+        events: 0,
+        data: 0,
+        inode: 0,
+    };
     while let Some(word) = words.next() {
         let (key, value) = word.split_once(':')?;
-        let value = if value.is_empty() { words.next()? } else { value };
+        let value = if value.is_empty() {
+            words.next()?
+        } else {
+            value
+        };
         let hexadecimal = || u64::from_str_radix(value, 16).ok();
         match key {
             "events" => watch.events = hexadecimal()? as u32,
@@ -82,14 +91,21 @@ impl Descriptor for EpollState {
     }
 
     fn collect(probe: &Probe<'_>, cx: &mut CollectContext<'_>) -> Result<Self, ProcessError> {
-        let lines: Vec<&str> =
-            probe.info.lines().filter(|&(key, _)| key == "tfd").map(|(_, line)| line).collect();
-        let mut state = Self { targets: vec![], events: vec![], data: vec![] };
+        let lines: Vec<&str> = probe
+            .info
+            .lines()
+            .filter(|&(key, _)| key == "tfd")
+            .map(|(_, line)| line)
+            .collect();
+        let mut state = Self {
+            targets: vec![],
+            events: vec![],
+            data: vec![],
+        };
         let mut seen = HashSet::new();
         for line in &lines {
-            let watch = parse(line).ok_or_else(|| {
-                probe.failed("understand fdinfo of", rustix::io::Errno::PROTO)
-            })?;
+            let watch = parse(line)
+                .ok_or_else(|| probe.failed("understand fdinfo of", rustix::io::Errno::PROTO))?;
             let open = cx.around.inodes.get(&watch.target);
             let Some(&(inode, anonymous)) = open else {
                 return Err(refuse_watch(probe, watch.target));
@@ -112,7 +128,10 @@ impl Descriptor for EpollState {
 
     fn check(&self, about: &About, cx: &mut CheckContext<'_>) -> Result<(), ProcessError> {
         let bad = |what: String| {
-            Err(ProcessError::Image(format!("epoll fd {} {what}", about.number)))
+            Err(ProcessError::Image(format!(
+                "epoll fd {} {what}",
+                about.number
+            )))
         };
         if self.targets.len() != self.events.len() || self.targets.len() != self.data.len() {
             return bad("has lists of different lengths".into());
@@ -123,11 +142,7 @@ impl Descriptor for EpollState {
         Ok(())
     }
 
-    fn recreate(
-        &self,
-        about: &About,
-        cx: &mut RecreateContext,
-    ) -> Result<OwnedFd, ProcessError> {
+    fn recreate(&self, about: &About, cx: &mut RecreateContext) -> Result<OwnedFd, ProcessError> {
         epoll::create(epoll::CreateFlags::CLOEXEC)
             .map_err(|errno| failed(cx.pid, format!("make epoll fd {}", about.number), errno))
     }
@@ -155,7 +170,11 @@ impl Descriptor for EpollState {
                 ],
                 what: format!("watch fd {target} by epoll fd {}", about.number),
                 // A stream may have been re-attached to a file, which cannot be watched.
-                tolerate: if streams.contains(&target) { &[libc::EPERM] } else { &[] },
+                tolerate: if streams.contains(&target) {
+                    &[libc::EPERM]
+                } else {
+                    &[]
+                },
             });
         }
     }
@@ -168,7 +187,12 @@ mod tests {
     #[test]
     fn watches_are_read() {
         let line = "4 events:       19 data:         ffffffff00000004  pos:0 ino:2ac8 sdev:9";
-        let watch = Watch { target: 4, events: 0x19, data: 0xffff_ffff_0000_0004, inode: 0x2ac8 };
+        let watch = Watch {
+            target: 4,
+            events: 0x19,
+            data: 0xffff_ffff_0000_0004,
+            inode: 0x2ac8,
+        };
         assert_eq!(parse(line), Some(watch));
         assert_eq!(parse(""), None);
         assert_eq!(parse("4 events:"), None);

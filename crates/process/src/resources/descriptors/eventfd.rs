@@ -35,16 +35,15 @@ impl Descriptor for EventFdState {
     fn check(&self, about: &About, _: &mut CheckContext<'_>) -> Result<(), ProcessError> {
         // The largest value is reserved for overflows inside the kernel, and a write of it fails.
         if self.count == u64::MAX {
-            return Err(ProcessError::Image(format!("the counter of fd {} overflows", about.number)));
+            return Err(ProcessError::Image(format!(
+                "the counter of fd {} overflows",
+                about.number
+            )));
         }
         Ok(())
     }
 
-    fn recreate(
-        &self,
-        about: &About,
-        cx: &mut RecreateContext,
-    ) -> Result<OwnedFd, ProcessError> {
+    fn recreate(&self, about: &About, cx: &mut RecreateContext) -> Result<OwnedFd, ProcessError> {
         let make = || {
             let mut flags = EventfdFlags::CLOEXEC;
             if self.semaphore {

@@ -87,12 +87,17 @@ impl Seen {
     pub(crate) fn of_fd(fd: BorrowedFd<'_>) -> Result<(Self, FileType), Errno> {
         let mask = StatxFlags::BASIC_STATS | StatxFlags::BTIME;
         let stat = rustix::fs::statx(fd, c"", AtFlags::EMPTY_PATH, mask)?;
-        Ok((Self::of(&stat), FileType::from_raw_mode(stat.stx_mode.into())))
+        Ok((
+            Self::of(&stat),
+            FileType::from_raw_mode(stat.stx_mode.into()),
+        ))
     }
 }
 
 fn nanoseconds(seconds: i64, nanoseconds: u32) -> i64 {
-    seconds.saturating_mul(1_000_000_000).saturating_add(nanoseconds.into())
+    seconds
+        .saturating_mul(1_000_000_000)
+        .saturating_add(nanoseconds.into())
 }
 
 impl FileState {
@@ -147,7 +152,9 @@ pub(crate) fn judge(
     if !tail_equal()? {
         return Ok(Verdict::Changed("it was overwritten after the epoch"));
     }
-    Ok(Verdict::Grown { by: now.size - then.size })
+    Ok(Verdict::Grown {
+        by: now.size - then.size,
+    })
 }
 
 /// CRC32C of the last bytes before `size`.
@@ -184,7 +191,8 @@ fn is_made_up(path: &[u8]) -> bool {
 }
 
 fn is_of_a_process(path: &[u8]) -> bool {
-    path.strip_prefix(b"/proc/").is_some_and(|rest| rest.first().is_some_and(u8::is_ascii_digit))
+    path.strip_prefix(b"/proc/")
+        .is_some_and(|rest| rest.first().is_some_and(u8::is_ascii_digit))
 }
 
 /// Refuses a file that could not be found again under its path.
@@ -199,9 +207,16 @@ pub(crate) fn refuse_lost(probe: &Probe<'_>) -> Result<(), ProcessError> {
         return named("shared memory", "run the program without shared memory");
     }
     if probe.link.starts_with(b"/anon_hugepage") {
-        return named("huge page memory", "run the program without explicit huge pages");
+        return named(
+            "huge page memory",
+            "run the program without explicit huge pages",
+        );
     }
-    let inside = [format!("/proc/{}/root", probe.target.pid).as_bytes(), &probe.link].concat();
+    let inside = [
+        format!("/proc/{}/root", probe.target.pid).as_bytes(),
+        &probe.link,
+    ]
+    .concat();
     let found = rustix::fs::statx(
         rustix::fs::CWD,
         inside,
@@ -210,12 +225,16 @@ pub(crate) fn refuse_lost(probe: &Probe<'_>) -> Result<(), ProcessError> {
     );
     let same = found.is_ok_and(|found| {
         found.stx_ino == stat.stx_ino
-            && (found.stx_dev_major, found.stx_dev_minor) == (stat.stx_dev_major, stat.stx_dev_minor)
+            && (found.stx_dev_major, found.stx_dev_minor)
+                == (stat.stx_dev_major, stat.stx_dev_minor)
     });
     if same {
         Ok(())
     } else if probe.link.ends_with(b" (deleted)") {
-        named("deleted file", "have the program close it, or use a file with a name")
+        named(
+            "deleted file",
+            "have the program close it, or use a file with a name",
+        )
     } else {
         // Internal mounts of the kernel, such as that of POSIX message queues, end here too.
         named(
@@ -243,8 +262,11 @@ impl Descriptor for FileState {
         refuse_lost(probe)?;
         let seen = Seen::of(probe.stat()?);
         let writable = probe.access() != OFlags::RDONLY.bits() && !probe.has(OFlags::PATH);
-        let tail_crc =
-            if writable && !made_up { written(probe, cx, &seen)? } else { None };
+        let tail_crc = if writable && !made_up {
+            written(probe, cx, &seen)?
+        } else {
+            None
+        };
         Ok(Self {
             path: probe.link.clone(),
             position: u64::try_from(probe.info.position).unwrap_or(0),
@@ -261,7 +283,10 @@ impl Descriptor for FileState {
     fn check(&self, about: &About, cx: &mut CheckContext<'_>) -> Result<(), ProcessError> {
         let path = show(&self.path);
         if !self.path.starts_with(b"/") || self.path.contains(&0) {
-            return Err(ProcessError::Image(format!("the path of fd {} is none", about.number)));
+            return Err(ProcessError::Image(format!(
+                "the path of fd {} is none",
+                about.number
+            )));
         }
         let held = match look_up(&self.path) {
             Ok(fd) => fd,
@@ -284,15 +309,16 @@ impl Descriptor for FileState {
         Ok(())
     }
 
-    fn recreate(
-        &self,
-        about: &About,
-        cx: &mut RecreateContext,
-    ) -> Result<OwnedFd, ProcessError> {
+    fn recreate(&self, about: &About, cx: &mut RecreateContext) -> Result<OwnedFd, ProcessError> {
         let held = cx.take(about)?;
         let path = show(&self.path);
-        let file = reopen(&held, Self::open_flags(about.flags))
-            .map_err(|errno| failed(cx.pid, format!("open {path} for fd {}", about.number), errno))?;
+        let file = reopen(&held, Self::open_flags(about.flags)).map_err(|errno| {
+            failed(
+                cx.pid,
+                format!("open {path} for fd {}", about.number),
+                errno,
+            )
+        })?;
         seek(cx.pid, about, &file, self.position, self.made_up)?;
         Ok(file)
     }
@@ -328,20 +354,25 @@ impl FileState {
         });
         match verdict.map_err(|errno| failed(cx.request.pid, format!("read {path}"), errno))? {
             Verdict::Equal => Ok(()),
-            Verdict::Changed(how) => {
-                Err(cx.refuse(about, format!("file {path} is not as it was: {how}"), remedy))
-            }
+            Verdict::Changed(how) => Err(cx.refuse(
+                about,
+                format!("file {path} is not as it was: {how}"),
+                remedy,
+            )),
             Verdict::Grown { by } => {
-                let file = reopen(held, OFlags::RDWR | OFlags::NONBLOCK)
-                    .map_err(|errno| failed(cx.request.pid, format!("open {path} for writing"), errno))?;
-                cx.actions.entry((now.device, now.inode)).or_insert(FileAction {
-                    path: self.path.clone(),
-                    file,
-                    size: then.size,
-                    grown_by: by,
-                    modified: then.modified,
-                    epoch: cx.request.epoch,
-                });
+                let file = reopen(held, OFlags::RDWR | OFlags::NONBLOCK).map_err(|errno| {
+                    failed(cx.request.pid, format!("open {path} for writing"), errno)
+                })?;
+                cx.actions
+                    .entry((now.device, now.inode))
+                    .or_insert(FileAction {
+                        path: self.path.clone(),
+                        file,
+                        size: then.size,
+                        grown_by: by,
+                        modified: then.modified,
+                        epoch: cx.request.epoch,
+                    });
                 Ok(())
             }
         }
@@ -356,7 +387,9 @@ fn written(
 ) -> Result<Option<u32>, ProcessError> {
     let key = (seen.device, seen.inode);
     if !cx.files.files.contains_key(&key) {
-        cx.files.files.insert(key, (probe.shown(), probe.another_duplicate()?));
+        cx.files
+            .files
+            .insert(key, (probe.shown(), probe.another_duplicate()?));
     }
     if let Some(&(size, modified, crc)) = cx.memory.tails.get(&key)
         && (size, modified) == (seen.size, seen.modified)
@@ -399,7 +432,13 @@ pub(crate) fn seek(
 mod tests {
     use super::*;
 
-    const THEN: Seen = Seen { device: 1, inode: 2, born: Some(3), size: 100, modified: 50 };
+    const THEN: Seen = Seen {
+        device: 1,
+        inode: 2,
+        born: Some(3),
+        size: 100,
+        modified: 50,
+    };
 
     fn verdict(now: Seen, was_cut: bool, tail: bool) -> Verdict {
         judge(&THEN, &now, was_cut, || Ok(tail)).unwrap()
@@ -408,12 +447,27 @@ mod tests {
     #[test]
     fn an_untouched_file_is_equal_even_as_a_copy() {
         assert_eq!(verdict(THEN, false, false), Verdict::Equal);
-        assert_eq!(verdict(Seen { device: 9, inode: 9, ..THEN }, false, false), Verdict::Equal);
+        assert_eq!(
+            verdict(
+                Seen {
+                    device: 9,
+                    inode: 9,
+                    ..THEN
+                },
+                false,
+                false
+            ),
+            Verdict::Equal
+        );
     }
 
     #[test]
     fn a_file_that_grew_is_cut_only_when_its_old_end_is_unchanged() {
-        let grown = Seen { size: 130, modified: 60, ..THEN };
+        let grown = Seen {
+            size: 130,
+            modified: 60,
+            ..THEN
+        };
         assert_eq!(verdict(grown, false, true), Verdict::Grown { by: 30 });
         assert!(matches!(verdict(grown, false, false), Verdict::Changed(_)));
         let elsewhere = Seen { device: 7, ..grown };
@@ -424,18 +478,40 @@ mod tests {
     fn what_was_rewritten_or_replaced_is_refused() {
         for now in [
             Seen { size: 99, ..THEN },
-            Seen { modified: 60, ..THEN },
-            Seen { size: 130, inode: 8, ..THEN },
-            Seen { size: 130, born: Some(4), ..THEN },
-            Seen { size: 130, born: None, device: 2, ..THEN },
+            Seen {
+                modified: 60,
+                ..THEN
+            },
+            Seen {
+                size: 130,
+                inode: 8,
+                ..THEN
+            },
+            Seen {
+                size: 130,
+                born: Some(4),
+                ..THEN
+            },
+            Seen {
+                size: 130,
+                born: None,
+                device: 2,
+                ..THEN
+            },
         ] {
-            assert!(matches!(verdict(now, false, true), Verdict::Changed(_)), "{now:?}");
+            assert!(
+                matches!(verdict(now, false, true), Verdict::Changed(_)),
+                "{now:?}"
+            );
         }
     }
 
     #[test]
     fn a_restore_that_was_interrupted_after_the_cut_goes_on() {
-        let cut = Seen { modified: 70, ..THEN };
+        let cut = Seen {
+            modified: 70,
+            ..THEN
+        };
         assert_eq!(verdict(cut, true, true), Verdict::Grown { by: 0 });
         assert!(matches!(verdict(cut, true, false), Verdict::Changed(_)));
     }

@@ -52,7 +52,10 @@ impl FileAction {
             tv_nsec: self.modified.rem_euclid(1_000_000_000),
         };
         let times = Timestamps {
-            last_access: Timespec { tv_sec: 0, tv_nsec: UTIME_OMIT },
+            last_access: Timespec {
+                tv_sec: 0,
+                tv_nsec: UTIME_OMIT,
+            },
             last_modification: modified,
         };
         rustix::fs::futimens(&self.file, &times).map_err(wrap("set the time of"))?;
@@ -120,7 +123,11 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("log");
         std::fs::write(&path, b"before|after").unwrap();
-        let file = std::fs::OpenOptions::new().read(true).write(true).open(&path).unwrap();
+        let file = std::fs::OpenOptions::new()
+            .read(true)
+            .write(true)
+            .open(&path)
+            .unwrap();
         let action = FileAction {
             path: path.as_os_str().as_encoded_bytes().to_vec(),
             file: file.into(),
@@ -130,13 +137,22 @@ mod tests {
             epoch: 4,
         };
         let said = action.apply(1).unwrap();
-        assert!(said.contains("5 bytes") && said.contains("log.outlive-tail.4"), "{said}");
+        assert!(
+            said.contains("5 bytes") && said.contains("log.outlive-tail.4"),
+            "{said}"
+        );
         assert_eq!(std::fs::read(&path).unwrap(), b"before|");
         let stat = std::fs::metadata(&path).unwrap();
-        assert_eq!((stat.mtime(), stat.mtime_nsec()), (1_700_000_000, 123_456_789));
+        assert_eq!(
+            (stat.mtime(), stat.mtime_nsec()),
+            (1_700_000_000, 123_456_789)
+        );
         let tail = dir.path().join("log.outlive-tail.4");
         assert_eq!(std::fs::read(&tail).unwrap(), b"after");
-        assert_eq!(std::fs::metadata(&tail).unwrap().permissions().mode() & 0o777, 0o600);
+        assert_eq!(
+            std::fs::metadata(&tail).unwrap().permissions().mode() & 0o777,
+            0o600
+        );
     }
 
     #[test]
@@ -146,7 +162,11 @@ mod tests {
         std::fs::write(&path, b"before|after").unwrap();
         std::fs::write(&victim, b"untouched").unwrap();
         std::os::unix::fs::symlink(&victim, dir.path().join("log.outlive-tail.4")).unwrap();
-        let file = std::fs::OpenOptions::new().read(true).write(true).open(&path).unwrap();
+        let file = std::fs::OpenOptions::new()
+            .read(true)
+            .write(true)
+            .open(&path)
+            .unwrap();
         let action = FileAction {
             path: path.as_os_str().as_encoded_bytes().to_vec(),
             file: file.into(),

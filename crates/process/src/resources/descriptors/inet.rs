@@ -37,12 +37,16 @@ pub struct InetAddress {
 impl InetAddress {
     pub(crate) fn of(address: SocketAddr) -> Self {
         match address {
-            SocketAddr::V4(v4) => {
-                Self { ip: v4.ip().octets().to_vec(), port: v4.port(), scope: 0 }
-            }
-            SocketAddr::V6(v6) => {
-                Self { ip: v6.ip().octets().to_vec(), port: v6.port(), scope: v6.scope_id() }
-            }
+            SocketAddr::V4(v4) => Self {
+                ip: v4.ip().octets().to_vec(),
+                port: v4.port(),
+                scope: 0,
+            },
+            SocketAddr::V6(v6) => Self {
+                ip: v6.ip().octets().to_vec(),
+                port: v6.port(),
+                scope: v6.scope_id(),
+            },
         }
     }
 
@@ -75,7 +79,10 @@ pub(crate) fn local(probe: &Probe<'_>) -> Result<Option<InetAddress>, ProcessErr
 
 /// The address at the other end, if there is one.
 pub(crate) fn peer(probe: &Probe<'_>) -> Result<Option<InetAddress>, ProcessError> {
-    Ok(rustix::net::getpeername(probe.duplicate()?).ok().flatten().and_then(inet))
+    Ok(rustix::net::getpeername(probe.duplicate()?)
+        .ok()
+        .flatten()
+        .and_then(inet))
 }
 
 fn inet(any: SocketAddrAny) -> Option<InetAddress> {
@@ -84,7 +91,9 @@ fn inet(any: SocketAddrAny) -> Option<InetAddress> {
 
 /// Whether this is a TCP socket, and in which state it is.
 pub(crate) fn tcp_state_of(probe: &Probe<'_>) -> Result<Option<u8>, ProcessError> {
-    let Some(facts) = probe.socket()? else { return Ok(None) };
+    let Some(facts) = probe.socket()? else {
+        return Ok(None);
+    };
     let inet = facts.family == AddressFamily::INET || facts.family == AddressFamily::INET6;
     if !inet || facts.kind != SocketType::STREAM || facts.protocol != TCP {
         return Ok(None);
@@ -96,7 +105,9 @@ pub(crate) fn tcp_state_of(probe: &Probe<'_>) -> Result<Option<u8>, ProcessError
 
 /// The family as it is saved: 4 or 6.
 pub(crate) fn version(probe: &Probe<'_>) -> Result<u32, ProcessError> {
-    let v6 = probe.socket()?.is_some_and(|facts| facts.family == AddressFamily::INET6);
+    let v6 = probe
+        .socket()?
+        .is_some_and(|facts| facts.family == AddressFamily::INET6);
     Ok(if v6 { 6 } else { 4 })
 }
 
@@ -107,7 +118,12 @@ pub(crate) fn tcp_socket(version: u32) -> Result<OwnedFd, Errno> {
         6 => AddressFamily::INET6,
         _ => return Err(Errno::AFNOSUPPORT),
     };
-    socket_with(family, SocketType::STREAM, SocketFlags::CLOEXEC, Some(ipproto::TCP))
+    socket_with(
+        family,
+        SocketType::STREAM,
+        SocketFlags::CLOEXEC,
+        Some(ipproto::TCP),
+    )
 }
 
 /// Makes a socket with its options and binds it; what the program of another user holds, or
@@ -121,16 +137,31 @@ pub(crate) fn bound_socket(
 ) -> Result<OwnedFd, ProcessError> {
     let shown = address.map_or_else(|| "no address".to_owned(), ToString::to_string);
     let fail = |errno| {
-        failed(cx.request.pid, format!("make TCP socket fd {} for {shown}", about.number), errno)
+        failed(
+            cx.request.pid,
+            format!("make TCP socket fd {} for {shown}", about.number),
+            errno,
+        )
     };
     let socket = tcp_socket(version).map_err(fail)?;
-    options.apply_before_bind(&socket).map_err(|(name, errno)| {
-        failed(cx.request.pid, format!("set {name} of fd {}", about.number), errno)
-    })?;
-    let Some(address) = address else { return Ok(socket) };
+    options
+        .apply_before_bind(&socket)
+        .map_err(|(name, errno)| {
+            failed(
+                cx.request.pid,
+                format!("set {name} of fd {}", about.number),
+                errno,
+            )
+        })?;
+    let Some(address) = address else {
+        return Ok(socket);
+    };
     let target = address.socket_address()?;
     if target.is_ipv4() != (version == 4) {
-        return Err(ProcessError::Image(format!("fd {} mixes IP versions", about.number)));
+        return Err(ProcessError::Image(format!(
+            "fd {} mixes IP versions",
+            about.number
+        )));
     }
     // Connections of the program's earlier life may still be closing; they must not be in the way.
     sockopt::set_socket_reuseaddr(&socket, true).map_err(fail)?;
@@ -153,12 +184,20 @@ pub(crate) fn refuse_busy(
     address: &InetAddress,
 ) -> ProcessError {
     let (holder, remedy) = match holder_of(address.port) {
-        Some((pid, name)) => {
-            (format!(" by pid {pid} ({name})"), format!("end pid {pid}, then restore again"))
-        }
-        None => (String::new(), "find who listens there (ss -ltnp) and end it".to_owned()),
+        Some((pid, name)) => (
+            format!(" by pid {pid} ({name})"),
+            format!("end pid {pid}, then restore again"),
+        ),
+        None => (
+            String::new(),
+            "find who listens there (ss -ltnp) and end it".to_owned(),
+        ),
     };
-    cx.refuse(about, format!("TCP port {address} is taken{holder}"), remedy)
+    cx.refuse(
+        about,
+        format!("TCP port {address} is taken{holder}"),
+        remedy,
+    )
 }
 
 /// Who holds a TCP port, as far as it can be found.
@@ -166,18 +205,34 @@ fn holder_of(port: u16) -> Option<(u32, String)> {
     let mut inodes = Vec::new();
     for table in ["/proc/net/tcp", "/proc/net/tcp6"] {
         let text = std::fs::read_to_string(table).unwrap_or_default();
-        inodes.extend(text.lines().skip(1).filter_map(|line| socket_on(line, port)));
+        inodes.extend(
+            text.lines()
+                .skip(1)
+                .filter_map(|line| socket_on(line, port)),
+        );
     }
     // A process that holds a port which is not listened on is not listed.
-    let links: Vec<String> = inodes.iter().map(|inode| format!("socket:[{inode}]")).collect();
+    let links: Vec<String> = inodes
+        .iter()
+        .map(|inode| format!("socket:[{inode}]"))
+        .collect();
     for entry in std::fs::read_dir("/proc").ok()?.flatten() {
-        let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse::<u32>().ok()) else {
+        let Some(pid) = entry
+            .file_name()
+            .to_str()
+            .and_then(|name| name.parse::<u32>().ok())
+        else {
             continue;
         };
-        let Ok(descriptors) = std::fs::read_dir(entry.path().join("fd")) else { continue };
+        let Ok(descriptors) = std::fs::read_dir(entry.path().join("fd")) else {
+            continue;
+        };
         for descriptor in descriptors.flatten() {
             let link = std::fs::read_link(descriptor.path()).unwrap_or_default();
-            if link.to_str().is_some_and(|link| links.iter().any(|l| l == link)) {
+            if link
+                .to_str()
+                .is_some_and(|link| links.iter().any(|l| l == link))
+            {
                 let name = std::fs::read_to_string(entry.path().join("comm")).unwrap_or_default();
                 return Some((pid, name.trim().to_owned()));
             }
@@ -206,7 +261,11 @@ mod tests {
             assert_eq!(saved.socket_address().unwrap(), address);
             assert_eq!(saved.to_string(), text);
         }
-        let bad = InetAddress { ip: vec![1, 2, 3], port: 1, scope: 0 };
+        let bad = InetAddress {
+            ip: vec![1, 2, 3],
+            port: 1,
+            scope: 0,
+        };
         assert!(bad.socket_address().is_err());
     }
 
@@ -214,7 +273,10 @@ mod tests {
     fn the_holder_of_a_port_is_found() {
         let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         let port = listener.local_addr().unwrap().port();
-        assert_eq!(holder_of(port).map(|(pid, _)| pid), Some(std::process::id()));
+        assert_eq!(
+            holder_of(port).map(|(pid, _)| pid),
+            Some(std::process::id())
+        );
         drop(listener);
     }
 }

@@ -48,7 +48,11 @@ enum Line {
 fn parse(line: &str) -> Line {
     let words: Vec<&str> = line.split_whitespace().collect();
     let [_, kind, _, access, _, _, start, end] = words[..] else {
-        return if words.get(1) == Some(&"LEASE") { Line::Lease } else { Line::Unknown };
+        return if words.get(1) == Some(&"LEASE") {
+            Line::Lease
+        } else {
+            Line::Unknown
+        };
     };
     let kind = match kind {
         "FLOCK" => LockKind::Flock,
@@ -62,15 +66,26 @@ fn parse(line: &str) -> Line {
         "READ" => false,
         _ => return Line::Unknown,
     };
-    let Ok(start) = start.parse::<u64>() else { return Line::Unknown };
+    let Ok(start) = start.parse::<u64>() else {
+        return Line::Unknown;
+    };
     let length = match end {
         "EOF" => 0,
-        end => match end.parse::<u64>().ok().and_then(|end| end.checked_sub(start)) {
+        end => match end
+            .parse::<u64>()
+            .ok()
+            .and_then(|end| end.checked_sub(start))
+        {
             Some(span) if span < u64::MAX => span + 1,
             _ => return Line::Unknown,
         },
     };
-    Line::Lock(LockState { kind, exclusive, start, length })
+    Line::Lock(LockState {
+        kind,
+        exclusive,
+        start,
+        length,
+    })
 }
 
 /// The locks that were taken through a descriptor.
@@ -87,7 +102,10 @@ pub(crate) fn collect(probe: &Probe<'_>) -> Result<Vec<LockState>, ProcessError>
             }
             Line::Unknown => {
                 return Err(probe.refuse(
-                    format!("file lock of an unknown kind (`{line}`) on {}", probe.shown()),
+                    format!(
+                        "file lock of an unknown kind (`{line}`) on {}",
+                        probe.shown()
+                    ),
                     "have the program release the lock",
                 ));
             }
@@ -125,8 +143,16 @@ pub(crate) fn take(
             }
         };
         taken.map_err(|errno| {
-            let holder = if errno == Errno::AGAIN { ", which somebody else holds" } else { "" };
-            failed(pid, format!("take the file lock of fd {}{holder}", about.number), errno)
+            let holder = if errno == Errno::AGAIN {
+                ", which somebody else holds"
+            } else {
+                ""
+            };
+            failed(
+                pid,
+                format!("take the file lock of fd {}{holder}", about.number),
+                errno,
+            )
         })?;
     }
     Ok(())
@@ -135,7 +161,9 @@ pub(crate) fn take(
 fn span(lock: &LockState) -> Result<(i64, i64), ProcessError> {
     match (i64::try_from(lock.start), i64::try_from(lock.length)) {
         (Ok(start), Ok(length)) if start.checked_add(length).is_some() => Ok((start, length)),
-        _ => Err(ProcessError::Image("a file lock lies beyond every file".into())),
+        _ => Err(ProcessError::Image(
+            "a file lock lies beyond every file".into(),
+        )),
     }
 }
 
@@ -147,8 +175,14 @@ pub(crate) fn check(locks: &[LockState]) -> Result<(), ProcessError> {
 /// Adds the calls for locks that belong to the process.
 pub(crate) fn finish(about: &About, locks: &[LockState], calls: &mut Vec<RemoteCall>) {
     for lock in locks.iter().filter(|lock| lock.kind == LockKind::Process) {
-        let Ok((start, length)) = span(lock) else { continue };
-        let kind = if lock.exclusive { libc::F_WRLCK } else { libc::F_RDLCK };
+        let Ok((start, length)) = span(lock) else {
+            continue;
+        };
+        let kind = if lock.exclusive {
+            libc::F_WRLCK
+        } else {
+            libc::F_RDLCK
+        };
         // struct flock: l_type, l_whence, four bytes of padding, l_start, l_len, l_pid, padding.
         let mut bytes = Vec::with_capacity(32);
         bytes.extend_from_slice(&(kind as i16).to_ne_bytes());
@@ -177,16 +211,36 @@ mod tests {
     #[test]
     fn each_sort_of_line_is_understood() {
         let lock = |kind, exclusive, start, length| {
-            Line::Lock(LockState { kind, exclusive, start, length })
+            Line::Lock(LockState {
+                kind,
+                exclusive,
+                start,
+                length,
+            })
         };
         let cases = [
-            ("1: POSIX  ADVISORY  WRITE 12 00:1f:5 0 EOF", lock(LockKind::Process, true, 0, 0)),
-            ("1: POSIX  ADVISORY  READ  12 00:1f:5 10 19", lock(LockKind::Process, false, 10, 10)),
-            ("1: FLOCK  ADVISORY  WRITE 12 00:1f:5 0 EOF", lock(LockKind::Flock, true, 0, 0)),
-            ("1: OFDLCK ADVISORY  READ  -1 00:1f:5 7 7", lock(LockKind::Description, false, 7, 1)),
+            (
+                "1: POSIX  ADVISORY  WRITE 12 00:1f:5 0 EOF",
+                lock(LockKind::Process, true, 0, 0),
+            ),
+            (
+                "1: POSIX  ADVISORY  READ  12 00:1f:5 10 19",
+                lock(LockKind::Process, false, 10, 10),
+            ),
+            (
+                "1: FLOCK  ADVISORY  WRITE 12 00:1f:5 0 EOF",
+                lock(LockKind::Flock, true, 0, 0),
+            ),
+            (
+                "1: OFDLCK ADVISORY  READ  -1 00:1f:5 7 7",
+                lock(LockKind::Description, false, 7, 1),
+            ),
             ("1: LEASE  ACTIVE    WRITE 12 00:1f:5 0 EOF", Line::Lease),
             ("1: POSIX  ADVISORY  WRITE 12 00:1f:5 9 3", Line::Unknown),
-            ("1: POSIX  ADVISORY  WRITE 12 00:1f:5 0 18446744073709551615", Line::Unknown),
+            (
+                "1: POSIX  ADVISORY  WRITE 12 00:1f:5 0 18446744073709551615",
+                Line::Unknown,
+            ),
             ("", Line::Unknown),
         ];
         for (text, expected) in cases {

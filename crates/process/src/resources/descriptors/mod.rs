@@ -60,7 +60,9 @@ pub use context::{About, Around, CheckContext, CollectContext, RecreateContext, 
 pub use locks::{LockKind, LockState};
 pub use pipe::PipeState;
 pub use probe::{FdInfo, Probe, Target};
-pub use restore::{CheckRequest, Checked, Install, Made, check_table, finish_calls, recreate_table};
+pub use restore::{
+    CheckRequest, Checked, Install, Made, check_table, finish_calls, recreate_table,
+};
 pub use table::{FdTable, OpenDescription};
 
 use crate::ProcessError;
@@ -101,11 +103,7 @@ pub trait Descriptor: StateNode {
     ///
     /// # Errors
     /// When the kernel does not let it be made.
-    fn recreate(
-        &self,
-        about: &About,
-        cx: &mut RecreateContext,
-    ) -> Result<OwnedFd, ProcessError>;
+    fn recreate(&self, about: &About, cx: &mut RecreateContext) -> Result<OwnedFd, ProcessError>;
 
     /// Adds the calls which the restored process itself must make once all descriptors have
     /// their numbers.

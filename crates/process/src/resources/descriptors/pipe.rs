@@ -8,15 +8,17 @@
 //! A pipe to another process which is no standard stream, named pipes, pipes opened for reading
 //! and writing at once.
 
+use super::Descriptor;
 use super::context::{About, Around, CheckContext, CollectContext, RecreateContext};
 use super::probe::{Probe, failed};
-use super::Descriptor;
 use crate::ProcessError;
 use outlive_state_tree::{StateNode, StateValue};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::OFlags;
 use rustix::io::Errno;
-use rustix::pipe::{PipeFlags, SpliceFlags, fcntl_getpipe_size, fcntl_setpipe_size, pipe_with, tee};
+use rustix::pipe::{
+    PipeFlags, SpliceFlags, fcntl_getpipe_size, fcntl_setpipe_size, pipe_with, tee,
+};
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 
 /// The largest capacity that a kernel can be told to allow (`F_SETPIPE_SZ`).
@@ -65,7 +67,10 @@ impl PipeState {
             let mut rest = &self.data[..];
             let mut packets = self.packets.iter();
             while !rest.is_empty() {
-                let length = packets.next().map_or(rest.len(), |&n| n as usize).min(rest.len());
+                let length = packets
+                    .next()
+                    .map_or(rest.len(), |&n| n as usize)
+                    .min(rest.len());
                 let written = rustix::io::write(&write, &rest[..length])?;
                 rest = &rest[written..];
             }
@@ -73,11 +78,20 @@ impl PipeState {
                 let flags = rustix::fs::fcntl_getfl(end)?;
                 rustix::fs::fcntl_setfl(end, flags - (OFlags::NONBLOCK | OFlags::DIRECT))?;
             }
-            Ok(PipeEnds { read, write, read_taken: false, write_taken: false })
+            Ok(PipeEnds {
+                read,
+                write,
+                read_taken: false,
+                write_taken: false,
+            })
         };
         make().map_err(|errno: Errno| {
             let capacity = self.capacity;
-            failed(pid, format!("make a pipe that holds {capacity} bytes"), errno)
+            failed(
+                pid,
+                format!("make a pipe that holds {capacity} bytes"),
+                errno,
+            )
         })
     }
 }
@@ -125,20 +139,31 @@ impl Descriptor for PipeEndState {
         if !probe.link.starts_with(b"pipe:[") || probe.access() == OFlags::RDWR.bits() {
             return Ok(false);
         }
-        let ends = around.pipes.get(&probe.info.inode).copied().unwrap_or_default();
+        let ends = around
+            .pipes
+            .get(&probe.info.inode)
+            .copied()
+            .unwrap_or_default();
         Ok(ends == (true, true) || is_abandoned(probe)?)
     }
 
     fn collect(probe: &Probe<'_>, cx: &mut CollectContext<'_>) -> Result<Self, ProcessError> {
-        let side =
-            if probe.access() == OFlags::RDONLY.bits() { PipeSide::Read } else { PipeSide::Write };
+        let side = if probe.access() == OFlags::RDONLY.bits() {
+            PipeSide::Read
+        } else {
+            PipeSide::Write
+        };
         let inode = probe.info.inode;
         let pipe = match cx.pipe_places.get(&inode) {
             Some(&place) => place,
             None => {
                 let place = cx.pipes.len() as u32;
                 let capacity = capacity(probe)?;
-                cx.pipes.push(PipeState { capacity, data: Vec::new(), packets: Vec::new() });
+                cx.pipes.push(PipeState {
+                    capacity,
+                    data: Vec::new(),
+                    packets: Vec::new(),
+                });
                 cx.pipe_places.insert(inode, place);
                 place
             }
@@ -164,16 +189,14 @@ impl Descriptor for PipeEndState {
         if right && (self.pipe as usize) < cx.table.pipes.len() {
             return Ok(());
         }
-        Err(ProcessError::Image(format!("fd {} is an end of no pipe", about.number)))
+        Err(ProcessError::Image(format!(
+            "fd {} is an end of no pipe",
+            about.number
+        )))
     }
 
-    fn recreate(
-        &self,
-        about: &About,
-        cx: &mut RecreateContext,
-    ) -> Result<OwnedFd, ProcessError> {
-        let missing =
-            || ProcessError::Image(format!("fd {} is an end of no pipe", about.number));
+    fn recreate(&self, about: &About, cx: &mut RecreateContext) -> Result<OwnedFd, ProcessError> {
+        let missing = || ProcessError::Image(format!("fd {} is an end of no pipe", about.number));
         let pid = cx.pid;
         let ends = cx.pipes.get_mut(self.pipe as usize).ok_or_else(missing)?;
         let (end, taken) = match self.side {
@@ -207,7 +230,12 @@ fn contents(reading_end: BorrowedFd<'_>, capacity: u32) -> Result<Vec<Vec<u8>>, 
     if fcntl_getpipe_size(&write)? < capacity as usize {
         fcntl_setpipe_size(&write, capacity as usize)?;
     }
-    match tee(reading_end, &write, capacity as usize, SpliceFlags::NONBLOCK) {
+    match tee(
+        reading_end,
+        &write,
+        capacity as usize,
+        SpliceFlags::NONBLOCK,
+    ) {
         Ok(_) => {}
         Err(Errno::AGAIN) => return Ok(Vec::new()),
         Err(errno) => return Err(errno),
@@ -251,7 +279,11 @@ mod tests {
 
     #[test]
     fn packets_come_back_as_packets_and_stay_in_the_original() {
-        let original = PipeState { capacity: 8192, data: b"abcde".to_vec(), packets: vec![2, 3] };
+        let original = PipeState {
+            capacity: 8192,
+            data: b"abcde".to_vec(),
+            packets: vec![2, 3],
+        };
         let ends = original.make(0).unwrap();
         for _ in 0..2 {
             let parts = contents(std::os::fd::AsFd::as_fd(&ends.read), 8192).unwrap();

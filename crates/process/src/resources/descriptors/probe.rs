@@ -54,8 +54,15 @@ pub(crate) fn failed(pid: u32, what: impl Into<String>, errno: Errno) -> Process
             what: format!("{what} ({errno})"),
             remedy: "run outlive as root, or as the user whom this belongs to".into(),
         },
-        Errno::SRCH => ProcessError::Gone { pid, what: format!("ended during: {what}") },
-        errno => ProcessError::Kernel { pid, what, source: errno.into() },
+        Errno::SRCH => ProcessError::Gone {
+            pid,
+            what: format!("ended during: {what}"),
+        },
+        errno => ProcessError::Kernel {
+            pid,
+            what,
+            source: errno.into(),
+        },
     }
 }
 
@@ -111,7 +118,9 @@ impl FdInfo {
     /// The value of one of the kind's own lines.
     #[must_use]
     pub fn field(&self, key: &str) -> Option<&str> {
-        self.lines().find(|&(k, _)| k == key).map(|(_, value)| value)
+        self.lines()
+            .find(|&(k, _)| k == key)
+            .map(|(_, value)| value)
     }
 
     /// The flags that belong to the open file description.
@@ -134,11 +143,17 @@ impl ProcDirs {
             let path = format!("/proc/{pid}/{name}");
             let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
             rustix::fs::open(&path, flags, Mode::empty()).map_err(|errno| match errno {
-                Errno::NOENT => ProcessError::Gone { pid, what: "there is no such process".into() },
+                Errno::NOENT => ProcessError::Gone {
+                    pid,
+                    what: "there is no such process".into(),
+                },
                 errno => failed(pid, format!("open {path}"), errno),
             })
         };
-        Ok(Self { links: open("fd")?, infos: open("fdinfo")? })
+        Ok(Self {
+            links: open("fd")?,
+            infos: open("fdinfo")?,
+        })
     }
 }
 
@@ -288,7 +303,12 @@ impl<'a> Probe<'a> {
     /// What `open(2)` says.
     pub fn reopen(&self, flags: OFlags) -> Result<OwnedFd, Errno> {
         let flags = flags | OFlags::CLOEXEC | OFlags::NOCTTY | OFlags::NONBLOCK;
-        rustix::fs::openat(&self.dirs.links, self.number.to_string(), flags, Mode::empty())
+        rustix::fs::openat(
+            &self.dirs.links,
+            self.number.to_string(),
+            flags,
+            Mode::empty(),
+        )
     }
 
     /// What the socket is; `None` when it is no socket.
@@ -328,7 +348,10 @@ impl<'a> Probe<'a> {
 
     /// A number from one of the kind's own `fdinfo` lines.
     pub(crate) fn number_field(&self, key: &str, radix: u32) -> Result<u64, ProcessError> {
-        let found = self.info.field(key).and_then(|text| u64::from_str_radix(text, radix).ok());
+        let found = self
+            .info
+            .field(key)
+            .and_then(|text| u64::from_str_radix(text, radix).ok());
         found.ok_or_else(|| self.failed(&format!("find `{key}` in fdinfo of"), Errno::PROTO))
     }
 }
@@ -384,7 +407,13 @@ mod tests {
         for cut in 0..40 {
             assert_eq!(FdInfo::parse(&EVENTFD[..cut]), None, "first {cut} bytes");
         }
-        assert_eq!(FdInfo::parse(b"pos:\t0\nflags:\t9\nmnt_id:\t1\nino:\t1\n"), None);
-        assert_eq!(FdInfo::parse(b"pos:\t0\nflags:\t1\nmnt_id:\t1\nother:\t1\n"), None);
+        assert_eq!(
+            FdInfo::parse(b"pos:\t0\nflags:\t9\nmnt_id:\t1\nino:\t1\n"),
+            None
+        );
+        assert_eq!(
+            FdInfo::parse(b"pos:\t0\nflags:\t1\nmnt_id:\t1\nother:\t1\n"),
+            None
+        );
     }
 }

@@ -7,30 +7,110 @@ use rustix::net::{AddressFamily, SocketType};
 
 /// Links of objects without a path: how the link begins, the usual name, what the user can do.
 const ANONYMOUS: &[(&str, &str, &str)] = &[
-    ("anon_inode:inotify", "inotify", "run the program without watching files"),
-    ("anon_inode:[fanotify]", "fanotify", "run the program without watching files"),
-    ("anon_inode:[io_uring]", "io_uring", "have the program use another I/O method"),
-    ("anon_inode:[pidfd]", "pidfd", "have the program close its pidfds"),
+    (
+        "anon_inode:inotify",
+        "inotify",
+        "run the program without watching files",
+    ),
+    (
+        "anon_inode:[fanotify]",
+        "fanotify",
+        "run the program without watching files",
+    ),
+    (
+        "anon_inode:[io_uring]",
+        "io_uring",
+        "have the program use another I/O method",
+    ),
+    (
+        "anon_inode:[pidfd]",
+        "pidfd",
+        "have the program close its pidfds",
+    ),
     ("pidfd:", "pidfd", "have the program close its pidfds"),
-    ("anon_inode:[userfaultfd]", "userfaultfd", "run the program without userfaultfd"),
-    ("anon_inode:bpf", "BPF object", "have the program close its BPF objects"),
-    ("anon_inode:btf", "BPF type information", "have the program close its BPF objects"),
-    ("anon_inode:[perf_event]", "perf event", "stop profiling first"),
-    ("anon_inode:kvm", "KVM virtual machine", "save the virtual machine with its own means"),
-    ("anon_inode:[seccomp", "seccomp listener", "end the seccomp supervision first"),
-    ("anon_inode:[landlock", "Landlock rules under construction", "try again in a moment"),
-    ("anon_inode:[fscontext]", "file system under construction", "try again in a moment"),
-    ("anon_inode:[secretmem]", "secret memory", "run the program without secret memory"),
-    ("anon_inode:[timens", "time namespace", "have the program close it"),
-    ("anon_inode:sync_file", "GPU fence", "close the program's graphics context first"),
-    ("anon_inode:[vfio", "device passed through (VFIO)", "run the program without the device"),
-    ("anon_inode:iommufd", "I/O memory mapping", "run the program without the device"),
-    ("anon_inode:[liveupdate", "live update session", "finish the update first"),
-    ("/dmabuf:", "dma-buf", "close the program's graphics context first"),
+    (
+        "anon_inode:[userfaultfd]",
+        "userfaultfd",
+        "run the program without userfaultfd",
+    ),
+    (
+        "anon_inode:bpf",
+        "BPF object",
+        "have the program close its BPF objects",
+    ),
+    (
+        "anon_inode:btf",
+        "BPF type information",
+        "have the program close its BPF objects",
+    ),
+    (
+        "anon_inode:[perf_event]",
+        "perf event",
+        "stop profiling first",
+    ),
+    (
+        "anon_inode:kvm",
+        "KVM virtual machine",
+        "save the virtual machine with its own means",
+    ),
+    (
+        "anon_inode:[seccomp",
+        "seccomp listener",
+        "end the seccomp supervision first",
+    ),
+    (
+        "anon_inode:[landlock",
+        "Landlock rules under construction",
+        "try again in a moment",
+    ),
+    (
+        "anon_inode:[fscontext]",
+        "file system under construction",
+        "try again in a moment",
+    ),
+    (
+        "anon_inode:[secretmem]",
+        "secret memory",
+        "run the program without secret memory",
+    ),
+    (
+        "anon_inode:[timens",
+        "time namespace",
+        "have the program close it",
+    ),
+    (
+        "anon_inode:sync_file",
+        "GPU fence",
+        "close the program's graphics context first",
+    ),
+    (
+        "anon_inode:[vfio",
+        "device passed through (VFIO)",
+        "run the program without the device",
+    ),
+    (
+        "anon_inode:iommufd",
+        "I/O memory mapping",
+        "run the program without the device",
+    ),
+    (
+        "anon_inode:[liveupdate",
+        "live update session",
+        "finish the update first",
+    ),
+    (
+        "/dmabuf:",
+        "dma-buf",
+        "close the program's graphics context first",
+    ),
     ("mnt:[", "mount namespace", "have the program close it"),
     ("net:[", "network namespace", "have the program close it"),
     ("pid:[", "PID namespace", "have the program close it"),
-    ("pid_for_children:[", "PID namespace", "have the program close it"),
+    (
+        "pid_for_children:[",
+        "PID namespace",
+        "have the program close it",
+    ),
     ("user:[", "user namespace", "have the program close it"),
     ("uts:[", "UTS namespace", "have the program close it"),
     ("ipc:[", "IPC namespace", "have the program close it"),
@@ -40,11 +120,36 @@ const ANONYMOUS: &[(&str, &str, &str)] = &[
 
 /// Character devices with a name of their own.
 const DEVICES: &[(u32, Option<u32>, &str, &str)] = &[
-    (5, Some(2), "pseudo-terminal master", "run the program without terminals of its own"),
-    (10, Some(200), "network tunnel (tun/tap)", "have the program close the tunnel"),
-    (10, Some(229), "FUSE connection", "unmount the file system that the program serves"),
-    (10, Some(232), "KVM", "save the virtual machine with its own means"),
-    (10, Some(237), "loop device control", "have the program close it"),
+    (
+        5,
+        Some(2),
+        "pseudo-terminal master",
+        "run the program without terminals of its own",
+    ),
+    (
+        10,
+        Some(200),
+        "network tunnel (tun/tap)",
+        "have the program close the tunnel",
+    ),
+    (
+        10,
+        Some(229),
+        "FUSE connection",
+        "unmount the file system that the program serves",
+    ),
+    (
+        10,
+        Some(232),
+        "KVM",
+        "save the virtual machine with its own means",
+    ),
+    (
+        10,
+        Some(237),
+        "loop device control",
+        "have the program close it",
+    ),
     (13, None, "input device", "have the program close it"),
     (116, None, "sound device", "stop playing first"),
     (195, None, "GPU", "run the program without the GPU"),
@@ -71,7 +176,10 @@ pub(crate) fn by_name(probe: &Probe<'_>) -> Result<ProcessError, ProcessError> {
         return Ok(probe.refuse(format!("{what} ({link})"), *remedy));
     }
     if !probe.has_path() {
-        return Ok(probe.refuse(format!("object of an unknown kind ({link})"), "have it closed"));
+        return Ok(probe.refuse(
+            format!("object of an unknown kind ({link})"),
+            "have it closed",
+        ));
     }
     let (what, remedy) = by_type(probe)?;
     Ok(probe.refuse(format!("{what} ({link})"), remedy))
@@ -82,25 +190,28 @@ fn by_type(probe: &Probe<'_>) -> Result<(&'static str, &'static str), ProcessErr
     Ok(match probe.file_type()? {
         FileType::Fifo => ("named pipe", "have the program close it"),
         FileType::BlockDevice => ("block device", "have the program use a file"),
-        FileType::Socket => ("path of a socket file (O_PATH)", "have the program close it"),
-        FileType::Symlink => ("path of a symbolic link (O_PATH)", "have the program close it"),
+        FileType::Socket => (
+            "path of a socket file (O_PATH)",
+            "have the program close it",
+        ),
+        FileType::Symlink => (
+            "path of a symbolic link (O_PATH)",
+            "have the program close it",
+        ),
         FileType::CharacterDevice => DEVICES
             .iter()
             .find(|(major, minor, ..)| {
                 stat.stx_rdev_major == *major && minor.is_none_or(|m| m == stat.stx_rdev_minor)
             })
-            .map_or(("character device", "have the program close it"), |&(.., what, remedy)| {
-                (what, remedy)
-            }),
+            .map_or(
+                ("character device", "have the program close it"),
+                |&(.., what, remedy)| (what, remedy),
+            ),
         _ => ("file of an unknown kind", "have the program close it"),
     })
 }
 
-fn socket(
-    family: AddressFamily,
-    kind: SocketType,
-    protocol: u32,
-) -> (&'static str, &'static str) {
+fn socket(family: AddressFamily, kind: SocketType, protocol: u32) -> (&'static str, &'static str) {
     const CLOSE: &str = "have the program close it";
     match (family, kind) {
         (AddressFamily::INET | AddressFamily::INET6, SocketType::DGRAM) => {
@@ -116,9 +227,10 @@ fn socket(
         (AddressFamily::INET | AddressFamily::INET6, _) => {
             ("IP socket of an unknown protocol", CLOSE)
         }
-        (AddressFamily::UNIX, SocketType::DGRAM) => {
-            ("unix datagram socket", "run the program without it (a log socket, mostly)")
-        }
+        (AddressFamily::UNIX, SocketType::DGRAM) => (
+            "unix datagram socket",
+            "run the program without it (a log socket, mostly)",
+        ),
         (AddressFamily::UNIX, _) => ("bound unix socket that does not listen", CLOSE),
         (AddressFamily::NETLINK, _) => ("netlink socket", CLOSE),
         (AddressFamily::PACKET, _) => ("packet socket", "stop capturing packets first"),

@@ -65,7 +65,11 @@ pub fn check_table(table: &FdTable, request: &CheckRequest<'_>) -> Result<Checke
     let mut cx = CheckContext {
         request,
         table,
-        numbers: table.descriptions.iter().flat_map(|d| d.numbers.iter().copied()).collect(),
+        numbers: table
+            .descriptions
+            .iter()
+            .flat_map(|d| d.numbers.iter().copied())
+            .collect(),
         held: HashMap::new(),
         actions: HashMap::new(),
         resets: 0,
@@ -88,7 +92,12 @@ pub fn check_table(table: &FdTable, request: &CheckRequest<'_>) -> Result<Checke
         n => vec![format!("{n} connections to outside peers were reset")],
     };
     let actions = cx.actions.into_values().collect();
-    Ok(Checked { pid: request.pid, notices, held: cx.held, actions })
+    Ok(Checked {
+        pid: request.pid,
+        notices,
+        held: cx.held,
+        actions,
+    })
 }
 
 /// Raises the limit of open descriptors of this process as far as needed and permitted.
@@ -96,7 +105,9 @@ fn allow_descriptors(count: u64) {
     let needed = count.saturating_mul(2).saturating_add(SPARE);
     let mut limit = getrlimit(Resource::Nofile);
     if limit.current.is_some_and(|current| current < needed) {
-        limit.current = limit.maximum.map_or(Some(needed), |maximum| Some(needed.min(maximum)));
+        limit.current = limit
+            .maximum
+            .map_or(Some(needed), |maximum| Some(needed.min(maximum)));
         // Where it is not permitted, opening fails and says so.
         let _ = setrlimit(Resource::Nofile, limit);
     }
@@ -125,7 +136,10 @@ pub struct Made {
 impl Made {
     /// What was made, one per open file description.
     pub fn installs(&self) -> impl Iterator<Item = Install<'_>> {
-        self.descriptors.iter().map(|(fd, numbers)| Install { fd: fd.as_fd(), numbers })
+        self.descriptors.iter().map(|(fd, numbers)| Install {
+            fd: fd.as_fd(),
+            numbers,
+        })
     }
 
     /// Cuts files that grew since the epoch back, and says so. The last step that may fail before
@@ -134,7 +148,10 @@ impl Made {
     /// # Errors
     /// The first file that could not be cut back; those before it were.
     pub fn apply_files(&mut self) -> Result<Vec<String>, ProcessError> {
-        self.actions.drain(..).map(|action| action.apply(self.pid)).collect()
+        self.actions
+            .drain(..)
+            .map(|action| action.apply(self.pid))
+            .collect()
     }
 
     /// The program runs: what was made for it stays.
@@ -168,7 +185,12 @@ pub fn recreate_table(table: &FdTable, checked: Checked) -> Result<Made, Process
     for pipe in &table.pipes {
         pipes.push(pipe.make(pid)?);
     }
-    let mut cx = RecreateContext { pid, held: checked.held, pipes, created: Vec::new() };
+    let mut cx = RecreateContext {
+        pid,
+        held: checked.held,
+        pipes,
+        created: Vec::new(),
+    };
     for (about, description) in table.each() {
         let result = description.object.recreate(&about, &mut cx);
         made.created.append(&mut cx.created);
@@ -178,7 +200,11 @@ pub fn recreate_table(table: &FdTable, checked: Checked) -> Result<Made, Process
         }
         locks::take(pid, &about, &description.locks, &fd)?;
         let cloexec: HashSet<u32> = description.cloexec.iter().copied().collect();
-        let numbers = description.numbers.iter().map(|&n| (n, cloexec.contains(&n))).collect();
+        let numbers = description
+            .numbers
+            .iter()
+            .map(|&n| (n, cloexec.contains(&n)))
+            .collect();
         made.descriptors.push((fd, numbers));
     }
     Ok(made)

@@ -23,14 +23,12 @@ impl Descriptor for SignalFdState {
     }
 
     fn collect(probe: &Probe<'_>, _: &mut CollectContext<'_>) -> Result<Self, ProcessError> {
-        Ok(Self { mask: probe.number_field("sigmask", 16)? })
+        Ok(Self {
+            mask: probe.number_field("sigmask", 16)?,
+        })
     }
 
-    fn recreate(
-        &self,
-        about: &About,
-        cx: &mut RecreateContext,
-    ) -> Result<OwnedFd, ProcessError> {
+    fn recreate(&self, about: &About, cx: &mut RecreateContext) -> Result<OwnedFd, ProcessError> {
         outlive_linux::descriptors::signalfd(self.mask)
             .map_err(|errno| failed(cx.pid, format!("make signalfd {}", about.number), errno))
     }

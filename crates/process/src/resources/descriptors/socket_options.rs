@@ -190,7 +190,9 @@ impl SocketOptions {
     pub(crate) fn collect(probe: &Probe<'_>, memory: &mut Memory) -> Result<Self, ProcessError> {
         let fail = |errno| probe.failed("read options of", errno);
         let socket = probe.duplicate()?;
-        let Some(facts) = probe.socket()? else { return Err(fail(Errno::NOTSOCK)) };
+        let Some(facts) = probe.socket()? else {
+            return Err(fail(Errno::NOTSOCK));
+        };
         if sockopt::get(socket, SOL_SOCKET, SO_GET_FILTER, 0) != Ok(Some(Vec::new())) {
             return Err(probe.refuse(
                 "socket with a packet filter (SO_ATTACH_FILTER)",
@@ -201,7 +203,9 @@ impl SocketOptions {
         let key = (facts.family.as_raw(), facts.kind.as_raw());
         if !memory.fresh_sockets.contains_key(&key) {
             let fresh = fresh_socket(facts.family, facts.kind).map_err(fail)?;
-            memory.fresh_sockets.insert(key, Self::read(fresh.as_fd()).map_err(fail)?);
+            memory
+                .fresh_sockets
+                .insert(key, Self::read(fresh.as_fd()).map_err(fail)?);
         }
         if let Some(fresh) = memory.fresh_sockets.get(&key) {
             options.forget_equal(fresh);
@@ -213,10 +217,7 @@ impl SocketOptions {
     ///
     /// # Errors
     /// The option that could not be set, and why.
-    pub(crate) fn apply_before_bind(
-        &self,
-        socket: &OwnedFd,
-    ) -> Result<(), (&'static str, Errno)> {
+    pub(crate) fn apply_before_bind(&self, socket: &OwnedFd) -> Result<(), (&'static str, Errno)> {
         self.apply_numbers(socket, When::BeforeBind)?;
         let fd = socket.as_fd();
         if let Some(device) = &self.device {
@@ -224,8 +225,18 @@ impl SocketOptions {
                 .map_err(|errno| ("SO_BINDTODEVICE", errno))?;
         }
         let sizes = [
-            (self.receive_buffer, "SO_RCVBUF", libc::SO_RCVBUF, libc::SO_RCVBUFFORCE),
-            (self.send_buffer, "SO_SNDBUF", libc::SO_SNDBUF, libc::SO_SNDBUFFORCE),
+            (
+                self.receive_buffer,
+                "SO_RCVBUF",
+                libc::SO_RCVBUF,
+                libc::SO_RCVBUFFORCE,
+            ),
+            (
+                self.send_buffer,
+                "SO_SNDBUF",
+                libc::SO_SNDBUF,
+                libc::SO_SNDBUFFORCE,
+            ),
         ];
         for (size, name, plain, force) in sizes {
             // The kernel doubles what it is told.
@@ -251,10 +262,25 @@ impl SocketOptions {
         }
         self.apply_numbers(socket, When::Last)?;
         let bytes = [
-            (&self.congestion, "TCP_CONGESTION", IPPROTO_TCP, libc::TCP_CONGESTION),
+            (
+                &self.congestion,
+                "TCP_CONGESTION",
+                IPPROTO_TCP,
+                libc::TCP_CONGESTION,
+            ),
             (&self.linger, "SO_LINGER", SOL_SOCKET, libc::SO_LINGER),
-            (&self.receive_timeout, "SO_RCVTIMEO", SOL_SOCKET, libc::SO_RCVTIMEO),
-            (&self.send_timeout, "SO_SNDTIMEO", SOL_SOCKET, libc::SO_SNDTIMEO),
+            (
+                &self.receive_timeout,
+                "SO_RCVTIMEO",
+                SOL_SOCKET,
+                libc::SO_RCVTIMEO,
+            ),
+            (
+                &self.send_timeout,
+                "SO_SNDTIMEO",
+                SOL_SOCKET,
+                libc::SO_SNDTIMEO,
+            ),
         ];
         for (value, shown, level, name) in bytes {
             if let Some(value) = value {

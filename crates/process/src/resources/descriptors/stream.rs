@@ -95,7 +95,11 @@ impl Descriptor for StreamState {
             return Ok(false);
         }
         if probe.link.starts_with(b"pipe:[") {
-            let ends = around.pipes.get(&probe.info.inode).copied().unwrap_or_default();
+            let ends = around
+                .pipes
+                .get(&probe.info.inode)
+                .copied()
+                .unwrap_or_default();
             // A pipe that nobody writes to any more is at its end, wherever it came from.
             return Ok(ends != (true, true) && !pipe::is_abandoned(probe)?);
         }
@@ -115,7 +119,10 @@ impl Descriptor for StreamState {
             .same_stream(probe)
             .and_then(StandardStream::of_number)
             .unwrap_or(StandardStream::Terminal);
-        Ok(Self { stream, was: probe.link.clone() })
+        Ok(Self {
+            stream,
+            was: probe.link.clone(),
+        })
     }
 
     fn check(&self, about: &About, cx: &mut CheckContext<'_>) -> Result<(), ProcessError> {
@@ -141,12 +148,10 @@ impl Descriptor for StreamState {
         }
     }
 
-    fn recreate(
-        &self,
-        about: &About,
-        cx: &mut RecreateContext,
-    ) -> Result<OwnedFd, ProcessError> {
-        let Some(stream) = self.stream.fd() else { return cx.take(about) };
+    fn recreate(&self, about: &About, cx: &mut RecreateContext) -> Result<OwnedFd, ProcessError> {
+        let Some(stream) = self.stream.fd() else {
+            return cx.take(about);
+        };
         let attach = || {
             let fd = rustix::io::fcntl_dupfd_cloexec(stream, 3)?;
             // A program which waits with poll and must not block would hang.
@@ -158,7 +163,11 @@ impl Descriptor for StreamState {
             Ok(fd)
         };
         attach().map_err(|errno: Errno| {
-            failed(cx.pid, format!("re-attach the stream of fd {}", about.number), errno)
+            failed(
+                cx.pid,
+                format!("re-attach the stream of fd {}", about.number),
+                errno,
+            )
         })
     }
 }
@@ -166,8 +175,12 @@ impl Descriptor for StreamState {
 /// Both ends of a socket pair in the program: then it is no stream to the outside. Where the
 /// kernel does not tell, the outside is assumed.
 fn scanned_inside(probe: &Probe<'_>, around: &Around) -> bool {
-    let peer = super::unix_diag::UnixDiag::default().ask(probe.info.inode).ok().flatten();
-    peer.and_then(|p| p.peer).is_some_and(|peer| around.sockets.contains(&peer))
+    let peer = super::unix_diag::UnixDiag::default()
+        .ask(probe.info.inode)
+        .ok()
+        .flatten();
+    peer.and_then(|p| p.peer)
+        .is_some_and(|peer| around.sockets.contains(&peer))
 }
 
 fn open_terminal() -> Result<OwnedFd, Errno> {
@@ -182,7 +195,11 @@ pub(crate) fn split(description: OpenDescription, list: &mut Vec<OpenDescription
     };
     let (streams, others): (Vec<u32>, Vec<u32>) = description.numbers.iter().partition(|&&n| n < 3);
     // The further numbers go with the output if there is one.
-    let main = streams.iter().find(|&&n| n == 1).or(streams.first()).copied();
+    let main = streams
+        .iter()
+        .find(|&&n| n == 1)
+        .or(streams.first())
+        .copied();
     let Some(main) = main else {
         list.push(description);
         return;
@@ -192,14 +209,22 @@ pub(crate) fn split(description: OpenDescription, list: &mut Vec<OpenDescription
         if number == main {
             numbers.extend(&others);
         }
-        let cloexec = description.cloexec.iter().copied().filter(|n| numbers.contains(n)).collect();
+        let cloexec = description
+            .cloexec
+            .iter()
+            .copied()
+            .filter(|n| numbers.contains(n))
+            .collect();
         let stream = StandardStream::of_number(number).unwrap_or(state.stream);
         list.push(OpenDescription {
             numbers,
             cloexec,
             flags: description.flags,
             locks: description.locks.clone(),
-            object: Description::Stream(StreamState { stream, was: state.was.clone() }),
+            object: Description::Stream(StreamState {
+                stream,
+                was: state.was.clone(),
+            }),
         });
     }
 }
@@ -209,7 +234,10 @@ mod tests {
     use super::*;
 
     fn described(numbers: &[u32]) -> OpenDescription {
-        let state = StreamState { stream: StandardStream::Input, was: b"/dev/pts/0".to_vec() };
+        let state = StreamState {
+            stream: StandardStream::Input,
+            was: b"/dev/pts/0".to_vec(),
+        };
         OpenDescription {
             numbers: numbers.to_vec(),
             cloexec: vec![],

@@ -61,7 +61,11 @@ impl FdTable {
                     return bad(format!("fd {number} refers to two open descriptions"));
                 }
             }
-            if let Some(n) = description.cloexec.iter().find(|n| !description.numbers.contains(n)) {
+            if let Some(n) = description
+                .cloexec
+                .iter()
+                .find(|n| !description.numbers.contains(n))
+            {
                 return bad(format!("fd {n} is closed by exec but not open"));
             }
         }
@@ -73,15 +77,27 @@ impl FdTable {
 
     /// The descriptions with what names each of them; for a table that is valid.
     pub(crate) fn each(&self) -> impl Iterator<Item = (About, &OpenDescription)> {
-        self.descriptions.iter().enumerate().map(|(index, description)| {
-            let number = description.numbers.first().copied().unwrap_or(0);
-            (About { index, number, flags: description.flags }, description)
-        })
+        self.descriptions
+            .iter()
+            .enumerate()
+            .map(|(index, description)| {
+                let number = description.numbers.first().copied().unwrap_or(0);
+                (
+                    About {
+                        index,
+                        number,
+                        flags: description.flags,
+                    },
+                    description,
+                )
+            })
     }
 
     /// The description which a number refers to.
     #[must_use]
     pub fn find(&self, number: u32) -> Option<&OpenDescription> {
-        self.descriptions.iter().find(|d| d.numbers.contains(&number))
+        self.descriptions
+            .iter()
+            .find(|d| d.numbers.contains(&number))
     }
 }

@@ -29,7 +29,9 @@ fn was_connected(probe: &Probe<'_>) -> Result<bool, ProcessError> {
     let fd = probe.duplicate()?;
     let mut fds = [PollFd::new(&fd, PollFlags::RDHUP)];
     poll(&mut fds, Some(&Timespec::default())).map_err(|e| probe.failed("poll", e))?;
-    Ok(fds[0].revents().intersects(PollFlags::RDHUP | PollFlags::ERR))
+    Ok(fds[0]
+        .revents()
+        .intersects(PollFlags::RDHUP | PollFlags::ERR))
 }
 
 impl Descriptor for TcpFreshState {
@@ -54,11 +56,7 @@ impl Descriptor for TcpFreshState {
         Ok(())
     }
 
-    fn recreate(
-        &self,
-        about: &About,
-        cx: &mut RecreateContext,
-    ) -> Result<OwnedFd, ProcessError> {
+    fn recreate(&self, about: &About, cx: &mut RecreateContext) -> Result<OwnedFd, ProcessError> {
         let socket = cx.take(about)?;
         self.options.apply_last(&socket).map_err(|(name, errno)| {
             failed(cx.pid, format!("set {name} of fd {}", about.number), errno)

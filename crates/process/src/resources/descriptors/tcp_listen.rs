@@ -56,11 +56,7 @@ impl Descriptor for TcpListenState {
         Ok(())
     }
 
-    fn recreate(
-        &self,
-        about: &About,
-        cx: &mut RecreateContext,
-    ) -> Result<OwnedFd, ProcessError> {
+    fn recreate(&self, about: &About, cx: &mut RecreateContext) -> Result<OwnedFd, ProcessError> {
         let socket = cx.take(about)?;
         let backlog = i32::try_from(self.backlog).unwrap_or(i32::MAX);
         rustix::net::listen(&socket, backlog)

@@ -19,7 +19,10 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::time::Duration;
 
 /// How long the reset may take over the loopback.
-const PATIENCE: Timespec = Timespec { tv_sec: 1, tv_nsec: 0 };
+const PATIENCE: Timespec = Timespec {
+    tv_sec: 1,
+    tv_nsec: 0,
+};
 
 /// A connection that is lost.
 #[derive(StateNode, Debug, Clone, PartialEq)]
@@ -53,24 +56,26 @@ impl Descriptor for TcpResetState {
 
     fn check(&self, about: &About, cx: &mut CheckContext<'_>) -> Result<(), ProcessError> {
         if !matches!(self.version, 4 | 6) {
-            return Err(ProcessError::Image(format!("fd {} has no IP version", about.number)));
+            return Err(ProcessError::Image(format!(
+                "fd {} has no IP version",
+                about.number
+            )));
         }
         cx.resets += 1;
         Ok(())
     }
 
-    fn recreate(
-        &self,
-        about: &About,
-        cx: &mut RecreateContext,
-    ) -> Result<OwnedFd, ProcessError> {
+    fn recreate(&self, about: &About, cx: &mut RecreateContext) -> Result<OwnedFd, ProcessError> {
         let socket = inet::tcp_socket(self.version)
             .map_err(|e| failed(cx.pid, format!("make TCP socket fd {}", about.number), e))?;
         let loopbacks: &[IpAddr] = if self.version == 4 {
             &[IpAddr::V4(Ipv4Addr::LOCALHOST)]
         } else {
             // A socket of version 6 reaches version 4 through a mapped address.
-            &[IpAddr::V6(Ipv6Addr::LOCALHOST), IpAddr::V4(Ipv4Addr::LOCALHOST)]
+            &[
+                IpAddr::V6(Ipv6Addr::LOCALHOST),
+                IpAddr::V4(Ipv4Addr::LOCALHOST),
+            ]
         };
         for &loopback in loopbacks {
             if reset(&socket, self.version, loopback).is_ok() {
@@ -107,7 +112,11 @@ fn reset(socket: &OwnedFd, version: u32, loopback: IpAddr) -> Result<(), Errno> 
     poll(&mut fds, Some(&PATIENCE))?;
     // The socket must not look as if it had been bound on purpose.
     let info = sockopt::tcp_info(socket.as_fd())?;
-    if info.is_some_and(|info| info.state == tcp_state::CLOSED) { Ok(()) } else { Err(Errno::IO) }
+    if info.is_some_and(|info| info.state == tcp_state::CLOSED) {
+        Ok(())
+    } else {
+        Err(Errno::IO)
+    }
 }
 
 #[cfg(test)]
@@ -125,7 +134,10 @@ mod tests {
             let mut fds = [PollFd::new(&socket, PollFlags::IN)];
             poll(&mut fds, Some(&Timespec::default())).unwrap();
             let seen = fds[0].revents();
-            assert!(seen.contains(PollFlags::ERR | PollFlags::HUP | PollFlags::IN), "{seen:?}");
+            assert!(
+                seen.contains(PollFlags::ERR | PollFlags::HUP | PollFlags::IN),
+                "{seen:?}"
+            );
             let mut byte = [0];
             assert_eq!(rustix::io::read(&socket, &mut byte), Err(Errno::CONNRESET));
             assert_eq!(rustix::io::read(&socket, &mut byte), Ok(0));

@@ -52,9 +52,14 @@ fn is_wall_clock(number: u32) -> bool {
 
 /// Reads `(seconds, nanoseconds)`.
 fn parse_time(text: &str) -> Option<u64> {
-    let (seconds, nanoseconds) = text.strip_prefix('(')?.strip_suffix(')')?.split_once(", ")?;
+    let (seconds, nanoseconds) = text
+        .strip_prefix('(')?
+        .strip_suffix(')')?
+        .split_once(", ")?;
     let seconds: u64 = seconds.parse().ok()?;
-    seconds.checked_mul(NANOSECONDS)?.checked_add(nanoseconds.parse().ok()?)
+    seconds
+        .checked_mul(NANOSECONDS)?
+        .checked_add(nanoseconds.parse().ok()?)
 }
 
 fn timespec(nanoseconds: u64) -> Timespec {
@@ -106,23 +111,29 @@ impl Descriptor for TimerFdState {
         Ok(())
     }
 
-    fn recreate(
-        &self,
-        about: &About,
-        cx: &mut RecreateContext,
-    ) -> Result<OwnedFd, ProcessError> {
+    fn recreate(&self, about: &About, cx: &mut RecreateContext) -> Result<OwnedFd, ProcessError> {
         let make = || {
             let clock = clock_of(self.clock).ok_or(Errno::INVAL)?;
             let fd = timerfd_create(clock, TimerfdFlags::CLOEXEC)?;
             let (value, flags) = match self.deadline {
                 Some(deadline) => {
                     let known = TimerfdTimerFlags::ABSTIME | TimerfdTimerFlags::CANCEL_ON_SET;
-                    (deadline, TimerfdTimerFlags::from_bits_truncate(self.settings) & known)
+                    (
+                        deadline,
+                        TimerfdTimerFlags::from_bits_truncate(self.settings) & known,
+                    )
                 }
                 None => (self.remaining, TimerfdTimerFlags::empty()),
             };
             let it_interval = timespec(self.interval);
-            timerfd_settime(&fd, flags, &Itimerspec { it_interval, it_value: timespec(value) })?;
+            timerfd_settime(
+                &fd,
+                flags,
+                &Itimerspec {
+                    it_interval,
+                    it_value: timespec(value),
+                },
+            )?;
             if self.ticks != 0 {
                 outlive_linux::descriptors::timerfd_set_ticks(fd.as_fd(), self.ticks)?;
             }

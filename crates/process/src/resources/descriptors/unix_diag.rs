@@ -57,9 +57,16 @@ impl UnixDiag {
 
     /// What is known of the socket with this inode; `None` when there is none here.
     pub(crate) fn ask(&mut self, inode: u64) -> Result<Option<UnixFacts>, Errno> {
-        let Ok(inode) = u32::try_from(inode) else { return Ok(None) };
+        let Ok(inode) = u32::try_from(inode) else {
+            return Ok(None);
+        };
         let socket = self.socket()?;
-        sendto(socket, &request(inode), SendFlags::empty(), &SocketAddrNetlink::new(0, 0))?;
+        sendto(
+            socket,
+            &request(inode),
+            SendFlags::empty(),
+            &SocketAddrNetlink::new(0, 0),
+        )?;
         let mut answer = [0_u8; 4096];
         let (length, _) = recv(socket, &mut answer, RecvFlags::empty())?;
         parse(&answer[..length], inode)
@@ -82,11 +89,15 @@ fn request(inode: u32) -> Vec<u8> {
 }
 
 fn word(bytes: &[u8], at: usize) -> Option<u32> {
-    Some(u32::from_ne_bytes(bytes.get(at..at.checked_add(4)?)?.try_into().ok()?))
+    Some(u32::from_ne_bytes(
+        bytes.get(at..at.checked_add(4)?)?.try_into().ok()?,
+    ))
 }
 
 fn half(bytes: &[u8], at: usize) -> Option<u16> {
-    Some(u16::from_ne_bytes(bytes.get(at..at.checked_add(2)?)?.try_into().ok()?))
+    Some(u16::from_ne_bytes(
+        bytes.get(at..at.checked_add(2)?)?.try_into().ok()?,
+    ))
 }
 
 fn parse(answer: &[u8], inode: u32) -> Result<Option<UnixFacts>, Errno> {
@@ -126,7 +137,9 @@ mod tests {
     use std::os::unix::net::{UnixListener, UnixStream};
 
     fn inode(fd: &impl AsRawFd) -> u64 {
-        std::fs::metadata(format!("/proc/self/fd/{}", fd.as_raw_fd())).unwrap().ino()
+        std::fs::metadata(format!("/proc/self/fd/{}", fd.as_raw_fd()))
+            .unwrap()
+            .ino()
     }
 
     #[test]
@@ -139,7 +152,13 @@ mod tests {
         let listener = UnixListener::bind(dir.path().join("s")).unwrap();
         rustix::net::listen(&listener, 33).unwrap();
         let facts = diag.ask(inode(&listener)).unwrap().unwrap();
-        assert_eq!(facts, UnixFacts { peer: None, backlog: 33 });
+        assert_eq!(
+            facts,
+            UnixFacts {
+                peer: None,
+                backlog: 33
+            }
+        );
         let gone = inode(&a);
         drop(a);
         assert_eq!(diag.ask(gone).unwrap(), None);

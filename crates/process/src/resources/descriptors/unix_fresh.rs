@@ -21,7 +21,9 @@ pub enum UnixKind {
 
 impl UnixKind {
     pub(crate) fn of(probe: &Probe<'_>) -> Result<Option<Self>, ProcessError> {
-        let Some(facts) = probe.socket()? else { return Ok(None) };
+        let Some(facts) = probe.socket()? else {
+            return Ok(None);
+        };
         Ok(match facts.kind {
             _ if facts.family != AddressFamily::UNIX => None,
             SocketType::STREAM => Some(Self::Stream),
@@ -42,7 +44,12 @@ impl UnixKind {
     }
 
     pub(crate) fn socket(self) -> Result<OwnedFd, Errno> {
-        socket_with(AddressFamily::UNIX, self.socket_type(), SocketFlags::CLOEXEC, None)
+        socket_with(
+            AddressFamily::UNIX,
+            self.socket_type(),
+            SocketFlags::CLOEXEC,
+            None,
+        )
     }
 }
 
@@ -91,20 +98,28 @@ impl Descriptor for UnixFreshState {
     }
 
     fn check(&self, about: &About, cx: &mut CheckContext<'_>) -> Result<(), ProcessError> {
-        let fail = |errno| failed(cx.request.pid, format!("make unix socket fd {}", about.number), errno);
+        let fail = |errno| {
+            failed(
+                cx.request.pid,
+                format!("make unix socket fd {}", about.number),
+                errno,
+            )
+        };
         let socket = self.kind.socket().map_err(fail)?;
-        self.options.apply_before_bind(&socket).map_err(|(name, errno)| {
-            failed(cx.request.pid, format!("set {name} of fd {}", about.number), errno)
-        })?;
+        self.options
+            .apply_before_bind(&socket)
+            .map_err(|(name, errno)| {
+                failed(
+                    cx.request.pid,
+                    format!("set {name} of fd {}", about.number),
+                    errno,
+                )
+            })?;
         cx.hold(about, socket);
         Ok(())
     }
 
-    fn recreate(
-        &self,
-        about: &About,
-        cx: &mut RecreateContext,
-    ) -> Result<OwnedFd, ProcessError> {
+    fn recreate(&self, about: &About, cx: &mut RecreateContext) -> Result<OwnedFd, ProcessError> {
         let socket = cx.take(about)?;
         self.options.apply_last(&socket).map_err(|(name, errno)| {
             failed(cx.pid, format!("set {name} of fd {}", about.number), errno)

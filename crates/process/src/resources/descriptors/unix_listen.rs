@@ -89,9 +89,14 @@ impl Descriptor for UnixListenState {
             )
         })?;
         let address = name(probe)?;
-        let abstract_name =
-            address.as_ref().and_then(|a| a.abstract_name()).map(<[u8]>::to_vec);
-        let path = address.as_ref().and_then(|a| a.path_bytes()).map(<[u8]>::to_vec);
+        let abstract_name = address
+            .as_ref()
+            .and_then(|a| a.abstract_name())
+            .map(<[u8]>::to_vec);
+        let path = address
+            .as_ref()
+            .and_then(|a| a.path_bytes())
+            .map(<[u8]>::to_vec);
         let file = path.map(|path| socket_file(probe, &path)).transpose()?;
         if file.is_none() && abstract_name.is_none() {
             return Err(probe.refuse(
@@ -110,15 +115,31 @@ impl Descriptor for UnixListenState {
 
     fn check(&self, about: &About, cx: &mut CheckContext<'_>) -> Result<(), ProcessError> {
         let shown = self.shown();
-        let fail = |errno| failed(cx.request.pid, format!("make unix socket fd {}", about.number), errno);
+        let fail = |errno| {
+            failed(
+                cx.request.pid,
+                format!("make unix socket fd {}", about.number),
+                errno,
+            )
+        };
         let address = self.address()?;
         let busy = |remedy: &str| {
-            Err(cx.refuse(about, format!("somebody listens on unix socket {shown}"), remedy))
+            Err(cx.refuse(
+                about,
+                format!("somebody listens on unix socket {shown}"),
+                remedy,
+            ))
         };
         let socket = self.kind.socket().map_err(fail)?;
-        self.options.apply_before_bind(&socket).map_err(|(name, errno)| {
-            failed(cx.request.pid, format!("set {name} of fd {}", about.number), errno)
-        })?;
+        self.options
+            .apply_before_bind(&socket)
+            .map_err(|(name, errno)| {
+                failed(
+                    cx.request.pid,
+                    format!("set {name} of fd {}", about.number),
+                    errno,
+                )
+            })?;
         let remedy = "end the program that listens there, then restore again";
         let Some(file) = &self.file else {
             // An abstract name leaves nothing on disk: it is taken right now.
@@ -152,11 +173,7 @@ impl Descriptor for UnixListenState {
         Ok(())
     }
 
-    fn recreate(
-        &self,
-        about: &About,
-        cx: &mut RecreateContext,
-    ) -> Result<OwnedFd, ProcessError> {
+    fn recreate(&self, about: &About, cx: &mut RecreateContext) -> Result<OwnedFd, ProcessError> {
         let socket = cx.take(about)?;
         let pid = cx.pid;
         let fail = |what: &str| {
@@ -169,7 +186,8 @@ impl Descriptor for UnixListenState {
                 Err(errno) => return Err(fail("remove the old file of")(errno)),
             }
             bind(&socket, &self.address()?).map_err(fail("bind"))?;
-            cx.created.push(PathBuf::from(OsString::from_vec(file.path.clone())));
+            cx.created
+                .push(PathBuf::from(OsString::from_vec(file.path.clone())));
             own(file).map_err(fail("set owner and mode of"))?;
         }
         let backlog = i32::try_from(self.backlog).unwrap_or(i32::MAX);
@@ -183,7 +201,12 @@ impl Descriptor for UnixListenState {
 
 fn own(file: &SocketFile) -> Result<(), Errno> {
     let path = &file.path[..];
-    let now = rustix::fs::statx(CWD, path, AtFlags::SYMLINK_NOFOLLOW, StatxFlags::BASIC_STATS)?;
+    let now = rustix::fs::statx(
+        CWD,
+        path,
+        AtFlags::SYMLINK_NOFOLLOW,
+        StatxFlags::BASIC_STATS,
+    )?;
     if (now.stx_uid, now.stx_gid) != (file.uid, file.gid) {
         let (uid, gid) = (Uid::from_raw(file.uid), Gid::from_raw(file.gid));
         rustix::fs::chownat(CWD, path, Some(uid), Some(gid), AtFlags::SYMLINK_NOFOLLOW)?;
@@ -227,10 +250,18 @@ fn socket_file(probe: &Probe<'_>, bound: &[u8]) -> Result<SocketFile, ProcessErr
     }
     if SocketAddrUnix::new(&path[..]).is_err() {
         return Err(probe.refuse(
-            format!("unix socket whose full path {} is too long to be bound", show(&path)),
+            format!(
+                "unix socket whose full path {} is too long to be bound",
+                show(&path)
+            ),
             "have the program use a shorter path",
         ));
     }
     let mode = u32::from(stat.stx_mode) & 0o777;
-    Ok(SocketFile { path, mode, uid: stat.stx_uid, gid: stat.stx_gid })
+    Ok(SocketFile {
+        path,
+        mode,
+        uid: stat.stx_uid,
+        gid: stat.stx_gid,
+    })
 }

@@ -42,7 +42,9 @@ impl Descriptor for UnixOrphanState {
                 "run the program without it (pipes are saved)",
             ));
         }
-        Ok(Self { kind: UnixKind::required(probe)? })
+        Ok(Self {
+            kind: UnixKind::required(probe)?,
+        })
     }
 
     fn check(&self, _: &About, cx: &mut CheckContext<'_>) -> Result<(), ProcessError> {
@@ -50,14 +52,16 @@ impl Descriptor for UnixOrphanState {
         Ok(())
     }
 
-    fn recreate(
-        &self,
-        about: &About,
-        cx: &mut RecreateContext,
-    ) -> Result<OwnedFd, ProcessError> {
+    fn recreate(&self, about: &About, cx: &mut RecreateContext) -> Result<OwnedFd, ProcessError> {
         let kind = self.kind.socket_type();
         socketpair(AddressFamily::UNIX, kind, SocketFlags::CLOEXEC, None)
             .map(|(mine, _closed)| mine)
-            .map_err(|errno| failed(cx.pid, format!("make unix socket fd {}", about.number), errno))
+            .map_err(|errno| {
+                failed(
+                    cx.pid,
+                    format!("make unix socket fd {}", about.number),
+                    errno,
+                )
+            })
     }
 }
