@@ -185,6 +185,21 @@ impl Generation {
         self.damaged(at, None, Part::End, &format!("{len} bytes cannot be here"))
     }
 
+    /// Says what happened to the file, by the name that it has (or will have once committed).
+    pub fn failed(&self, error: MediumError) -> StoreError {
+        match damage::medium(error) {
+            StoreError::Medium { source, .. } => StoreError::Medium {
+                place: self.place.clone(),
+                source,
+            },
+            StoreError::Full { needed, .. } => StoreError::Full {
+                place: self.place.clone(),
+                needed,
+            },
+            other => other,
+        }
+    }
+
     pub fn read_failed(&self, at: u64, error: MediumError) -> Trouble {
         match error {
             MediumError::Short { end, .. } => {

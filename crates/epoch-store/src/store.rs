@@ -350,7 +350,8 @@ impl Store {
         let Some(live) = &mut self.unsettled else {
             return Ok(());
         };
-        live.publish(&*self.dir).map_err(damage::medium)?;
+        live.publish(&*self.dir)
+            .map_err(|e| live.generation.failed(e))?;
         live.record.durable_us = durable_us(&*self.host, live.began);
         let replaced = std::mem::replace(&mut self.current, self.unsettled.take());
         if let (Some(old), Some(new)) = (replaced, &mut self.current) {

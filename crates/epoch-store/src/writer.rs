@@ -3,7 +3,6 @@
 //! Pages go to the log as they come; trees, groups, index and trailer follow at the commit. What
 //! is not committed lies beyond the end of the log, where nobody looks.
 
-use crate::damage;
 use crate::format::{
     self, BLOCK_LEN, Index, Kind, NAME_MAX, Record, Says, Section, Seed, Trailer, TreePlace,
 };
@@ -89,7 +88,7 @@ impl<'a> Writer<'a> {
         self.generation
             .medium
             .write(first_at, bytes)
-            .map_err(damage::medium)?;
+            .map_err(|e| self.generation.failed(e))?;
         self.index.push(run, Says::Data(first_at));
         self.tail += bytes.len() as u64;
         Ok(())
@@ -194,9 +193,9 @@ impl<'a> Writer<'a> {
     /// Makes everything but the commit record durable.
     fn write_tables(&mut self, facts: EpochFacts) -> Result<(Live, Acked), StoreError> {
         let (tables, trailer, held) = self.tables(facts);
-        let medium = &self.generation.medium;
+        let (medium, failed) = (&self.generation.medium, |e| self.generation.failed(e));
         let trailer_at = self.tail + tables.len() as u64 - BLOCK_LEN;
-        medium.write(self.tail, &tables).map_err(damage::medium)?;
+        medium.write(self.tail, &tables).map_err(failed)?;
         let current = self
             .store
             .current
@@ -204,9 +203,9 @@ impl<'a> Writer<'a> {
             .filter(|live| !self.base && !live.sealed);
         if let Some(live) = current {
             // The flush below makes this durable before the other slot is touched.
-            live.write_record(format::SEAL_AT).map_err(damage::medium)?;
+            live.write_record(format::SEAL_AT).map_err(failed)?;
         }
-        medium.flush().map_err(damage::medium)?;
+        medium.flush().map_err(failed)?;
         let chain = vec![(trailer_at, trailer)];
         let record = Record {
             epoch: self.id,

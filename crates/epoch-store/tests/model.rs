@@ -290,3 +290,41 @@ fn a_large_epoch_in_files_comes_back_in_large_runs() {
     let len = std::fs::metadata(path.join("epochs.1")).unwrap().len();
     assert_eq!(len, Store::open(&path, Access::Read).unwrap().log_bytes());
 }
+
+#[test]
+fn readers_are_not_disturbed_by_a_writer_that_replaces_the_file() {
+    let tmp = tempfile::tempdir().unwrap();
+    let path = tmp.path().join("store");
+    let mut store = Store::create(&path).unwrap();
+    let script = |base, seed| Script {
+        base,
+        steps: vec![Step::Put(1, 0, vec![seed; 20])],
+        trees: vec![("root", vec![seed; 50])],
+    };
+    script(true, 1).write(&mut store).unwrap();
+    let reading = std::sync::atomic::AtomicBool::new(true);
+    let on = std::sync::atomic::Ordering::SeqCst;
+    std::thread::scope(|scope| {
+        let reader = scope.spawn(|| {
+            let (mut seen, mut opened) = (0, 0);
+            loop {
+                let last = !reading.load(on) && opened >= 20;
+                let store = Store::open(&path, Access::Read).unwrap();
+                let reader = store.epoch(None).unwrap();
+                assert!(reader.id().0 >= seen, "a reader went back in time");
+                seen = reader.id().0;
+                let model = read_back(&reader).unwrap();
+                assert_eq!(model, script(true, seen as u8).apply(&Model::default()));
+                opened += 1;
+                if last {
+                    return seen;
+                }
+            }
+        });
+        for seed in 2..=200 {
+            script(seed % 3 == 0, seed).write(&mut store).unwrap();
+        }
+        reading.store(false, on);
+        assert_eq!(reader.join().unwrap(), 200);
+    });
+}

@@ -33,7 +33,7 @@ use std::thread::JoinHandle;
 /// Buffers per medium: one being filled, one being written, two in between.
 const BUFFERS: usize = 4;
 /// The least and the most space taken ahead of writing, in bytes.
-const AHEAD: (u64, u64) = (1 << 20, 128 << 20);
+const AHEAD: (u64, u64) = (16 << 20, 256 << 20);
 
 /// One file as a medium.
 #[derive(Debug)]
