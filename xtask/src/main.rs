@@ -10,6 +10,7 @@
 mod bench;
 mod cleanup;
 mod demo;
+mod inherited;
 mod model;
 mod outlive;
 mod redis;
@@ -56,6 +57,7 @@ fn main() -> ExitCode {
 }
 
 fn run(cli: Cli) -> Result<()> {
+    inherited::close()?;
     cleanup::install()?;
     match cli.command {
         Command::Test => test::run(),

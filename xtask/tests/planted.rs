@@ -21,7 +21,10 @@ fn demo(planted: &str) -> Option<Output> {
     let Ok(path) = env::join_paths(path) else {
         panic!("PATH cannot be extended by {}", stand_ins.display());
     };
-    let output = Command::new(env!("CARGO_BIN_EXE_xtask"))
+    // A descriptor that the caller leaks must not reach the server, which looks for it.
+    let output = Command::new("bash")
+        .args(["-c", r#"exec 77</dev/null; exec "$@""#, "leaky"])
+        .arg(env!("CARGO_BIN_EXE_xtask"))
         .args([
             "demo",
             "--short",
