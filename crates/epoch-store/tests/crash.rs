@@ -8,9 +8,9 @@
 
 mod common;
 
-use common::{Model, Script, create, history, models, open, read_back};
+use common::{Model, Script, Step, create, history, models, open, read_back};
 use outlive_epoch::{EpochReader, StoreError};
-use outlive_epoch_store::Access;
+use outlive_epoch_store::{Access, Store};
 use outlive_media::{Fate, Fault, Op, Pending, SimDisk, power_off};
 use std::io;
 
@@ -311,5 +311,81 @@ fn a_full_medium_keeps_what_is_there_and_works_again_when_there_is_space() {
         }
         drop(store);
         assert_eq!(find(&disk, &models), 5);
+    }
+}
+
+/// The only models that may be found after a failed attempt at `a` and an attempt at `b`.
+fn candidates(before: &Model, a: &Script, b: &Script) -> Vec<Model> {
+    let after_a = a.apply(before);
+    vec![before.clone(), b.apply(before), b.apply(&after_a), after_a]
+}
+
+fn write_two(store: &mut Store) {
+    for script in &history()[..2] {
+        script.write(store).unwrap();
+    }
+}
+
+/// An attempt at `a` in which one operation fails, then one at `b` that is cut short.
+fn fail_then_cut(a: &Script, b: &Script) -> u64 {
+    let before = models(&history())[1].clone();
+    let allowed = candidates(&before, a, b);
+    let prepared = SimDisk::new();
+    let mut store = create(&prepared).unwrap();
+    write_two(&mut store);
+    let start = prepared.trace().len() as u64;
+    drop(store);
+    let mut states = 0;
+    // More operations than an attempt has.
+    for (failing, applied) in (0..40).flat_map(|i| [(i, false), (i, true)]) {
+        for cut in 0..40 {
+            let disk = SimDisk::new();
+            let mut store = create(&disk).unwrap();
+            write_two(&mut store);
+            let error = io::ErrorKind::Other;
+            disk.fault(Some(Fault {
+                at: start + failing,
+                lasting: false,
+                error,
+                applied,
+            }));
+            let first = a.write(&mut store);
+            let Err(_) = first else { break };
+            disk.fault(cut_at(disk.trace().len() as u64 + cut));
+            let acked = b.write(&mut store).map_or(2, |id| id.0);
+            let finished = acked > 2;
+            // The power is off: what the store does when it is dropped does not matter.
+            disk.fault(cut_at(0));
+            drop(store);
+            for fates in cuts(&disk.pending(), 4).iter().step_by(5) {
+                let after = disk.power_cut(&mut |i, _| fates[i]);
+                let store = open(&after, Access::Read).unwrap();
+                assert!(store.newest().unwrap().0 >= acked);
+                let found = read_back(&store.epoch(None).unwrap()).unwrap();
+                assert!(
+                    allowed.contains(&found),
+                    "failed at {failing}, cut at {cut}: {fates:?}"
+                );
+                assert!(!finished || found == allowed[1] || found == allowed[2]);
+                states += 1;
+            }
+            if finished {
+                break;
+            }
+        }
+    }
+    states
+}
+
+#[test]
+fn an_attempt_after_a_failed_one_harms_neither() {
+    let script = |base, seed| Script {
+        base,
+        steps: vec![Step::Put(1, 11, vec![seed; 2]), Step::Put(7, 0, vec![seed])],
+        trees: vec![("root", vec![seed; 30])],
+    };
+    for (first, second) in [(false, false), (false, true), (true, false), (true, true)] {
+        let states = fail_then_cut(&script(first, 40), &script(second, 50));
+        assert!(states > 1000, "{states} states");
     }
 }
