@@ -12,6 +12,7 @@ use super::context::{About, Around, CheckContext, CollectContext, RecreateContex
 use super::pipe;
 use super::probe::{Probe, failed};
 use super::table::OpenDescription;
+use super::unix_fresh::is_connected;
 use super::{Description, Descriptor};
 use crate::ProcessError;
 use outlive_state_tree::{StateNode, StateValue};
@@ -107,7 +108,7 @@ impl Descriptor for StreamState {
             // A unix socket to a supervisor or a log; connected, and its peer is not ours.
             return Ok(socket.family == AddressFamily::UNIX
                 && !socket.listens
-                && rustix::net::getpeername(probe.duplicate()?).is_ok_and(|peer| peer.is_some())
+                && is_connected(probe)?
                 && !scanned_inside(probe, around));
         }
         Ok(probe.has_path() && probe.file_type()? == FileType::Fifo)

@@ -30,7 +30,12 @@ fn number(fd: &impl AsRawFd) -> u32 {
 fn collect_result(numbers: &[u32]) -> Result<Collected, ProcessError> {
     let pid = std::process::id();
     let pidfd = pidfd_open(Pid::from_raw(pid as i32).unwrap(), PidfdFlags::empty()).unwrap();
-    let target = Target { pid, program: "test", pidfd: pidfd.as_fd(), ignore: &[] };
+    let target = Target {
+        pid,
+        program: "test",
+        pidfd: pidfd.as_fd(),
+        ignore: &[],
+    };
     let dirs = ProcDirs::open(pid).unwrap();
     collect_numbers(&target, &dirs, numbers, &mut Memory::default())
 }
@@ -52,7 +57,12 @@ fn refused(numbers: &[u32]) -> Vec<Refusal> {
 }
 
 fn request(files: FilesPolicy) -> CheckRequest<'static> {
-    CheckRequest { pid: std::process::id(), program: "test", epoch: 9, files }
+    CheckRequest {
+        pid: std::process::id(),
+        program: "test",
+        epoch: 9,
+        files,
+    }
 }
 
 /// The refusals when the table is checked for a restore.
@@ -71,7 +81,10 @@ fn recreate(table: &FdTable) -> Made {
 
 /// A duplicate of what was made for a number.
 fn made_for(made: &Made, number: u32) -> OwnedFd {
-    let install = made.installs().find(|i| i.numbers.iter().any(|&(n, _)| n == number)).unwrap();
+    let install = made
+        .installs()
+        .find(|i| i.numbers.iter().any(|&(n, _)| n == number))
+        .unwrap();
     install.fd.try_clone_to_owned().unwrap()
 }
 
@@ -85,10 +98,20 @@ fn info(fd: &impl AsRawFd) -> FdInfo {
 /// number objects.
 fn assert_same(original: &impl AsRawFd, made: &impl AsRawFd) {
     let (a, b) = (info(original), info(made));
-    assert_eq!((a.position, a.status()), (b.position, b.status()), "{:o} {:o}", a.flags, b.flags);
+    assert_eq!(
+        (a.position, a.status()),
+        (b.position, b.status()),
+        "{:o} {:o}",
+        a.flags,
+        b.flags
+    );
     let lines = |info: &FdInfo| -> Vec<String> {
         let numbered = |line: &&str| !line.starts_with("eventfd-id");
-        info.rest.lines().filter(numbered).map(str::to_owned).collect()
+        info.rest
+            .lines()
+            .filter(numbered)
+            .map(str::to_owned)
+            .collect()
     };
     assert_eq!(lines(&a), lines(&b));
 }

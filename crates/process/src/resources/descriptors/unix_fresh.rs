@@ -57,8 +57,11 @@ impl UnixKind {
 pub(crate) fn name(probe: &Probe<'_>) -> Result<Option<SocketAddrUnix>, ProcessError> {
     let any = rustix::net::getsockname(probe.duplicate()?)
         .map_err(|errno| probe.failed("get the name of", errno))?;
-    let name = SocketAddrUnix::try_from(any).ok();
-    Ok(name.filter(|n| n.path().is_some() || n.abstract_name().is_some()))
+    let named = |name: &SocketAddrUnix| {
+        let path = name.path_bytes().is_some_and(|path| !path.is_empty());
+        path || name.abstract_name().is_some_and(|name| !name.is_empty())
+    };
+    Ok(SocketAddrUnix::try_from(any).ok().filter(named))
 }
 
 pub(crate) fn is_connected(probe: &Probe<'_>) -> Result<bool, ProcessError> {

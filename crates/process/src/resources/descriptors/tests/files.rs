@@ -1,0 +1,266 @@
+//! Regular files and directories, and what becomes of them between epoch and restore.
+
+use super::super::finish_calls;
+use super::*;
+use rustix::fs::{FlockOperation, Mode, OFlags, SeekFrom, flock, seek};
+use rustix::io::Errno;
+use std::fs::{File, OpenOptions};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+struct Fixture {
+    dir: tempfile::TempDir,
+}
+
+impl Fixture {
+    fn new() -> Self {
+        Self {
+            dir: tempfile::tempdir().unwrap(),
+        }
+    }
+
+    fn file(&self, name: &str, contents: &[u8]) -> PathBuf {
+        let path = self.dir.path().join(name);
+        std::fs::write(&path, contents).unwrap();
+        path
+    }
+}
+
+fn writable(path: &Path) -> File {
+    OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open(path)
+        .unwrap()
+}
+
+fn append(path: &Path, bytes: &[u8]) {
+    OpenOptions::new()
+        .append(true)
+        .open(path)
+        .unwrap()
+        .write_all(bytes)
+        .unwrap();
+}
+
+#[test]
+fn positions_and_flags_are_kept_and_duplicates_share_them() {
+    let fixture = Fixture::new();
+    let path = fixture.file("data", &[7; 5000]);
+    let reader = File::open(&path).unwrap();
+    seek(&reader, SeekFrom::Start(1234)).unwrap();
+    let twin = reader.try_clone().unwrap();
+    let other = File::open(&path).unwrap();
+    let flags = OFlags::WRONLY | OFlags::APPEND | OFlags::DSYNC | OFlags::CLOEXEC;
+    let log = rustix::fs::open(&path, flags, Mode::empty()).unwrap();
+    seek(&log, SeekFrom::Start(17)).unwrap();
+    let pathonly = rustix::fs::open(&path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).unwrap();
+
+    let numbers = [
+        number(&reader),
+        number(&twin),
+        number(&other),
+        number(&log),
+        number(&pathonly),
+    ];
+    let collected = collect_result(&numbers).unwrap();
+    assert_eq!(
+        collected.files.len(),
+        1,
+        "only what is open for writing is synced"
+    );
+    collected.files.sync(1).unwrap();
+    let table = collect(&numbers);
+    assert_eq!(table.descriptions.len(), 4);
+    assert_eq!(table.find(number(&twin)), table.find(number(&reader)));
+    let made = recreate(&table);
+    assert_same(&reader, &made_for(&made, number(&reader)));
+    assert_same(&other, &made_for(&made, number(&other)));
+    assert_same(&log, &made_for(&made, number(&log)));
+    assert_same(&pathonly, &made_for(&made, number(&pathonly)));
+    let (a, b) = (
+        made_for(&made, number(&reader)),
+        made_for(&made, number(&twin)),
+    );
+    seek(&a, SeekFrom::Start(3)).unwrap();
+    assert_eq!(info(&b).position, 3);
+}
+
+#[test]
+fn directories() {
+    let fixture = Fixture::new();
+    let dir = File::open(fixture.dir.path()).unwrap();
+    let table = collect(&[number(&dir)]);
+    let made = recreate(&table);
+    let again = made_for(&made, number(&dir));
+    assert_eq!(info(&again).position, 0);
+    let names = rustix::fs::Dir::read_from(&again).unwrap().count();
+    assert_eq!(names, 2);
+    fixture.dir.close().unwrap();
+    assert!(check_refused(&table)[0].what.contains("is gone"));
+}
+
+#[test]
+fn a_file_that_grew_is_cut_back_once_everything_else_is_done() {
+    let fixture = Fixture::new();
+    let path = fixture.file("log", &[b'a'; 10_000]);
+    let file = writable(&path);
+    let table = collect(&[number(&file)]);
+    let before = std::fs::metadata(&path).unwrap().modified().unwrap();
+    append(&path, b"after the epoch");
+    let mut made = recreate(&table);
+    assert_eq!(
+        std::fs::metadata(&path).unwrap().len(),
+        10_015,
+        "not before apply_files"
+    );
+    let notices = made.apply_files().unwrap();
+    assert_eq!(notices.len(), 1);
+    assert_eq!(std::fs::metadata(&path).unwrap().len(), 10_000);
+    assert_eq!(
+        std::fs::metadata(&path).unwrap().modified().unwrap(),
+        before
+    );
+    let tail = fixture.dir.path().join("log.outlive-tail.9");
+    assert_eq!(std::fs::read(tail).unwrap(), b"after the epoch");
+    // A second restore of the same epoch finds nothing left to do.
+    let mut again = recreate(&table);
+    assert_eq!(again.apply_files().unwrap(), Vec::<String>::new());
+}
+
+#[test]
+fn a_file_open_twice_is_cut_once() {
+    let fixture = Fixture::new();
+    let path = fixture.file("log", b"abc");
+    let (a, b) = (writable(&path), writable(&path));
+    let table = collect(&[number(&a), number(&b)]);
+    append(&path, b"def");
+    let mut made = recreate(&table);
+    assert_eq!(made.apply_files().unwrap().len(), 1);
+    assert_eq!(std::fs::read(&path).unwrap(), b"abc");
+}
+
+#[test]
+fn what_is_not_as_it_was_is_refused_unless_kept() {
+    type Change = fn(&Path);
+    let cases: [(&str, Change); 5] = [
+        ("rewritten", |p| std::fs::write(p, b"ABCDEF").unwrap()),
+        ("shorter", |p| writable(p).set_len(2).unwrap()),
+        ("overwritten and longer", |p| {
+            std::fs::write(p, b"ABCDEFGHI").unwrap()
+        }),
+        ("replaced", |p| {
+            let other = p.with_extension("new");
+            std::fs::write(&other, b"abcdefghi").unwrap();
+            std::fs::rename(other, p).unwrap();
+        }),
+        ("same size and time apart", |p| {
+            let later = std::time::SystemTime::now() + std::time::Duration::from_secs(5);
+            writable(p).set_modified(later).unwrap();
+        }),
+    ];
+    for (name, change) in cases {
+        let fixture = Fixture::new();
+        let path = fixture.file("data", b"abcdef");
+        let file = writable(&path);
+        let table = collect(&[number(&file)]);
+        drop(file);
+        change(&path);
+        let left = std::fs::read(&path).unwrap();
+        let refusals = check_refused(&table);
+        assert_eq!(refusals.len(), 1, "{name}");
+        assert!(
+            refusals[0].remedy.contains("--files keep"),
+            "{name}: {}",
+            refusals[0]
+        );
+        let checked = check_table(&table, &request(FilesPolicy::Keep)).unwrap();
+        let mut made = recreate_table(&table, checked).unwrap();
+        assert!(made.apply_files().unwrap().is_empty(), "{name}");
+        assert_eq!(std::fs::read(&path).unwrap(), left, "{name}");
+    }
+}
+
+#[test]
+fn a_file_that_is_only_read_must_be_the_same_or_look_the_same() {
+    let fixture = Fixture::new();
+    let path = fixture.file("data", b"abcdef");
+    let file = File::open(&path).unwrap();
+    let table = collect(&[number(&file)]);
+    append(&path, b"more, by somebody else");
+    drop(recreate(&table));
+    let other = fixture.file("other", b"something else");
+    std::fs::rename(&other, &path).unwrap();
+    assert!(check_refused(&table)[0].what.contains("another one"));
+    std::fs::remove_file(&path).unwrap();
+    assert!(check_refused(&table)[0].what.contains("is gone"));
+    std::os::unix::fs::symlink("/dev/zero", &path).unwrap();
+    assert!(check_refused(&table)[0].what.contains("no regular file"));
+}
+
+#[test]
+fn nothing_is_changed_when_one_of_many_is_refused() {
+    let fixture = Fixture::new();
+    let (log, data) = (fixture.file("log", b"abc"), fixture.file("data", b"abc"));
+    let (a, b) = (writable(&log), writable(&data));
+    let table = collect(&[number(&a), number(&b)]);
+    append(&log, b"tail");
+    std::fs::remove_file(&data).unwrap();
+    assert_eq!(check_refused(&table).len(), 1);
+    assert_eq!(std::fs::read(&log).unwrap(), b"abctail");
+    assert_eq!(std::fs::read_dir(fixture.dir.path()).unwrap().count(), 1);
+}
+
+#[test]
+fn files_of_the_kernel_are_opened_again_whatever_they_say() {
+    let file = File::open("/proc/meminfo").unwrap();
+    let made = recreate(&collect(&[number(&file)]));
+    assert_same(&file, &made_for(&made, number(&file)));
+}
+
+#[test]
+fn a_name_that_ends_like_a_deleted_one_is_just_a_name() {
+    let fixture = Fixture::new();
+    let path = fixture.file("x (deleted)", b"abc");
+    let file = File::open(&path).unwrap();
+    assert_same(
+        &file,
+        &made_for(&recreate(&collect(&[number(&file)])), number(&file)),
+    );
+    std::fs::remove_file(&path).unwrap();
+    assert!(
+        refused(&[number(&file)])[0]
+            .what
+            .starts_with("deleted file")
+    );
+}
+
+#[test]
+fn locks_of_a_description_are_taken_again() {
+    let fixture = Fixture::new();
+    let (one, two) = (fixture.file("one", b"abc"), fixture.file("two", b"abc"));
+    let (a, b) = (writable(&one), writable(&two));
+    flock(&a, FlockOperation::LockExclusive).unwrap();
+    outlive_linux::descriptors::lock_description(b.as_fd(), true, 1, 2).unwrap();
+    let table = collect(&[number(&a), number(&b)]);
+    drop((a, b));
+    let _made = recreate(&table);
+    assert_eq!(
+        flock(writable(&one), FlockOperation::NonBlockingLockShared),
+        Err(Errno::AGAIN)
+    );
+    let other = writable(&two);
+    let lock = |start| outlive_linux::descriptors::lock_description(other.as_fd(), true, start, 1);
+    assert_eq!((lock(0), lock(2)), (Ok(()), Err(Errno::AGAIN)));
+}
+
+#[test]
+fn locks_of_the_process_are_left_to_it() {
+    let fixture = Fixture::new();
+    let file = writable(&fixture.file("data", b"abc"));
+    rustix::fs::fcntl_lock(&file, FlockOperation::NonBlockingLockExclusive).unwrap();
+    let table = collect(&[number(&file)]);
+    let calls = finish_calls(&table);
+    assert_eq!(calls.len(), 1);
+    assert_eq!(calls[0].number, libc::SYS_fcntl);
+}

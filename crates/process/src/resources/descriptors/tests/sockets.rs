@@ -1,0 +1,250 @@
+//! TCP and unix sockets.
+
+use super::*;
+use outlive_linux::sockopt;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::{OFlags, fcntl_getfl};
+use rustix::io::Errno;
+use rustix::net::{AddressFamily, SocketType, bind, getsockname, listen, socket};
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::{UnixListener, UnixStream};
+
+fn option(fd: &impl AsFd, level: i32, name: i32) -> Option<u32> {
+    sockopt::get_u32(fd.as_fd(), level, name).unwrap()
+}
+
+/// Options that the tests set and compare.
+const OPTIONS: &[(i32, i32, u32)] = &[
+    (libc::SOL_SOCKET, libc::SO_REUSEADDR, 1),
+    (libc::SOL_SOCKET, libc::SO_REUSEPORT, 1),
+    (libc::SOL_SOCKET, libc::SO_KEEPALIVE, 1),
+    (libc::SOL_SOCKET, libc::SO_PRIORITY, 3),
+    (libc::SOL_SOCKET, libc::SO_RCVBUF, 99_999),
+    (libc::IPPROTO_TCP, libc::TCP_NODELAY, 1),
+    (libc::IPPROTO_TCP, libc::TCP_DEFER_ACCEPT, 7),
+    (libc::IPPROTO_TCP, libc::TCP_KEEPIDLE, 55),
+    (libc::IPPROTO_TCP, libc::TCP_USER_TIMEOUT, 4321),
+];
+
+#[test]
+fn a_listener_is_where_it_was_with_all_options() {
+    for (family, address) in [
+        (AddressFamily::INET, "127.0.0.1:0"),
+        (AddressFamily::INET6, "[::1]:0"),
+    ] {
+        let original = socket(family, SocketType::STREAM, None).unwrap();
+        for &(level, name, value) in OPTIONS {
+            sockopt::set_u32(original.as_fd(), level, name, value).unwrap();
+        }
+        if family == AddressFamily::INET6 {
+            sockopt::set_u32(original.as_fd(), libc::IPPROTO_IPV6, libc::IPV6_V6ONLY, 1).unwrap();
+        }
+        let address: SocketAddr = address.parse().unwrap();
+        if bind(&original, &address).is_err() {
+            assert_eq!(family, AddressFamily::INET6, "a host without IPv6");
+            continue;
+        }
+        listen(&original, 123).unwrap();
+        let at = SocketAddr::try_from(getsockname(&original).unwrap()).unwrap();
+        let table = collect(&[number(&original)]);
+        let read: Vec<_> = OPTIONS
+            .iter()
+            .map(|&(l, n, _)| option(&original, l, n))
+            .collect();
+        let n = number(&original);
+        drop(original);
+        let made = recreate(&table);
+        let again = made_for(&made, n);
+        assert_eq!(
+            SocketAddr::try_from(getsockname(&again).unwrap()).unwrap(),
+            at
+        );
+        let now: Vec<_> = OPTIONS
+            .iter()
+            .map(|&(l, n, _)| option(&again, l, n))
+            .collect();
+        assert_eq!(now, read);
+        let info = sockopt::tcp_info(again.as_fd()).unwrap().unwrap();
+        assert_eq!((info.state, info.backlog), (10, 123));
+        let mut client = TcpStream::connect(at).unwrap();
+        client.write_all(b"x").unwrap();
+        let (mut server, _) = TcpListener::from(again).accept().unwrap();
+        server.read_exact(&mut [0]).unwrap();
+    }
+}
+
+#[test]
+fn a_listener_comes_back_while_connections_of_its_earlier_life_linger() {
+    let listener = socket(AddressFamily::INET, SocketType::STREAM, None).unwrap();
+    sockopt::set_u32(listener.as_fd(), libc::SOL_SOCKET, libc::SO_REUSEADDR, 1).unwrap();
+    bind(&listener, &"127.0.0.1:0".parse::<SocketAddr>().unwrap()).unwrap();
+    listen(&listener, 5).unwrap();
+    let at = SocketAddr::try_from(getsockname(&listener).unwrap()).unwrap();
+    let client = TcpStream::connect(at).unwrap();
+    let listener = TcpListener::from(listener);
+    let (server, _) = listener.accept().unwrap();
+    let table = collect(&[number(&listener)]);
+    let n = number(&listener);
+    drop((listener, server));
+    let made = recreate(&table);
+    let again = made_for(&made, n);
+    assert_eq!(
+        SocketAddr::try_from(getsockname(&again).unwrap()).unwrap(),
+        at
+    );
+    drop(client);
+}
+
+#[test]
+fn a_busy_port_is_refused_with_its_holder() {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let table = collect(&[number(&listener)]);
+    let refusals = check_refused(&table);
+    let text = refusals[0].to_string();
+    let address = listener.local_addr().unwrap().to_string();
+    assert!(text.contains(&address), "{text}");
+    assert!(
+        text.contains(&format!("by pid {}", std::process::id())),
+        "{text}"
+    );
+    drop(listener);
+}
+
+#[test]
+fn sockets_that_were_not_used_yet() {
+    let plain = socket(AddressFamily::INET, SocketType::STREAM, None).unwrap();
+    sockopt::set_u32(plain.as_fd(), libc::IPPROTO_TCP, libc::TCP_NODELAY, 1).unwrap();
+    let bound = socket(AddressFamily::INET, SocketType::STREAM, None).unwrap();
+    bind(&bound, &"127.0.0.1:0".parse::<SocketAddr>().unwrap()).unwrap();
+    let at = SocketAddr::try_from(getsockname(&bound).unwrap()).unwrap();
+    let unix = socket(AddressFamily::UNIX, SocketType::STREAM, None).unwrap();
+    let numbers = [number(&plain), number(&bound), number(&unix)];
+    let table = collect(&numbers);
+    let names: Vec<_> = table.descriptions.iter().map(|d| d.object.name()).collect();
+    assert_eq!(
+        names,
+        [
+            "unconnected TCP socket",
+            "unconnected TCP socket",
+            "unconnected unix socket"
+        ]
+    );
+    drop(bound);
+    let made = recreate(&table);
+    let again = made_for(&made, numbers[0]);
+    assert_eq!(
+        option(&again, libc::IPPROTO_TCP, libc::TCP_NODELAY),
+        Some(1)
+    );
+    let again = made_for(&made, numbers[1]);
+    assert_eq!(
+        SocketAddr::try_from(getsockname(&again).unwrap()).unwrap(),
+        at
+    );
+}
+
+#[test]
+fn connections_are_found_reset_with_a_notice() {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let mut client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    let (server, _) = listener.accept().unwrap();
+    server.set_nonblocking(true).unwrap();
+    let (killed, _peer) = {
+        let a = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let (b, _) = listener.accept().unwrap();
+        rustix::net::sockopt::set_socket_linger(&b, Some(std::time::Duration::ZERO)).unwrap();
+        drop(b);
+        (a, ())
+    };
+    let table = collect(&[number(&server), number(&killed)]);
+    client.write_all(b"the original is untouched").unwrap();
+    let checked = check_table(&table, &request(FilesPolicy::Reconcile)).unwrap();
+    assert_eq!(
+        checked.notices(),
+        ["2 connections to outside peers were reset"]
+    );
+    let made = recreate_table(&table, checked).unwrap();
+    for original in [number(&server), number(&killed)] {
+        let again = made_for(&made, original);
+        let mut fds = [PollFd::new(&again, PollFlags::IN)];
+        poll(&mut fds, Some(&Timespec::default())).unwrap();
+        assert!(fds[0].revents().contains(PollFlags::ERR | PollFlags::HUP));
+        assert_eq!(rustix::io::read(&again, &mut [0]), Err(Errno::CONNRESET));
+    }
+    let flags = fcntl_getfl(made_for(&made, number(&server))).unwrap();
+    assert!(flags.contains(OFlags::NONBLOCK));
+}
+
+#[test]
+fn a_unix_listener_replaces_the_file_that_was_left_behind() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("socket");
+    let listener = UnixListener::bind(&path).unwrap();
+    listen(&listener, 9).unwrap();
+    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o604)).unwrap();
+    let table = collect(&[number(&listener)]);
+    let refusals = check_refused(&table);
+    assert!(
+        refusals[0].what.contains("somebody listens"),
+        "{}",
+        refusals[0]
+    );
+    let n = number(&listener);
+    drop(listener);
+    assert!(path.exists(), "left behind");
+    let made = recreate(&table);
+    let mode = std::fs::metadata(&path).unwrap().permissions().mode();
+    assert_eq!(mode & 0o777, 0o604);
+    let again = made_for(&made, n);
+    let _client = UnixStream::connect(&path).unwrap();
+    UnixListener::from(again).accept().unwrap();
+    drop(made);
+    assert!(
+        !path.exists(),
+        "a restore that fails leaves no socket behind"
+    );
+    recreate(&table).keep();
+    assert!(path.exists());
+    std::fs::remove_file(&path).unwrap();
+    std::fs::write(&path, b"precious").unwrap();
+    assert!(check_refused(&table)[0].what.contains("something else"));
+}
+
+#[test]
+fn abstract_names_are_taken_again() {
+    use rustix::net::SocketAddrUnix;
+    let name = format!("outlive-test-{}\0with a zero", std::process::id());
+    let address = SocketAddrUnix::new_abstract_name(name.as_bytes()).unwrap();
+    let listener = socket(AddressFamily::UNIX, SocketType::SEQPACKET, None).unwrap();
+    bind(&listener, &address).unwrap();
+    listen(&listener, 4).unwrap();
+    let table = collect(&[number(&listener)]);
+    assert!(check_refused(&table)[0].what.contains("somebody listens"));
+    drop(listener);
+    let _made = recreate(&table);
+    let client = socket(AddressFamily::UNIX, SocketType::SEQPACKET, None).unwrap();
+    rustix::net::connect(&client, &address).unwrap();
+}
+
+#[test]
+fn unix_connections_to_others_are_found_closed() {
+    let (mine, mut theirs) = UnixStream::pair().unwrap();
+    let table = collect(&[number(&mine)]);
+    let made = recreate(&table);
+    let again = made_for(&made, number(&mine));
+    assert_eq!(rustix::io::read(&again, &mut [0]), Ok(0));
+    theirs.write_all(b"the original is untouched").unwrap();
+    drop(theirs);
+    let closed = collect(&[number(&mine)]);
+    assert_eq!(closed.descriptions[0].object, table.descriptions[0].object);
+}
+
+#[test]
+fn a_pair_within_the_program_is_refused() {
+    let (a, b) = UnixStream::pair().unwrap();
+    let refusals = refused(&[number(&a), number(&b)]);
+    assert_eq!(refusals.len(), 2);
+    assert!(refusals[0].what.contains("socket pair"), "{}", refusals[0]);
+}

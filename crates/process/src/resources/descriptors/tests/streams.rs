@@ -1,0 +1,129 @@
+//! Standard streams, of a child that has nothing else.
+
+use super::super::stream::StandardStream;
+use super::super::{Description, collect_table, preflight};
+use super::*;
+use std::process::{Child, Command, Stdio};
+
+/// A child that only waits; it is ended with the test.
+struct Waiting(Child);
+
+impl Waiting {
+    fn with(stdin: Stdio, stdout: Stdio, stderr: Stdio) -> Self {
+        let child = Command::new("sleep")
+            .arg("1000")
+            .stdin(stdin)
+            .stdout(stdout)
+            .stderr(stderr)
+            .spawn()
+            .unwrap();
+        // The descriptors of the test are gone from it once the new program runs.
+        let comm = format!("/proc/{}/comm", child.id());
+        while std::fs::read_to_string(&comm).unwrap() != "sleep\n" {
+            std::thread::yield_now();
+        }
+        Self(child)
+    }
+
+    fn collect(&self) -> FdTable {
+        let pid = self.0.id();
+        let pidfd = pidfd_open(Pid::from_raw(pid as i32).unwrap(), PidfdFlags::empty()).unwrap();
+        // What the test runner itself had inherited is none of our business.
+        let inherited: Vec<u32> = std::fs::read_dir(format!("/proc/{pid}/fd"))
+            .unwrap()
+            .filter_map(|entry| entry.unwrap().file_name().to_str().unwrap().parse().ok())
+            .filter(|&number| number > 2)
+            .collect();
+        let pidfd = pidfd.as_fd();
+        let target = Target {
+            pid,
+            program: "sleep",
+            pidfd,
+            ignore: &inherited,
+        };
+        preflight(&target).unwrap();
+        collect_table(&target, &mut Memory::default())
+            .unwrap()
+            .table
+    }
+}
+
+impl Drop for Waiting {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+fn streams(table: &FdTable) -> Vec<(u32, Option<StandardStream>)> {
+    table
+        .descriptions
+        .iter()
+        .map(|d| match &d.object {
+            Description::Stream(state) => (d.numbers[0], Some(state.stream)),
+            _ => (d.numbers[0], None),
+        })
+        .collect()
+}
+
+#[test]
+fn pipes_to_the_starter_are_re_attached() {
+    let child = Waiting::with(Stdio::piped(), Stdio::piped(), Stdio::null());
+    let table = child.collect();
+    assert_eq!(
+        streams(&table),
+        [
+            (0, Some(StandardStream::Input)),
+            (1, Some(StandardStream::Output)),
+            (2, None)
+        ]
+    );
+}
+
+#[test]
+fn one_pipe_for_output_and_error_is_two_streams() {
+    let (_read, write) = std::io::pipe().unwrap();
+    let again = write.try_clone().unwrap();
+    let child = Waiting::with(Stdio::null(), write.into(), again.into());
+    assert_eq!(
+        streams(&child.collect()),
+        [
+            (0, None),
+            (1, Some(StandardStream::Output)),
+            (2, Some(StandardStream::Error))
+        ]
+    );
+}
+
+#[test]
+fn input_that_has_ended_stays_ended() {
+    let (read, write) = std::io::pipe().unwrap();
+    let child = Waiting::with(read.into(), Stdio::null(), Stdio::null());
+    drop(write);
+    let table = child.collect();
+    assert_eq!(streams(&table)[0], (0, None));
+    let made = recreate(&table);
+    assert_eq!(rustix::io::read(made_for(&made, 0), &mut [0]), Ok(0));
+}
+
+#[test]
+fn a_terminal_is_re_attached() {
+    use rustix::pty::{OpenptFlags, grantpt, ioctl_tiocgptpeer, openpt, unlockpt};
+    let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC;
+    let master = openpt(flags).unwrap();
+    grantpt(&master).unwrap();
+    unlockpt(&master).unwrap();
+    let terminal = ioctl_tiocgptpeer(&master, flags).unwrap();
+    let copy = || Stdio::from(terminal.try_clone().unwrap());
+    let child = Waiting::with(copy(), copy(), copy());
+    let expected = [
+        StandardStream::Input,
+        StandardStream::Output,
+        StandardStream::Error,
+    ];
+    let found = streams(&child.collect());
+    assert_eq!(found.len(), 3);
+    for ((number, stream), (n, wanted)) in found.into_iter().zip(expected.into_iter().enumerate()) {
+        assert_eq!((number, stream), (n as u32, Some(wanted)));
+    }
+}

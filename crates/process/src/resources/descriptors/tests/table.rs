@@ -1,0 +1,143 @@
+//! The table itself: sharing, and what a hostile image may contain.
+
+use super::super::Description;
+use super::super::epoll::EpollState;
+use super::super::pipe::{PipeEndState, PipeSide};
+use super::super::{OpenDescription, PipeState};
+use super::*;
+use proptest::prelude::*;
+use std::fs::File;
+
+fn null() -> File {
+    File::open("/dev/null").unwrap()
+}
+
+#[test]
+fn sharing_is_found_among_many_that_look_alike() {
+    let files: Vec<File> = (0..60).map(|_| null()).collect();
+    let twins: Vec<File> = files
+        .iter()
+        .step_by(7)
+        .map(|f| f.try_clone().unwrap())
+        .collect();
+    let mut numbers: Vec<u32> = files.iter().chain(&twins).map(number).collect();
+    numbers.sort_unstable();
+    let table = collect(&numbers);
+    assert_eq!(table.descriptions.len(), files.len());
+    for (file, twin) in files.iter().step_by(7).zip(&twins) {
+        let found = table.find(number(file)).unwrap();
+        let mut pair = vec![number(file), number(twin)];
+        pair.sort_unstable();
+        assert_eq!(found.numbers, pair);
+    }
+}
+
+#[test]
+fn close_on_exec_belongs_to_the_number() {
+    let kept = null();
+    let twin = rustix::io::fcntl_dupfd_cloexec(&kept, 3).unwrap();
+    rustix::io::fcntl_setfd(&kept, rustix::io::FdFlags::empty()).unwrap();
+    let table = collect(&[number(&kept), number(&twin)]);
+    rustix::io::fcntl_setfd(&kept, rustix::io::FdFlags::CLOEXEC).unwrap();
+    let made = recreate(&table);
+    let mut numbers = made.installs().next().unwrap().numbers.to_vec();
+    numbers.sort_unstable();
+    let mut expected = vec![(number(&kept), false), (number(&twin), true)];
+    expected.sort_unstable();
+    assert_eq!(numbers, expected);
+}
+
+fn one(object: Description) -> FdTable {
+    let description = OpenDescription {
+        numbers: vec![5],
+        cloexec: vec![],
+        flags: 0,
+        locks: vec![],
+        object,
+    };
+    FdTable {
+        descriptions: vec![description],
+        pipes: vec![],
+    }
+}
+
+fn sample() -> FdTable {
+    let file = null();
+    let mut table = collect(&[number(&file)]);
+    table.descriptions[0].numbers = vec![5];
+    table.descriptions[0].cloexec = vec![];
+    table
+}
+
+fn is_bad(table: &FdTable) -> bool {
+    matches!(
+        check_table(table, &request(FilesPolicy::Reconcile)),
+        Err(ProcessError::Image(_))
+    )
+}
+
+#[test]
+fn tables_that_make_no_sense_are_refused_before_anything_is_made() {
+    let good = sample();
+    assert!(!is_bad(&good));
+    let change = |edit: fn(&mut OpenDescription)| {
+        let mut table = good.clone();
+        edit(&mut table.descriptions[0]);
+        table
+    };
+    assert!(is_bad(&change(|d| d.numbers.clear())));
+    assert!(is_bad(&change(|d| d.numbers = vec![5, 5])));
+    assert!(is_bad(&change(|d| d.numbers = vec![u32::MAX])));
+    assert!(is_bad(&change(|d| d.cloexec = vec![6])));
+    let mut twice = good.clone();
+    twice.descriptions.push(good.descriptions[0].clone());
+    assert!(is_bad(&twice));
+    assert!(is_bad(&one(Description::PipeEnd(PipeEndState {
+        pipe: 0,
+        side: PipeSide::Read
+    }))));
+    let lists = |targets, events, data| {
+        one(Description::Epoll(EpollState {
+            targets,
+            events,
+            data,
+        }))
+    };
+    assert!(is_bad(&lists(vec![5], vec![], vec![0])));
+    assert!(is_bad(&lists(vec![6], vec![1], vec![0])));
+    let mut full = good;
+    full.pipes.push(PipeState {
+        capacity: 1,
+        data: vec![0; 2],
+        packets: vec![],
+    });
+    assert!(is_bad(&full));
+}
+
+fn rich_table() -> FdTable {
+    let (r, w) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).unwrap();
+    rustix::io::write(&w, b"contents").unwrap();
+    let counter = rustix::event::eventfd(3, rustix::event::EventfdFlags::CLOEXEC).unwrap();
+    let file = null();
+    collect(&[number(&r), number(&w), number(&counter), number(&file)])
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(256))]
+
+    /// Whatever bytes an image holds: an error or a table, never a panic.
+    #[test]
+    fn hostile_bytes_do_no_harm(at in any::<prop::sample::Index>(), value: u8, cut: Option<u16>) {
+        let mut blob = to_fdt(&rich_table()).unwrap();
+        let index = at.index(blob.len());
+        blob[index] = value;
+        if let Some(cut) = cut {
+            blob.truncate(usize::from(cut));
+        }
+        if let Ok(table) = from_fdt::<FdTable>(&blob)
+            && let Ok(checked) = check_table(&table, &request(FilesPolicy::Reconcile))
+        {
+            let _ = recreate_table(&table, checked);
+        }
+    }
+}
