@@ -145,20 +145,25 @@ impl Report {
         };
         let written: u64 = self.epochs.values().map(|epoch| epoch.bytes_written).sum();
         let pages: u64 = self.epochs.values().map(|epoch| epoch.pages).sum();
+        let newest = self.epochs.keys().next_back().copied().unwrap_or(0);
         let first = self.epochs.values().next().and_then(|epoch| epoch.stop_us);
         vec![
-            ("epochs listed", count(self.epochs.len() as u64)),
+            ("epochs committed", count(newest)),
+            (
+                "of these seen in the history",
+                count(self.epochs.len() as u64),
+            ),
             ("stop time, first epoch", time(first.map(|us| us as f64))),
             (
-                "stop time: median / p99 / max",
+                "their stop time: median / p99 / max",
                 times(&known(|epoch| epoch.stop_us)),
             ),
             (
-                "durable time: median / p99 / max",
+                "their durable time: median / p99 / max",
                 times(&known(|epoch| epoch.durable_us)),
             ),
             (
-                "written to the medium",
+                "their bytes on the medium",
                 format!("{} ({} pages)", bytes(written), count(pages)),
             ),
         ]
