@@ -215,7 +215,9 @@ impl Tracked {
         threads: &mut [Held],
         sleepers: &Sleepers,
     ) -> Result<Captured, ProcessError> {
+        let mut laps = Laps::new();
         let refusals = preflight::of_threads(&self.target)?;
+        laps.lap("preflight");
         if !refusals.is_empty() {
             return Err(ProcessError::Refused(refusals));
         }
@@ -226,8 +228,10 @@ impl Tracked {
             let left = self.waits.prepare(&self.target, held, &sight.status, sleepers);
             sights.push((sight, left));
         }
+        laps.lap("threads");
         let leader_status = sights[0].0.status.clone();
         let (asked, answers) = self.ask(threads)?;
+        laps.lap("remote");
         let collected = {
             let ignore: &[u32] = &[];
             let target = descriptors::Target {
@@ -238,11 +242,15 @@ impl Tracked {
             };
             descriptors::collect_table(&target, &mut self.descriptors)?
         };
+        laps.lap("descriptors");
         let mappings = self.mappings_at_stop()?;
+        laps.lap("mappings");
         let plain: Vec<Mapping> = mappings.iter().map(|(m, _)| m.clone()).collect();
         let changes = self.pages.pass(&self.target, &private_areas(&plain), World::Stopped)?;
         let guards = changes.guards.clone();
+        laps.lap("scan");
         let residue = self.take(changes)?;
+        laps.lap("copy");
         let process = attributes::collect(&self.target, &leader_status, &asked.process, &answers[0])?;
         let signals = signals::collect(&self.target, &threads[0], &asked.signals, &answers[0])?;
         let memory = memory::collect(
@@ -253,6 +261,7 @@ impl Tracked {
             asked.memory,
             &answers[0],
         )?;
+        laps.lap("describe");
         let mut states = Vec::with_capacity(threads.len());
         for (((held, (sight, left)), asked), answers) in
             threads.iter().zip(sights).zip(&asked.threads).zip(&answers)
@@ -260,6 +269,8 @@ impl Tracked {
             states.push(thread::collect(&self.target, held, sight, *asked, answers, left)?);
         }
         let subject = clocks.subject(&self.target, &process.command_line, threads.len() as u32);
+        laps.lap("threads again");
+        laps.tell();
         let files = FilesToSync::new(collected.files, &memory);
         Ok(Captured {
             processes: 1,
@@ -321,6 +332,28 @@ impl Drop for Tracked {
             // A process that ended needs nothing removed.
             let _ = self.remove_trace();
         }
+    }
+}
+
+/// How long the parts of a stop took, for `OUTLIVE_LOG=outlive_process=debug`.
+struct Laps {
+    last: Instant,
+    laps: Vec<(&'static str, u128)>,
+}
+
+impl Laps {
+    fn new() -> Self {
+        Self { last: Instant::now(), laps: Vec::with_capacity(16) }
+    }
+
+    fn lap(&mut self, what: &'static str) {
+        let now = Instant::now();
+        self.laps.push((what, (now - self.last).as_micros()));
+        self.last = now;
+    }
+
+    fn tell(&self) {
+        tracing::debug!(us = ?self.laps, "stop");
     }
 }
 
