@@ -12,7 +12,7 @@ use crate::{
     cleanup,
     demo::{self, writer},
     model::{Journal, VALUE_LENGTH},
-    outlive::{Checkpoint, Outlive},
+    outlive::{Checkpoint, Epoch, Outlive},
     redis::{self, Place},
     resp::Client,
     stats, tools, workspace,
@@ -20,11 +20,13 @@ use crate::{
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use serde_json::{Value, json};
 use std::{
+    collections::BTreeMap,
     fs::{self, OpenOptions},
     io::Write,
     os::unix::fs::OpenOptionsExt,
     path::{Path, PathBuf},
     process::Command,
+    sync::atomic::{AtomicBool, Ordering},
     thread,
     time::{Duration, Instant},
 };
@@ -34,6 +36,9 @@ const RAW_CHUNK: usize = 4 << 20;
 
 /// How often epochs are taken while tracked.
 const EVERY: &str = "200ms";
+
+/// How often to look at the history during a tracked run.
+const LOOK: Duration = Duration::from_millis(300);
 
 /// What can be chosen.
 #[derive(clap::Args, Clone, Debug)]
@@ -112,6 +117,8 @@ struct Tracking {
     stop_us: Vec<f64>,
     durable_us: Vec<f64>,
     bytes_written: Vec<f64>,
+    /// Epochs committed while they were counted, seen in the history or not.
+    committed: u64,
 }
 
 impl Bench {
@@ -218,18 +225,21 @@ impl Bench {
         self.fill(&mut client)?;
         self.outlive.await_epoch_since(&name, demo::now_nanos())?;
         let begun = demo::now_nanos();
-        let speed = self.benchmark(&place)?;
+        let (speed, mut epochs) = self.benchmark_watched(&place, &name)?;
         let ended = demo::now_nanos();
         running.must_live()?;
-        let epochs = self.outlive.history(&name)?;
+        note(&mut epochs, self.outlive.history(&name)?);
+        let committed = epochs.keys().next_back().copied().unwrap_or(0);
         let during: Vec<_> = epochs
-            .iter()
+            .into_values()
             .filter(|epoch| (begun..ended).contains(&epoch.time.0))
             .collect();
         ensure!(
             !during.is_empty(),
             "no epoch was taken during the measurement"
         );
+        let first = during.first().map_or(0, |epoch| epoch.epoch);
+        tracking.committed += (committed + 1).saturating_sub(first);
         let known = |us: Option<u64>| us.filter(|&us| us > 0).map(|us| us as f64);
         tracking
             .stop_us
@@ -245,6 +255,30 @@ impl Bench {
         ended.context("cannot wait for the keeper")?;
         self.outlive.forget(&name)?;
         Ok(speed)
+    }
+
+    /// [`Bench::benchmark`], and the epochs that were in the history meanwhile. (They leave it when
+    /// the store begins a new generation.)
+    fn benchmark_watched(&self, place: &Place, name: &str) -> Result<(f64, Epochs)> {
+        let done = AtomicBool::new(false);
+        thread::scope(|scope| {
+            let watcher = scope.spawn(|| {
+                let mut seen = Epochs::new();
+                while !done.load(Ordering::Relaxed) {
+                    if let Ok(epochs) = self.outlive.history(name) {
+                        note(&mut seen, epochs);
+                    }
+                    thread::sleep(LOOK);
+                }
+                seen
+            });
+            let speed = self.benchmark(place);
+            done.store(true, Ordering::Relaxed);
+            let seen = watcher
+                .join()
+                .map_err(|_| anyhow!("the watching thread panicked"))?;
+            Ok((speed?, seen))
+        })
     }
 
     /// The keys that `redis-benchmark -r` then overwrites, with values that do not compress.
@@ -283,6 +317,12 @@ impl Images {
         self.raw.push(raw);
         self.stop_us.push(made.stop_us as f64);
     }
+}
+
+type Epochs = BTreeMap<u64, Epoch>;
+
+fn note(seen: &mut Epochs, epochs: Vec<Epoch>) {
+    seen.extend(epochs.into_iter().map(|epoch| (epoch.epoch, epoch)));
 }
 
 fn still_runs(server: &mut std::process::Child) -> Result<()> {
@@ -398,8 +438,8 @@ impl Tracking {
             ("SET/s tracked, every 200 ms", spread(&self.tracked, 0)),
             ("tracked against untracked", spread(&of_untracked, 3)),
             (
-                "epochs under SET load",
-                stats::count(self.bytes_written.len() as u64),
+                "epochs under SET load: seen, of committed",
+                format!("{}, {}", self.bytes_written.len(), self.committed),
             ),
             (
                 "their stop time: median / p99 / max",
@@ -420,7 +460,8 @@ impl Tracking {
         json!({
             "untracked_per_s": self.untracked,
             "tracked_per_s": self.tracked,
-            "epochs": self.bytes_written.len(),
+            "epochs_seen": self.bytes_written.len(),
+            "epochs_committed": self.committed,
             "stop_us_median": stats::median(&self.stop_us),
             "stop_us_p99": stats::percentile(&self.stop_us, 99.0),
             "durable_us_median": stats::median(&self.durable_us),

@@ -12,6 +12,9 @@ use std::{
 /// How long the keeper may take to end after the program that it kept has ended.
 const KEEPER_PATIENCE: Duration = Duration::from_secs(20);
 
+/// How often to look at the history while writing.
+const LOOK: Duration = Duration::from_millis(300);
+
 impl Demo {
     /// Writes, kills Redis and its keeper, restores, compares.
     pub(super) fn kill(&mut self, round: u32) -> Result<()> {
@@ -135,7 +138,13 @@ impl Demo {
             });
             while begun.elapsed() < delay && !writer.is_finished() {
                 let left = delay.saturating_sub(begun.elapsed());
-                thread::sleep(left.min(Duration::from_millis(100)));
+                thread::sleep(left.min(LOOK));
+                // Only for the figures: epochs leave the history when a new generation begins.
+                if begun.elapsed() < delay
+                    && let Ok(epochs) = self.outlive.history(&self.name)
+                {
+                    self.report.note_epochs(epochs);
+                }
                 let written = acknowledged.load(Ordering::Relaxed);
                 spinner.set_message(format!("{} writes acknowledged", stats::count(written)));
             }
