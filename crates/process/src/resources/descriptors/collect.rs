@@ -6,7 +6,7 @@
 
 use super::context::{Around, CollectContext};
 use super::locks;
-use super::probe::{Probe, ProcDirs, Target, failed};
+use super::probe::{InfoReader, Probe, ProcDirs, Target, failed};
 use super::stream;
 use super::table::{FdTable, OpenDescription};
 use super::unix_diag::UnixDiag;
@@ -25,9 +25,11 @@ use std::os::fd::OwnedFd;
 pub struct Memory {
     /// Per writable file (device, inode): size, modification time, checksum of the tail.
     pub(crate) tails: HashMap<(u64, u64), (u64, i64, u32)>,
+    /// Per number: the file (mount, inode) and the path that was seen to lead to it.
+    pub(crate) found: HashMap<u32, ((u64, u64), Vec<u8>)>,
     /// Options of a new socket, per family and type.
     pub(crate) fresh_sockets: HashMap<(u16, u32), super::socket_options::SocketOptions>,
-    buffer: Vec<u8>,
+    infos: InfoReader,
 }
 
 /// The regular files that the program has open for writing, taken at the stop.
@@ -100,19 +102,17 @@ pub(crate) fn collect_numbers(
     numbers: &[u32],
     memory: &mut Memory,
 ) -> Result<Collected, ProcessError> {
-    let mut buffer = std::mem::take(&mut memory.buffer);
     let mut probes = Vec::new();
     let mut around = Around::default();
     for &number in numbers {
         if target.ignore.contains(&number) {
             continue;
         }
-        if let Some(probe) = Probe::read(target, dirs, number, &mut buffer)? {
+        if let Some(probe) = Probe::read(target, dirs, number, &mut memory.infos)? {
             around.add(&probe);
             probes.push(probe);
         }
     }
-    memory.buffer = buffer;
     let groups = share(target, probes)?;
     let mut cx = CollectContext {
         target,

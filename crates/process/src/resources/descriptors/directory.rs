@@ -29,8 +29,8 @@ impl Descriptor for DirectoryState {
         Ok(probe.has_path() && probe.file_type()? == FileType::Directory)
     }
 
-    fn collect(probe: &Probe<'_>, _: &mut CollectContext<'_>) -> Result<Self, ProcessError> {
-        refuse_lost(probe)?;
+    fn collect(probe: &Probe<'_>, cx: &mut CollectContext<'_>) -> Result<Self, ProcessError> {
+        refuse_lost(probe, cx.memory)?;
         Ok(Self {
             path: probe.link.clone(),
             position: u64::try_from(probe.info.position).unwrap_or(0),

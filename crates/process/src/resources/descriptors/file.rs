@@ -16,6 +16,7 @@
 //! no longer leads to them.
 
 use super::Descriptor;
+use super::collect::Memory;
 use super::context::{About, Around, CheckContext, CollectContext, RecreateContext};
 use super::file_action::{FileAction, tail_name};
 use super::probe::{Probe, failed, show};
@@ -24,6 +25,7 @@ use crate::restore::FilesPolicy;
 use outlive_state_tree::StateNode;
 use rustix::fs::{AtFlags, FileType, Mode, OFlags, SeekFrom, Statx, StatxFlags};
 use rustix::io::Errno;
+use std::collections::hash_map::Entry;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 /// How many bytes before the end of a file vouch for the rest of it.
@@ -195,10 +197,19 @@ fn is_of_a_process(path: &[u8]) -> bool {
         .is_some_and(|rest| rest.first().is_some_and(u8::is_ascii_digit))
 }
 
-/// Refuses a file that could not be found again under its path.
-pub(crate) fn refuse_lost(probe: &Probe<'_>) -> Result<(), ProcessError> {
-    let link = probe.shown();
+/// Refuses a file that could not be found again under its path. What was found once is not looked
+/// for again as long as the kernel prints the same path for the same inode.
+pub(crate) fn refuse_lost(probe: &Probe<'_>, memory: &mut Memory) -> Result<(), ProcessError> {
     let stat = probe.stat()?;
+    let seen = (probe.info.mount, stat.stx_ino);
+    if memory
+        .found
+        .get(&probe.number)
+        .is_some_and(|(key, link)| *key == seen && *link == probe.link)
+    {
+        return Ok(());
+    }
+    let link = probe.shown();
     let named = |what: &str, remedy: &str| Err(probe.refuse(format!("{what} ({link})"), remedy));
     if probe.link.starts_with(b"/memfd:") {
         return named("memfd", "run the program without memory files");
@@ -229,6 +240,9 @@ pub(crate) fn refuse_lost(probe: &Probe<'_>) -> Result<(), ProcessError> {
                 == (stat.stx_dev_major, stat.stx_dev_minor)
     });
     if same {
+        memory
+            .found
+            .insert(probe.number, (seen, probe.link.clone()));
         Ok(())
     } else if probe.link.ends_with(b" (deleted)") {
         named(
@@ -259,7 +273,7 @@ impl Descriptor for FileState {
                 "have the program close it",
             ));
         }
-        refuse_lost(probe)?;
+        refuse_lost(probe, cx.memory)?;
         let seen = Seen::of(probe.stat()?);
         let writable = probe.access() != OFlags::RDONLY.bits() && !probe.has(OFlags::PATH);
         let tail_crc = if writable && !made_up {
@@ -386,10 +400,8 @@ fn written(
     seen: &Seen,
 ) -> Result<Option<u32>, ProcessError> {
     let key = (seen.device, seen.inode);
-    if !cx.files.files.contains_key(&key) {
-        cx.files
-            .files
-            .insert(key, (probe.shown(), probe.another_duplicate()?));
+    if let Entry::Vacant(vacant) = cx.files.files.entry(key) {
+        vacant.insert((probe.shown(), probe.another_duplicate()?));
     }
     if let Some(&(size, modified, crc)) = cx.memory.tails.get(&key)
         && (size, modified) == (seen.size, seen.modified)

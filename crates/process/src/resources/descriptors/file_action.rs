@@ -1,6 +1,9 @@
 //! Truncating a file back to what it was at the epoch: the only change that a restore makes to a
 //! file which existed before.
 //!
+//! # Rules
+//! - A tail goes to a new file, never into one that is there: restoring an epoch twice keeps both.
+//!
 //! # Order
 //! What is cut off is copied and made durable first, then the file is truncated, then its time is
 //! set. A crash at any point leaves either the grown file (and perhaps a copy of its tail), or the
@@ -38,13 +41,13 @@ impl FileAction {
     /// Does it, and says what was done.
     pub(crate) fn apply(&self, pid: u32) -> Result<String, ProcessError> {
         let path = show(&self.path);
-        let tail = tail_name(&self.path, self.epoch);
         let wrap = |what: &str| {
             let what = format!("{what} {path}");
             move |errno| failed(pid, what, errno)
         };
+        let mut tail = tail_name(&self.path, self.epoch);
         if self.grown_by > 0 {
-            self.copy_tail(&tail).map_err(wrap("keep the tail of"))?;
+            tail = self.copy_tail(tail).map_err(wrap("keep the tail of"))?;
             rustix::fs::ftruncate(&self.file, self.size).map_err(wrap("truncate"))?;
         }
         let modified = Timespec {
@@ -67,16 +70,10 @@ impl FileAction {
         ))
     }
 
-    fn copy_tail(&self, tail: &[u8]) -> Result<(), Errno> {
-        // What an earlier, interrupted restore left there is a part of the same tail.
-        let flags = OFlags::WRONLY
-            | OFlags::CREATE
-            | OFlags::TRUNC
-            | OFlags::NOFOLLOW
-            | OFlags::NONBLOCK
-            | OFlags::CLOEXEC;
-        let out = rustix::fs::open(tail, flags, Mode::RUSR | Mode::WUSR)?;
-        rustix::fs::fchmod(&out, Mode::RUSR | Mode::WUSR)?;
+    /// Copies what is cut off to a new file with this name, or the name and a number; returns
+    /// which.
+    fn copy_tail(&self, name: Vec<u8>) -> Result<Vec<u8>, Errno> {
+        let (tail, out) = create_new(name)?;
         let mut buffer = vec![0; 1 << 20];
         let mut at = self.size;
         loop {
@@ -98,8 +95,26 @@ impl FileAction {
             }
         }
         rustix::fs::fsync(&out)?;
-        sync_directory_of(tail)
+        sync_directory_of(&tail)?;
+        Ok(tail)
     }
+}
+
+/// How many tails of one file and epoch may lie side by side.
+const TAILS: u32 = 10_000;
+
+fn create_new(name: Vec<u8>) -> Result<(Vec<u8>, OwnedFd), Errno> {
+    let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
+    let mut candidate = name.clone();
+    for number in 1..TAILS {
+        match rustix::fs::open(&candidate[..], flags, Mode::RUSR | Mode::WUSR) {
+            Ok(file) => return Ok((candidate, file)),
+            Err(Errno::EXIST) => {}
+            Err(errno) => return Err(errno),
+        }
+        candidate = [&name, format!(".{number}").as_bytes()].concat();
+    }
+    Err(Errno::EXIST)
 }
 
 fn sync_directory_of(path: &[u8]) -> Result<(), Errno> {
@@ -156,7 +171,7 @@ mod tests {
     }
 
     #[test]
-    fn a_tail_is_never_written_through_a_link() {
+    fn a_tail_never_goes_into_what_is_there() {
         let dir = tempfile::tempdir().unwrap();
         let (path, victim) = (dir.path().join("log"), dir.path().join("victim"));
         std::fs::write(&path, b"before|after").unwrap();
@@ -175,8 +190,9 @@ mod tests {
             modified: 0,
             epoch: 4,
         };
-        assert!(action.apply(1).is_err());
+        assert!(action.apply(1).unwrap().contains("log.outlive-tail.4.1"));
         assert_eq!(std::fs::read(&victim).unwrap(), b"untouched");
-        assert_eq!(std::fs::read(&path).unwrap(), b"before|after");
+        let tail = dir.path().join("log.outlive-tail.4.1");
+        assert_eq!(std::fs::read(tail).unwrap(), b"after");
     }
 }

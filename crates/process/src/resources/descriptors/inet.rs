@@ -13,9 +13,6 @@ use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6};
 use std::os::fd::OwnedFd;
 
-/// `IPPROTO_TCP`; 0 is the default for a stream.
-pub(crate) const TCP: u32 = 6;
-
 /// States of a TCP socket in `TCP_INFO`.
 pub(crate) mod tcp_state {
     pub(crate) const CLOSED: u8 = 7;
@@ -91,16 +88,7 @@ fn inet(any: SocketAddrAny) -> Option<InetAddress> {
 
 /// Whether this is a TCP socket, and in which state it is.
 pub(crate) fn tcp_state_of(probe: &Probe<'_>) -> Result<Option<u8>, ProcessError> {
-    let Some(facts) = probe.socket()? else {
-        return Ok(None);
-    };
-    let inet = facts.family == AddressFamily::INET || facts.family == AddressFamily::INET6;
-    if !inet || facts.kind != SocketType::STREAM || facts.protocol != TCP {
-        return Ok(None);
-    }
-    let info = outlive_linux::sockopt::tcp_info(probe.duplicate()?)
-        .map_err(|errno| probe.failed("read TCP_INFO of", errno))?;
-    Ok(info.map(|info| info.state))
+    Ok(probe.socket()?.and_then(|facts| facts.tcp_state))
 }
 
 /// The family as it is saved: 4 or 6.

@@ -11,6 +11,7 @@ use outlive_linux::sockopt;
 use outlive_state_tree::StateNode;
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socket_with};
+use std::collections::hash_map::Entry;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 /// `SO_BUF_LOCK`: which buffer sizes were set by the program.
@@ -201,15 +202,14 @@ impl SocketOptions {
         }
         let mut options = Self::read(socket).map_err(fail)?;
         let key = (facts.family.as_raw(), facts.kind.as_raw());
-        if !memory.fresh_sockets.contains_key(&key) {
-            let fresh = fresh_socket(facts.family, facts.kind).map_err(fail)?;
-            memory
-                .fresh_sockets
-                .insert(key, Self::read(fresh.as_fd()).map_err(fail)?);
-        }
-        if let Some(fresh) = memory.fresh_sockets.get(&key) {
-            options.forget_equal(fresh);
-        }
+        let fresh = match memory.fresh_sockets.entry(key) {
+            Entry::Occupied(known) => known.into_mut(),
+            Entry::Vacant(unknown) => {
+                let socket = fresh_socket(facts.family, facts.kind).map_err(fail)?;
+                unknown.insert(Self::read(socket.as_fd()).map_err(fail)?)
+            }
+        };
+        options.forget_equal(fresh);
         Ok(options)
     }
 

@@ -47,6 +47,55 @@ fn close_on_exec_belongs_to_the_number() {
     assert_eq!(numbers, expected);
 }
 
+#[test]
+fn what_is_remembered_does_not_outlive_the_number() {
+    let pid = std::process::id();
+    let pidfd = pidfd_open(Pid::from_raw(pid as i32).unwrap(), PidfdFlags::empty()).unwrap();
+    let target = Target {
+        pid,
+        program: "test",
+        pidfd: pidfd.as_fd(),
+        ignore: &[],
+    };
+    let dirs = ProcDirs::open(pid).unwrap();
+    let mut memory = Memory::default();
+    let dir = tempfile::tempdir().unwrap();
+    let (one, two) = (dir.path().join("one"), dir.path().join("two"));
+    std::fs::write(&one, b"1").unwrap();
+    std::fs::write(&two, b"22").unwrap();
+    // A number that no other test gets in between.
+    let spare = rustix::io::fcntl_dupfd_cloexec(null(), 900).unwrap();
+    let numbers = [number(&spare)];
+    let mut collect = || {
+        collect_numbers(&target, &dirs, &numbers, &mut memory)
+            .unwrap()
+            .table
+    };
+    assert_eq!(collect().descriptions[0].object.name(), "device");
+    let mut spare = spare;
+    for path in [&one, &two] {
+        rustix::io::dup3(
+            File::open(path).unwrap(),
+            &mut spare,
+            rustix::io::DupFlags::CLOEXEC,
+        )
+        .unwrap();
+        let table = collect();
+        let Description::File(file) = &table.descriptions[0].object else {
+            panic!()
+        };
+        assert_eq!(file.path, path.as_os_str().as_encoded_bytes());
+    }
+    std::fs::rename(&two, &one).unwrap();
+    let table = collect();
+    let Description::File(file) = &table.descriptions[0].object else {
+        panic!()
+    };
+    assert_eq!(file.path, one.as_os_str().as_encoded_bytes());
+    drop(spare);
+    assert_eq!(collect().descriptions.len(), 0);
+}
+
 fn one(object: Description) -> FdTable {
     let description = OpenDescription {
         numbers: vec![5],
