@@ -7,12 +7,13 @@
 //! # Rules
 //! - Open the queue before other threads are started: a thread that does not block a signal
 //!   takes it in the ordinary way.
-//! - Programs started with `std::process::Command` begin with an empty mask; a plain fork inherits
-//!   the mask of the caller.
+//! - Children inherit the mask: a program is started with [`SignalQueue::release_in`], so that it
+//!   begins with the mask that was there before the queue.
 //!
 //! # Safety
 //! `sigprocmask(2)` and `signalfd(2)` get pointers to signal sets that live on the stack for the
-//! whole call and were initialised by `sigemptyset`; the descriptor that `signalfd` returns is
+//! whole call and were initialised by `sigemptyset`; between fork and exec only `sigprocmask` is
+//! called, which is async-signal-safe; the descriptor that `signalfd` returns is
 //! checked and owned by nobody else.
 #![allow(unsafe_code)]
 
@@ -20,6 +21,8 @@ use crate::{Errno, last_error};
 use rustix::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::mem::MaybeUninit;
 use std::os::fd::AsRawFd;
+use std::os::unix::process::CommandExt;
+use std::process::Command;
 
 /// Size of the kernel's `signalfd_siginfo`, bytes.
 const RECORD: usize = 128;
@@ -70,6 +73,19 @@ impl SignalQueue {
         // SAFETY: `raw` was checked to be a descriptor and has no other owner.
         let fd = unsafe { OwnedFd::from_raw_fd(raw) };
         Ok(Self { fd, before })
+    }
+
+    /// Has the program that `command` will start begin with the mask that was there before this
+    /// queue.
+    pub fn release_in<'c>(&self, command: &'c mut Command) -> &'c mut Command {
+        let before = self.before;
+        let release = move || {
+            restore_mask(&before);
+            Ok(())
+        };
+        // SAFETY: `release` allocates nothing, takes no lock, and calls only sigprocmask, which
+        // may be called between fork and exec.
+        unsafe { command.pre_exec(release) }
     }
 
     /// Takes the next signal from the queue; `None` where it is empty.
@@ -158,6 +174,27 @@ mod tests {
         assert!(!got.from_kernel);
         assert_eq!(got.sender, std::process::id());
         assert_eq!(queue.take().unwrap(), None);
+    }
+
+    #[test]
+    fn a_program_begins_with_the_mask_from_before_the_queue() {
+        let queue = SignalQueue::open(&[libc::SIGUSR1]).unwrap();
+        let mask = |command: &mut Command| {
+            let out = command
+                .args(["SigBlk", "/proc/self/status"])
+                .output()
+                .unwrap();
+            let text = String::from_utf8(out.stdout).unwrap();
+            let digits = text.trim_start_matches("SigBlk:").trim();
+            u64::from_str_radix(digits, 16).unwrap()
+        };
+        let bit = 1 << (libc::SIGUSR1 - 1);
+        assert_ne!(
+            mask(&mut Command::new("grep")) & bit,
+            0,
+            "this is why it is needed"
+        );
+        assert_eq!(mask(queue.release_in(&mut Command::new("grep"))) & bit, 0);
     }
 
     #[test]

@@ -125,7 +125,11 @@ impl Show {
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped());
-        let mut keeper = command.spawn().map_err(KeeperError::io("start outlive"))?;
+        let mut keeper = self
+            .signals
+            .release_in(&mut command)
+            .spawn()
+            .map_err(KeeperError::io("start outlive"))?;
         let pipe = keeper.stdout.take();
         let said = keeper.stderr.take();
         std::thread::spawn(move || {

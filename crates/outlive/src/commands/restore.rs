@@ -16,8 +16,10 @@ use outlive_keeper::images::{Image, Log};
 use outlive_keeper::keep::{Companion, Keeper, Settings};
 use outlive_keeper::subject::{Card, Root, Subject};
 use outlive_keeper::{KeeperError, procfs};
+use outlive_linux::signals::SignalQueue;
 use outlive_process::{FilesPolicy, Ready, RestoreOptions, Restored, TrackOptions, Tracked};
 use rustix::fd::OwnedFd;
+use rustix::process::Signal;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 use std::fs::{File, OpenOptions};
@@ -36,6 +38,14 @@ const DYING: Duration = Duration::from_millis(300);
 
 /// How long a program that has ended may take to be reaped.
 const REAPING: Duration = Duration::from_secs(5);
+
+/// Signals that end a restore.
+const ENDS: [i32; 4] = [
+    Signal::HUP.as_raw(),
+    Signal::INT.as_raw(),
+    Signal::QUIT.as_raw(),
+    Signal::TERM.as_raw(),
+];
 
 /// What a restore tells, also across the socket of a process in the background.
 #[derive(Debug, Serialize, Deserialize)]
@@ -79,12 +89,13 @@ fn here(root: &Root, args: &RestoreArgs, teller: &mut Teller) -> Result<u8, Keep
 }
 
 fn from_image(dir: &Path, args: &RestoreArgs, teller: &mut Teller) -> Result<u8, KeeperError> {
+    let mut signals = queue()?;
     let (ready, epoch) = prepare(dir, args)?;
+    not_interrupted(&mut signals)?;
     if let Teller::Parent(_) = teller {
         teller.tell(ready.go()?, epoch);
         return Ok(0);
     }
-    let mut signals = queue()?;
     let restored = ready.go()?;
     let pid = restored.pid;
     teller.tell(restored, epoch);
@@ -101,9 +112,10 @@ fn subject(
     let lock = claim(&subject)?;
     let known = subject.card()?;
     must_not_run(&subject, &known)?;
+    let mut signals = queue()?;
     let (ready, epoch) = prepare(&subject.epochs_dir(), args)?;
     // Until `go`, an early return drops `ready`, which removes every trace of the program.
-    let mut signals = queue()?;
+    not_interrupted(&mut signals)?;
     let mut control = Control::open(subject.dir())?;
     let mut restored = ready.go()?;
     let pid = restored.pid;
@@ -135,6 +147,22 @@ fn subject(
     let ending =
         Keeper::new(settings, &mut log, &mut attach, &mut tell)?.run(&mut signals, &mut control)?;
     finish(&subject, &lock, &log, &ending, false)
+}
+
+/// A signal that came during the restore was meant to end it: there was no program to pass it to.
+fn not_interrupted(signals: &mut SignalQueue) -> Result<(), KeeperError> {
+    while let Some(received) = signals
+        .take()
+        .map_err(KeeperError::io("read the signal queue"))?
+    {
+        if ENDS.contains(&received.signal) {
+            return Err(KeeperError::Told {
+                message: "interrupted; nothing was restored".into(),
+                exit: u8::try_from(received.signal).map_or(1, |n| n.saturating_add(128)),
+            });
+        }
+    }
+    Ok(())
 }
 
 fn must_not_run(subject: &Subject, card: &Card) -> Result<(), KeeperError> {

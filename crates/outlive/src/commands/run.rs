@@ -44,7 +44,10 @@ pub fn run(root: &Root, args: &RunArgs, json: bool) -> Result<u8, KeeperError> {
     // Whoever sees the program sees that it is kept: the socket and the card are there first.
     subject.write_card(&lock, &blank_card(command, every))?;
     let mut control = Control::open(subject.dir())?;
-    let mut child = match Command::new(program).args(words).spawn() {
+    let mut child = match signals
+        .release_in(Command::new(program).args(words))
+        .spawn()
+    {
         Ok(child) => child,
         Err(error) => {
             if new {
