@@ -20,6 +20,15 @@ use crate::restore::FilesPolicy;
 use outlive_state_tree::{from_fdt, to_fdt};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::sync::{PoisonError, RwLock, RwLockReadGuard};
+
+/// A child inherits whatever is open until its own program runs. Who starts one holds this for
+/// writing, who relies on closing the last copy of something holds it for reading.
+static STARTING: RwLock<()> = RwLock::new(());
+
+fn no_child_starts() -> RwLockReadGuard<'static, ()> {
+    STARTING.read().unwrap_or_else(PoisonError::into_inner)
+}
 
 /// The number of a descriptor.
 fn number(fd: &impl AsRawFd) -> u32 {

@@ -45,6 +45,7 @@ fn append(path: &Path, bytes: &[u8]) {
 
 #[test]
 fn positions_and_flags_are_kept_and_duplicates_share_them() {
+    let _quiet = no_child_starts();
     let fixture = Fixture::new();
     let path = fixture.file("data", &[7; 5000]);
     let reader = File::open(&path).unwrap();
@@ -88,6 +89,7 @@ fn positions_and_flags_are_kept_and_duplicates_share_them() {
 
 #[test]
 fn directories() {
+    let _quiet = no_child_starts();
     let fixture = Fixture::new();
     let dir = File::open(fixture.dir.path()).unwrap();
     let table = collect(&[number(&dir)]);
@@ -102,6 +104,7 @@ fn directories() {
 
 #[test]
 fn a_file_that_grew_is_cut_back_once_everything_else_is_done() {
+    let _quiet = no_child_starts();
     let fixture = Fixture::new();
     let path = fixture.file("log", &[b'a'; 10_000]);
     let file = writable(&path);
@@ -130,6 +133,7 @@ fn a_file_that_grew_is_cut_back_once_everything_else_is_done() {
 
 #[test]
 fn a_file_open_twice_is_cut_once() {
+    let _quiet = no_child_starts();
     let fixture = Fixture::new();
     let path = fixture.file("log", b"abc");
     let (a, b) = (writable(&path), writable(&path));
@@ -142,6 +146,7 @@ fn a_file_open_twice_is_cut_once() {
 
 #[test]
 fn what_is_not_as_it_was_is_refused_unless_kept() {
+    let _quiet = no_child_starts();
     type Change = fn(&Path);
     let cases: [(&str, Change); 5] = [
         ("rewritten", |p| std::fs::write(p, b"ABCDEF").unwrap()),
@@ -183,6 +188,7 @@ fn what_is_not_as_it_was_is_refused_unless_kept() {
 
 #[test]
 fn a_file_that_is_only_read_must_be_the_same_or_look_the_same() {
+    let _quiet = no_child_starts();
     let fixture = Fixture::new();
     let path = fixture.file("data", b"abcdef");
     let file = File::open(&path).unwrap();
@@ -200,6 +206,7 @@ fn a_file_that_is_only_read_must_be_the_same_or_look_the_same() {
 
 #[test]
 fn nothing_is_changed_when_one_of_many_is_refused() {
+    let _quiet = no_child_starts();
     let fixture = Fixture::new();
     let (log, data) = (fixture.file("log", b"abc"), fixture.file("data", b"abc"));
     let (a, b) = (writable(&log), writable(&data));
@@ -213,6 +220,7 @@ fn nothing_is_changed_when_one_of_many_is_refused() {
 
 #[test]
 fn files_of_the_kernel_are_opened_again_whatever_they_say() {
+    let _quiet = no_child_starts();
     let file = File::open("/proc/meminfo").unwrap();
     let made = recreate(&collect(&[number(&file)]));
     assert_same(&file, &made_for(&made, number(&file)));
@@ -220,6 +228,7 @@ fn files_of_the_kernel_are_opened_again_whatever_they_say() {
 
 #[test]
 fn a_name_that_ends_like_a_deleted_one_is_just_a_name() {
+    let _quiet = no_child_starts();
     let fixture = Fixture::new();
     let path = fixture.file("x (deleted)", b"abc");
     let file = File::open(&path).unwrap();
@@ -237,6 +246,7 @@ fn a_name_that_ends_like_a_deleted_one_is_just_a_name() {
 
 #[test]
 fn locks_of_a_description_are_taken_again() {
+    let _quiet = no_child_starts();
     let fixture = Fixture::new();
     let (one, two) = (fixture.file("one", b"abc"), fixture.file("two", b"abc"));
     let (a, b) = (writable(&one), writable(&two));
@@ -256,6 +266,7 @@ fn locks_of_a_description_are_taken_again() {
 
 #[test]
 fn locks_of_the_process_are_left_to_it() {
+    let _quiet = no_child_starts();
     let fixture = Fixture::new();
     let file = writable(&fixture.file("data", b"abc"));
     rustix::fs::fcntl_lock(&file, FlockOperation::NonBlockingLockExclusive).unwrap();

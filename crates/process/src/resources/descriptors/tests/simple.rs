@@ -14,6 +14,7 @@ use rustix::time::{
 
 #[test]
 fn devices() {
+    let _quiet = no_child_starts();
     for (path, flags) in [
         ("/dev/null", OFlags::RDWR),
         ("/dev/zero", OFlags::RDONLY),
@@ -32,6 +33,7 @@ fn devices() {
 
 #[test]
 fn a_pipe_keeps_contents_capacity_and_flags() {
+    let _quiet = no_child_starts();
     let (r, w) = pipe_with(PipeFlags::CLOEXEC).unwrap();
     fcntl_setpipe_size(&w, 1 << 17).unwrap();
     let data: Vec<u8> = (0..100_000_u32).map(|n| n as u8).collect();
@@ -68,6 +70,7 @@ fn a_pipe_keeps_contents_capacity_and_flags() {
 
 #[test]
 fn packets_stay_packets() {
+    let _quiet = no_child_starts();
     let (r, w) = pipe_with(PipeFlags::CLOEXEC | PipeFlags::DIRECT).unwrap();
     write(&w, b"one").unwrap();
     write(&w, b"three").unwrap();
@@ -81,6 +84,7 @@ fn packets_stay_packets() {
 
 #[test]
 fn an_end_that_was_opened_twice_is_two_descriptions_of_one_pipe() {
+    let _quiet = no_child_starts();
     let (r, w) = pipe_with(PipeFlags::CLOEXEC).unwrap();
     let path = format!("/proc/self/fd/{}", r.as_raw_fd());
     let again = rustix::fs::open(path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty()).unwrap();
@@ -96,6 +100,7 @@ fn an_end_that_was_opened_twice_is_two_descriptions_of_one_pipe() {
 
 #[test]
 fn an_end_whose_other_end_is_closed_stays_so() {
+    let _quiet = no_child_starts();
     let (r, w) = pipe_with(PipeFlags::CLOEXEC).unwrap();
     write(&w, b"last words").unwrap();
     drop(w);
@@ -111,6 +116,7 @@ fn an_end_whose_other_end_is_closed_stays_so() {
 
 #[test]
 fn event_counters() {
+    let _quiet = no_child_starts();
     let plain = eventfd(7, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).unwrap();
     let semaphore = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::SEMAPHORE).unwrap();
     let large = eventfd(0, EventfdFlags::CLOEXEC).unwrap();
@@ -138,6 +144,7 @@ fn timer(clock: TimerfdClockId, flags: TimerfdTimerFlags, value: i64, period: i6
 
 #[test]
 fn timers_go_on_with_the_time_that_was_left() {
+    let _quiet = no_child_starts();
     const HOUR: i64 = 3_600_000_000_000;
     let relative = timer(
         TimerfdClockId::Monotonic,
@@ -178,6 +185,7 @@ fn timers_go_on_with_the_time_that_was_left() {
 
 #[test]
 fn expirations_that_were_not_read_are_kept() {
+    let _quiet = no_child_starts();
     let fired = timer(TimerfdClockId::Monotonic, TimerfdTimerFlags::empty(), 1, 0);
     let mut fds = [rustix::event::PollFd::new(
         &fired,
@@ -192,6 +200,7 @@ fn expirations_that_were_not_read_are_kept() {
 
 #[test]
 fn signal_descriptors() {
+    let _quiet = no_child_starts();
     let fd = outlive_linux::descriptors::signalfd(1 << 9 | 1 << 40).unwrap();
     let made = recreate(&collect(&[number(&fd)]));
     assert_same(&fd, &made_for(&made, number(&fd)));
@@ -199,6 +208,7 @@ fn signal_descriptors() {
 
 #[test]
 fn epoll_instances_watch_the_same_again() {
+    let _quiet = no_child_starts();
     let poller = epoll::create(epoll::CreateFlags::CLOEXEC).unwrap();
     let inner = epoll::create(epoll::CreateFlags::CLOEXEC).unwrap();
     let (r, w) = pipe_with(PipeFlags::CLOEXEC).unwrap();
@@ -262,6 +272,7 @@ fn epoll_instances_watch_the_same_again() {
 
 #[test]
 fn an_epoll_watch_without_a_number_is_refused() {
+    let _quiet = no_child_starts();
     let poller = epoll::create(epoll::CreateFlags::CLOEXEC).unwrap();
     let counter = eventfd(0, EventfdFlags::CLOEXEC).unwrap();
     let kept = counter.try_clone().unwrap();
@@ -282,6 +293,7 @@ fn an_epoll_watch_without_a_number_is_refused() {
 
 #[test]
 fn flags_that_can_be_set_are_set() {
+    let _quiet = no_child_starts();
     let (r, w) = pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK).unwrap();
     let made = recreate(&collect(&[number(&r), number(&w)]));
     for fd in [&r, &w] {

@@ -30,6 +30,7 @@ const OPTIONS: &[(i32, i32, u32)] = &[
 
 #[test]
 fn a_listener_is_where_it_was_with_all_options() {
+    let _quiet = no_child_starts();
     for (family, address) in [
         (AddressFamily::INET, "127.0.0.1:0"),
         (AddressFamily::INET6, "[::1]:0"),
@@ -77,6 +78,7 @@ fn a_listener_is_where_it_was_with_all_options() {
 
 #[test]
 fn a_listener_comes_back_while_connections_of_its_earlier_life_linger() {
+    let _quiet = no_child_starts();
     let listener = socket(AddressFamily::INET, SocketType::STREAM, None).unwrap();
     sockopt::set_u32(listener.as_fd(), libc::SOL_SOCKET, libc::SO_REUSEADDR, 1).unwrap();
     bind(&listener, &"127.0.0.1:0".parse::<SocketAddr>().unwrap()).unwrap();
@@ -99,6 +101,7 @@ fn a_listener_comes_back_while_connections_of_its_earlier_life_linger() {
 
 #[test]
 fn a_busy_port_is_refused_with_its_holder() {
+    let _quiet = no_child_starts();
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let table = collect(&[number(&listener)]);
     let refusals = check_refused(&table);
@@ -114,6 +117,7 @@ fn a_busy_port_is_refused_with_its_holder() {
 
 #[test]
 fn sockets_that_were_not_used_yet() {
+    let _quiet = no_child_starts();
     let plain = socket(AddressFamily::INET, SocketType::STREAM, None).unwrap();
     sockopt::set_u32(plain.as_fd(), libc::IPPROTO_TCP, libc::TCP_NODELAY, 1).unwrap();
     let bound = socket(AddressFamily::INET, SocketType::STREAM, None).unwrap();
@@ -147,6 +151,7 @@ fn sockets_that_were_not_used_yet() {
 
 #[test]
 fn connections_are_found_reset_with_a_notice() {
+    let _quiet = no_child_starts();
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let mut client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
     let (server, _) = listener.accept().unwrap();
@@ -179,6 +184,7 @@ fn connections_are_found_reset_with_a_notice() {
 
 #[test]
 fn a_unix_listener_replaces_the_file_that_was_left_behind() {
+    let _quiet = no_child_starts();
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("socket");
     let listener = UnixListener::bind(&path).unwrap();
@@ -214,6 +220,7 @@ fn a_unix_listener_replaces_the_file_that_was_left_behind() {
 
 #[test]
 fn abstract_names_are_taken_again() {
+    let _quiet = no_child_starts();
     use rustix::net::SocketAddrUnix;
     let name = format!("outlive-test-{}\0with a zero", std::process::id());
     let address = SocketAddrUnix::new_abstract_name(name.as_bytes()).unwrap();
@@ -230,6 +237,7 @@ fn abstract_names_are_taken_again() {
 
 #[test]
 fn unix_connections_to_others_are_found_closed() {
+    let _quiet = no_child_starts();
     let (mine, mut theirs) = UnixStream::pair().unwrap();
     let table = collect(&[number(&mine)]);
     let made = recreate(&table);
@@ -243,6 +251,7 @@ fn unix_connections_to_others_are_found_closed() {
 
 #[test]
 fn a_pair_within_the_program_is_refused() {
+    let _quiet = no_child_starts();
     let (a, b) = UnixStream::pair().unwrap();
     let refusals = refused(&[number(&a), number(&b)]);
     assert_eq!(refusals.len(), 2);

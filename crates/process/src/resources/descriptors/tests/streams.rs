@@ -10,6 +10,7 @@ struct Waiting(Child);
 
 impl Waiting {
     fn with(stdin: Stdio, stdout: Stdio, stderr: Stdio) -> Self {
+        let starting = STARTING.write().unwrap_or_else(PoisonError::into_inner);
         let child = Command::new("sleep")
             .arg("1000")
             .stdin(stdin)
@@ -17,11 +18,13 @@ impl Waiting {
             .stderr(stderr)
             .spawn()
             .unwrap();
-        // The descriptors of the test are gone from it once the new program runs.
-        let comm = format!("/proc/{}/comm", child.id());
-        while std::fs::read_to_string(&comm).unwrap() != "sleep\n" {
+        // Once it sleeps, the descriptors of the test are gone from it and those of its start too.
+        let call = format!("/proc/{}/syscall", child.id());
+        let sleeps = format!("{} ", libc::SYS_clock_nanosleep);
+        while !std::fs::read_to_string(&call).unwrap().starts_with(&sleeps) {
             std::thread::yield_now();
         }
+        drop(starting);
         Self(child)
     }
 
@@ -99,6 +102,8 @@ fn one_pipe_for_output_and_error_is_two_streams() {
 fn input_that_has_ended_stays_ended() {
     let (read, write) = std::io::pipe().unwrap();
     let child = Waiting::with(read.into(), Stdio::null(), Stdio::null());
+    // Whatever another child inherited of it is gone once nobody is starting.
+    let _quiet = no_child_starts();
     drop(write);
     let table = child.collect();
     assert_eq!(streams(&table)[0], (0, None));
