@@ -9,7 +9,7 @@
 mod common;
 
 use common::{Model, Script, Step, create, history, models, open, read_back};
-use outlive_epoch::{EpochReader, StoreError};
+use outlive_epoch::{EpochFacts, EpochReader, EpochWriter, StoreError};
 use outlive_epoch_store::{Access, Store};
 use outlive_media::{Fate, Fault, Op, Pending, SimDisk, power_off};
 use std::io;
@@ -262,8 +262,9 @@ fn any_operation_may_fail_once_and_the_next_attempt_succeeds() {
     let mut met = 0;
     for error in [io::ErrorKind::Other, io::ErrorKind::StorageFull] {
         for at in 0..clean.trace().len() as u64 {
-            for applied in [false, true] {
+            for (applied, deferred) in [(false, false), (true, false), (false, true)] {
                 let disk = SimDisk::new();
+                disk.defer_errors(deferred);
                 disk.fault(Some(Fault {
                     at,
                     lasting: false,
@@ -388,4 +389,48 @@ fn an_attempt_after_a_failed_one_harms_neither() {
         let states = fail_then_cut(&script(first, 40), &script(second, 50));
         assert!(states > 1000, "{states} states");
     }
+}
+
+#[test]
+fn an_error_of_an_abandoned_epoch_does_not_hit_the_next() {
+    let disk = SimDisk::new();
+    disk.defer_errors(true);
+    let mut store = create(&disk).unwrap();
+    write_two(&mut store);
+    let (at, error) = (disk.trace().len() as u64, io::ErrorKind::Other);
+    disk.fault(Some(Fault {
+        at,
+        lasting: false,
+        error,
+        applied: false,
+    }));
+    history()[0].stage(&mut *store.begin().unwrap()).unwrap();
+    assert!(disk.trace().len() as u64 > at && disk.trace()[at as usize] == Op::Write);
+    assert_eq!(history()[2].write(&mut store).unwrap().0, 3);
+    assert_eq!(find(&disk, &models(&history())), 3);
+}
+
+#[test]
+fn an_epoch_that_lacks_a_page_cannot_be_committed() {
+    let disk = SimDisk::new();
+    let mut store = create(&disk).unwrap();
+    write_two(&mut store);
+    let (at, error) = (disk.trace().len() as u64, io::ErrorKind::StorageFull);
+    disk.fault(Some(Fault {
+        at,
+        lasting: false,
+        error,
+        applied: false,
+    }));
+    let mut writer = store.begin().unwrap();
+    assert!(matches!(
+        history()[2].stage(&mut *writer),
+        Err(StoreError::Full { .. })
+    ));
+    let committed = writer.commit(EpochFacts::default());
+    assert!(
+        matches!(committed, Err(StoreError::Misuse(_))),
+        "{committed:?}"
+    );
+    assert_eq!(find(&disk, &models(&history())), 2);
 }

@@ -35,6 +35,7 @@ fn script() -> impl Strategy<Value = Script> {
         prop_oneof![
             Just(vec![]),
             Just(vec![1; 5000]),
+            Just(vec![2; 5000]),
             prop::collection::vec(any::<u8>(), 0..40)
         ],
         0..4,

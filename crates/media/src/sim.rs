@@ -74,7 +74,7 @@ pub type Cut<'a> = &'a mut dyn FnMut(usize, &Pending) -> Fate;
 #[derive(Clone, Debug, Default)]
 pub struct SimDisk(Arc<Mutex<Inner>>);
 
-#[derive(Clone, Debug, Default)]
+#[derive(Debug, Default)]
 struct Inner {
     now: State,
     durable: State,
@@ -83,6 +83,9 @@ struct Inner {
     trace: Vec<Op>,
     fault: Option<Fault>,
     capacity: Option<u64>,
+    defer: bool,
+    /// Errors of writes that the next flush reports, by medium.
+    deferred: BTreeMap<u64, MediumError>,
 }
 
 #[derive(Clone, Debug, Default)]
@@ -108,10 +111,22 @@ impl SimDisk {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// An independent copy, with the same pending changes.
+    /// An independent copy, with the same pending changes (but without deferred errors).
     #[must_use]
     pub fn fork(&self) -> Self {
-        Self(Arc::new(Mutex::new(self.inner().clone())))
+        let inner = self.inner();
+        let copy = Inner {
+            now: inner.now.clone(),
+            durable: inner.durable.clone(),
+            pending: inner.pending.clone(),
+            next: inner.next,
+            trace: inner.trace.clone(),
+            fault: inner.fault,
+            capacity: inner.capacity,
+            defer: inner.defer,
+            deferred: BTreeMap::new(),
+        };
+        Self(Arc::new(Mutex::new(copy)))
     }
 
     /// The directory of this disk.
@@ -134,6 +149,12 @@ impl SimDisk {
     /// Limits the sum of all sizes, in bytes.
     pub fn set_capacity(&self, bytes: Option<u64>) {
         self.inner().capacity = bytes;
+    }
+
+    /// Whether the error of a write is reported only by the next flush, as media may do that
+    /// write in the background.
+    pub fn defer_errors(&self, defer: bool) {
+        self.inner().defer = defer;
     }
 
     /// The changes that are not durable.
@@ -462,16 +483,24 @@ impl Medium for SimMedium {
     fn write(&self, offset: u64, bytes: &[u8]) -> Result<(), MediumError> {
         check_blocks(&self.name, offset, bytes.len())?;
         let end = offset.saturating_add(bytes.len() as u64);
-        self.change(
-            Op::Write,
-            end,
-            Pending::Write(self.id, offset, bytes.to_vec()),
-        )
+        let pending = Pending::Write(self.id, offset, bytes.to_vec());
+        let result = self.change(Op::Write, end, pending);
+        let mut inner = self.disk.inner();
+        match result {
+            Err(e @ MediumError::Io { .. }) if inner.defer => {
+                inner.deferred.entry(self.id).or_insert(e);
+                Ok(())
+            }
+            result => result,
+        }
     }
 
     fn flush(&self) -> Result<(), MediumError> {
         let mut inner = self.disk.inner();
         inner.step(&self.name, Op::Flush).1?;
+        if let Some(e) = inner.deferred.remove(&self.id) {
+            return Err(e);
+        }
         let mine = |p: &Pending| matches!(p, Pending::Write(id, ..) | Pending::Resize(id, _) if *id == self.id);
         let (done, rest) = std::mem::take(&mut inner.pending)
             .into_iter()
