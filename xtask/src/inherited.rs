@@ -12,17 +12,20 @@
 use anyhow::{Context, Result, bail};
 use std::{env, fs, os::unix::process::CommandExt, process::Command};
 
-/// Set for the second start, which must not lead to a third.
+/// Set to our process ID for the second start, which must not lead to a third. (The ID, so that it
+/// means nothing to processes below us.)
 const MARK: &str = "OUTLIVE_XTASK_CLEAN";
 
 /// Closes every descriptor it is given, then becomes what is asked for.
-const SCRIPT: &str = r#"for fd in $1; do eval "exec $fd>&-"; done; shift; exec "$@""#;
+const SCRIPT: &str =
+    r#"for fd in $1; do eval "exec $fd>&-"; done; shift; export OUTLIVE_XTASK_CLEAN=$$; exec "$@""#;
 
 /// Returns where nothing is inherited beyond the standard streams; otherwise starts this program
 /// again without.
 pub fn close() -> Result<()> {
     let stray = stray()?;
-    if stray.is_empty() || env::var_os(MARK).is_some() {
+    let cleaned = env::var(MARK).is_ok_and(|pid| pid == std::process::id().to_string());
+    if stray.is_empty() || cleaned {
         return Ok(());
     }
     let program = env::current_exe().context("cannot find our own binary")?;
@@ -30,7 +33,6 @@ pub fn close() -> Result<()> {
         .args(["-c", SCRIPT, "xtask", &stray.join(" ")])
         .arg(program)
         .args(env::args_os().skip(1))
-        .env(MARK, "1")
         .exec();
     bail!(
         "cannot close the inherited descriptors {}: bash: {error}",
