@@ -77,12 +77,38 @@ pub struct Collected {
     pub files: FilesToSync,
 }
 
+/// How often [`preflight`] looks again before it believes a refusal.
+const LOOKS: usize = 5;
+
 /// Looks for descriptors that could not be restored, at any time, and keeps nothing.
+///
+/// The program runs meanwhile and may open and close what is being looked at, so only what is
+/// found every time is refused.
 ///
 /// # Errors
 /// [`ProcessError::Refused`] with all of them.
 pub fn preflight(target: &Target<'_>) -> Result<(), ProcessError> {
-    collect_table(target, &mut Memory::default()).map(|_| ())
+    let mut memory = Memory::default();
+    let mut look = || collect_table(target, &mut memory).map(|_| ());
+    let mut last = look();
+    for _ in 1..LOOKS {
+        let again = match &last {
+            Ok(()) | Err(ProcessError::Gone { .. } | ProcessError::NotPermitted { .. }) => break,
+            Err(_) => look(),
+        };
+        last = match (last, again) {
+            (Err(ProcessError::Refused(before)), Err(ProcessError::Refused(mut now))) => {
+                now.retain(|refusal| before.contains(refusal));
+                if now.is_empty() {
+                    Ok(())
+                } else {
+                    Err(ProcessError::Refused(now))
+                }
+            }
+            (_, again) => again,
+        };
+    }
+    last
 }
 
 /// Collects all descriptors of a process that is stopped.

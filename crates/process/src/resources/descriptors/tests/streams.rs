@@ -132,3 +132,33 @@ fn a_terminal_is_re_attached() {
         assert_eq!((number, stream), (n as u32, Some(wanted)));
     }
 }
+
+#[test]
+fn a_program_that_opens_and_closes_meanwhile_is_not_refused_for_it() {
+    let script = "while :; do exec 5</etc/passwd 6>/dev/null 5<&- 6>&-; done";
+    let starting = STARTING.write().unwrap_or_else(PoisonError::into_inner);
+    let mut command = Command::new("sh");
+    command
+        .args(["-c", script])
+        .stdin(Stdio::null())
+        .stdout(Stdio::null());
+    let busy = Waiting(command.stderr(Stdio::null()).spawn().unwrap());
+    let comm = format!("/proc/{}/comm", busy.0.id());
+    while std::fs::read_to_string(&comm).unwrap() != "sh\n" {
+        std::thread::yield_now();
+    }
+    drop(starting);
+    let pid = busy.0.id();
+    let pidfd = pidfd_open(Pid::from_raw(pid as i32).unwrap(), PidfdFlags::empty()).unwrap();
+    let inherited: Vec<u32> = (7..1024).collect();
+    let pidfd = pidfd.as_fd();
+    let target = Target {
+        pid,
+        program: "sh",
+        pidfd,
+        ignore: &inherited,
+    };
+    for _ in 0..50 {
+        preflight(&target).unwrap();
+    }
+}
