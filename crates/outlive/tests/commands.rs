@@ -139,6 +139,13 @@ fn the_exit_status_of_the_program_passes_through() {
     };
     let (code, stdout, stderr) = run("echo out; exit 7");
     assert_eq!((code, stdout.as_str(), stderr.as_str()), (7, "out\n", ""));
+    let words = ["run", "--", "grep", "SigBlk", "/proc/self/status"];
+    let (_, blocked, _) = call(dir.path(), &words);
+    let own = std::fs::read_to_string("/proc/self/status").unwrap();
+    assert!(
+        own.contains(&blocked),
+        "the program has our signal mask: {blocked}"
+    );
     assert_eq!(run("kill -9 $$").0, 137);
     assert_eq!(call(dir.path(), &["run", "--", "/no/such/program"]).0, 127);
     assert_eq!(call(dir.path(), &["run", "--", "/etc/passwd"]).0, 126);
@@ -152,10 +159,9 @@ fn the_exit_status_of_the_program_passes_through() {
         .collect();
     assert_eq!(code, 0);
     let entry = |name: &str, state: &str| (Value::from(name), Value::from(state));
-    assert_eq!(
-        list,
-        [entry("sh", "exit status 7"), entry("sh-2", "signal 9")]
-    );
+    let sh = [entry("sh", "exit status 7"), entry("sh-2", "signal 9")];
+    assert_eq!(list[0], entry("grep", "exit status 0"));
+    assert_eq!(list[1..], sh);
 }
 
 #[test]
