@@ -35,7 +35,8 @@ pub fn of_process(target: &Target) -> Result<Vec<Refusal>, ProcessError> {
 /// Refusals that concern threads and children; also looked for at each stop.
 pub fn of_threads(target: &Target) -> Result<Vec<Refusal>, ProcessError> {
     let mut found = Vec::new();
-    let me = std::process::id();
+    // The kernel names the tracing thread, and ours is whichever thread calls this.
+    let me = rustix::thread::gettid().as_raw_nonzero().get().cast_unsigned();
     for tid in target.threads()? {
         let Ok(status) = Status::read(target.pid, tid) else { continue };
         let place = format!("thread {tid}");
