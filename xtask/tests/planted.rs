@@ -21,8 +21,11 @@ fn demo(planted: &str) -> Option<Output> {
     let Ok(path) = env::join_paths(path) else {
         panic!("PATH cannot be extended by {}", stand_ins.display());
     };
+    // In a PID namespace of its own: the stand-in draws PIDs again by setting the last one used,
+    // and would otherwise give everybody else on the machine numbers that others wait for.
     // A descriptor that the caller leaks must not reach the server, which looks for it.
-    let output = Command::new("bash")
+    let output = Command::new("unshare")
+        .args(["--pid", "--fork", "--kill-child", "--mount-proc", "bash"])
         .args(["-c", r#"exec 77</dev/null; exec "$@""#, "leaky"])
         .arg(env!("CARGO_BIN_EXE_xtask"))
         .args([
