@@ -14,7 +14,9 @@ pub enum StoreError {
         source: io::Error,
     },
     /// The medium is full. Earlier epochs are kept; the subject is unharmed.
-    #[error("{place}: no space left for {needed} bytes; earlier epochs are kept. Free space or choose another --store")]
+    #[error(
+        "{place}: no space left for {needed} bytes; earlier epochs are kept. Free space or choose another --store"
+    )]
     Full {
         /// The path.
         place: String,
@@ -30,7 +32,9 @@ pub enum StoreError {
         what: String,
     },
     /// The image was written by a newer version.
-    #[error("{place} has format version {found}; this version of outlive reads up to {supported}: use a newer outlive")]
+    #[error(
+        "{place} has format version {found}; this version of outlive reads up to {supported}: use a newer outlive"
+    )]
     Newer {
         /// The path.
         place: String,

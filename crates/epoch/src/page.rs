@@ -28,7 +28,11 @@ impl Run {
     #[must_use]
     pub fn new(space: SpaceId, first: u64, count: u64) -> Option<Self> {
         let end = first.checked_add(count)?;
-        (count > 0 && end <= END).then_some(Self { space, first, count })
+        (count > 0 && end <= END).then_some(Self {
+            space,
+            first,
+            count,
+        })
     }
 
     /// The space that the pages live in.

@@ -7,7 +7,9 @@ use std::io;
 #[must_use]
 pub fn now_ns(clock: ClockId) -> i64 {
     let t = clock_gettime(clock);
-    t.tv_sec.saturating_mul(1_000_000_000).saturating_add(t.tv_nsec)
+    t.tv_sec
+        .saturating_mul(1_000_000_000)
+        .saturating_add(t.tv_nsec)
 }
 
 /// Nanoseconds of CLOCK_REALTIME since the Unix epoch.
@@ -42,10 +44,13 @@ impl TimeOffsets {
         let mut offsets = Self::default();
         for line in text.lines() {
             let mut words = line.split_whitespace();
-            let (Some(clock), Some(s), Some(ns)) = (words.next(), words.next(), words.next()) else {
+            let (Some(clock), Some(s), Some(ns)) = (words.next(), words.next(), words.next())
+            else {
                 continue;
             };
-            let (Ok(s), Ok(ns)) = (s.parse::<i64>(), ns.parse::<i64>()) else { continue };
+            let (Ok(s), Ok(ns)) = (s.parse::<i64>(), ns.parse::<i64>()) else {
+                continue;
+            };
             let value = s.saturating_mul(1_000_000_000).saturating_add(ns);
             match clock {
                 "monotonic" => offsets.monotonic_ns = value,
@@ -60,7 +65,11 @@ impl TimeOffsets {
     #[must_use]
     pub fn render(&self) -> String {
         let line = |name: &str, ns: i64| {
-            format!("{name} {} {}\n", ns.div_euclid(1_000_000_000), ns.rem_euclid(1_000_000_000))
+            format!(
+                "{name} {} {}\n",
+                ns.div_euclid(1_000_000_000),
+                ns.rem_euclid(1_000_000_000)
+            )
         };
         line("monotonic", self.monotonic_ns) + &line("boottime", self.boottime_ns)
     }
@@ -72,9 +81,15 @@ mod tests {
 
     #[test]
     fn offsets_survive_the_text_form() {
-        let o = TimeOffsets { monotonic_ns: -5_000_000_001, boottime_ns: 7 };
+        let o = TimeOffsets {
+            monotonic_ns: -5_000_000_001,
+            boottime_ns: 7,
+        };
         assert_eq!(o.render(), "monotonic -6 999999999\nboottime 0 7\n");
         assert_eq!(TimeOffsets::parse(&o.render()), o);
-        assert_eq!(TimeOffsets::parse("monotonic           0         0\nx"), TimeOffsets::default());
+        assert_eq!(
+            TimeOffsets::parse("monotonic           0         0\nx"),
+            TimeOffsets::default()
+        );
     }
 }

@@ -21,7 +21,10 @@ const FIRST: i32 = 3;
 pub fn withhold_pipes_and_sockets() -> io::Result<()> {
     for entry in fs::read_dir("/proc/self/fd")? {
         let entry = entry?;
-        let number = entry.file_name().to_str().and_then(|name| name.parse().ok());
+        let number = entry
+            .file_name()
+            .to_str()
+            .and_then(|name| name.parse().ok());
         let Some(number) = number.filter(|number| *number >= FIRST) else {
             continue;
         };

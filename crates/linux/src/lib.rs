@@ -27,6 +27,8 @@ pub use rustix::io::Errno;
 
 /// The error of the last failed C library call of this thread.
 pub(crate) fn last_error() -> Errno {
-    let raw = std::io::Error::last_os_error().raw_os_error().unwrap_or(libc::EIO);
+    let raw = std::io::Error::last_os_error()
+        .raw_os_error()
+        .unwrap_or(libc::EIO);
     Errno::from_raw_os_error(raw)
 }

@@ -121,7 +121,10 @@ pub fn read_with_flags(pid: u32) -> io::Result<Vec<(Mapping, VmFlags)>> {
 
 fn malformed(line: &[u8]) -> io::Error {
     let text = String::from_utf8_lossy(line);
-    io::Error::new(io::ErrorKind::InvalidData, format!("unexpected line in maps: {text}"))
+    io::Error::new(
+        io::ErrorKind::InvalidData,
+        format!("unexpected line in maps: {text}"),
+    )
 }
 
 fn parse(text: &[u8]) -> io::Result<Vec<Mapping>> {
@@ -145,7 +148,10 @@ fn parse_smaps(text: &[u8]) -> io::Result<Vec<(Mapping, VmFlags)>> {
                 }
             }
         } else if !line[0].is_ascii_uppercase() {
-            all.push((parse_line(line).ok_or_else(|| malformed(line))?, VmFlags::default()));
+            all.push((
+                parse_line(line).ok_or_else(|| malformed(line))?,
+                VmFlags::default(),
+            ));
         }
     }
     all.retain(|(m, _)| m.name != b"[vsyscall]");
@@ -163,7 +169,10 @@ fn parse_line(line: &[u8]) -> Option<Mapping> {
     let rest = words.next()?;
     let inode = std::str::from_utf8(rest).ok()?.parse().ok()?;
     let name = words.next().unwrap_or_default();
-    let name = name.iter().position(|&b| b != b' ').map_or(&[][..], |at| &name[at..]);
+    let name = name
+        .iter()
+        .position(|&b| b != b' ')
+        .map_or(&[][..], |at| &name[at..]);
     if perms.len() != 4 || end <= start {
         return None;
     }
@@ -184,7 +193,9 @@ fn hex(digits: &[u8]) -> Option<u64> {
     if digits.is_empty() || digits.len() > 16 {
         return None;
     }
-    digits.iter().try_fold(0u64, |n, &d| Some(n << 4 | u64::from((d as char).to_digit(16)?)))
+    digits.iter().try_fold(0u64, |n, &d| {
+        Some(n << 4 | u64::from((d as char).to_digit(16)?))
+    })
 }
 
 /// `maps` writes a newline in a path as `\012`.
@@ -216,7 +227,10 @@ mod tests {
         let maps = parse(text).unwrap();
         assert_eq!(maps.len(), 3);
         assert_eq!(maps[0].name, b"/usr/bin/a b\nc");
-        assert_eq!((maps[0].prot, maps[0].shared, maps[0].inode), (5, false, 173_521));
+        assert_eq!(
+            (maps[0].prot, maps[0].shared, maps[0].inode),
+            (5, false, 173_521)
+        );
         assert_eq!(maps[0].device, (8, 2));
         assert_eq!(maps[1].name, b"[stack]");
         assert!(maps[2].shared && maps[2].name.is_empty());
@@ -232,7 +246,11 @@ mod tests {
 
     #[test]
     fn rubbish_is_an_error() {
-        for bad in [&b"x"[..], b"2000-1000 rw-p 0 0:0 0", b"1000-2000 rw 0 0:0 0 a"] {
+        for bad in [
+            &b"x"[..],
+            b"2000-1000 rw-p 0 0:0 0",
+            b"1000-2000 rw 0 0:0 0 a",
+        ] {
             assert!(parse(bad).is_err());
         }
     }

@@ -17,7 +17,10 @@ fn remote_vectors(ranges: &[Remote]) -> Vec<libc::iovec> {
     ranges
         .iter()
         .take(RANGES)
-        .map(|&(address, len)| libc::iovec { iov_base: address as *mut libc::c_void, iov_len: len })
+        .map(|&(address, len)| libc::iovec {
+            iov_base: address as *mut libc::c_void,
+            iov_len: len,
+        })
         .collect()
 }
 
@@ -25,12 +28,26 @@ fn remote_vectors(ranges: &[Remote]) -> Vec<libc::iovec> {
 /// bytes could be read before one was not there.
 pub fn read(pid: u32, ranges: &[Remote], out: &mut [u8]) -> Result<usize, Errno> {
     let remote = remote_vectors(ranges);
-    let local = libc::iovec { iov_base: out.as_mut_ptr().cast(), iov_len: out.len() };
+    let local = libc::iovec {
+        iov_base: out.as_mut_ptr().cast(),
+        iov_len: out.len(),
+    };
     // SAFETY: local describes the exclusively borrowed slice out; the kernel writes nowhere else.
     let n = unsafe {
-        libc::process_vm_readv(pid as i32, &raw const local, 1, remote.as_ptr(), remote.len() as u64, 0)
+        libc::process_vm_readv(
+            pid as i32,
+            &raw const local,
+            1,
+            remote.as_ptr(),
+            remote.len() as u64,
+            0,
+        )
     };
-    if n < 0 { Err(last_error()) } else { Ok(n as usize) }
+    if n < 0 {
+        Err(last_error())
+    } else {
+        Ok(n as usize)
+    }
 }
 
 /// Reads exactly `out.len()` bytes at an address.
@@ -46,8 +63,10 @@ pub fn write(pid: u32, address: u64, bytes: &[u8]) -> Result<(), Errno> {
     let mut done = 0;
     while done < bytes.len() {
         let rest = &bytes[done..];
-        let local =
-            libc::iovec { iov_base: rest.as_ptr().cast_mut().cast(), iov_len: rest.len() };
+        let local = libc::iovec {
+            iov_base: rest.as_ptr().cast_mut().cast(),
+            iov_len: rest.len(),
+        };
         let remote = libc::iovec {
             iov_base: (address + done as u64) as *mut libc::c_void,
             iov_len: rest.len(),

@@ -86,7 +86,10 @@ impl Pagemap {
     pub fn open(pid: u32) -> Result<Self, Errno> {
         let path = format!("/proc/{pid}/pagemap");
         let file = open(path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?;
-        Ok(Self { file, found: vec![Region::default(); BATCH].into() })
+        Ok(Self {
+            file,
+            found: vec![Region::default(); BATCH].into(),
+        })
     }
 
     /// Hands out the regions of `start..end` that match, in order. A region may come in several
@@ -102,7 +105,11 @@ impl Pagemap {
         while from < end {
             let mut arg = Argument {
                 size: size_of::<Argument>() as u64,
-                flags: if query.protect { WP_MATCHING | CHECK_WPASYNC } else { 0 },
+                flags: if query.protect {
+                    WP_MATCHING | CHECK_WPASYNC
+                } else {
+                    0
+                },
                 start: from,
                 end,
                 vec: self.found.as_mut_ptr() as u64,

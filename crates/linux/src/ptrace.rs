@@ -87,7 +87,12 @@ fn request(req: libc::c_uint, tid: u32, addr: usize, data: usize) -> Result<i64,
     // SAFETY: callers in this file pass integers, or pointers to live values that outlast the
     // call and have the size that the request writes (module heading).
     let r = unsafe {
-        libc::ptrace(req, tid as libc::pid_t, addr as *mut libc::c_void, data as *mut libc::c_void)
+        libc::ptrace(
+            req,
+            tid as libc::pid_t,
+            addr as *mut libc::c_void,
+            data as *mut libc::c_void,
+        )
     };
     if r < 0 { Err(last_error()) } else { Ok(r) }
 }
@@ -96,14 +101,27 @@ impl Running {
     /// Seizes a thread. `own_child` says that it is the leader of a process which this process
     /// itself will wait for.
     pub fn seize(tid: u32, own_child: bool) -> Result<Self, Errno> {
-        request(libc::PTRACE_SEIZE, tid, 0, libc::PTRACE_O_TRACESYSGOOD as usize)?;
-        Ok(Self { tid, own_child, armed: true })
+        request(
+            libc::PTRACE_SEIZE,
+            tid,
+            0,
+            libc::PTRACE_O_TRACESYSGOOD as usize,
+        )?;
+        Ok(Self {
+            tid,
+            own_child,
+            armed: true,
+        })
     }
 
     /// Takes charge of a thread that the kernel seized for us at its birth (`CLONE_PTRACE`).
     #[must_use]
     pub fn born_seized(tid: u32) -> Self {
-        Self { tid, own_child: false, armed: true }
+        Self {
+            tid,
+            own_child: false,
+            armed: true,
+        }
     }
 
     /// The thread.
@@ -122,7 +140,12 @@ impl Running {
         match wait_stop(self.tid, self.own_child, deadline) {
             Ok(stop) => {
                 self.armed = false;
-                Ok(Halted { tid: self.tid, own_child: self.own_child, stop, armed: true })
+                Ok(Halted {
+                    tid: self.tid,
+                    own_child: self.own_child,
+                    stop,
+                    armed: true,
+                })
             }
             Err(e @ WaitError::Ended { .. }) => {
                 self.armed = false;
@@ -134,7 +157,10 @@ impl Running {
 
     /// Waits for the stop that an interrupt asked for. Signals that arrive on the way are
     /// delivered: their handler's frame is then part of what is seen.
-    pub fn wait_interrupted(mut self, deadline: Instant) -> Result<Halted, (Option<Self>, WaitError)> {
+    pub fn wait_interrupted(
+        mut self,
+        deadline: Instant,
+    ) -> Result<Halted, (Option<Self>, WaitError)> {
         loop {
             let halted = self.wait(deadline)?;
             match halted.stop {
@@ -186,7 +212,11 @@ impl Halted {
     fn resume_with(mut self, req: libc::c_uint, signal: i32) -> Result<Running, Errno> {
         request(req, self.tid, 0, signal as usize)?;
         self.armed = false;
-        Ok(Running { tid: self.tid, own_child: self.own_child, armed: true })
+        Ok(Running {
+            tid: self.tid,
+            own_child: self.own_child,
+            armed: true,
+        })
     }
 
     /// Lets the thread run, still seized.
@@ -202,7 +232,11 @@ impl Halted {
     /// Lets the thread run and gives it up.
     pub fn detach(mut self) -> Result<(), Errno> {
         self.armed = false;
-        let signal = if let Stop::Signal(s) = self.stop { s } else { 0 };
+        let signal = if let Stop::Signal(s) = self.stop {
+            s
+        } else {
+            0
+        };
         match request(libc::PTRACE_DETACH, self.tid, 0, signal as usize) {
             Ok(_) | Err(Errno::SRCH) => Ok(()),
             Err(e) => Err(e),
@@ -244,8 +278,16 @@ impl Halted {
     /// Extended state (x87, SSE, AVX, AVX-512, PKRU …) in the processor's standard XSAVE format.
     pub fn xstate(&self) -> Result<Vec<u8>, Errno> {
         let mut buffer = vec![0u8; XSTATE_MAX];
-        let mut iov = libc::iovec { iov_base: buffer.as_mut_ptr().cast(), iov_len: buffer.len() };
-        request(libc::PTRACE_GETREGSET, self.tid, NT_X86_XSTATE, &raw mut iov as usize)?;
+        let mut iov = libc::iovec {
+            iov_base: buffer.as_mut_ptr().cast(),
+            iov_len: buffer.len(),
+        };
+        request(
+            libc::PTRACE_GETREGSET,
+            self.tid,
+            NT_X86_XSTATE,
+            &raw mut iov as usize,
+        )?;
         let len = iov.iov_len.min(buffer.len());
         buffer.truncate(len);
         Ok(buffer)
@@ -254,8 +296,17 @@ impl Halted {
     /// Sets the extended state. The kernel checks it and refuses what the processor lacks.
     pub fn set_xstate(&mut self, state: &[u8]) -> Result<(), Errno> {
         let mut copy = state.to_vec();
-        let mut iov = libc::iovec { iov_base: copy.as_mut_ptr().cast(), iov_len: copy.len() };
-        request(libc::PTRACE_SETREGSET, self.tid, NT_X86_XSTATE, &raw mut iov as usize).map(drop)
+        let mut iov = libc::iovec {
+            iov_base: copy.as_mut_ptr().cast(),
+            iov_len: copy.len(),
+        };
+        request(
+            libc::PTRACE_SETREGSET,
+            self.tid,
+            NT_X86_XSTATE,
+            &raw mut iov as usize,
+        )
+        .map(drop)
     }
 
     /// Blocked signals, bit n−1 for signal n. Where a call such as `sigsuspend` was interrupted,
@@ -268,7 +319,13 @@ impl Halted {
 
     /// Sets the blocked signals.
     pub fn set_signal_mask(&mut self, mask: u64) -> Result<(), Errno> {
-        request(libc::PTRACE_SETSIGMASK, self.tid, 8, &raw const mask as usize).map(drop)
+        request(
+            libc::PTRACE_SETSIGMASK,
+            self.tid,
+            8,
+            &raw const mask as usize,
+        )
+        .map(drop)
     }
 
     /// The queued signals of the thread, or those of its whole process (`shared`), each as the
@@ -300,14 +357,24 @@ impl Halted {
     pub fn rseq(&self) -> Result<Option<Rseq>, Errno> {
         let mut raw = [0u8; 24];
         let size = raw.len();
-        match request(PTRACE_GET_RSEQ_CONFIGURATION, self.tid, size, raw.as_mut_ptr() as usize) {
+        match request(
+            PTRACE_GET_RSEQ_CONFIGURATION,
+            self.tid,
+            size,
+            raw.as_mut_ptr() as usize,
+        ) {
             Ok(_) => {}
             Err(Errno::IO | Errno::INVAL) => return Ok(None),
             Err(e) => return Err(e),
         }
         let word = |at: usize| u32::from_ne_bytes([raw[at], raw[at + 1], raw[at + 2], raw[at + 3]]);
         let address = u64::from(word(0)) | (u64::from(word(4)) << 32);
-        let rseq = Rseq { address, size: word(8), signature: word(12), flags: word(16) };
+        let rseq = Rseq {
+            address,
+            size: word(8),
+            signature: word(12),
+            flags: word(16),
+        };
         Ok((address != 0).then_some(rseq))
     }
 }
@@ -328,7 +395,11 @@ pub struct Rseq {
 impl Drop for Halted {
     fn drop(&mut self) {
         if self.armed {
-            let signal = if let Stop::Signal(s) = self.stop { s } else { 0 };
+            let signal = if let Stop::Signal(s) = self.stop {
+                s
+            } else {
+                0
+            };
             let _ = request(libc::PTRACE_DETACH, self.tid, 0, signal as usize);
         }
     }
@@ -375,7 +446,10 @@ fn poll_stop(tid: u32, own_child: bool) -> Result<Option<Stop>, WaitError> {
     if unsafe { info.si_pid() } == 0 {
         return Ok(None);
     }
-    let ended = matches!(info.si_code, libc::CLD_EXITED | libc::CLD_KILLED | libc::CLD_DUMPED);
+    let ended = matches!(
+        info.si_code,
+        libc::CLD_EXITED | libc::CLD_KILLED | libc::CLD_DUMPED
+    );
     if ended && own_child {
         return Err(WaitError::Ended { tid });
     }
@@ -385,7 +459,11 @@ fn poll_stop(tid: u32, own_child: bool) -> Result<Option<Stop>, WaitError> {
         return Err(kernel(last_error()));
     }
     if !libc::WIFSTOPPED(status) {
-        return if status == 0 && !ended { Ok(None) } else { Err(WaitError::Ended { tid }) };
+        return if status == 0 && !ended {
+            Ok(None)
+        } else {
+            Err(WaitError::Ended { tid })
+        };
     }
     let signal = libc::WSTOPSIG(status);
     Ok(Some(if status >> 16 == libc::PTRACE_EVENT_STOP {

@@ -18,9 +18,9 @@
 //! two symbols of this file's assembly.
 #![allow(unsafe_code)]
 
+use crate::Errno;
 use crate::memory;
 use crate::ptrace::{Halted, Registers, Running, WaitError};
-use crate::Errno;
 use std::time::{Duration, Instant};
 
 /// How long a thread waits in the loop for its tracer before it helps itself.
@@ -168,7 +168,11 @@ impl Batch {
 
     /// Adds a call (`SYS_…`) with up to six arguments.
     pub fn push(&mut self, number: i64, args: impl IntoIterator<Item = Arg>) -> CallId {
-        let mut call = Call { number, args: [(0, false); 6], outs: Vec::new() };
+        let mut call = Call {
+            number,
+            args: [(0, false); 6],
+            outs: Vec::new(),
+        };
         for (i, arg) in args.into_iter().take(6).enumerate() {
             call.args[i] = match arg {
                 Arg::Value(v) => (v, false),
@@ -344,7 +348,12 @@ impl Arena {
         let stamp = page.len() - STAMP.len();
         page[stamp..].copy_from_slice(STAMP);
         memory::write(pid, base, &page)?;
-        Ok(Self { pid, base, slots, slot })
+        Ok(Self {
+            pid,
+            base,
+            slots,
+            slot,
+        })
     }
 
     /// Address and length in the target.
@@ -357,7 +366,10 @@ impl Arena {
     /// be used together with a [`Rescue`]. Address and length.
     #[must_use]
     pub fn scratch(&self) -> (u64, u64) {
-        (self.base + PAGE + self.slot - HEADER - FRAME_ROOM, FRAME_ROOM - 256)
+        (
+            self.base + PAGE + self.slot - HEADER - FRAME_ROOM,
+            FRAME_ROOM - 256,
+        )
     }
 
     /// How many threads can run batches at the same time.
@@ -387,7 +399,10 @@ impl Arena {
         let kernel = |what| move |source| RemoteError::Kernel { tid, what, source };
         let room = Self::room(self.slot) as usize;
         if batch.size() > room || slot >= self.slots() {
-            return Err(RemoteError::TooLarge { size: batch.size(), room });
+            return Err(RemoteError::TooLarge {
+                size: batch.size(),
+                room,
+            });
         }
         let list = self.base + PAGE + slot as u64 * self.slot;
         let header = list + self.slot - HEADER;
@@ -402,20 +417,35 @@ impl Arena {
         regs.orig_rax = u64::MAX;
         regs.rax = 0;
         regs.eflags = 0x202;
-        thread.set_signal_mask(u64::MAX).map_err(kernel("blocking signals"))?;
-        thread.set_registers(&regs).map_err(kernel("setting registers"))?;
+        thread
+            .set_signal_mask(u64::MAX)
+            .map_err(kernel("blocking signals"))?;
+        thread
+            .set_registers(&regs)
+            .map_err(kernel("setting registers"))?;
         let running = thread.resume().map_err(kernel("resuming"))?;
-        Ok(InFlight { running, header, list, batch })
+        Ok(InFlight {
+            running,
+            header,
+            list,
+            batch,
+        })
     }
 
     /// Waits for a batch to be done, stops the thread and reads the results. The registers and
     /// the signal mask of the thread are still those of the loop.
     pub fn finish(&self, flight: InFlight) -> Result<(Halted, Results), RemoteError> {
-        let InFlight { running, header, list, batch } = flight;
+        let InFlight {
+            running,
+            header,
+            list,
+            batch,
+        } = flight;
         let tid = running.tid();
         let kernel = |what| move |source| RemoteError::Kernel { tid, what, source };
         let deadline = Instant::now() + BATCH_TIMEOUT;
-        self.await_done(header, deadline).map_err(kernel("waiting for the batch"))?;
+        self.await_done(header, deadline)
+            .map_err(kernel("waiting for the batch"))?;
         running.interrupt().map_err(kernel("stopping"))?;
         let halted = running.wait_interrupted(deadline).map_err(|(_, e)| e)?;
         let rip = halted.registers().map_err(kernel("reading registers"))?.rip;
@@ -458,13 +488,17 @@ fn header_image(list: u64, end: u64, rescue: Option<&Rescue>) -> [u8; HEADER as 
     put_word(&mut raw, 0, list);
     put_word(&mut raw, 8, end);
     // Without a rescue the thread waits (practically) for ever.
-    put_word(&mut raw, 24, rescue.map_or(1 << 40, |_| RESCUE_AFTER.as_secs()));
+    put_word(
+        &mut raw,
+        24,
+        rescue.map_or(1 << 40, |_| RESCUE_AFTER.as_secs()),
+    );
     if let Some(Rescue { registers, mask }) = rescue {
         let r = restarted(*registers);
         put_word(&mut raw, 48, *mask);
         let order = [
-            r.r15, r.r14, r.r13, r.r12, r.r11, r.r10, r.r9, r.r8, r.rdi, r.rsi, r.rbp, r.rbx, r.rdx,
-            r.rcx, r.rax, r.rip, r.cs, r.eflags, r.rsp, r.ss,
+            r.r15, r.r14, r.r13, r.r12, r.r11, r.r10, r.r9, r.r8, r.rdi, r.rsi, r.rbp, r.rbx,
+            r.rdx, r.rcx, r.rax, r.rip, r.cs, r.eflags, r.rsp, r.ss,
         ];
         for (i, value) in order.into_iter().enumerate() {
             put_word(&mut raw, 56 + i * 8, value);
@@ -489,7 +523,9 @@ pub fn single(
     regs.rax = number as u64;
     regs.orig_rax = u64::MAX;
     [regs.rdi, regs.rsi, regs.rdx, regs.r10, regs.r8, regs.r9] = args;
-    thread.set_registers(&regs).map_err(kernel("setting registers"))?;
+    thread
+        .set_registers(&regs)
+        .map_err(kernel("setting registers"))?;
     let mut syscall_stops = 0;
     let deadline = Instant::now() + BATCH_TIMEOUT;
     loop {
@@ -523,7 +559,10 @@ mod tests {
         let word = |at: usize| u64::from_ne_bytes(image[at..at + 8].try_into().unwrap());
         assert_eq!((word(0), word(8), word(16)), (1, 7, 0x1000 + 128));
         assert_eq!((word(64), word(72)), (2, 0x1000 + 128 + 16));
-        let r = Results { image: image.clone(), batch: b };
+        let r = Results {
+            image: image.clone(),
+            batch: b,
+        };
         assert_eq!(r.out(second, 0).len(), 20);
         assert_eq!(r.value(second), Ok(0));
     }

@@ -95,14 +95,21 @@ pub fn waiting_process(pid: u32, time: Option<TimeOffsets>) -> Result<(), SpawnE
     let (step, errno) = report.map_err(SpawnError::Other)?;
     match (step, errno) {
         (_, 0) => Ok(()),
-        (STEP_UNSHARE | STEP_OFFSETS, e) => Err(SpawnError::TimeNamespace(Errno::from_raw_os_error(e))),
-        (_, e) => Err(SpawnError::Clone { pid, source: Errno::from_raw_os_error(e) }),
+        (STEP_UNSHARE | STEP_OFFSETS, e) => {
+            Err(SpawnError::TimeNamespace(Errno::from_raw_os_error(e)))
+        }
+        (_, e) => Err(SpawnError::Clone {
+            pid,
+            source: Errno::from_raw_os_error(e),
+        }),
     }
 }
 
 fn read_report(reader: OwnedFd) -> Result<(u8, i32), Errno> {
     let mut raw = [0u8; 5];
-    File::from(reader).read_exact(&mut raw).map_err(|_| Errno::CHILD)?;
+    File::from(reader)
+        .read_exact(&mut raw)
+        .map_err(|_| Errno::CHILD)?;
     Ok((raw[0], i32::from_ne_bytes([raw[1], raw[2], raw[3], raw[4]])))
 }
 
@@ -118,7 +125,10 @@ fn midwife(pid: u32, offsets: Option<&[u8]>) -> [u8; 5] {
             if libc::unshare(libc::CLONE_NEWTIME) < 0 {
                 return report(STEP_UNSHARE, last_error());
             }
-            let fd = libc::open(c"/proc/self/timens_offsets".as_ptr(), libc::O_WRONLY | libc::O_CLOEXEC);
+            let fd = libc::open(
+                c"/proc/self/timens_offsets".as_ptr(),
+                libc::O_WRONLY | libc::O_CLOEXEC,
+            );
             if fd < 0 || libc::write(fd, text.as_ptr().cast(), text.len()) != text.len() as isize {
                 return report(STEP_OFFSETS, last_error());
             }
@@ -142,6 +152,10 @@ fn midwife(pid: u32, offsets: Option<&[u8]>) -> [u8; 5] {
                 libc::pause();
             }
         }
-        if r < 0 { report(STEP_CLONE, last_error()) } else { [STEP_CLONE, 0, 0, 0, 0] }
+        if r < 0 {
+            report(STEP_CLONE, last_error())
+        } else {
+            [STEP_CLONE, 0, 0, 0, 0]
+        }
     }
 }

@@ -12,7 +12,11 @@ pub fn robust_list(tid: u32) -> Result<(u64, u64), Errno> {
     let (mut head, mut len) = (0u64, 0u64);
     // SAFETY: both out-pointers are live.
     let r = unsafe { libc::syscall(libc::SYS_get_robust_list, tid, &raw mut head, &raw mut len) };
-    if r < 0 { Err(last_error()) } else { Ok((head, len)) }
+    if r < 0 {
+        Err(last_error())
+    } else {
+        Ok((head, len))
+    }
 }
 
 /// `struct sched_attr` of a thread (`sched_getattr(2)`), 48 bytes: size, policy, flags, nice,
@@ -20,7 +24,15 @@ pub fn robust_list(tid: u32) -> Result<(u64, u64), Errno> {
 pub fn scheduling(tid: u32) -> Result<[u8; 48], Errno> {
     let mut attr = [0u8; 48];
     // SAFETY: attr is live and as long as the call is told.
-    let r = unsafe { libc::syscall(libc::SYS_sched_getattr, tid, attr.as_mut_ptr(), attr.len(), 0) };
+    let r = unsafe {
+        libc::syscall(
+            libc::SYS_sched_getattr,
+            tid,
+            attr.as_mut_ptr(),
+            attr.len(),
+            0,
+        )
+    };
     if r < 0 { Err(last_error()) } else { Ok(attr) }
 }
 
@@ -35,8 +47,14 @@ pub fn set_scheduling(tid: u32, attr: &[u8; 48]) -> Result<(), Errno> {
 pub fn affinity(tid: u32) -> Result<Vec<u8>, Errno> {
     let mut mask = vec![0u8; 1024];
     // SAFETY: mask is live and as long as the call is told.
-    let r =
-        unsafe { libc::syscall(libc::SYS_sched_getaffinity, tid, mask.len(), mask.as_mut_ptr()) };
+    let r = unsafe {
+        libc::syscall(
+            libc::SYS_sched_getaffinity,
+            tid,
+            mask.len(),
+            mask.as_mut_ptr(),
+        )
+    };
     if r < 0 {
         return Err(last_error());
     }
@@ -55,7 +73,11 @@ pub fn set_affinity(tid: u32, mask: &[u8]) -> Result<(), Errno> {
 pub fn io_priority(tid: u32) -> Result<u32, Errno> {
     // SAFETY: only numbers are passed; 1 is IOPRIO_WHO_PROCESS.
     let r = unsafe { libc::syscall(libc::SYS_ioprio_get, 1, tid) };
-    if r < 0 { Err(last_error()) } else { Ok(r as u32) }
+    if r < 0 {
+        Err(last_error())
+    } else {
+        Ok(r as u32)
+    }
 }
 
 /// Sets the I/O priority of a thread.
@@ -68,7 +90,11 @@ pub fn set_io_priority(tid: u32, priority: u32) -> Result<(), Errno> {
 /// Ends a process (SIGKILL).
 pub fn kill(pid: u32) -> Result<(), Errno> {
     // SAFETY: only numbers are passed.
-    if unsafe { libc::kill(pid as i32, libc::SIGKILL) } < 0 { Err(last_error()) } else { Ok(()) }
+    if unsafe { libc::kill(pid as i32, libc::SIGKILL) } < 0 {
+        Err(last_error())
+    } else {
+        Ok(())
+    }
 }
 
 #[cfg(test)]

@@ -57,25 +57,41 @@ impl WriteTracker {
             | FEATURE_WP_HUGETLBFS_SHMEM
             | FEATURE_WP_UNPOPULATED
             | FEATURE_WP_ASYNC;
-        let mut api = Api { api: UFFD_API, features: wanted, ioctls: 0 };
+        let mut api = Api {
+            api: UFFD_API,
+            features: wanted,
+            ioctls: 0,
+        };
         ioctl(&fd, UFFDIO_API, &raw mut api as usize)?;
         Ok(Self { fd })
     }
 
     /// Begins to track a mapping; everything in it counts as written.
     pub fn register(&self, start: u64, end: u64) -> Result<(), Errno> {
-        let mut arg = Register { start, len: end - start, mode: REGISTER_MODE_WP, ioctls: 0 };
+        let mut arg = Register {
+            start,
+            len: end - start,
+            mode: REGISTER_MODE_WP,
+            ioctls: 0,
+        };
         ioctl(&self.fd, UFFDIO_REGISTER, &raw mut arg as usize)
     }
 
     /// Ends the tracking of a mapping.
     pub fn unregister(&self, start: u64, end: u64) -> Result<(), Errno> {
-        let mut arg = Range { start, len: end - start };
+        let mut arg = Range {
+            start,
+            len: end - start,
+        };
         ioctl(&self.fd, UFFDIO_UNREGISTER, &raw mut arg as usize)
     }
 }
 
 fn ioctl(fd: &OwnedFd, number: libc::c_ulong, arg: usize) -> Result<(), Errno> {
     // SAFETY: arg is the address of a live struct of the size that number encodes (callers above).
-    if unsafe { libc::ioctl(fd.as_raw_fd(), number, arg) } < 0 { Err(last_error()) } else { Ok(()) }
+    if unsafe { libc::ioctl(fd.as_raw_fd(), number, arg) } < 0 {
+        Err(last_error())
+    } else {
+        Ok(())
+    }
 }

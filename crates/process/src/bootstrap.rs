@@ -23,7 +23,11 @@ pub struct Plan {
 
 impl Plan {
     /// For capture: small batches in many threads.
-    pub const CAPTURE: Self = Self { at: None, slots: 32, slot: 64 * 1024 };
+    pub const CAPTURE: Self = Self {
+        at: None,
+        slots: 32,
+        slot: 64 * 1024,
+    };
 }
 
 const NONE: u64 = u64::MAX;
@@ -33,7 +37,9 @@ const PROT_RX: u64 = (libc::PROT_READ | libc::PROT_EXEC) as u64;
 /// Finds a `syscall` instruction in a process: the vDSO has one, else any code will do.
 pub fn find_syscall(pid: u32, mappings: &[Mapping]) -> Option<u64> {
     let vdso = mappings.iter().filter(|m| m.name == b"[vdso]");
-    let others = mappings.iter().filter(|m| m.prot & 4 != 0 && m.name != b"[vdso]");
+    let others = mappings
+        .iter()
+        .filter(|m| m.prot & 4 != 0 && m.name != b"[vdso]");
     for m in vdso.chain(others) {
         let mut code = vec![0u8; m.len().min(4 << 20) as usize];
         if memory::read_exact(pid, m.start, &mut code).is_ok()
@@ -59,12 +65,25 @@ pub fn make_arena(
         flags |= libc::MAP_FIXED_NOREPLACE as u64;
     }
     let args = [plan.at.unwrap_or(0), length, PROT_RW, flags, NONE, 0];
-    let base = call(target, leader, syscall_at, libc::SYS_mmap, args, "mapping working memory")?;
+    let base = call(
+        target,
+        leader,
+        syscall_at,
+        libc::SYS_mmap,
+        args,
+        "mapping working memory",
+    )?;
     let arena = Arena::fill(target.pid, base, plan.slots, plan.slot)
         .map_err(|e| target.kernel("filling working memory", e));
     let args = [base, 4096, PROT_RX, 0, 0, 0];
-    let executable =
-        call(target, leader, syscall_at, libc::SYS_mprotect, args, "making working memory executable");
+    let executable = call(
+        target,
+        leader,
+        syscall_at,
+        libc::SYS_mprotect,
+        args,
+        "making working memory executable",
+    );
     match arena.and_then(|arena| executable.map(|_| arena)) {
         Ok(arena) => Ok(arena),
         Err(e) => {
@@ -82,7 +101,15 @@ pub fn remove_arena(
     range: (u64, u64),
 ) -> Result<(), ProcessError> {
     let args = [range.0, range.1, 0, 0, 0, 0];
-    call(target, leader, syscall_at, libc::SYS_munmap, args, "unmapping working memory").map(drop)
+    call(
+        target,
+        leader,
+        syscall_at,
+        libc::SYS_munmap,
+        args,
+        "unmapping working memory",
+    )
+    .map(drop)
 }
 
 fn call(
@@ -93,7 +120,9 @@ fn call(
     args: [u64; 6],
     what: &str,
 ) -> Result<u64, ProcessError> {
-    let result = leader.single(syscall_at, number, args).map_err(|e| remote_failed(target, e))?;
+    let result = leader
+        .single(syscall_at, number, args)
+        .map_err(|e| remote_failed(target, e))?;
     result.map_err(|e| target.kernel(what, e))
 }
 
@@ -105,18 +134,29 @@ pub fn remove_leftovers(
     mappings: &[Mapping],
 ) -> Result<(), ProcessError> {
     for (at, m) in mappings.iter().enumerate() {
-        let is_code = m.shared && m.prot == 5 && m.len() == 4096 && m.name.starts_with(b"/dev/zero");
+        let is_code =
+            m.shared && m.prot == 5 && m.len() == 4096 && m.name.starts_with(b"/dev/zero");
         if !is_code || !Arena::is_stamped(target.pid, m.start) {
             continue;
         }
-        if threads.iter().any(|t| (m.start..m.end).contains(&t.registers.rip)) {
+        if threads
+            .iter()
+            .any(|t| (m.start..m.end).contains(&t.registers.rip))
+        {
             let what = "a thread is still helping itself after an earlier outlive died".to_owned();
             let r = target.refusal("", what, "try again in a few seconds");
             return Err(ProcessError::Refused(vec![r]));
         }
-        let rest = mappings.get(at + 1).filter(|n| n.start == m.end && n.shared);
+        let rest = mappings
+            .get(at + 1)
+            .filter(|n| n.start == m.end && n.shared);
         let end = rest.map_or(m.end, |n| n.end);
-        remove_arena(target, &mut threads[0], syscall_at, (m.start, end - m.start))?;
+        remove_arena(
+            target,
+            &mut threads[0],
+            syscall_at,
+            (m.start, end - m.start),
+        )?;
     }
     Ok(())
 }
@@ -130,7 +170,9 @@ pub fn make_tracker(
 ) -> Result<Result<WriteTracker, String>, ProcessError> {
     let mut batch = Batch::new();
     let fd = batch.push(libc::SYS_userfaultfd, [Arg::Value(FLAGS)]);
-    let answers = leader.run(arena, batch).map_err(|e| remote_failed(target, e))?;
+    let answers = leader
+        .run(arena, batch)
+        .map_err(|e| remote_failed(target, e))?;
     let number = match answers.value(fd) {
         Ok(number) => number,
         Err(e) => return Ok(Err(format!("userfaultfd: {e}"))),
@@ -138,7 +180,9 @@ pub fn make_tracker(
     let taken = pidfd_getfd(&target.pidfd, number as i32, PidfdGetfdFlags::empty());
     let mut batch = Batch::new();
     batch.push(libc::SYS_close, [Arg::Value(number)]);
-    leader.run(arena, batch).map_err(|e| remote_failed(target, e))?;
+    leader
+        .run(arena, batch)
+        .map_err(|e| remote_failed(target, e))?;
     let taken = taken.map_err(|e| target.kernel("taking over the userfaultfd", e))?;
     Ok(WriteTracker::new(taken).map_err(|e| match e {
         Errno::INVAL => "this kernel has no asynchronous write protection (Linux 6.7)".into(),
@@ -151,10 +195,17 @@ pub fn hide_arena(target: &Target, leader: &mut Held, arena: &Arena) -> Result<(
     let (base, length) = arena.range();
     let mut batch = Batch::new();
     for advice in [libc::MADV_DONTFORK, libc::MADV_DONTDUMP] {
-        let args = [Arg::Value(base), Arg::Value(length), Arg::Value(advice as u64)];
+        let args = [
+            Arg::Value(base),
+            Arg::Value(length),
+            Arg::Value(advice as u64),
+        ];
         batch.push(libc::SYS_madvise, args);
     }
-    leader.run(arena, batch).map(drop).map_err(|e| remote_failed(target, e))
+    leader
+        .run(arena, batch)
+        .map(drop)
+        .map_err(|e| remote_failed(target, e))
 }
 
 /// The mappings of a process without those in `range` (address, length).

@@ -47,21 +47,30 @@ impl Held {
 
     /// The stopped thread, for reading more of it.
     pub fn halted(&self) -> Result<&Halted, RemoteError> {
-        self.halted.as_ref().ok_or(RemoteError::Wait(WaitError::Ended { tid: self.tid }))
+        self.halted
+            .as_ref()
+            .ok_or(RemoteError::Wait(WaitError::Ended { tid: self.tid }))
     }
 
     /// The stopped thread, for changing it.
     pub fn halted_mut(&mut self) -> Result<&mut Halted, RemoteError> {
-        self.halted.as_mut().ok_or(RemoteError::Wait(WaitError::Ended { tid: self.tid }))
+        self.halted
+            .as_mut()
+            .ok_or(RemoteError::Wait(WaitError::Ended { tid: self.tid }))
     }
 
     fn take(&mut self) -> Result<Halted, RemoteError> {
         self.touched = true;
-        self.halted.take().ok_or(RemoteError::Wait(WaitError::Ended { tid: self.tid }))
+        self.halted
+            .take()
+            .ok_or(RemoteError::Wait(WaitError::Ended { tid: self.tid }))
     }
 
     fn rescue(&self) -> Rescue {
-        Rescue { registers: self.go_on, mask: self.mask }
+        Rescue {
+            registers: self.go_on,
+            mask: self.mask,
+        }
     }
 
     /// Makes one system call at a known `syscall` instruction.
@@ -193,7 +202,10 @@ pub fn freeze(target: &Target, timeout: Duration) -> Result<Vec<Held>, ProcessEr
         Some(leader) => all.swap(0, leader),
         None => {
             let what = "its leading thread has ended while others run".to_owned();
-            return Err(ProcessError::Gone { pid: target.pid, what });
+            return Err(ProcessError::Gone {
+                pid: target.pid,
+                what,
+            });
         }
     }
     all[1..].sort_by_key(|h| h.tid);
@@ -237,9 +249,10 @@ fn wait_failed(target: &Target, timeout: Duration, e: WaitError) -> ProcessError
             tid,
             waited_ms: timeout.as_millis() as u64,
         },
-        WaitError::Ended { .. } => {
-            ProcessError::Gone { pid: target.pid, what: "ended meanwhile".into() }
-        }
+        WaitError::Ended { .. } => ProcessError::Gone {
+            pid: target.pid,
+            what: "ended meanwhile".into(),
+        },
         WaitError::Kernel { source, .. } => target.kernel("waiting for it to stop", source),
     }
 }

@@ -36,9 +36,17 @@ impl IntervalSet {
         if start >= end {
             return removed;
         }
-        let first = self.ranges.range(..=start).next_back().filter(|&(_, &e)| e > start);
+        let first = self
+            .ranges
+            .range(..=start)
+            .next_back()
+            .filter(|&(_, &e)| e > start);
         let from = first.map_or(start, |(&s, _)| s);
-        let hit: Vec<(u64, u64)> = self.ranges.range(from..end).map(|(&s, &e)| (s, e)).collect();
+        let hit: Vec<(u64, u64)> = self
+            .ranges
+            .range(from..end)
+            .map(|(&s, &e)| (s, e))
+            .collect();
         for (s, e) in hit {
             self.ranges.remove(&s);
             if s < start {
@@ -53,11 +61,13 @@ impl IntervalSet {
     }
 
     /// The ranges in order.
+    #[cfg(test)]
     pub fn iter(&self) -> impl Iterator<Item = (u64, u64)> + '_ {
         self.ranges.iter().map(|(&s, &e)| (s, e))
     }
 
     /// How many numbers are in the set.
+    #[cfg(test)]
     pub fn count(&self) -> u64 {
         self.iter().map(|(s, e)| e - s).sum()
     }

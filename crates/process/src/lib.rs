@@ -18,6 +18,7 @@ mod flags;
 mod freeze;
 pub mod image;
 mod interval;
+mod laps;
 mod pages;
 mod preflight;
 mod reentry;

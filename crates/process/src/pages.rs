@@ -81,7 +81,11 @@ impl Changes {
     /// Bytes to be taken.
     #[must_use]
     pub fn bytes(&self) -> u64 {
-        self.written.iter().chain(&self.unreadable).map(|(s, e)| e - s).sum()
+        self.written
+            .iter()
+            .chain(&self.unreadable)
+            .map(|(s, e)| e - s)
+            .sum()
     }
 }
 
@@ -156,16 +160,27 @@ impl PageTracker {
         for area in areas {
             drop_stored(&mut self.stored, (end_of_last, area.span.0), &mut changes);
             end_of_last = area.span.1;
-            self.scan(area, &mut changes).or_else(|e| match (world, e) {
-                // The mapping went away while the program runs: the next pass sees that.
-                (World::Runs, Errno::NOENT | Errno::INVAL | Errno::PERM | Errno::FAULT | Errno::NOMEM) => Ok(()),
-                (_, e) => Err(target.kernel(
-                    format!("looking for written pages at {:x}-{:x}", area.span.0, area.span.1),
-                    e,
-                )),
-            })?;
+            self.scan(area, &mut changes)
+                .or_else(|e| match (world, e) {
+                    // The mapping went away while the program runs: the next pass sees that.
+                    (
+                        World::Runs,
+                        Errno::NOENT | Errno::INVAL | Errno::PERM | Errno::FAULT | Errno::NOMEM,
+                    ) => Ok(()),
+                    (_, e) => Err(target.kernel(
+                        format!(
+                            "looking for written pages at {:x}-{:x}",
+                            area.span.0, area.span.1
+                        ),
+                        e,
+                    )),
+                })?;
         }
-        drop_stored(&mut self.stored, (end_of_last, u64::MAX & !(PAGE - 1)), &mut changes);
+        drop_stored(
+            &mut self.stored,
+            (end_of_last, u64::MAX & !(PAGE - 1)),
+            &mut changes,
+        );
         Ok(changes)
     }
 
@@ -194,22 +209,36 @@ impl PageTracker {
     /// One quick scan, which protects holes too.
     fn scan_dense(&mut self, area: &PrivateArea, changes: &mut Changes) -> Result<(), Errno> {
         let (start, end) = area.span;
-        let list = if area.readable { &mut changes.written } else { &mut changes.unreadable };
-        self.pagemap.scan(start, end, Query { protect: true, ..WRITTEN_ONLY }, |r| {
-            push_span(list, (r.start, r.end));
-        })
+        let list = if area.readable {
+            &mut changes.written
+        } else {
+            &mut changes.unreadable
+        };
+        self.pagemap.scan(
+            start,
+            end,
+            Query {
+                protect: true,
+                ..WRITTEN_ONLY
+            },
+            |r| {
+                push_span(list, (r.start, r.end));
+            },
+        )
     }
 
     /// A quick scan for where something was written, then the sorts of pages there.
     fn scan_sparse(&mut self, area: &PrivateArea, changes: &mut Changes) -> Result<(), Errno> {
         let mut spans = std::mem::take(&mut self.spans);
         spans.clear();
-        let found = self.pagemap.scan(area.span.0, area.span.1, WRITTEN_ONLY, |r| {
-            match spans.last_mut() {
-                Some(last) if r.start - last.1 <= CLUSTER => last.1 = r.end,
-                _ => spans.push((r.start, r.end)),
-            }
-        });
+        let found = self
+            .pagemap
+            .scan(area.span.0, area.span.1, WRITTEN_ONLY, |r| {
+                match spans.last_mut() {
+                    Some(last) if r.start - last.1 <= CLUSTER => last.1 = r.end,
+                    _ => spans.push((r.start, r.end)),
+                }
+            });
         let guards = changes.guards.len();
         let mut holes = 0;
         let scanned = found.and_then(|()| {
@@ -237,8 +266,14 @@ impl PageTracker {
         area: &PrivateArea,
         changes: &mut Changes,
     ) -> Result<u64, Errno> {
-        let written = if self.tracker.is_some() { pagemap::WRITTEN } else { 0 };
-        let Self { pagemap, stored, .. } = self;
+        let written = if self.tracker.is_some() {
+            pagemap::WRITTEN
+        } else {
+            0
+        };
+        let Self {
+            pagemap, stored, ..
+        } = self;
         let exists = Query {
             all_of: written,
             any_of: pagemap::PRESENT | pagemap::SWAPPED | pagemap::GUARD,
@@ -325,7 +360,9 @@ impl PageTracker {
     }
 
     fn copy_one_by_one(&mut self, span: Span, sink: &mut dyn PageSink) -> Result<(), ProcessError> {
-        let Ok(mem) = File::open(format!("/proc/{}/mem", self.pid)) else { return Ok(()) };
+        let Ok(mem) = File::open(format!("/proc/{}/mem", self.pid)) else {
+            return Ok(());
+        };
         let mut page = [0u8; PAGE_SIZE];
         for start in (span.0..span.1).step_by(PAGE_SIZE) {
             if mem.read_exact_at(&mut page, start).is_ok() {
@@ -372,20 +409,28 @@ impl PageTracker {
             self.note_stored(span);
         }
         let absent: Result<Vec<Run>, _> = changes.absent.iter().map(|&s| self.run(s)).collect();
-        Ok(Residue { runs, absent: absent?, buffer })
+        Ok(Residue {
+            runs,
+            absent: absent?,
+            buffer,
+        })
     }
 }
 
 fn read_forced(target: &Target, span: Span, out: &mut [u8]) -> Result<(), ProcessError> {
     let what = || format!("reading memory at {:x}-{:x}", span.0, span.1);
-    let mem = File::open(format!("/proc/{}/mem", target.pid)).map_err(|e| target.kernel(what(), e))?;
-    mem.read_exact_at(out, span.0).map_err(|e| target.kernel(what(), e))
+    let mem =
+        File::open(format!("/proc/{}/mem", target.pid)).map_err(|e| target.kernel(what(), e))?;
+    mem.read_exact_at(out, span.0)
+        .map_err(|e| target.kernel(what(), e))
 }
 
 /// Pages of this span hold nothing of their own any more.
 fn drop_stored(stored: &mut IntervalSet, span: Span, changes: &mut Changes) {
     let gone = stored.remove(span.0 / PAGE, span.1 / PAGE);
-    changes.absent.extend(gone.into_iter().map(|(s, e)| (s * PAGE, e * PAGE)));
+    changes
+        .absent
+        .extend(gone.into_iter().map(|(s, e)| (s * PAGE, e * PAGE)));
 }
 
 /// Adds a span, as one with the last if they touch.
@@ -458,6 +503,13 @@ mod tests {
     #[test]
     fn spans_are_cut_at_the_limit() {
         let groups = pieces(&[(0, 10), (20, 25), (30, 31)], 6);
-        assert_eq!(groups, vec![vec![(0, 6)], vec![(6, 10), (20, 22)], vec![(22, 25), (30, 31)]]);
+        assert_eq!(
+            groups,
+            vec![
+                vec![(0, 6)],
+                vec![(6, 10), (20, 22)],
+                vec![(22, 25), (30, 31)]
+            ]
+        );
     }
 }

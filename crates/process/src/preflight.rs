@@ -36,9 +36,14 @@ pub fn of_process(target: &Target) -> Result<Vec<Refusal>, ProcessError> {
 pub fn of_threads(target: &Target) -> Result<Vec<Refusal>, ProcessError> {
     let mut found = Vec::new();
     // The kernel names the tracing thread, and ours is whichever thread calls this.
-    let me = rustix::thread::gettid().as_raw_nonzero().get().cast_unsigned();
+    let me = rustix::thread::gettid()
+        .as_raw_nonzero()
+        .get()
+        .cast_unsigned();
     for tid in target.threads()? {
-        let Ok(status) = Status::read(target.pid, tid) else { continue };
+        let Ok(status) = Status::read(target.pid, tid) else {
+            continue;
+        };
         let place = format!("thread {tid}");
         if status.tracer != 0 && status.tracer != me {
             found.push(target.refusal(
@@ -55,7 +60,9 @@ pub fn of_threads(target: &Target) -> Result<Vec<Refusal>, ProcessError> {
             let what = "the leading thread has ended while others run";
             found.push(target.refusal(place.clone(), what, "this cannot be saved yet"));
         }
-        let children = target.proc_file(&format!("task/{tid}/children")).unwrap_or_default();
+        let children = target
+            .proc_file(&format!("task/{tid}/children"))
+            .unwrap_or_default();
         let children = String::from_utf8_lossy(&children).trim().to_owned();
         if !children.is_empty() {
             found.push(target.refusal(

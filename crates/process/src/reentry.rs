@@ -49,17 +49,31 @@ impl WaitBook {
     #[must_use]
     pub fn look(&self, target: &Target) -> Sleepers {
         let mut sleepers = HashMap::new();
-        let Ok(threads) = target.threads() else { return Sleepers::default() };
+        let Ok(threads) = target.threads() else {
+            return Sleepers::default();
+        };
         let mut offset = None;
         for tid in threads {
-            let Some((call, rip)) = sleeping_call(target.pid, tid) else { continue };
+            let Some((call, rip)) = sleeping_call(target.pid, tid) else {
+                continue;
+            };
             if !has_limit(&call) {
                 continue;
             }
-            let Some((ran_ns, switches)) = scheduler_facts(target.pid, tid) else { continue };
+            let Some((ran_ns, switches)) = scheduler_facts(target.pid, tid) else {
+                continue;
+            };
             let offset = *offset.get_or_insert_with(scheduler_clock_offset);
             let since_ns = ran_ns.saturating_add_signed(offset);
-            sleepers.insert(tid, Sleeper { call, rip, since_ns, switches });
+            sleepers.insert(
+                tid,
+                Sleeper {
+                    call,
+                    rip,
+                    since_ns,
+                    switches,
+                },
+            );
         }
         Sleepers(sleepers)
     }
@@ -79,9 +93,10 @@ impl WaitBook {
         let call = call_of(&held.registers);
         let limit = limit_of(interruption);
         let now = u64::try_from(now_ns(ClockId::Monotonic)).unwrap_or(0);
-        let sleeper = sleepers.0.get(&held.tid).filter(|s| {
-            s.call == call && s.rip == held.registers.rip
-        });
+        let sleeper = sleepers
+            .0
+            .get(&held.tid)
+            .filter(|s| s.call == call && s.rip == held.registers.rip);
         let continued = before.filter(|k| {
             k.call == call
                 && k.rip == held.registers.rip
@@ -89,17 +104,31 @@ impl WaitBook {
         });
         let deadline_ns = match continued {
             Some(k) => Some(k.deadline_ns),
-            None => limit_ns(target, &call, limit)
-                .map(|ns| sleeper.map_or(now, |s| s.since_ns.min(now)).saturating_add(ns)),
+            None => limit_ns(target, &call, limit).map(|ns| {
+                sleeper
+                    .map_or(now, |s| s.since_ns.min(now))
+                    .saturating_add(ns)
+            }),
         };
         let left = deadline_ns.map(|d| d.saturating_sub(now));
         if let Interruption::Returned(limit) = interruption {
             held.go_on = made_again(target.pid, &held.go_on, limit, left);
         }
         if let Some(deadline_ns) = deadline_ns {
-            let call = Call { number: call.number, ..call_of(&held.go_on) };
+            let call = Call {
+                number: call.number,
+                ..call_of(&held.go_on)
+            };
             let rip = held.registers.rip;
-            self.known.insert(held.tid, Known { call, rip, deadline_ns, switches: u64::MAX });
+            self.known.insert(
+                held.tid,
+                Known {
+                    call,
+                    rip,
+                    deadline_ns,
+                    switches: u64::MAX,
+                },
+            );
         }
         left
     }
@@ -107,7 +136,8 @@ impl WaitBook {
     /// To be called right before a thread goes on.
     pub fn going_on(&mut self, target: &Target, tid: u32) {
         if let Some(known) = self.known.get_mut(&tid) {
-            known.switches = Status::read(target.pid, tid).map_or(u64::MAX, |s| s.voluntary_switches);
+            known.switches =
+                Status::read(target.pid, tid).map_or(u64::MAX, |s| s.voluntary_switches);
         }
     }
 }
@@ -117,7 +147,8 @@ fn sleeping_call(pid: u32, tid: u32) -> Option<(Call, u64)> {
     let text = std::fs::read_to_string(format!("/proc/{pid}/task/{tid}/syscall")).ok()?;
     let mut words = text.split_whitespace();
     let number = words.next()?.parse().ok()?;
-    let mut values = words.map(|w| u64::from_str_radix(w.trim_start_matches("0x"), 16).unwrap_or(0));
+    let mut values =
+        words.map(|w| u64::from_str_radix(w.trim_start_matches("0x"), 16).unwrap_or(0));
     let mut args = [0; 6];
     for arg in &mut args {
         *arg = values.next()?;
@@ -132,7 +163,9 @@ fn scheduler_facts(pid: u32, tid: u32) -> Option<(u64, u64)> {
     let mut ran = None;
     let mut switches = None;
     for line in text.lines() {
-        let Some((key, value)) = line.split_once(':') else { continue };
+        let Some((key, value)) = line.split_once(':') else {
+            continue;
+        };
         match key.trim() {
             "se.exec_start" => ran = milliseconds(value.trim()),
             "nr_voluntary_switches" => switches = value.trim().parse().ok(),
@@ -180,7 +213,11 @@ fn limit_ns(target: &Target, call: &Call, limit: Limit) -> Option<u64> {
             use rustix::net::sockopt::{Timeout, socket_timeout};
             let fd = i32::try_from(call.args[0]).ok()?;
             let socket = pidfd_getfd(&target.pidfd, fd, PidfdGetfdFlags::empty()).ok()?;
-            let which = if limit == Limit::SocketReceive { Timeout::Recv } else { Timeout::Send };
+            let which = if limit == Limit::SocketReceive {
+                Timeout::Recv
+            } else {
+                Timeout::Send
+            };
             let limit = socket_timeout(&socket, which).ok()??;
             u64::try_from(limit.as_nanos()).ok()
         }

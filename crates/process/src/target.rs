@@ -22,9 +22,15 @@ pub struct Target {
 impl Target {
     /// Looks a process up.
     pub fn open(pid: u32) -> Result<Self, ProcessError> {
-        let gone = |_| ProcessError::Gone { pid, what: "there is no such process".into() };
+        let gone = |_| ProcessError::Gone {
+            pid,
+            what: "there is no such process".into(),
+        };
         let raw = i32::try_from(pid).ok().and_then(Pid::from_raw);
-        let raw = raw.ok_or_else(|| ProcessError::Gone { pid, what: "not a process ID".into() })?;
+        let raw = raw.ok_or_else(|| ProcessError::Gone {
+            pid,
+            what: "not a process ID".into(),
+        })?;
         let pidfd = pidfd_open(raw, PidfdFlags::empty()).map_err(gone)?;
         let status = Status::read(pid, pid).map_err(|e| gone_or(pid, "reading its status", e))?;
         if status.tgid != pid {
@@ -32,14 +38,27 @@ impl Target {
             return Err(ProcessError::Gone { pid, what });
         }
         if matches!(status.state, b'Z' | b'X') {
-            return Err(ProcessError::Gone { pid, what: "has ended".into() });
+            return Err(ProcessError::Gone {
+                pid,
+                what: "has ended".into(),
+            });
         }
         let own_child = status.ppid == std::process::id();
-        Ok(Self { pid, program: status.name, pidfd, own_child })
+        Ok(Self {
+            pid,
+            program: status.name,
+            pidfd,
+            own_child,
+        })
     }
 
     /// A refusal that names this process.
-    pub fn refusal(&self, place: impl Into<String>, what: impl Into<String>, remedy: &str) -> Refusal {
+    pub fn refusal(
+        &self,
+        place: impl Into<String>,
+        what: impl Into<String>,
+        remedy: &str,
+    ) -> Refusal {
         Refusal {
             pid: self.pid,
             program: self.program.clone(),
@@ -59,7 +78,8 @@ impl Target {
     pub fn threads(&self) -> Result<Vec<u32>, ProcessError> {
         let path = format!("/proc/{}/task", self.pid);
         let listed = std::fs::read_dir(path).and_then(|dir| {
-            dir.map(|entry| Ok(entry?.file_name().to_string_lossy().parse().unwrap_or(0))).collect()
+            dir.map(|entry| Ok(entry?.file_name().to_string_lossy().parse().unwrap_or(0)))
+                .collect()
         });
         let mut tids: Vec<u32> = listed.map_err(|e| self.kernel("listing its threads", e))?;
         tids.retain(|&t| t != 0);
@@ -76,7 +96,8 @@ impl Target {
     /// Where a link below `/proc/PID` points.
     pub fn proc_link(&self, name: &str) -> Result<Vec<u8>, ProcessError> {
         let path = format!("/proc/{}/{name}", self.pid);
-        let link = std::fs::read_link(&path).map_err(|e| self.kernel(format!("reading {path}"), e))?;
+        let link =
+            std::fs::read_link(&path).map_err(|e| self.kernel(format!("reading {path}"), e))?;
         Ok(link.as_os_str().as_bytes().to_vec())
     }
 }
@@ -84,18 +105,29 @@ impl Target {
 /// Turns "no such process" and "permission denied" into what they mean for the user.
 pub fn gone_or(pid: u32, what: &str, source: io::Error) -> ProcessError {
     match source.raw_os_error() {
-        Some(libc::ESRCH) => ProcessError::Gone { pid, what: "ended meanwhile".into() },
+        Some(libc::ESRCH) => ProcessError::Gone {
+            pid,
+            what: "ended meanwhile".into(),
+        },
         Some(libc::ENOENT) if !std::path::Path::new(&format!("/proc/{pid}")).exists() => {
-            ProcessError::Gone { pid, what: "ended meanwhile".into() }
+            ProcessError::Gone {
+                pid,
+                what: "ended meanwhile".into(),
+            }
         }
         Some(libc::EPERM | libc::EACCES) => ProcessError::NotPermitted {
             pid,
             what: what.to_owned(),
-            remedy: "run outlive as root, or as the owner of the process where it is not traced by \
+            remedy:
+                "run outlive as root, or as the owner of the process where it is not traced by \
                      somebody else"
-                .into(),
+                    .into(),
         },
-        _ => ProcessError::Kernel { pid, what: what.to_owned(), source },
+        _ => ProcessError::Kernel {
+            pid,
+            what: what.to_owned(),
+            source,
+        },
     }
 }
 
@@ -139,24 +171,36 @@ pub struct Status {
 impl Status {
     /// Reads the status of a thread.
     pub fn read(pid: u32, tid: u32) -> io::Result<Self> {
-        Ok(Self::parse(&std::fs::read(format!("/proc/{pid}/task/{tid}/status"))?))
+        Ok(Self::parse(&std::fs::read(format!(
+            "/proc/{pid}/task/{tid}/status"
+        ))?))
     }
 
     fn parse(text: &[u8]) -> Self {
         let text = String::from_utf8_lossy(text);
         let mut s = Self::default();
         for line in text.lines() {
-            let Some((key, value)) = line.split_once(':') else { continue };
+            let Some((key, value)) = line.split_once(':') else {
+                continue;
+            };
             s.set(key, value.trim_start_matches('\t').trim_end());
         }
         s
     }
 
     fn set(&mut self, key: &str, value: &str) {
-        let number = || value.split_whitespace().next().and_then(|w| w.parse().ok()).unwrap_or(0);
+        let number = || {
+            value
+                .split_whitespace()
+                .next()
+                .and_then(|w| w.parse().ok())
+                .unwrap_or(0)
+        };
         let hex = || u64::from_str_radix(value.trim(), 16).unwrap_or(0);
         let four = || {
-            let mut ids = value.split_whitespace().map(|w| w.parse().unwrap_or(u32::MAX));
+            let mut ids = value
+                .split_whitespace()
+                .map(|w| w.parse().unwrap_or(u32::MAX));
             std::array::from_fn(|_| ids.next().unwrap_or(u32::MAX))
         };
         match key {
@@ -169,7 +213,10 @@ impl Status {
             "Uid" => self.uid = four(),
             "Gid" => self.gid = four(),
             "Groups" => {
-                self.groups = value.split_whitespace().filter_map(|w| w.parse().ok()).collect();
+                self.groups = value
+                    .split_whitespace()
+                    .filter_map(|w| w.parse().ok())
+                    .collect();
             }
             "SigPnd" => self.pending = hex(),
             "ShdPnd" => self.shared_pending = hex(),
@@ -217,7 +264,14 @@ impl Stat {
         let rest = std::str::from_utf8(&text[after + 1..]).ok()?;
         let words: Vec<&str> = rest.split_whitespace().collect();
         // words[0] is field 3 of the manual page.
-        let field = |n: usize| words.get(n - 3).and_then(|w| w.parse::<i64>().ok().map(|v| v as u64).or_else(|| w.parse().ok()));
+        let field = |n: usize| {
+            words.get(n - 3).and_then(|w| {
+                w.parse::<i64>()
+                    .ok()
+                    .map(|v| v as u64)
+                    .or_else(|| w.parse().ok())
+            })
+        };
         let layout = [26, 27, 28, 45, 46, 47, 48, 49, 50, 51];
         let mut values = [0u64; 10];
         for (value, n) in values.iter_mut().zip(layout) {
@@ -245,7 +299,13 @@ mod tests {
         assert_eq!(status.uid[0], rustix::process::getuid().as_raw());
         let stat = Stat::read(pid).unwrap();
         assert!(stat.layout[0] > 0 && stat.layout[2] > stat.layout[0]);
-        assert_eq!(stat.sid, rustix::process::getsid(None).unwrap().as_raw_nonzero().get() as u32);
+        assert_eq!(
+            stat.sid,
+            rustix::process::getsid(None)
+                .unwrap()
+                .as_raw_nonzero()
+                .get() as u32
+        );
     }
 
     #[test]
@@ -255,12 +315,18 @@ mod tests {
             line.extend_from_slice(format!(" {n}").as_bytes());
         }
         let stat = Stat::parse(&line).unwrap();
-        assert_eq!((stat.pgid, stat.sid, stat.flags, stat.layout[0]), (2, 3, 64, 26));
+        assert_eq!(
+            (stat.pgid, stat.sid, stat.flags, stat.layout[0]),
+            (2, 3, 64, 26)
+        );
         assert_eq!(Stat::parse(b"7 (x"), None);
     }
 
     #[test]
     fn a_thread_is_not_a_process() {
-        assert!(matches!(Target::open(u32::MAX), Err(ProcessError::Gone { .. })));
+        assert!(matches!(
+            Target::open(u32::MAX),
+            Err(ProcessError::Gone { .. })
+        ));
     }
 }

@@ -4,6 +4,7 @@ use crate::bootstrap::{self, Plan};
 use crate::flags::FlagsCache;
 use crate::freeze::{Held, freeze, remote_failed, run_all};
 use crate::image::{self, SubjectState, ThreadsState, group, kinds};
+use crate::laps::Laps;
 use crate::pages::{Changes, PageTracker, PrivateArea, Residue, World};
 use crate::reentry::{Sleepers, WaitBook};
 use crate::resources::{attributes, descriptors, memory, signals, thread};
@@ -29,7 +30,10 @@ pub struct TrackOptions {
 
 impl Default for TrackOptions {
     fn default() -> Self {
-        Self { stop_timeout: Duration::from_secs(5), incremental: true }
+        Self {
+            stop_timeout: Duration::from_secs(5),
+            incremental: true,
+        }
     }
 }
 
@@ -102,15 +106,29 @@ impl Tracked {
         })
     }
 
-    #[expect(clippy::type_complexity, reason = "three parts of one foothold, taken apart at once")]
+    #[expect(
+        clippy::type_complexity,
+        reason = "three parts of one foothold, taken apart at once"
+    )]
     fn gain_foothold(
         target: &Target,
         threads: &mut [Held],
         options: &TrackOptions,
-    ) -> Result<(Arena, u64, Result<outlive_linux::userfault::WriteTracker, String>), ProcessError> {
+    ) -> Result<
+        (
+            Arena,
+            u64,
+            Result<outlive_linux::userfault::WriteTracker, String>,
+        ),
+        ProcessError,
+    > {
         let mappings = bootstrap::mappings_without(target, None)?;
         let syscall_at = bootstrap::find_syscall(target.pid, &mappings).ok_or_else(|| {
-            let r = target.refusal("", "no syscall instruction was found in its code", "report this");
+            let r = target.refusal(
+                "",
+                "no syscall instruction was found in its code",
+                "report this",
+            );
             ProcessError::Refused(vec![r])
         })?;
         bootstrap::remove_leftovers(target, threads, syscall_at, &mappings)?;
@@ -175,7 +193,14 @@ impl Tracked {
         let mut threads = freeze(&self.target, self.options.stop_timeout)?;
         let captured = self.capture(&mut threads, &sleepers);
         match captured {
-            Ok(captured) => Ok((Stopped { tracked: self, threads, began }, captured)),
+            Ok(captured) => Ok((
+                Stopped {
+                    tracked: self,
+                    threads,
+                    began,
+                },
+                captured,
+            )),
             Err(e) => {
                 let_go(&self.target, &mut self.waits, threads)?;
                 Err(e)
@@ -225,7 +250,9 @@ impl Tracked {
         let mut sights = Vec::with_capacity(threads.len());
         for held in threads.iter_mut() {
             let sight = thread::look(&self.target, held)?;
-            let left = self.waits.prepare(&self.target, held, &sight.status, sleepers);
+            let left = self
+                .waits
+                .prepare(&self.target, held, &sight.status, sleepers);
             sights.push((sight, left));
         }
         laps.lap("threads");
@@ -246,12 +273,15 @@ impl Tracked {
         let mappings = self.mappings_at_stop()?;
         laps.lap("mappings");
         let plain: Vec<Mapping> = mappings.iter().map(|(m, _)| m.clone()).collect();
-        let changes = self.pages.pass(&self.target, &private_areas(&plain), World::Stopped)?;
+        let changes = self
+            .pages
+            .pass(&self.target, &private_areas(&plain), World::Stopped)?;
         let guards = changes.guards.clone();
         laps.lap("scan");
         let residue = self.take(changes)?;
         laps.lap("copy");
-        let process = attributes::collect(&self.target, &leader_status, &asked.process, &answers[0])?;
+        let process =
+            attributes::collect(&self.target, &leader_status, &asked.process, &answers[0])?;
         let signals = signals::collect(&self.target, &threads[0], &asked.signals, &answers[0])?;
         let memory = memory::collect(
             &self.target,
@@ -266,16 +296,26 @@ impl Tracked {
         for (((held, (sight, left)), asked), answers) in
             threads.iter().zip(sights).zip(&asked.threads).zip(&answers)
         {
-            states.push(thread::collect(&self.target, held, sight, *asked, answers, left)?);
+            states.push(thread::collect(
+                &self.target,
+                held,
+                sight,
+                *asked,
+                answers,
+                left,
+            )?);
         }
         let subject = clocks.subject(&self.target, &process.command_line, threads.len() as u32);
         laps.lap("threads again");
-        laps.tell();
+        laps.tell("stop");
         let files = FilesToSync::new(collected.files, &memory);
         Ok(Captured {
             processes: 1,
             threads: threads.len() as u32,
-            facts: EpochFacts { taken_at_ns: clocks.realtime_ns, stop_us: 0 },
+            facts: EpochFacts {
+                taken_at_ns: clocks.realtime_ns,
+                stop_us: 0,
+            },
             state: States {
                 subject,
                 process,
@@ -292,7 +332,8 @@ impl Tracked {
 
     fn take(&mut self, changes: Changes) -> Result<Residue, ProcessError> {
         let spare = self.spare.lock().map(|mut s| s.pop()).unwrap_or_default();
-        self.pages.take(&self.target, changes, spare.unwrap_or_default())
+        self.pages
+            .take(&self.target, changes, spare.unwrap_or_default())
     }
 
     /// Has every thread answer its own questions, the leading one also those for the process.
@@ -316,7 +357,15 @@ impl Tracked {
             pid: self.target.pid,
             what: "its leading thread has ended".into(),
         })?;
-        Ok((Asked { threads: asked, process, signals, memory }, answers))
+        Ok((
+            Asked {
+                threads: asked,
+                process,
+                signals,
+                memory,
+            },
+            answers,
+        ))
     }
 
     /// The mappings with their flags, without our own.
@@ -335,28 +384,6 @@ impl Drop for Tracked {
     }
 }
 
-/// How long the parts of a stop took, for `OUTLIVE_LOG=outlive_process=debug`.
-struct Laps {
-    last: Instant,
-    laps: Vec<(&'static str, u128)>,
-}
-
-impl Laps {
-    fn new() -> Self {
-        Self { last: Instant::now(), laps: Vec::with_capacity(16) }
-    }
-
-    fn lap(&mut self, what: &'static str) {
-        let now = Instant::now();
-        self.laps.push((what, (now - self.last).as_micros()));
-        self.last = now;
-    }
-
-    fn tell(&self) {
-        tracing::debug!(us = ?self.laps, "stop");
-    }
-}
-
 struct Asked {
     threads: Vec<thread::Asked>,
     process: attributes::Asked,
@@ -366,8 +393,8 @@ struct Asked {
 
 fn refuse_early(target: &Target) -> Result<(), ProcessError> {
     let mut refusals: Vec<Refusal> = preflight::of_process(target)?;
-    let mappings = maps::read_with_flags(target.pid)
-        .map_err(|e| target.kernel("reading its mappings", e))?;
+    let mappings =
+        maps::read_with_flags(target.pid).map_err(|e| target.kernel("reading its mappings", e))?;
     for (at, (m, flags)) in mappings.iter().enumerate() {
         let stamped = |m: &Mapping| {
             m.shared && m.name.starts_with(b"/dev/zero") && Arena::is_stamped(target.pid, m.start)
@@ -392,7 +419,11 @@ fn refuse_early(target: &Target) -> Result<(), ProcessError> {
         Err(ProcessError::Refused(more)) => refusals.extend(more),
         Err(e) => return Err(e),
     }
-    if refusals.is_empty() { Ok(()) } else { Err(ProcessError::Refused(refusals)) }
+    if refusals.is_empty() {
+        Ok(())
+    } else {
+        Err(ProcessError::Refused(refusals))
+    }
 }
 
 fn prepare(
@@ -424,7 +455,11 @@ fn private_areas(mappings: &[Mapping]) -> Vec<PrivateArea> {
     mappings
         .iter()
         .filter(|m| !m.shared && !m.name.starts_with(b"[v"))
-        .map(|m| PrivateArea { span: (m.start, m.end), readable: m.prot & 1 != 0, anonymous: m.inode == 0 })
+        .map(|m| PrivateArea {
+            span: (m.start, m.end),
+            readable: m.prot & 1 != 0,
+            anonymous: m.inode == 0,
+        })
         .collect()
 }
 
@@ -437,7 +472,8 @@ struct Clocks {
 
 impl Clocks {
     fn of(target: &Target) -> Result<Self, ProcessError> {
-        let offsets = |pid| TimeOffsets::of(pid).map_err(|e| target.kernel("reading its clocks", e));
+        let offsets =
+            |pid| TimeOffsets::of(pid).map_err(|e| target.kernel("reading its clocks", e));
         let (theirs, ours) = (offsets(target.pid)?, offsets(std::process::id())?);
         let seen = |clock, theirs: i64, ours: i64| {
             u64::try_from(now_ns(clock).saturating_add(theirs).saturating_sub(ours)).unwrap_or(0)
@@ -451,7 +487,9 @@ impl Clocks {
 
     fn subject(&self, target: &Target, command_line: &[u8], threads: u32) -> SubjectState {
         let text = |path: &str| {
-            std::fs::read_to_string(path).map(|t| t.trim().to_owned()).unwrap_or_default()
+            std::fs::read_to_string(path)
+                .map(|t| t.trim().to_owned())
+                .unwrap_or_default()
         };
         SubjectState {
             root_process: target.pid,
@@ -493,15 +531,21 @@ impl Stopped<'_> {
         for halted in threads.into_iter().rev().filter_map(Held::into_halted) {
             let tid = halted.tid();
             halted.await_end(deadline).map_err(|e| {
-                target.kernel(format!("waiting for thread {tid} to end: {e}"), std::io::Error::other("stuck"))
+                target.kernel(
+                    format!("waiting for thread {tid} to end: {e}"),
+                    std::io::Error::other("stuck"),
+                )
             })?;
         }
         self.tracked.detached = true;
         if target.own_child
-            && let Some(pid) = i32::try_from(target.pid).ok().and_then(rustix::process::Pid::from_raw)
+            && let Some(pid) = i32::try_from(target.pid)
+                .ok()
+                .and_then(rustix::process::Pid::from_raw)
         {
             let options = rustix::process::WaitOptions::empty();
-            rustix::process::waitpid(Some(pid), options).map_err(|e| target.kernel("reaping it", e))?;
+            rustix::process::waitpid(Some(pid), options)
+                .map_err(|e| target.kernel("reaping it", e))?;
         }
         Ok(())
     }
@@ -584,7 +628,12 @@ struct FilesToSync {
 
 impl FilesToSync {
     fn new(open: descriptors::FilesToSync, memory: &memory::MemoryState) -> Self {
-        let mapped = memory.files.iter().filter(|f| f.writable).map(|f| f.path.clone()).collect();
+        let mapped = memory
+            .files
+            .iter()
+            .filter(|f| f.writable)
+            .map(|f| f.path.clone())
+            .collect();
         Self { open, mapped }
     }
 
@@ -596,7 +645,11 @@ impl FilesToSync {
             let what = || format!("writing back {}", shown.display());
             std::fs::File::open(shown)
                 .and_then(|file| file.sync_all())
-                .map_err(|e| ProcessError::Kernel { pid, what: what(), source: e })?;
+                .map_err(|e| ProcessError::Kernel {
+                    pid,
+                    what: what(),
+                    source: e,
+                })?;
         }
         Ok(())
     }

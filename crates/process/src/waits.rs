@@ -143,16 +143,21 @@ pub enum Again {
 /// and it is known; `stack` is the stack pointer.
 #[must_use]
 pub fn again(limit: Limit, left_ns: Option<u64>, stack: u64) -> Again {
-    let Some(ns) = left_ns else { return Again::Plain };
+    let Some(ns) = left_ns else {
+        return Again::Plain;
+    };
     match limit {
         Limit::None => Again::Plain,
         // Rounded up: a program may rely on a limit never being too short.
-        Limit::Milliseconds(arg) => {
-            Again::Argument { arg, value: ns.div_ceil(1_000_000).min(i32::MAX as u64) }
-        }
-        Limit::Timespec(arg) => {
-            Again::Timespec { arg, address: (stack.saturating_sub(BELOW_STACK)) & !15, ns }
-        }
+        Limit::Milliseconds(arg) => Again::Argument {
+            arg,
+            value: ns.div_ceil(1_000_000).min(i32::MAX as u64),
+        },
+        Limit::Timespec(arg) => Again::Timespec {
+            arg,
+            address: (stack.saturating_sub(BELOW_STACK)) & !15,
+            ns,
+        },
         Limit::SocketReceive | Limit::SocketSend if ns == 0 => Again::TimedOut,
         Limit::SocketReceive | Limit::SocketSend => Again::Plain,
     }
@@ -172,7 +177,10 @@ mod tests {
     use super::*;
 
     fn call(number: i64) -> Call {
-        Call { number, args: [0; 6] }
+        Call {
+            number,
+            args: [0; 6],
+        }
     }
 
     #[test]

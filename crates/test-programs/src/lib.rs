@@ -147,7 +147,12 @@ pub fn say(line: &str) {
 
 /// Waits for SIGUSR1, which must be blocked in all threads. A wait that ends without it fails.
 pub fn await_report_order() {
-    let set = signals(&[libc::SIGUSR1]);
+    await_signal(libc::SIGUSR1);
+}
+
+/// Waits for a signal, which must be blocked in all threads. A wait that ends without it fails.
+pub fn await_signal(signal: i32) {
+    let set = signals(&[signal]);
     // SAFETY: set is live and 8 bytes long; neither information nor a limit is given.
     let r = unsafe {
         sys(
@@ -155,7 +160,7 @@ pub fn await_report_order() {
             [&raw const set as usize, 0, 0, 8, 0, 0],
         )
     };
-    expect("waiting for SIGUSR1", r, i64::from(libc::SIGUSR1));
+    expect("waiting for a signal", r, i64::from(signal));
 }
 
 /// Pseudo-random numbers (SplitMix64): the same seed gives the same numbers.

@@ -67,12 +67,16 @@ const MEMBARRIER_GET_REGISTRATIONS: u64 = 1 << 9;
 
 fn prctl(batch: &mut Batch, option: libc::c_int, arg: Arg) -> CallId {
     let zero = || Arg::Value(0);
-    batch.push(libc::SYS_prctl, [Arg::Value(option as u64), arg, zero(), zero(), zero()])
+    batch.push(
+        libc::SYS_prctl,
+        [Arg::Value(option as u64), arg, zero(), zero(), zero()],
+    )
 }
 
 /// Adds the questions.
 pub fn ask(batch: &mut Batch) -> Asked {
-    let timers = [0u64, 1, 2].map(|n| batch.push(libc::SYS_getitimer, [Arg::Value(n), Arg::Out(32)]));
+    let timers =
+        [0u64, 1, 2].map(|n| batch.push(libc::SYS_getitimer, [Arg::Value(n), Arg::Out(32)]));
     let values = [
         libc::PR_GET_DUMPABLE,
         libc::PR_GET_KEEPCAPS,
@@ -83,8 +87,17 @@ pub fn ask(batch: &mut Batch) -> Asked {
     .map(|option| prctl(batch, option, Arg::Value(0)));
     let words = [libc::PR_GET_PDEATHSIG, libc::PR_GET_CHILD_SUBREAPER]
         .map(|option| prctl(batch, option, Arg::Out(4)));
-    let args = [Arg::Value(MEMBARRIER_GET_REGISTRATIONS), Arg::Value(0), Arg::Value(0)];
-    Asked { timers, values, words, membarrier: batch.push(libc::SYS_membarrier, args) }
+    let args = [
+        Arg::Value(MEMBARRIER_GET_REGISTRATIONS),
+        Arg::Value(0),
+        Arg::Value(0),
+    ];
+    Asked {
+        timers,
+        values,
+        words,
+        membarrier: batch.push(libc::SYS_membarrier, args),
+    }
 }
 
 /// Puts together what is seen from outside and what the leading thread answered.
@@ -97,17 +110,23 @@ pub fn collect(
     let stat = Stat::read(target.pid).map_err(|e| target.kernel("reading its stat", e))?;
     let mut interval_timers = Vec::with_capacity(12);
     for id in asked.timers {
-        answers.value(id).map_err(|e| target.kernel("asking for its interval timers", e))?;
+        answers
+            .value(id)
+            .map_err(|e| target.kernel("asking for its interval timers", e))?;
         let (words, _) = answers.out(id, 1).as_chunks::<8>();
         interval_timers.extend(words.iter().map(|w| u64::from_ne_bytes(*w)));
     }
     let mut values = [0; 5];
     for (value, id) in values.iter_mut().zip(asked.values) {
-        *value = answers.value(id).map_err(|e| target.kernel("asking with prctl", e))?;
+        *value = answers
+            .value(id)
+            .map_err(|e| target.kernel("asking with prctl", e))?;
     }
     let mut words = [0; 2];
     for (word, id) in words.iter_mut().zip(asked.words) {
-        answers.value(id).map_err(|e| target.kernel("asking with prctl", e))?;
+        answers
+            .value(id)
+            .map_err(|e| target.kernel("asking with prctl", e))?;
         let raw = answers.out(id, 1);
         *word = u32::from_ne_bytes([raw[0], raw[1], raw[2], raw[3]]);
     }
@@ -133,7 +152,9 @@ pub fn collect(
         // Kernels before 6.3 cannot tell; programs there register again at their next use or not.
         membarrier: answers.value(asked.membarrier).unwrap_or(0),
         oom_score_adj: number(&target.proc_file("oom_score_adj")?, 10) as i32,
-        coredump_filter: target.proc_file("coredump_filter").map_or(0x33, |t| number(&t, 16) as u64),
+        coredump_filter: target
+            .proc_file("coredump_filter")
+            .map_or(0x33, |t| number(&t, 16) as u64),
     })
 }
 
@@ -166,7 +187,9 @@ fn parse_limits(text: &[u8]) -> Vec<u64> {
     let text = String::from_utf8_lossy(text);
     let mut values = vec![u64::MAX; LIMITS.len() * 2];
     for line in text.lines() {
-        let Some(at) = LIMITS.iter().position(|name| line.starts_with(name)) else { continue };
+        let Some(at) = LIMITS.iter().position(|name| line.starts_with(name)) else {
+            continue;
+        };
         let words = line[LIMITS[at].len()..].split_whitespace();
         for (i, word) in words.take(2).enumerate() {
             values[at * 2 + i] = word.parse().unwrap_or(u64::MAX);
@@ -191,7 +214,12 @@ pub fn recreate_limits(state: &ProcessState, now: &[u8], batch: &mut Batch) -> V
             && let Some(wanted) = state.limits.get(pair)
         {
             let raw: Vec<u8> = wanted.iter().flat_map(|v| v.to_ne_bytes()).collect();
-            let args = [Arg::Value(0), Arg::Value(i as u64), Arg::In(raw), Arg::Value(0)];
+            let args = [
+                Arg::Value(0),
+                Arg::Value(i as u64),
+                Arg::In(raw),
+                Arg::Value(0),
+            ];
             batch.push(libc::SYS_prlimit64, args);
             names.push(*name);
         }
@@ -212,10 +240,16 @@ pub fn recreate(state: &ProcessState, now: &Stat, batch: &mut Batch) -> Vec<Stri
         what.push("beginning a process group".to_owned());
     }
     batch.push(libc::SYS_chdir, [path_argument(&state.working_directory)]);
-    what.push(format!("entering {}", String::from_utf8_lossy(&state.working_directory)));
+    what.push(format!(
+        "entering {}",
+        String::from_utf8_lossy(&state.working_directory)
+    ));
     if state.root_directory != b"/" {
         batch.push(libc::SYS_chroot, [path_argument(&state.root_directory)]);
-        what.push(format!("changing root to {}", String::from_utf8_lossy(&state.root_directory)));
+        what.push(format!(
+            "changing root to {}",
+            String::from_utf8_lossy(&state.root_directory)
+        ));
     }
     batch.push(libc::SYS_umask, [v(u64::from(state.umask))]);
     what.push("setting the file mode mask".into());
@@ -224,7 +258,10 @@ pub fn recreate(state: &ProcessState, now: &Stat, batch: &mut Batch) -> Vec<Stri
     let set = [
         (libc::PR_SET_THP_DISABLE, state.thp_disable),
         (libc::PR_SET_TIMERSLACK, state.timer_slack_ns),
-        (libc::PR_SET_CHILD_SUBREAPER, u64::from(state.child_subreaper)),
+        (
+            libc::PR_SET_CHILD_SUBREAPER,
+            u64::from(state.child_subreaper),
+        ),
     ];
     for (option, value) in set {
         prctl(batch, option, v(value));
@@ -246,7 +283,10 @@ pub fn recreate_late(state: &ProcessState, batch: &mut Batch) -> Vec<String> {
     for (n, timer) in timers.iter().take(3).enumerate() {
         if timer[2..] != [0, 0] {
             let raw = timer.iter().flat_map(|w| w.to_ne_bytes()).collect();
-            batch.push(libc::SYS_setitimer, [Arg::Value(n as u64), Arg::In(raw), Arg::Value(0)]);
+            batch.push(
+                libc::SYS_setitimer,
+                [Arg::Value(n as u64), Arg::In(raw), Arg::Value(0)],
+            );
             what.push("setting an interval timer".into());
         }
     }
@@ -255,7 +295,11 @@ pub fn recreate_late(state: &ProcessState, batch: &mut Batch) -> Vec<String> {
         (libc::PR_SET_KEEPCAPS, state.keep_caps, 0),
         // 2 can only come from a privileged change of credentials, and is made by it.
         (libc::PR_SET_DUMPABLE, state.dumpable.min(1), 1),
-        (libc::PR_SET_PDEATHSIG, u64::from(state.parent_death_signal), u64::MAX),
+        (
+            libc::PR_SET_PDEATHSIG,
+            u64::from(state.parent_death_signal),
+            u64::MAX,
+        ),
     ];
     for (option, value, default) in set {
         if value != default {

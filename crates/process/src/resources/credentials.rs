@@ -52,10 +52,18 @@ const CAP_VERSION_3: u32 = 0x2008_0522;
 pub fn recreate(state: &Credentials, now: &Credentials, batch: &mut Batch) {
     let v = |n: u32| Arg::Value(u64::from(n));
     if state.supplementary != now.supplementary {
-        let list: Vec<u8> = state.supplementary.iter().flat_map(|g| g.to_ne_bytes()).collect();
-        batch.push(libc::SYS_setgroups, [v(state.supplementary.len() as u32), Arg::In(list)]);
+        let list: Vec<u8> = state
+            .supplementary
+            .iter()
+            .flat_map(|g| g.to_ne_bytes())
+            .collect();
+        batch.push(
+            libc::SYS_setgroups,
+            [v(state.supplementary.len() as u32), Arg::In(list)],
+        );
     }
-    let prctl = |op: libc::c_int, arg: u64| [Arg::Value(op as u64), Arg::Value(arg), v(0), v(0), v(0)];
+    let prctl =
+        |op: libc::c_int, arg: u64| [Arg::Value(op as u64), Arg::Value(arg), v(0), v(0), v(0)];
     for bit in (0..64).filter(|b| now.capabilities[3] & !state.capabilities[3] & 1 << b != 0) {
         batch.push(libc::SYS_prctl, prctl(libc::PR_CAPBSET_DROP, bit));
     }
@@ -87,7 +95,13 @@ pub fn recreate(state: &Credentials, now: &Credentials, batch: &mut Batch) {
     }
     for bit in (0..64).filter(|b| state.capabilities[4] & 1 << b != 0) {
         let raise = libc::PR_CAP_AMBIENT_RAISE as u64;
-        let args = [Arg::Value(libc::PR_CAP_AMBIENT as u64), Arg::Value(raise), Arg::Value(bit), v(0), v(0)];
+        let args = [
+            Arg::Value(libc::PR_CAP_AMBIENT as u64),
+            Arg::Value(raise),
+            Arg::Value(bit),
+            v(0),
+            v(0),
+        ];
         batch.push(libc::SYS_prctl, args);
     }
     if state.no_new_privs && !now.no_new_privs {

@@ -134,7 +134,10 @@ pub fn kind_of(m: &Mapping, flags: VmFlags) -> Result<AreaKind, &'static str> {
         (VmFlags::PFN, "memory of a device"),
         (VmFlags::SHADOW_STACK, "a shadow stack"),
         (VmFlags::SYNC, "a synchronous DAX mapping"),
-        (VmFlags::MISSING, "memory that the program's own userfaultfd serves"),
+        (
+            VmFlags::MISSING,
+            "memory that the program's own userfaultfd serves",
+        ),
         (VmFlags::DROPPABLE, "droppable memory"),
         (VmFlags::MIXED, "memory of a device"),
     ];
@@ -175,24 +178,33 @@ pub fn collect(
     answers: &Results,
 ) -> Result<MemoryState, ProcessError> {
     let stat = Stat::read(target.pid).map_err(|e| target.kernel("reading its stat", e))?;
-    let brk = answers.value(asked).map_err(|e| target.kernel("asking for its heap", e))?;
-    let mut files = Files { target, list: Vec::new(), build_ids };
+    let brk = answers
+        .value(asked)
+        .map_err(|e| target.kernel("asking for its heap", e))?;
+    let mut files = Files {
+        target,
+        list: Vec::new(),
+        build_ids,
+    };
     let mut areas = Vec::with_capacity(mappings.len());
     let mut vdso_checksum = None;
     for (m, flags) in mappings {
-        let kind = kind_of(m, *flags).map_err(|what| {
-            ProcessError::Refused(vec![refusal(target, m, what)])
-        })?;
+        let kind = kind_of(m, *flags)
+            .map_err(|what| ProcessError::Refused(vec![refusal(target, m, what)]))?;
         if kind == AreaKind::Vdso {
-            vdso_checksum = Some(vdso_checksum_of(target.pid, m.start, m.end).map_err(|e| {
-                target.kernel("reading its vDSO", e)
-            })?);
+            vdso_checksum = Some(
+                vdso_checksum_of(target.pid, m.start, m.end)
+                    .map_err(|e| target.kernel("reading its vDSO", e))?,
+            );
         }
         let file = match kind {
             AreaKind::PrivateFile | AreaKind::SharedFile => Some(files.index_of(m, *flags)?),
             _ => None,
         };
-        let label = m.name.strip_prefix(b"[anon:").and_then(|n| n.strip_suffix(b"]"));
+        let label = m
+            .name
+            .strip_prefix(b"[anon:")
+            .and_then(|n| n.strip_suffix(b"]"));
         areas.push(Area {
             start: m.start,
             end: m.end,
@@ -220,7 +232,11 @@ pub fn collect(
 pub fn refusal(target: &Target, m: &Mapping, what: &str) -> Refusal {
     let name = String::from_utf8_lossy(&m.name);
     let place = format!("address {:x}-{:x}", m.start, m.end);
-    let what = if name.is_empty() { what.to_owned() } else { format!("{what} ({name})") };
+    let what = if name.is_empty() {
+        what.to_owned()
+    } else {
+        format!("{what} ({name})")
+    };
     target.refusal(place, what, "this sort of memory cannot be saved yet")
 }
 
@@ -240,7 +256,11 @@ struct Files<'a> {
 impl Files<'_> {
     fn index_of(&mut self, m: &Mapping, flags: VmFlags) -> Result<u32, ProcessError> {
         let writable = m.shared && flags.has(VmFlags::MAY_WRITE);
-        if let Some(at) = self.list.iter().position(|f| f.path == m.name && f.inode == m.inode) {
+        if let Some(at) = self
+            .list
+            .iter()
+            .position(|f| f.path == m.name && f.inode == m.inode)
+        {
             self.list[at].writable |= writable;
             return Ok(at as u32);
         }
@@ -252,8 +272,8 @@ impl Files<'_> {
     fn describe(&mut self, m: &Mapping, writable: bool) -> Result<MappedFile, ProcessError> {
         let refuse = |what: &str| ProcessError::Refused(vec![refusal(self.target, m, what)]);
         let path = Path::new(std::ffi::OsStr::from_bytes(&m.name));
-        let meta =
-            std::fs::metadata(path).map_err(|e| refuse(&format!("a mapped file is not there: {e}")))?;
+        let meta = std::fs::metadata(path)
+            .map_err(|e| refuse(&format!("a mapped file is not there: {e}")))?;
         if meta.ino() != m.inode {
             return Err(refuse("a mapped file was replaced by another one"));
         }
@@ -262,7 +282,11 @@ impl Files<'_> {
         }
         let modified_ns = modified_ns(&meta);
         let key = (meta.dev(), meta.ino(), modified_ns);
-        let build_id = self.build_ids.entry(key).or_insert_with(|| build_id(path)).clone();
+        let build_id = self
+            .build_ids
+            .entry(key)
+            .or_insert_with(|| build_id(path))
+            .clone();
         Ok(MappedFile {
             path: m.name.clone(),
             device: meta.dev(),
@@ -278,7 +302,9 @@ impl Files<'_> {
 /// When the contents of a file last changed.
 #[must_use]
 pub fn modified_ns(meta: &std::fs::Metadata) -> i64 {
-    meta.mtime().saturating_mul(1_000_000_000).saturating_add(meta.mtime_nsec())
+    meta.mtime()
+        .saturating_mul(1_000_000_000)
+        .saturating_add(meta.mtime_nsec())
 }
 
 /// Whether the file that lies at the recorded path now can stand for the one that was mapped.
@@ -286,7 +312,10 @@ pub fn modified_ns(meta: &std::fs::Metadata) -> i64 {
 pub fn reopen(file: &MappedFile, keep: bool) -> Result<File, String> {
     let shown = String::from_utf8_lossy(&file.path).into_owned();
     let path = Path::new(std::ffi::OsStr::from_bytes(&file.path));
-    let opened = std::fs::OpenOptions::new().read(true).write(file.writable).open(path);
+    let opened = std::fs::OpenOptions::new()
+        .read(true)
+        .write(file.writable)
+        .open(path);
     let opened = opened.map_err(|e| format!("the mapped file {shown} cannot be opened: {e}"))?;
     let meta = opened.metadata().map_err(|e| format!("{shown}: {e}"))?;
     if !meta.is_file() {
@@ -297,7 +326,9 @@ pub fn reopen(file: &MappedFile, keep: bool) -> Result<File, String> {
     if same || same_build || (keep && meta.size() >= file.size) {
         Ok(opened)
     } else {
-        Err(format!("the mapped file {shown} is not the one that was mapped (length, time and build ID differ)"))
+        Err(format!(
+            "the mapped file {shown} is not the one that was mapped (length, time and build ID differ)"
+        ))
     }
 }
 
@@ -311,13 +342,17 @@ fn build_id(path: &Path) -> Option<Vec<u8>> {
     if !header.starts_with(b"\x7fELF\x02\x01") {
         return None;
     }
-    let u16_at = |b: &[u8], at: usize| Some(u16::from_le_bytes(b.get(at..at + 2)?.try_into().ok()?));
-    let u32_at = |b: &[u8], at: usize| Some(u32::from_le_bytes(b.get(at..at + 4)?.try_into().ok()?));
-    let u64_at = |b: &[u8], at: usize| Some(u64::from_le_bytes(b.get(at..at + 8)?.try_into().ok()?));
+    let u16_at =
+        |b: &[u8], at: usize| Some(u16::from_le_bytes(b.get(at..at + 2)?.try_into().ok()?));
+    let u32_at =
+        |b: &[u8], at: usize| Some(u32::from_le_bytes(b.get(at..at + 4)?.try_into().ok()?));
+    let u64_at =
+        |b: &[u8], at: usize| Some(u64::from_le_bytes(b.get(at..at + 8)?.try_into().ok()?));
     let (table, count) = (u64_at(&header, 32)?, u16_at(&header, 56)?);
     for i in 0..u64::from(count) {
         let mut segment = [0u8; 56];
-        file.read_exact_at(&mut segment, table.checked_add(i * 56)?).ok()?;
+        file.read_exact_at(&mut segment, table.checked_add(i * 56)?)
+            .ok()?;
         if u32_at(&segment, 0)? != 4 {
             continue;
         }

@@ -31,7 +31,12 @@ fn is_fixed(signal: u64) -> bool {
 pub fn ask(batch: &mut Batch) -> Vec<CallId> {
     (1..=SIGNALS)
         .map(|s| {
-            let args = [Arg::Value(s), Arg::Value(0), Arg::Out(ACTION_WORDS * 8), Arg::Value(8)];
+            let args = [
+                Arg::Value(s),
+                Arg::Value(0),
+                Arg::Out(ACTION_WORDS * 8),
+                Arg::Value(8),
+            ];
             batch.push(libc::SYS_rt_sigaction, args)
         })
         .collect()
@@ -46,26 +51,41 @@ pub fn collect(
 ) -> Result<SignalsState, ProcessError> {
     let mut actions = Vec::with_capacity(asked.len() * ACTION_WORDS);
     for &id in asked {
-        answers.value(id).map_err(|e| target.kernel("asking for its signal actions", e))?;
+        answers
+            .value(id)
+            .map_err(|e| target.kernel("asking for its signal actions", e))?;
         let (words, _) = answers.out(id, 2).as_chunks::<8>();
         actions.extend(words.iter().map(|w| u64::from_ne_bytes(*w)));
     }
-    let halted = leader.halted().map_err(|e| crate::freeze::remote_failed(target, e))?;
-    let pending =
-        halted.queued_signals(true).map_err(|e| target.kernel("reading its signals", e))?;
-    Ok(SignalsState { actions, pending: pending.concat() })
+    let halted = leader
+        .halted()
+        .map_err(|e| crate::freeze::remote_failed(target, e))?;
+    let pending = halted
+        .queued_signals(true)
+        .map_err(|e| target.kernel("reading its signals", e))?;
+    Ok(SignalsState {
+        actions,
+        pending: pending.concat(),
+    })
 }
 
 /// Adds the calls that set all dispositions.
 pub fn recreate(state: &SignalsState, batch: &mut Batch) -> Result<(), ProcessError> {
     if state.actions.len() != SIGNALS as usize * ACTION_WORDS {
-        return Err(ProcessError::Image("signals: a wrong number of actions".into()));
+        return Err(ProcessError::Image(
+            "signals: a wrong number of actions".into(),
+        ));
     }
     for (i, action) in state.actions.chunks(ACTION_WORDS).enumerate() {
         let signal = i as u64 + 1;
         if !is_fixed(signal) {
             let raw: Vec<u8> = action.iter().flat_map(|w| w.to_ne_bytes()).collect();
-            let args = [Arg::Value(signal), Arg::In(raw), Arg::Value(0), Arg::Value(8)];
+            let args = [
+                Arg::Value(signal),
+                Arg::In(raw),
+                Arg::Value(0),
+                Arg::Value(8),
+            ];
             batch.push(libc::SYS_rt_sigaction, args);
         }
     }
@@ -82,7 +102,9 @@ pub fn requeue(
 ) -> Result<(), ProcessError> {
     let (infos, rest) = queued.as_chunks::<SIGINFO>();
     if !rest.is_empty() {
-        return Err(ProcessError::Image("signals: a queue of a wrong size".into()));
+        return Err(ProcessError::Image(
+            "signals: a queue of a wrong size".into(),
+        ));
     }
     for info in infos {
         let signal = u64::from(u32::from_ne_bytes([info[0], info[1], info[2], info[3]]));
@@ -93,7 +115,10 @@ pub fn requeue(
                 batch.push(libc::SYS_rt_tgsigqueueinfo, args);
             }
             None => {
-                batch.push(libc::SYS_rt_sigqueueinfo, [v(pid), Arg::Value(signal), info]);
+                batch.push(
+                    libc::SYS_rt_sigqueueinfo,
+                    [v(pid), Arg::Value(signal), info],
+                );
             }
         }
     }

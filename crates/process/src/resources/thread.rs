@@ -111,7 +111,10 @@ registers! {
 /// The system call that these registers show a thread in.
 #[must_use]
 pub fn call_of(r: &Registers) -> Call {
-    Call { number: r.orig_rax as i64, args: [r.rdi, r.rsi, r.rdx, r.r10, r.r8, r.r9] }
+    Call {
+        number: r.orig_rax as i64,
+        args: [r.rdi, r.rsi, r.rdx, r.r10, r.r8, r.r9],
+    }
 }
 
 /// How a stopped thread's system call was interrupted, and whether it may be made again.
@@ -145,7 +148,9 @@ pub fn ask(batch: &mut Batch) -> Asked {
 }
 
 fn word(bytes: &[u8], at: usize) -> u64 {
-    bytes.get(at..at + 8).map_or(0, |b| b.iter().rev().fold(0, |n, &b| n << 8 | u64::from(b)))
+    bytes
+        .get(at..at + 8)
+        .map_or(0, |b| b.iter().rev().fold(0, |n, &b| n << 8 | u64::from(b)))
 }
 
 /// What is read of a thread from outside while it stands still, before remote calls are made.
@@ -165,9 +170,15 @@ pub fn look(target: &Target, held: &mut Held) -> Result<Sight, ProcessError> {
     let kernel = |what: &str, e| target.kernel(format!("thread {}: {what}", held.tid), e);
     let status = Status::read(target.pid, held.tid)
         .map_err(|e| target.kernel(format!("reading the status of thread {}", held.tid), e))?;
-    let halted = held.halted().map_err(|e| crate::freeze::remote_failed(target, e))?;
-    let xstate = halted.xstate().map_err(|e| kernel("reading extended registers", e))?;
-    let pending = halted.queued_signals(false).map_err(|e| kernel("reading signals", e))?;
+    let halted = held
+        .halted()
+        .map_err(|e| crate::freeze::remote_failed(target, e))?;
+    let xstate = halted
+        .xstate()
+        .map_err(|e| kernel("reading extended registers", e))?;
+    let pending = halted
+        .queued_signals(false)
+        .map_err(|e| kernel("reading signals", e))?;
     let rseq = halted.rseq().map_err(|e| kernel("reading rseq", e))?;
     if let Some(rseq) = &rseq
         && let Some(abort) = rseq_abort(target.pid, rseq.address, held.registers.rip)
@@ -181,7 +192,12 @@ pub fn look(target: &Target, held: &mut Held) -> Result<Sight, ProcessError> {
         signature: r.signature,
         flags: r.flags,
     });
-    Ok(Sight { status, xstate, pending, rseq })
+    Ok(Sight {
+        status,
+        xstate,
+        pending,
+        rseq,
+    })
 }
 
 /// The abort handler, if `rip` lies inside the thread's current critical section
@@ -210,7 +226,9 @@ pub fn collect(
 ) -> Result<ThreadState, ProcessError> {
     let kernel = |what: &str, e| target.kernel(format!("thread {}: {what}", held.tid), e);
     let tid = held.tid;
-    answers.value(asked.stack).map_err(|e| kernel("asking for its signal stack", e))?;
+    answers
+        .value(asked.stack)
+        .map_err(|e| kernel("asking for its signal stack", e))?;
     let stack = answers.out(asked.stack, 1);
     let clear_tid_address = match answers.value(asked.tid_address) {
         Ok(_) => word(answers.out(asked.tid_address, 1), 0),
@@ -234,9 +252,15 @@ pub fn collect(
         },
         clear_tid_address,
         robust_list,
-        robust_list_length: if robust_list == 0 { 0 } else { robust_list_length },
+        robust_list_length: if robust_list == 0 {
+            0
+        } else {
+            robust_list_length
+        },
         rseq: sight.rseq,
-        scheduling: thread::scheduling(tid).map_err(|e| kernel("reading scheduling", e))?.to_vec(),
+        scheduling: thread::scheduling(tid)
+            .map_err(|e| kernel("reading scheduling", e))?
+            .to_vec(),
         affinity: thread::affinity(tid).map_err(|e| kernel("reading its affinity", e))?,
         io_priority: thread::io_priority(tid).map_err(|e| kernel("reading I/O priority", e))?,
         call_again: interruption_of(&held.registers, &sight.status).is_some(),
@@ -270,7 +294,10 @@ pub fn recreate(state: &ThreadState, batch: &mut Batch) {
     let mut name = state.comm.clone();
     name.truncate(15);
     name.push(0);
-    batch.push(libc::SYS_prctl, [value(libc::PR_SET_NAME as u64), Arg::In(name)]);
+    batch.push(
+        libc::SYS_prctl,
+        [value(libc::PR_SET_NAME as u64), Arg::In(name)],
+    );
 }
 
 /// Sets what can be set from outside: scheduling, affinity, I/O priority, where they differ.
@@ -280,20 +307,23 @@ pub fn recreate_outside(pid: u32, state: &ThreadState) -> Result<Vec<String>, Pr
         crate::target::gone_or(pid, &format!("thread {tid}: {what}"), e.into())
     };
     let mut notices = Vec::new();
-    let attr: [u8; 48] = state
-        .scheduling
-        .as_slice()
-        .try_into()
-        .map_err(|_| ProcessError::Image(format!("thread {tid}: scheduling has a wrong size")))?;
+    let attr: [u8; 48] =
+        state.scheduling.as_slice().try_into().map_err(|_| {
+            ProcessError::Image(format!("thread {tid}: scheduling has a wrong size"))
+        })?;
     if thread::scheduling(tid).map_err(|e| kernel("reading scheduling", e))? != attr
         && let Err(e) = thread::set_scheduling(tid, &attr)
     {
-        notices.push(format!("thread {tid}: scheduling policy or priority not restored: {e}"));
+        notices.push(format!(
+            "thread {tid}: scheduling policy or priority not restored: {e}"
+        ));
     }
     if thread::affinity(tid).map_err(|e| kernel("reading affinity", e))? != state.affinity
         && let Err(e) = thread::set_affinity(tid, &state.affinity)
     {
-        notices.push(format!("thread {tid}: processor affinity not restored: {e}"));
+        notices.push(format!(
+            "thread {tid}: processor affinity not restored: {e}"
+        ));
     }
     if thread::io_priority(tid).map_err(|e| kernel("reading I/O priority", e))? != state.io_priority
         && let Err(e) = thread::set_io_priority(tid, state.io_priority)

@@ -16,6 +16,7 @@ mod stub;
 mod threads;
 
 use crate::image::{self, SubjectState, ThreadsState, group, kinds};
+use crate::laps::Laps;
 use crate::resources::{attributes, descriptors, memory, signals};
 use crate::target::{Stat, gone_or};
 use crate::{ProcessError, Refusal, bootstrap};
@@ -115,7 +116,12 @@ impl Saved {
     }
 
     fn program(&self) -> String {
-        let name = self.threads.threads.first().map(|t| t.comm.as_slice()).unwrap_or_default();
+        let name = self
+            .threads
+            .threads
+            .first()
+            .map(|t| t.comm.as_slice())
+            .unwrap_or_default();
         String::from_utf8_lossy(name).into_owned()
     }
 
@@ -153,29 +159,54 @@ struct Opened {
 /// streams and terminal are those of the caller. On failure nothing half-restored is left.
 pub fn restore(reader: &dyn EpochReader, options: &RestoreOptions) -> Result<Ready, ProcessError> {
     let began = Instant::now();
+    let mut laps = Laps::new();
     let saved = Saved::read(reader)?;
+    laps.lap("trees");
     let ours = maps::read(std::process::id()).map_err(|e| internal("reading own mappings", e))?;
     let opened = check(&saved, &ours, reader, options)?;
     raise_file_limit();
     let mut notices = opened.checked.notices().to_vec();
     let made = descriptors::recreate_table(&saved.table, opened.checked)?;
+    laps.lap("check and descriptors");
     let hole = space::find_hole(&saved.memory, &ours, Stub::arena_length() + (8 << 20))?;
-    let mut stub = Stub::new(saved.subject.root_process, time_offsets(&saved.subject)?, hole)?;
+    let mut stub = Stub::new(
+        saved.subject.root_process,
+        time_offsets(&saved.subject)?,
+        hole,
+    )?;
+    laps.lap("process");
 
     space::clear(&mut stub, &saved.memory)?;
+    laps.lap("clear");
     space::map(&mut stub, &saved.memory, &opened.mapped, reader)?;
+    laps.lap("map");
     space::fill(&stub, &saved.memory, reader)?;
+    laps.lap("fill");
     space::finish(&mut stub, &saved.memory)?;
     space::set_layout(&mut stub, &saved.memory, &opened.executable)?;
     drop(opened.mapped);
     attributes_of_process(&mut stub, &saved, &mut notices)?;
     install_descriptors(&mut stub, &saved.table, &made)?;
     limits(&mut stub, &saved)?;
-    notices.extend(threads::recreate(&mut stub, &saved.threads.threads, &saved.signals)?);
+    laps.lap("attributes");
+    notices.extend(threads::recreate(
+        &mut stub,
+        &saved.threads.threads,
+        &saved.signals,
+    )?);
     late_attributes(&mut stub, &saved)?;
     threads::rearm(&mut stub, &saved.threads.threads)?;
+    laps.lap("threads");
+    laps.tell("restore");
     let restore_us = began.elapsed().as_micros() as u64;
-    Ok(Ready { stub, threads: saved.threads, made, notices, began, restore_us })
+    Ok(Ready {
+        stub,
+        threads: saved.threads,
+        made,
+        notices,
+        began,
+        restore_us,
+    })
 }
 
 /// Judges everything that can be judged beforehand.
@@ -185,12 +216,13 @@ fn check(
     reader: &dyn EpochReader,
     options: &RestoreOptions,
 ) -> Result<Opened, ProcessError> {
-    let mut refusals = Vec::new();
-    for thread in &saved.threads.threads {
-        if Path::new(&format!("/proc/{}", thread.tid)).exists() {
-            refusals.push(pid_taken(thread.tid));
-        }
+    let taken = saved.threads.threads.iter().map(|t| t.tid);
+    let mut taken = taken.filter(|tid| Path::new(&format!("/proc/{tid}")).exists());
+    if let Some(tid) = taken.next() {
+        // Whoever has the process ID probably has the ports and files too: one reason is enough.
+        return Err(ProcessError::Refused(vec![pid_taken(tid)]));
     }
+    let mut refusals = Vec::new();
     if let Err(what) = space::check_kernel(&saved.memory, ours) {
         refusals.push(saved.refusal(what, "restore it under that kernel"));
     }
@@ -217,9 +249,11 @@ fn check(
         files: options.files,
     };
     match (descriptors::check_table(&saved.table, &around), executable) {
-        (Ok(checked), Ok(executable)) if refusals.is_empty() => {
-            Ok(Opened { mapped, executable, checked })
-        }
+        (Ok(checked), Ok(executable)) if refusals.is_empty() => Ok(Opened {
+            mapped,
+            executable,
+            checked,
+        }),
         (Ok(_), _) => Err(ProcessError::Refused(refusals)),
         (Err(ProcessError::Refused(more)), _) => {
             refusals.extend(more);
@@ -236,7 +270,13 @@ fn internal(what: &str, e: std::io::Error) -> ProcessError {
 /// Descriptors are made beside each other before they get their numbers: as many as are allowed.
 fn raise_file_limit() {
     let limit = getrlimit(Resource::Nofile);
-    let _ = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, maximum: limit.maximum });
+    let _ = setrlimit(
+        Resource::Nofile,
+        Rlimit {
+            current: limit.maximum,
+            maximum: limit.maximum,
+        },
+    );
 }
 
 /// Offsets with which the clocks go on from where they stood.
@@ -244,7 +284,9 @@ fn time_offsets(subject: &SubjectState) -> Result<TimeOffsets, ProcessError> {
     let ours = TimeOffsets::of(std::process::id()).map_err(|e| internal("reading clocks", e))?;
     let ahead = |saved: u64, clock, ours: i64| {
         let host = now_ns(clock).saturating_sub(ours);
-        i64::try_from(saved).unwrap_or(i64::MAX).saturating_sub(host)
+        i64::try_from(saved)
+            .unwrap_or(i64::MAX)
+            .saturating_sub(host)
     };
     Ok(TimeOffsets {
         monotonic_ns: ahead(subject.monotonic_ns, ClockId::Monotonic, ours.monotonic_ns),
@@ -264,7 +306,10 @@ fn attributes_of_process(
     stub.run_named(batch, &what)?;
     let settings = [
         ("oom_score_adj", saved.process.oom_score_adj.to_string()),
-        ("coredump_filter", format!("{:#x}", saved.process.coredump_filter)),
+        (
+            "coredump_filter",
+            format!("{:#x}", saved.process.coredump_filter),
+        ),
     ];
     for (name, value) in settings {
         if let Err(e) = std::fs::write(format!("/proc/{pid}/{name}"), &value) {
@@ -281,7 +326,9 @@ fn install_descriptors(
     made: &descriptors::Made,
 ) -> Result<(), ProcessError> {
     let sources: Vec<u64> = made.installs().map(|i| i.fd.as_raw_fd() as u64).collect();
-    let numbers = made.installs().flat_map(|i| i.numbers.iter().map(|&(n, _)| u64::from(n)));
+    let numbers = made
+        .installs()
+        .flat_map(|i| i.numbers.iter().map(|&(n, _)| u64::from(n)));
     let above = 1 + sources.iter().copied().chain(numbers).max().unwrap_or(2);
     let all = u64::from(u32::MAX);
     let cloexec = libc::O_CLOEXEC as u64;
@@ -296,17 +343,23 @@ fn install_descriptors(
         for &(number, closes) in install.numbers {
             let flags = if closes { cloexec } else { 0 };
             let args = [above + i as u64, u64::from(number), flags];
-            steps.push(step(libc::SYS_dup3, args, format!("installing descriptor {number}")));
+            steps.push(step(
+                libc::SYS_dup3,
+                args,
+                format!("installing descriptor {number}"),
+            ));
         }
     }
     steps.push(step(libc::SYS_close_range, [above, all, 0], what));
     stub.steps(steps)?;
-    let finish = descriptors::finish_calls(table).into_iter().map(|c| stub::Step {
-        number: c.number,
-        args: c.args,
-        what: c.what,
-        tolerate: c.tolerate,
-    });
+    let finish = descriptors::finish_calls(table)
+        .into_iter()
+        .map(|c| stub::Step {
+            number: c.number,
+            args: c.args,
+            what: c.what,
+            tolerate: c.tolerate,
+        });
     stub.steps(finish.collect()).map(drop)
 }
 
@@ -314,7 +367,10 @@ fn limits(stub: &mut Stub, saved: &Saved) -> Result<(), ProcessError> {
     let now = stub.target.proc_file("limits")?;
     let mut batch = Batch::new();
     let names = attributes::recreate_limits(&saved.process, &now, &mut batch);
-    let what: Vec<String> = names.iter().map(|n| format!("setting the limit {n:?}")).collect();
+    let what: Vec<String> = names
+        .iter()
+        .map(|n| format!("setting the limit {n:?}"))
+        .collect();
     stub.run_named(batch, &what)
 }
 
@@ -346,9 +402,17 @@ impl Ready {
         let range = self.stub.arena.range();
         let ours = bootstrap::mappings_without(&self.stub.target, Some(range))?;
         let syscall_at = bootstrap::find_syscall(pid, &ours).ok_or_else(|| {
-            self.stub.target.kernel("looking for a syscall instruction", std::io::Error::other("none"))
+            self.stub.target.kernel(
+                "looking for a syscall instruction",
+                std::io::Error::other("none"),
+            )
         })?;
-        bootstrap::remove_arena(&self.stub.target, &mut self.stub.threads[0], syscall_at, range)?;
+        bootstrap::remove_arena(
+            &self.stub.target,
+            &mut self.stub.threads[0],
+            syscall_at,
+            range,
+        )?;
         self.stub.keep = true;
         let mut first_run_us = 0;
         for held in std::mem::take(&mut self.stub.threads) {
@@ -360,6 +424,11 @@ impl Ready {
             }
         }
         self.made.keep();
-        Ok(Restored { pid, restore_us: self.restore_us, first_run_us, notices: self.notices })
+        Ok(Restored {
+            pid,
+            restore_us: self.restore_us,
+            first_run_us,
+            notices: self.notices,
+        })
     }
 }

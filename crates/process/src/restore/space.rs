@@ -24,8 +24,16 @@ pub fn validate(state: &MemoryState) -> Result<(), ProcessError> {
     let bad = |what: String| Err(ProcessError::Image(format!("memory: {what}")));
     let mut last = PAGE;
     for a in &state.areas {
-        if a.start % PAGE != 0 || a.end % PAGE != 0 || a.start < last || a.end <= a.start || a.end > TOP {
-            return bad(format!("area {:x}-{:x} is out of order or range", a.start, a.end));
+        if a.start % PAGE != 0
+            || a.end % PAGE != 0
+            || a.start < last
+            || a.end <= a.start
+            || a.end > TOP
+        {
+            return bad(format!(
+                "area {:x}-{:x} is out of order or range",
+                a.start, a.end
+            ));
         }
         last = a.end;
         let needs_file = matches!(a.kind, AreaKind::PrivateFile | AreaKind::SharedFile);
@@ -34,7 +42,10 @@ pub fn validate(state: &MemoryState) -> Result<(), ProcessError> {
             return bad(format!("area {:x} refers to no file", a.start));
         }
         if a.protection > 7 || a.offset % PAGE != 0 {
-            return bad(format!("area {:x} has a wrong protection or offset", a.start));
+            return bad(format!(
+                "area {:x} has a wrong protection or offset",
+                a.start
+            ));
         }
     }
     if state.layout.len() != 10 || state.guards.len() % 2 != 0 {
@@ -59,7 +70,9 @@ pub fn find_hole(state: &MemoryState, ours: &[Mapping], length: u64) -> Result<u
     }
     let at = (free_from + MARGIN).next_multiple_of(PAGE);
     if at + length > TOP {
-        return Err(ProcessError::Image("memory: no room for working memory".into()));
+        return Err(ProcessError::Image(
+            "memory: no room for working memory".into(),
+        ));
     }
     Ok(at)
 }
@@ -78,7 +91,10 @@ fn kernel_kind(m: &Mapping) -> Option<AreaKind> {
 pub fn check_kernel(state: &MemoryState, ours: &[Mapping]) -> Result<(), String> {
     let differs = "the kernel is not the one under which the program was saved (its vDSO differs)";
     for area in &state.areas {
-        if matches!(area.kind, AreaKind::Vdso | AreaKind::Vvar | AreaKind::VvarVclock) {
+        if matches!(
+            area.kind,
+            AreaKind::Vdso | AreaKind::Vvar | AreaKind::VvarVclock
+        ) {
             let same = ours.iter().find(|m| kernel_kind(m) == Some(area.kind));
             if same.is_none_or(|m| m.len() != area.len()) {
                 return Err(differs.into());
@@ -101,23 +117,36 @@ pub fn clear(stub: &mut Stub, state: &MemoryState) -> Result<(), ProcessError> {
     let (arena, length) = stub.arena.range();
     let pid = stub.target.pid;
     let all = maps::read(pid).map_err(|e| stub.target.kernel("reading its mappings", e))?;
-    let rseq = stub.threads[0].halted().ok().and_then(|h| h.rseq().ok().flatten());
+    let rseq = stub.threads[0]
+        .halted()
+        .ok()
+        .and_then(|h| h.rseq().ok().flatten());
     let mut steps = Vec::new();
     if let Some(r) = rseq {
         let args = [r.address, u64::from(r.size), 1, u64::from(r.signature)];
         steps.push(step(libc::SYS_rseq, args, "unregistering rseq"));
     }
-    let ours: Vec<&Mapping> =
-        all.iter().filter(|m| m.start < arena || m.end > arena + length).collect();
+    let ours: Vec<&Mapping> = all
+        .iter()
+        .filter(|m| m.start < arena || m.end > arena + length)
+        .collect();
     for m in ours.iter().filter(|m| kernel_kind(m).is_none()) {
-        steps.push(step(libc::SYS_munmap, [m.start, m.len()], "emptying the address space"));
+        steps.push(step(
+            libc::SYS_munmap,
+            [m.start, m.len()],
+            "emptying the address space",
+        ));
     }
     stub.steps(steps)?;
     move_kernel_areas(stub, state, &ours)
 }
 
 /// In two moves, by way of a free place, because old and new places may overlap.
-fn move_kernel_areas(stub: &mut Stub, state: &MemoryState, ours: &[&Mapping]) -> Result<(), ProcessError> {
+fn move_kernel_areas(
+    stub: &mut Stub,
+    state: &MemoryState,
+    ours: &[&Mapping],
+) -> Result<(), ProcessError> {
     let (arena, length) = stub.arena.range();
     let mut away = Vec::new();
     let mut home = Vec::new();
@@ -130,8 +159,16 @@ fn move_kernel_areas(stub: &mut Stub, state: &MemoryState, ours: &[&Mapping]) ->
         match state.areas.iter().find(|a| a.kind == kind) {
             Some(area) => {
                 let what = "moving what the kernel maps";
-                away.push(step(libc::SYS_mremap, [m.start, len, len, flags, aside], what));
-                home.push(step(libc::SYS_mremap, [aside, len, len, flags, area.start], what));
+                away.push(step(
+                    libc::SYS_mremap,
+                    [m.start, len, len, flags, aside],
+                    what,
+                ));
+                home.push(step(
+                    libc::SYS_mremap,
+                    [aside, len, len, flags, area.start],
+                    what,
+                ));
                 aside += len;
             }
             None => away.push(step(libc::SYS_munmap, [m.start, len], "unmapping the vDSO")),
@@ -148,7 +185,9 @@ struct Clip<'a> {
 
 impl<'a> Clip<'a> {
     fn new(state: &'a MemoryState) -> Self {
-        Self { areas: state.areas.iter().filter(|a| a.has_pages()).collect() }
+        Self {
+            areas: state.areas.iter().filter(|a| a.has_pages()).collect(),
+        }
     }
 
     /// The parts of `start..end` that lie in areas, each with its area.
@@ -175,7 +214,9 @@ pub fn map(
         .filter(|r| r.space().0 == stub.target.pid)
         .flat_map(|r| {
             let end = r.address().saturating_add(r.bytes());
-            clip.parts(r.address(), end).map(|(s, e, _)| (s, e)).collect::<Vec<_>>()
+            clip.parts(r.address(), end)
+                .map(|(s, e, _)| (s, e))
+                .collect::<Vec<_>>()
         })
         .collect();
     let mut steps = Vec::new();
@@ -223,15 +264,35 @@ fn map_area(area: &Area, files: &[File], filled: bool) -> Option<Step> {
     if flags.has(VmFlags::NO_RESERVE) {
         map |= libc::MAP_NORESERVE;
     }
-    let fd = fd.and_then(|f| files.get(f as usize)).map_or(u64::MAX, |f| f.as_raw_fd() as u64);
-    let protection = if filled { area.protection | 3 } else { area.protection };
-    let args =
-        [area.start, area.len(), u64::from(protection), map as u64, fd, area.offset];
-    Some(step(libc::SYS_mmap, args, format!("mapping {:x}-{:x}", area.start, area.end)))
+    let fd = fd
+        .and_then(|f| files.get(f as usize))
+        .map_or(u64::MAX, |f| f.as_raw_fd() as u64);
+    let protection = if filled {
+        area.protection | 3
+    } else {
+        area.protection
+    };
+    let args = [
+        area.start,
+        area.len(),
+        u64::from(protection),
+        map as u64,
+        fd,
+        area.offset,
+    ];
+    Some(step(
+        libc::SYS_mmap,
+        args,
+        format!("mapping {:x}-{:x}", area.start, area.end),
+    ))
 }
 
 /// Writes the contents of all pages.
-pub fn fill(stub: &Stub, state: &MemoryState, reader: &dyn EpochReader) -> Result<(), ProcessError> {
+pub fn fill(
+    stub: &Stub,
+    state: &MemoryState,
+    reader: &dyn EpochReader,
+) -> Result<(), ProcessError> {
     let clip = Clip::new(state);
     let pid = stub.target.pid;
     let visitor = |e: ProcessError| VisitError::Visitor(Box::new(e));
@@ -248,7 +309,9 @@ pub fn fill(stub: &Stub, state: &MemoryState, reader: &dyn EpochReader) -> Resul
                 })
             };
             match content {
-                Content::Bytes(b) => write(start, &b[(start - from) as usize..(end - from) as usize])?,
+                Content::Bytes(b) => {
+                    write(start, &b[(start - from) as usize..(end - from) as usize])?
+                }
                 // Anonymous memory is zero already.
                 Content::Zero if area.kind == AreaKind::Anonymous => {}
                 Content::Zero => {
@@ -276,14 +339,22 @@ pub fn fill(stub: &Stub, state: &MemoryState, reader: &dyn EpochReader) -> Resul
 pub fn finish(stub: &mut Stub, state: &MemoryState) -> Result<(), ProcessError> {
     let mut steps = Vec::new();
     for guard in state.guards.chunks_exact(2) {
-        let args = [guard[0], guard[1].saturating_sub(guard[0]), MADV_GUARD_INSTALL];
+        let args = [
+            guard[0],
+            guard[1].saturating_sub(guard[0]),
+            MADV_GUARD_INSTALL,
+        ];
         steps.push(step(libc::SYS_madvise, args, "installing guard pages"));
     }
     for area in &state.areas {
         let (start, len, flags) = (area.start, area.len(), area.vm_flags());
         if area.has_pages() && area.protection & 3 != 3 {
             let args = [start, len, u64::from(area.protection)];
-            steps.push(step(libc::SYS_mprotect, args, format!("protecting {start:x}")));
+            steps.push(step(
+                libc::SYS_mprotect,
+                args,
+                format!("protecting {start:x}"),
+            ));
         }
         for (flag, advice) in ADVICE {
             if flags.has(flag) && area.kind != AreaKind::Vvar && area.kind != AreaKind::VvarVclock {
@@ -296,19 +367,34 @@ pub fn finish(stub: &mut Stub, state: &MemoryState) -> Result<(), ProcessError> 
         if let Some(label) = &area.label {
             let mut label = label.clone();
             label.push(0);
-            let args = [PR_SET_VMA, 0, start, len].map(Arg::Value).into_iter().chain([Arg::In(label)]);
+            let args = [PR_SET_VMA, 0, start, len]
+                .map(Arg::Value)
+                .into_iter()
+                .chain([Arg::In(label)]);
             let mut s = Step::new(libc::SYS_prctl, args, "naming memory");
             s.tolerate = &[libc::EINVAL, libc::EBADF];
             steps.push(s);
         }
         if flags.has(VmFlags::LOCKED) {
-            steps.push(step(libc::SYS_mlock, [start, len], format!("locking {start:x}")));
+            steps.push(step(
+                libc::SYS_mlock,
+                [start, len],
+                format!("locking {start:x}"),
+            ));
         }
     }
-    for area in state.areas.iter().filter(|a| a.vm_flags().has(VmFlags::SEALED)) {
+    for area in state
+        .areas
+        .iter()
+        .filter(|a| a.vm_flags().has(VmFlags::SEALED))
+    {
         let kernel_gave = !area.has_pages() && area.file.is_none();
         if !kernel_gave {
-            steps.push(step(SYS_MSEAL, [area.start, area.len(), 0], "sealing memory"));
+            steps.push(step(
+                SYS_MSEAL,
+                [area.start, area.len(), 0],
+                "sealing memory",
+            ));
         }
     }
     stub.steps(steps).map(drop)
@@ -330,15 +416,42 @@ pub fn set_layout(stub: &mut Stub, state: &MemoryState, exe: &File) -> Result<()
     let l = &state.layout;
     // start_code, end_code, start_data, end_data, start_brk, brk, start_stack, arguments,
     // environment.
-    let words =
-        [l[0], l[1], l[3], l[4], l[5], state.brk, l[2], l[6], l[7], l[8], l[9], auxv_at];
+    let words = [
+        l[0], l[1], l[3], l[4], l[5], state.brk, l[2], l[6], l[7], l[8], l[9], auxv_at,
+    ];
     let mut map: Vec<u8> = words.iter().flat_map(|w| w.to_ne_bytes()).collect();
     map.extend_from_slice(&(state.auxiliary_vector.len() as u32).to_ne_bytes());
-    map.extend_from_slice(&(exe.as_raw_fd() as u32).to_ne_bytes());
+    map.extend_from_slice(&exe_fd(exe).to_ne_bytes());
     let size = map.len() as u64;
     let v = Arg::Value;
-    let args = [v(libc::PR_SET_MM as u64), v(libc::PR_SET_MM_MAP as u64), Arg::In(map), v(size), v(0)];
-    stub.steps(vec![Step::new(libc::SYS_prctl, args, "setting the layout of memory")]).map(drop)
+    let args = [
+        v(libc::PR_SET_MM as u64),
+        v(libc::PR_SET_MM_MAP as u64),
+        Arg::In(map),
+        v(size),
+        v(0),
+    ];
+    stub.steps(vec![Step::new(
+        libc::SYS_prctl,
+        args,
+        "setting the layout of memory",
+    )])
+    .map(drop)
+}
+
+/// The descriptor of the program's file for the kernel; none where it is our own program, which the
+/// new process has already and which the kernel refuses to set again.
+fn exe_fd(exe: &File) -> u32 {
+    use std::os::unix::fs::MetadataExt;
+    let id = |m: std::fs::Metadata| (m.dev(), m.ino());
+    let (theirs, ours) = (
+        exe.metadata().map(id),
+        std::fs::metadata("/proc/self/exe").map(id),
+    );
+    match (theirs, ours) {
+        (Ok(a), Ok(b)) if a == b => u32::MAX,
+        _ => exe.as_raw_fd() as u32,
+    }
 }
 
 /// Opens the files that are mapped, and judges whether they are the right ones.
@@ -348,6 +461,9 @@ pub fn open_files(files: &[MappedFile], keep: bool) -> Result<Vec<File>, Vec<Str
         .map(|f| crate::resources::memory::reopen(f, keep))
         .partition(Result::is_ok);
     let wrong: Vec<String> = wrong.into_iter().filter_map(Result::err).collect();
-    if wrong.is_empty() { Ok(opened.into_iter().flatten().collect()) } else { Err(wrong) }
+    if wrong.is_empty() {
+        Ok(opened.into_iter().flatten().collect())
+    } else {
+        Err(wrong)
+    }
 }
-

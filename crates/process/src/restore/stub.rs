@@ -16,7 +16,11 @@ use std::time::{Duration, Instant};
 pub const PATIENCE: Duration = Duration::from_secs(20);
 /// Bytes of a batch.
 const BATCH: usize = 256 * 1024;
-const PLAN: Plan = Plan { at: None, slots: 16, slot: 512 * 1024 };
+const PLAN: Plan = Plan {
+    at: None,
+    slots: 16,
+    slot: 512 * 1024,
+};
 
 /// A process that is being made. Dropping it kills it: nothing half-restored is left behind.
 pub struct Stub {
@@ -45,7 +49,12 @@ pub struct Step {
 impl Step {
     /// A step of which any error matters. Arguments are numbers or data.
     pub fn new(number: i64, args: impl IntoIterator<Item = Arg>, what: impl Into<String>) -> Self {
-        Self { number, args: args.into_iter().collect(), what: what.into(), tolerate: &[] }
+        Self {
+            number,
+            args: args.into_iter().collect(),
+            what: what.into(),
+            tolerate: &[],
+        }
     }
 }
 
@@ -61,21 +70,35 @@ impl Stub {
         let mut guard = KillOnDrop(Some(pid));
         let target = Target::open(pid)?;
         let leader = Running::seize(pid, true).map_err(|e| target.kernel("tracing it", e))?;
-        leader.interrupt().map_err(|e| target.kernel("stopping it", e))?;
+        leader
+            .interrupt()
+            .map_err(|e| target.kernel("stopping it", e))?;
         let halted = leader
             .wait_interrupted(Instant::now() + PATIENCE)
             .map_err(|(_, e)| target.kernel(e.to_string(), std::io::Error::other("no stop")))?;
-        halted.die_with_us().map_err(|e| target.kernel("tracing it", e))?;
+        halted
+            .die_with_us()
+            .map_err(|e| target.kernel("tracing it", e))?;
         let mut leader = Held::new(halted).map_err(|e| target.kernel("reading registers", e))?;
-        let mappings =
-            maps::read(pid).map_err(|e| target.kernel("reading its mappings", e))?;
+        let mappings = maps::read(pid).map_err(|e| target.kernel("reading its mappings", e))?;
         let syscall_at = bootstrap::find_syscall(pid, &mappings).ok_or_else(|| {
-            target.kernel("looking for a syscall instruction", std::io::Error::other("none there"))
+            target.kernel(
+                "looking for a syscall instruction",
+                std::io::Error::other("none there"),
+            )
         })?;
-        let plan = Plan { at: Some(arena_at), ..PLAN };
+        let plan = Plan {
+            at: Some(arena_at),
+            ..PLAN
+        };
         let arena = bootstrap::make_arena(&target, &mut leader, syscall_at, plan)?;
         guard.0 = None;
-        Ok(Self { target, arena, threads: vec![leader], keep: false })
+        Ok(Self {
+            target,
+            arena,
+            threads: vec![leader],
+            keep: false,
+        })
     }
 
     /// Bytes of working memory that a stub needs.
@@ -85,9 +108,15 @@ impl Stub {
     }
 
     /// Runs a batch in one thread and gives every call's result.
-    pub fn run(&mut self, thread: usize, batch: Batch) -> Result<outlive_linux::remote::Results, ProcessError> {
+    pub fn run(
+        &mut self,
+        thread: usize,
+        batch: Batch,
+    ) -> Result<outlive_linux::remote::Results, ProcessError> {
         let (target, arena) = (&self.target, &self.arena);
-        self.threads[thread].run(arena, batch).map_err(|e| remote_failed(target, e))
+        self.threads[thread]
+            .run(arena, batch)
+            .map_err(|e| remote_failed(target, e))
     }
 
     /// Runs a batch in the leading thread, of which every call must succeed.
@@ -129,7 +158,10 @@ impl Stub {
     pub fn scratch(&self, bytes: &[u8]) -> Result<u64, ProcessError> {
         let (at, room) = self.arena.scratch();
         if bytes.len() as u64 > room {
-            return Err(ProcessError::Image(format!("{} bytes where {room} fit", bytes.len())));
+            return Err(ProcessError::Image(format!(
+                "{} bytes where {room} fit",
+                bytes.len()
+            )));
         }
         outlive_linux::memory::write(self.target.pid, at, bytes)
             .map_err(|e| self.target.kernel("writing working memory", e))?;
@@ -158,7 +190,9 @@ struct KillOnDrop(Option<u32>);
 impl Drop for KillOnDrop {
     fn drop(&mut self) {
         if let Some(pid) = self.0
-            && let Some(raw) = i32::try_from(pid).ok().and_then(rustix::process::Pid::from_raw)
+            && let Some(raw) = i32::try_from(pid)
+                .ok()
+                .and_then(rustix::process::Pid::from_raw)
         {
             let _ = outlive_linux::thread::kill(pid);
             let _ = rustix::process::waitpid(Some(raw), rustix::process::WaitOptions::empty());
@@ -172,7 +206,9 @@ fn spawn_failed(pid: u32, e: SpawnError) -> ProcessError {
         return ProcessError::Refused(vec![super::pid_taken(pid)]);
     }
     let source = match e {
-        SpawnError::TimeNamespace(s) | SpawnError::Clone { source: s, .. } | SpawnError::Other(s) => s,
+        SpawnError::TimeNamespace(s)
+        | SpawnError::Clone { source: s, .. }
+        | SpawnError::Other(s) => s,
     };
     match source {
         Errno::PERM | Errno::ACCESS => ProcessError::NotPermitted {
@@ -180,6 +216,10 @@ fn spawn_failed(pid: u32, e: SpawnError) -> ProcessError {
             what: e.to_string(),
             remedy: "restore as root (CAP_SYS_ADMIN or CAP_CHECKPOINT_RESTORE)".into(),
         },
-        source => ProcessError::Kernel { pid, what: e.to_string(), source: source.into() },
+        source => ProcessError::Kernel {
+            pid,
+            what: e.to_string(),
+            source: source.into(),
+        },
     }
 }

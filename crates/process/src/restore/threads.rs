@@ -35,7 +35,10 @@ pub fn validate(threads: &[ThreadState], pid: u32) -> Result<(), ProcessError> {
     let mut seen = BTreeSet::new();
     for t in threads {
         if i32::try_from(t.tid).map_or(true, |t| t <= 0) || !seen.insert(t.tid) {
-            return bad(format!("thread ID {} is out of range or there twice", t.tid));
+            return bad(format!(
+                "thread ID {} is out of range or there twice",
+                t.tid
+            ));
         }
         if !t.credentials.is_well_formed() {
             return bad(format!("thread {}: credentials have a wrong length", t.tid));
@@ -62,8 +65,7 @@ pub fn recreate(
     for t in threads {
         notices.extend(thread::recreate_outside(pid, t)?);
     }
-    let status =
-        Status::read(pid, pid).map_err(|e| stub.target.kernel("reading its status", e))?;
+    let status = Status::read(pid, pid).map_err(|e| stub.target.kernel("reading its status", e))?;
     let now = Credentials::of(&status);
     let mut batches = Vec::with_capacity(threads.len());
     for t in threads {
@@ -78,8 +80,10 @@ pub fn recreate(
     }
     let mut batches = batches.into_iter();
     let (arena, target) = (stub.arena, &stub.target);
-    let results = run_all(&arena, &mut stub.threads, |_| batches.next().unwrap_or_default())
-        .map_err(|e| remote_failed(target, e))?;
+    let results = run_all(&arena, &mut stub.threads, |_| {
+        batches.next().unwrap_or_default()
+    })
+    .map_err(|e| remote_failed(target, e))?;
     for (t, result) in threads.iter().zip(results) {
         if let Some((at, e)) = result.first_error() {
             let what = format!("restoring state of thread {} (call {at})", t.tid);
@@ -104,7 +108,8 @@ fn make(stub: &mut Stub, threads: &[ThreadState]) -> Result<(), ProcessError> {
         match running.wait(deadline) {
             Ok(halted) if matches!(halted.stop(), Stop::Event(_)) => {
                 let held = Held::new(halted);
-                stub.threads.push(held.map_err(|e| stub.target.kernel("reading registers", e))?);
+                stub.threads
+                    .push(held.map_err(|e| stub.target.kernel("reading registers", e))?);
             }
             Ok(_) => return Err(ProcessError::Image(format!("thread {} began oddly", t.tid))),
             // If it was not made, that is the error to tell of.
@@ -141,23 +146,35 @@ pub fn rearm(stub: &mut Stub, threads: &[ThreadState]) -> Result<(), ProcessErro
 fn enter_and_interrupt(stub: &Stub, held: Held, again: &Registers) -> Result<Held, ProcessError> {
     let tid = held.tid;
     let failed = |what: &str, e: std::io::Error| {
-        stub.target.kernel(format!("thread {tid}: entering its call again: {what}"), e)
+        stub.target
+            .kernel(format!("thread {tid}: entering its call again: {what}"), e)
     };
     let no_stop = || std::io::Error::other("no stop");
-    let mut halted =
-        held.into_halted().ok_or_else(|| failed("the thread is gone", no_stop()))?;
-    halted.set_signal_mask(u64::MAX).map_err(|e| failed("mask", e.into()))?;
-    halted.set_registers(again).map_err(|e| failed("registers", e.into()))?;
+    let mut halted = held
+        .into_halted()
+        .ok_or_else(|| failed("the thread is gone", no_stop()))?;
+    halted
+        .set_signal_mask(u64::MAX)
+        .map_err(|e| failed("mask", e.into()))?;
+    halted
+        .set_registers(again)
+        .map_err(|e| failed("registers", e.into()))?;
     let deadline = Instant::now() + PATIENCE;
     loop {
-        let running = halted.resume_to_syscall().map_err(|e| failed("resuming", e.into()))?;
-        halted = running.wait(deadline).map_err(|(_, e)| failed(&e.to_string(), no_stop()))?;
+        let running = halted
+            .resume_to_syscall()
+            .map_err(|e| failed("resuming", e.into()))?;
+        halted = running
+            .wait(deadline)
+            .map_err(|(_, e)| failed(&e.to_string(), no_stop()))?;
         if halted.stop() == Stop::Syscall {
             break;
         }
     }
     let running = halted.resume().map_err(|e| failed("resuming", e.into()))?;
-    running.interrupt().map_err(|e| failed("interrupting", e.into()))?;
+    running
+        .interrupt()
+        .map_err(|e| failed("interrupting", e.into()))?;
     let halted = running
         .wait_interrupted(deadline)
         .map_err(|(_, e)| failed(&e.to_string(), no_stop()))?;
@@ -170,10 +187,18 @@ fn enter_and_interrupt(stub: &Stub, held: Held, again: &Registers) -> Result<Hel
 pub fn set_registers(stub: &mut Stub, threads: &[ThreadState]) -> Result<(), ProcessError> {
     let pid = stub.target.pid;
     for (held, state) in stub.threads.iter_mut().zip(threads) {
-        let kernel = |what: &str, e| stub.target.kernel(format!("thread {}: {what}", state.tid), e);
-        let halted = held.halted_mut().map_err(|e| remote_failed(&stub.target, e))?;
+        let kernel = |what: &str, e| {
+            stub.target
+                .kernel(format!("thread {}: {what}", state.tid), e)
+        };
+        let halted = held
+            .halted_mut()
+            .map_err(|e| remote_failed(&stub.target, e))?;
         halted.set_xstate(&state.xstate).map_err(|e| {
-            kernel("setting extended registers (does the processor have the same ones?)", e)
+            kernel(
+                "setting extended registers (does the processor have the same ones?)",
+                e,
+            )
         })?;
         let saved = state.registers.to_ptrace();
         held.go_on = match interrupted(state) {

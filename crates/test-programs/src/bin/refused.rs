@@ -1,17 +1,32 @@
-//! Holds one piece of state of the kind named by its argument, and waits: `refused KIND`. For the
-//! tests which show that what cannot be saved is refused by name and left unharmed.
+//! Holds one piece of state of the kind named by its argument, and waits: `refused KIND [later]`,
+//! where `later` means on SIGUSR2, so that a tracker is there already. For the tests which show
+//! that what cannot be saved is refused by name and left unharmed.
 //!
 //! # Safety
 //! Plain C library calls with numbers, literals and live local values.
 #![allow(unsafe_code)]
 
-use outlive_test_programs::{await_report_order, block, fail, good, say};
+use outlive_test_programs::{await_report_order, await_signal, block, fail, good, say};
 
 fn main() {
-    block(&[libc::SIGUSR1]);
+    block(&[libc::SIGUSR1, libc::SIGUSR2]);
     let kind = std::env::args().nth(1).unwrap_or_default();
-    hold(&kind);
-    say("ready");
+    for _ in 0..3 {
+        std::thread::spawn(|| {
+            loop {
+                std::thread::park();
+            }
+        });
+    }
+    if std::env::args().nth(2).as_deref() == Some("later") {
+        say("ready");
+        await_signal(libc::SIGUSR2);
+        hold(&kind);
+        say("held");
+    } else {
+        hold(&kind);
+        say("ready");
+    }
     await_report_order();
     say("unharmed");
 }
