@@ -24,17 +24,18 @@ pub fn of_process(target: &Target) -> Result<Vec<Refusal>, ProcessError> {
         }
     }
     found.extend(of_threads(target)?);
+    Ok(found)
+}
+
+/// Refusals that concern timers, threads and children; also looked for at each stop, since a
+/// program may make them at any time.
+pub fn of_threads(target: &Target) -> Result<Vec<Refusal>, ProcessError> {
+    let mut found = Vec::new();
     let timers = target.proc_file("timers").unwrap_or_default();
     if !timers.is_empty() {
         let what = "POSIX timers (timer_create)";
         found.push(target.refusal("", what, "they cannot be saved yet"));
     }
-    Ok(found)
-}
-
-/// Refusals that concern threads and children; also looked for at each stop.
-pub fn of_threads(target: &Target) -> Result<Vec<Refusal>, ProcessError> {
-    let mut found = Vec::new();
     // The kernel names the tracing thread, and ours is whichever thread calls this.
     let me = rustix::thread::gettid()
         .as_raw_nonzero()

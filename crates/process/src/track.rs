@@ -241,12 +241,6 @@ impl Tracked {
         sleepers: &Sleepers,
     ) -> Result<Captured, ProcessError> {
         let mut laps = Laps::new();
-        let refusals = preflight::of_threads(&self.target)?;
-        laps.lap("preflight");
-        if !refusals.is_empty() {
-            return Err(ProcessError::Refused(refusals));
-        }
-        let clocks = Clocks::of(&self.target)?;
         let mut sights = Vec::with_capacity(threads.len());
         for held in threads.iter_mut() {
             let sight = thread::look(&self.target, held)?;
@@ -256,6 +250,13 @@ impl Tracked {
             sights.push((sight, left));
         }
         laps.lap("threads");
+        // Only now: a program that is refused goes on too, with its interrupted calls.
+        let refusals = preflight::of_threads(&self.target)?;
+        laps.lap("preflight");
+        if !refusals.is_empty() {
+            return Err(ProcessError::Refused(refusals));
+        }
+        let clocks = Clocks::of(&self.target)?;
         let leader_status = sights[0].0.status.clone();
         let (asked, answers) = self.ask(threads)?;
         laps.lap("remote");
