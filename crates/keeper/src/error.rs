@@ -6,6 +6,7 @@
 use outlive_epoch::StoreError;
 use outlive_process::ProcessError;
 use std::io;
+use std::path::Path;
 
 /// A failure of a command.
 #[derive(Debug, thiserror::Error)]
@@ -53,6 +54,19 @@ impl KeeperError {
         }
     }
 
+    /// The same failure, with a directory in it called by another name: one that was opened through
+    /// a descriptor is called as the user calls it.
+    #[must_use]
+    pub fn renamed(self, from: &Path, to: &Path) -> Self {
+        match self {
+            Self::Store(error) => Self::Store(renamed(error, from, to)),
+            Self::Process(ProcessError::Store(error)) => {
+                Self::Process(ProcessError::Store(renamed(error, from, to)))
+            }
+            other => other,
+        }
+    }
+
     /// The exit code of the contract.
     #[must_use]
     pub fn exit_code(&self) -> u8 {
@@ -66,6 +80,22 @@ impl KeeperError {
             Self::Other(_) => 1,
         }
     }
+}
+
+fn renamed(mut error: StoreError, from: &Path, to: &Path) -> StoreError {
+    let place = match &mut error {
+        StoreError::Medium { place, .. }
+        | StoreError::Full { place, .. }
+        | StoreError::Damaged { place, .. }
+        | StoreError::Newer { place, .. }
+        | StoreError::Missing { place, .. }
+        | StoreError::Busy { place, .. } => place,
+        StoreError::Misuse(_) => return error,
+    };
+    if let Some(rest) = place.strip_prefix(&*from.to_string_lossy()) {
+        *place = format!("{}{rest}", to.display());
+    }
+    error
 }
 
 fn process_code(error: &ProcessError) -> u8 {
@@ -99,6 +129,22 @@ fn io_code(source: &io::Error) -> u8 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_directory_opened_by_descriptor_is_called_by_its_name() {
+        let damaged = || StoreError::Damaged {
+            place: "/proc/self/fd/7/epochs.1 at 4096".into(),
+            what: "page".into(),
+        };
+        let (from, to) = (Path::new("/proc/self/fd/7"), Path::new("/i"));
+        for error in [
+            KeeperError::Store(damaged()),
+            ProcessError::Store(damaged()).into(),
+        ] {
+            let text = error.renamed(from, to).to_string();
+            assert!(text.starts_with("/i/epochs.1 at 4096 "), "{text}");
+        }
+    }
 
     #[test]
     fn exit_codes_are_those_of_the_contract() {

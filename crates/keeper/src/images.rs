@@ -5,7 +5,11 @@
 
 use crate::KeeperError;
 use crate::epoch::EpochLog;
-use outlive_epoch::{EpochId, EpochReader, EpochWriter, StoreError};
+use crate::ownership::Own;
+use outlive_epoch::{
+    Acked, Content, EpochFacts, EpochId, EpochReader, EpochWriter, PAGE_SIZE, Run, StoreError,
+    VisitError,
+};
 use outlive_epoch_store::{Access, Store};
 use std::path::{Path, PathBuf};
 
@@ -56,6 +60,7 @@ pub struct Verified {
 pub struct Image {
     store: Store,
     dir: PathBuf,
+    own: Option<Own>,
 }
 
 /// A store that takes epochs.
@@ -72,7 +77,34 @@ impl Image {
         Ok(Self {
             store: Store::open(dir, Access::Read)?,
             dir: dir.into(),
+            own: None,
         })
+    }
+
+    /// Opens the store in `dir` to restore from it: it must be the effective user's own.
+    ///
+    /// # Errors
+    /// Refused where it is somebody else's, before anything of it is read; what the store says.
+    pub fn open_own(dir: &Path) -> Result<Self, KeeperError> {
+        let Some(own) = Own::check(dir)? else {
+            return Ok(Self::open(dir)?);
+        };
+        let store = Store::open(own.path(), Access::Read)
+            .map_err(|error| KeeperError::from(error).renamed(&own.path(), dir))?;
+        Ok(Self {
+            store,
+            dir: dir.into(),
+            own: Some(own),
+        })
+    }
+
+    /// A failure of this image, which calls it as the user does.
+    #[must_use]
+    pub fn explain(&self, error: KeeperError) -> KeeperError {
+        match &self.own {
+            Some(own) => error.renamed(&own.path(), &self.dir),
+            None => error,
+        }
     }
 
     /// Its epochs, oldest first.
@@ -149,6 +181,56 @@ impl Log {
     }
 }
 
+/// Pages of zeros handed over at a time.
+const ZEROS: u64 = 256;
+
+/// Copies one epoch, whole, as the next one of a log that has none.
+///
+/// # Errors
+/// What either store says; nothing is committed then.
+pub fn copy(
+    from: &dyn EpochReader,
+    facts: EpochFacts,
+    mut to: Box<dyn EpochWriter + '_>,
+) -> Result<Acked, StoreError> {
+    for group in from.groups() {
+        if let Some(tree) = from.tree(&group)? {
+            to.tree(&group, &tree)?;
+        }
+    }
+    let zeros = vec![0; PAGE_SIZE * usize::try_from(ZEROS).unwrap_or(1)];
+    let mut failed = None;
+    let walked = from.pages(&mut |run, content| {
+        let put = match content {
+            Content::Bytes(bytes) => to.put(run, bytes),
+            Content::Zero => put_zeros(&mut *to, run, &zeros),
+        };
+        put.map_err(|error| {
+            failed = Some(error);
+            VisitError::Visitor("the copy cannot be written".into())
+        })
+    });
+    match (failed, walked) {
+        (Some(error), _) | (None, Err(VisitError::Store(error))) => Err(error),
+        (None, Err(VisitError::Visitor(error))) => Err(StoreError::Misuse(error.to_string())),
+        (None, Ok(())) => to.commit(facts),
+    }
+}
+
+fn put_zeros(to: &mut dyn EpochWriter, run: Run, zeros: &[u8]) -> Result<(), StoreError> {
+    let mut first = run.first();
+    while first < run.end() {
+        let count = ZEROS.min(run.end() - first);
+        let Some(part) = Run::new(run.space(), first, count) else {
+            return Err(StoreError::Misuse("a run of no pages".into()));
+        };
+        let bytes = usize::try_from(part.bytes()).unwrap_or(usize::MAX);
+        to.put(part, &zeros[..bytes.min(zeros.len())])?;
+        first += count;
+    }
+    Ok(())
+}
+
 impl EpochLog for Log {
     fn begin(&mut self) -> Result<Box<dyn EpochWriter + '_>, StoreError> {
         Ok(self.store.begin()?)
@@ -169,5 +251,71 @@ impl EpochLog for Log {
     fn live_bytes(&mut self) -> u64 {
         // A log whose indexes cannot be read is best replaced by a new generation.
         self.store.live_bytes().unwrap_or(0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use outlive_epoch::SpaceId;
+
+    fn pages(image: &Image) -> Vec<(Run, Option<Vec<u8>>)> {
+        let mut pages = Vec::new();
+        let reader = image.epoch(None).unwrap();
+        reader
+            .pages(&mut |run, content| {
+                let bytes = match content {
+                    Content::Bytes(bytes) => Some(bytes.to_vec()),
+                    Content::Zero => None,
+                };
+                pages.push((run, bytes));
+                Ok(())
+            })
+            .unwrap();
+        pages.sort_by_key(|(run, _)| *run);
+        pages
+    }
+
+    #[test]
+    fn a_copy_of_the_newest_epoch_holds_what_that_holds() {
+        let dir = tempfile::tempdir().unwrap();
+        let (first, second) = (dir.path().join("a"), dir.path().join("b"));
+        let run = |first, count| Run::new(SpaceId(7), first, count).unwrap();
+        let facts = EpochFacts {
+            taken_at_ns: 5,
+            stop_us: 6,
+        };
+        let mut log = Log::create(&first).unwrap();
+        let mut writer = log.begin().unwrap();
+        writer.tree("a", b"first").unwrap();
+        writer.put(run(0, 2), &[1; 2 * PAGE_SIZE]).unwrap();
+        writer.put(run(9, 600), &vec![0; 600 * PAGE_SIZE]).unwrap();
+        writer.commit(EpochFacts::default()).unwrap();
+        let mut writer = log.begin().unwrap();
+        writer.tree("a", b"second").unwrap();
+        writer.put(run(1, 1), &[2; PAGE_SIZE]).unwrap();
+        writer.commit(facts).unwrap();
+        drop(log);
+        let source = Image::open(&first).unwrap();
+        let mut log = Log::create(&second).unwrap();
+        let reader = source.epoch(None).unwrap();
+        copy(&*reader, facts, log.begin().unwrap()).unwrap();
+        drop(log);
+        let target = Image::open_own(&second).unwrap();
+        let copied = target.epoch(None).unwrap();
+        assert_eq!(copied.tree("a").unwrap().unwrap(), b"second");
+        assert_eq!(copied.runs(), reader.runs());
+        let (pages, expected) = (pages(&target), pages(&source));
+        let held = |pages: &[(Run, Option<Vec<u8>>)]| {
+            pages
+                .iter()
+                .filter_map(|(_, bytes)| bytes.clone())
+                .flatten()
+                .collect::<Vec<u8>>()
+        };
+        assert_eq!(held(&pages), held(&expected));
+        assert_eq!(held(&pages)[PAGE_SIZE], 2, "the newer page");
+        let summary = &target.epochs()[0];
+        assert_eq!((summary.time_ns, summary.stop_us), (5, 6));
     }
 }

@@ -5,6 +5,7 @@
 //! - [`keep`]: the loop that keeps one subject.
 //! - [`control`]: the conversation with a running keeper.
 //! - [`subject`]: the store root, names, and what is known of a subject besides its epochs.
+//! - [`ownership`]: whose image it is.
 //! - [`stats`], [`procfs`]: figures and facts.
 //!
 //! Capture and restore themselves, and the layout of epochs on a medium, are other crates'
@@ -17,6 +18,7 @@ mod error;
 mod fake;
 pub mod images;
 pub mod keep;
+pub mod ownership;
 pub mod plan;
 pub mod procfs;
 pub mod stats;

@@ -14,6 +14,13 @@ pub fn lingers(pid: u32) -> bool {
     fs::read(format!("/proc/{pid}/stat")).is_ok_and(|stat| parse_stat(&stat).is_none())
 }
 
+/// Pages of a process that are in memory; `None` where it is gone.
+#[must_use]
+pub fn resident_pages(pid: u32) -> Option<u64> {
+    let text = fs::read_to_string(format!("/proc/{pid}/statm")).ok()?;
+    text.split_ascii_whitespace().nth(1)?.parse().ok()
+}
+
 /// The command line of a process, lossily as text.
 #[must_use]
 pub fn command(pid: u32) -> Option<Vec<String>> {

@@ -20,7 +20,7 @@ use crate::{KeeperError, procfs};
 use rustix::fs::{FlockOperation, Mode, OFlags};
 use serde::{Deserialize, Serialize};
 use std::fs::{self, DirBuilder, File, OpenOptions};
-use std::io::{Read, Write};
+use std::io::{ErrorKind, Read, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
@@ -114,14 +114,12 @@ impl Root {
     /// What the operating system says of the directory.
     pub fn names(&self) -> Result<Vec<String>, KeeperError> {
         let entries = match fs::read_dir(&self.path) {
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Vec::new()),
             other => other.map_err(KeeperError::io(format!("read {}", self.path.display())))?,
         };
         let mut names: Vec<String> = entries
             .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
-            .filter(|name| {
-                check_name(name).is_ok() && self.dir_of(name).join("subject.json").exists()
-            })
+            .filter(|name| check_name(name).is_ok() && self.holds(name))
             .collect();
         names.sort();
         Ok(names)
@@ -168,13 +166,28 @@ impl Root {
     /// Usage for a bad name; else says that there is no such subject and where it was looked for.
     pub fn existing(&self, name: &str) -> Result<Subject, KeeperError> {
         let subject = self.subject(name)?;
-        if subject.dir.is_dir() {
-            return Ok(subject);
+        match fs::metadata(&subject.dir) {
+            Ok(found) if found.is_dir() => return Ok(subject),
+            Err(error) if error.kind() == ErrorKind::PermissionDenied => {
+                return Err(KeeperError::io(format!(
+                    "look at {}",
+                    subject.dir.display()
+                ))(error));
+            }
+            _ => {}
         }
         Err(KeeperError::Other(format!(
             "no subject named {name} in {}; `outlive ps` lists them",
             self.path.display()
         )))
+    }
+
+    /// Whether there is a subject of this name; one that may not be looked at counts.
+    fn holds(&self, name: &str) -> bool {
+        match fs::symlink_metadata(self.dir_of(name).join("subject.json")) {
+            Ok(_) => true,
+            Err(error) => error.kind() == ErrorKind::PermissionDenied,
+        }
     }
 
     fn dir_of(&self, name: &str) -> PathBuf {

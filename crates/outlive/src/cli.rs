@@ -46,9 +46,9 @@ pub enum Command {
     Attach(AttachArgs),
     /// Take an epoch now
     ///
-    /// With a NAME, its keeper takes an epoch and the program runs on. With --pid and --image, one
-    /// self-contained image of a program is written, and the program is ended once the image is
-    /// durable, unless --leave-running is given.
+    /// With a NAME alone, its keeper takes an epoch and the program runs on. With --image, one
+    /// self-contained image of a program is written, and the program is ended, unless
+    /// --leave-running is given. A subject that does not run is copied as it is.
     Checkpoint(CheckpointArgs),
     /// Continue a program from an epoch
     ///
@@ -248,7 +248,7 @@ pub struct InspectArgs {
     /// Directory of an image (with a slash in it), or the name of a subject
     #[arg(value_name = "IMAGE|NAME")]
     pub what: String,
-    /// Print the state trees as device tree source
+    /// Print the state trees as one device tree source, each group a node below the root
     #[arg(long)]
     pub dts: bool,
     /// Check the state trees' form; exit code 4 where one is wrong
@@ -268,9 +268,6 @@ impl Cli {
         let missing = match &self.command {
             Command::Run(RunArgs { pace, .. }) | Command::Attach(AttachArgs { pace, .. }) => {
                 pace.missing()
-            }
-            Command::Checkpoint(args) if args.pid.is_none() && args.image.is_some() => {
-                Some("checkpoint NAME --image (a copy of a subject)")
             }
             Command::Restore(args) => args.missing(),
             _ => None,
@@ -380,7 +377,6 @@ mod tests {
             "restore a --lazy",
             "restore a --new-pid-ns",
             "restore a --tcp keep",
-            "checkpoint a --image d",
         ] {
             let error = parse(line).unwrap().offered().unwrap_err();
             assert_eq!(error.exit_code(), 2, "{line}");
@@ -390,6 +386,7 @@ mod tests {
             "run -- a",
             "restore a --tcp reset --files keep",
             "checkpoint a",
+            "checkpoint a --image d --leave-running",
         ] {
             parse(line).unwrap().offered().unwrap();
         }

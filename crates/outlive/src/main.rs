@@ -2,11 +2,13 @@
 //!
 //! - `cli`: the command line, a contract.
 //! - `out`: units, tables, moments.
+//! - `progress`: what a long operation shows meanwhile.
 //! - `commands`: one file for each group of commands.
 
 mod cli;
 mod commands;
 mod out;
+mod progress;
 
 use clap::Parser;
 use clap::error::ErrorKind;

@@ -2,11 +2,14 @@
 
 use crate::cli::CheckpointArgs;
 use crate::out;
+use crate::progress::{self, Counted};
+use outlive_epoch::{Acked, EpochFacts};
 use outlive_keeper::control::{Reply, Request, ask};
 use outlive_keeper::epoch::{EpochLog, Program, Taken, micros, take, take_and_end};
-use outlive_keeper::images::Log;
-use outlive_keeper::subject::Root;
+use outlive_keeper::images::{self, Image, Log, Summary};
+use outlive_keeper::subject::{Root, Subject};
 use outlive_keeper::{KeeperError, procfs};
+use outlive_process::image::SubjectState;
 use outlive_process::{TrackOptions, Tracked};
 use serde_json::json;
 use std::path::Path;
@@ -18,8 +21,18 @@ const STOP_TIMEOUT: Duration = Duration::from_secs(5);
 /// `outlive checkpoint`
 pub fn checkpoint(root: &Root, args: &CheckpointArgs, json: bool) -> Result<u8, KeeperError> {
     let (what, pid, taken) = match (&args.name, args.pid, &args.image) {
-        (Some(name), _, _) => {
-            let (pid, taken) = through_keeper(root, name, args.timeout)?;
+        (Some(name), _, Some(image)) => {
+            let (pid, taken) = copy(root, name, image, args)?;
+            (image.display().to_string(), pid, taken)
+        }
+        (Some(name), _, None) => {
+            let subject = root.existing(name)?;
+            let taken = through_keeper(&subject, Request::Checkpoint, args.timeout)?;
+            let (pid, taken) = taken.ok_or_else(|| {
+                KeeperError::Refused(format!(
+                    "{name} is not kept by anybody now; `outlive restore {name}` continues it"
+                ))
+            })?;
             (name.clone(), pid, taken)
         }
         (None, Some(pid), Some(image)) => (
@@ -37,25 +50,90 @@ pub fn checkpoint(root: &Root, args: &CheckpointArgs, json: bool) -> Result<u8, 
     Ok(0)
 }
 
+/// What the keeper took; `None` without a keeper.
 fn through_keeper(
-    root: &Root,
-    name: &str,
+    subject: &Subject,
+    request: Request,
     patience: Option<Duration>,
-) -> Result<(u32, Taken), KeeperError> {
-    let subject = root.existing(name)?;
-    match ask(subject.dir(), Request::Checkpoint, patience)? {
-        Some(Reply::Taken { epoch, pid, .. }) => Ok((pid, epoch)),
+) -> Result<Option<(u32, Taken)>, KeeperError> {
+    match ask(subject.dir(), request, patience)? {
+        Some(Reply::Taken { epoch, pid, .. }) => Ok(Some((pid, epoch))),
         Some(Reply::Failed { error, exit }) => Err(KeeperError::Told {
             message: error,
             exit,
         }),
         Some(Reply::Status(_)) => Err(KeeperError::Other(format!(
-            "the keeper of {name} answered rubbish"
+            "the keeper of {} answered rubbish",
+            subject.name()
         ))),
-        None => Err(KeeperError::Refused(format!(
-            "{name} is not kept by anybody now; `outlive restore {name}` continues it"
-        ))),
+        None => Ok(None),
     }
+}
+
+/// Copies the newest state of a subject into an image of its own. What the keeper takes for it is
+/// in the store first, so nothing is lost where the copy fails.
+fn copy(
+    root: &Root,
+    name: &str,
+    image: &Path,
+    args: &CheckpointArgs,
+) -> Result<(u32, Taken), KeeperError> {
+    let began = Instant::now();
+    let subject = root.existing(name)?;
+    must_be_free(image)?;
+    let request = if args.leave_running {
+        Request::Checkpoint
+    } else {
+        Request::Stop
+    };
+    let taken = through_keeper(&subject, request, args.timeout)?;
+    let stopped = taken.is_some() && !args.leave_running;
+    let existed = image.exists();
+    let copied = copy_newest(&subject, image);
+    let (saved, summary, acked) = copied.map_err(|error| {
+        discard(image, existed);
+        if stopped {
+            out::say(&format!(
+                "{name} is stopped, and its last epoch is in the store: `outlive restore {name}` \
+                 continues it"
+            ));
+        }
+        error
+    })?;
+    let processes = u32::try_from(saved.processes.len()).unwrap_or(u32::MAX);
+    let taken = Taken {
+        epoch: acked.epoch.0,
+        time_ns: summary.time_ns,
+        processes,
+        threads: saved.threads,
+        stop_us: summary.stop_us,
+        durable_us: micros(began.elapsed()),
+        pages: acked.pages,
+        bytes_written: acked.bytes_written,
+    };
+    Ok((saved.root_process, taken))
+}
+
+fn copy_newest(
+    subject: &Subject,
+    image: &Path,
+) -> Result<(SubjectState, Summary, Acked), KeeperError> {
+    let source = Image::open(&subject.epochs_dir())?;
+    let summary = source
+        .epochs()
+        .pop()
+        .ok_or_else(|| KeeperError::Refused(format!("{} has no epoch yet", subject.name())))?;
+    let reader = source.epoch(Some(summary.epoch))?;
+    let saved = outlive_process::image::describe(&*reader)?;
+    let all = progress::bytes(&reader.runs());
+    let mut log = Log::create(image)?;
+    let writer = Box::new(Counted::new(log.begin()?, all));
+    let facts = EpochFacts {
+        taken_at_ns: summary.time_ns,
+        stop_us: summary.stop_us,
+    };
+    let acked = images::copy(&*reader, facts, writer)?;
+    Ok((saved, summary, acked))
 }
 
 fn to_image(args: &CheckpointArgs, pid: u32, image: &Path) -> Result<Taken, KeeperError> {
@@ -79,7 +157,7 @@ fn to_image(args: &CheckpointArgs, pid: u32, image: &Path) -> Result<Taken, Keep
     let mut program = Tracked::attach(pid, options)?;
     let existed = image.exists();
     let done = Log::create(image).and_then(|mut log| {
-        let writer = log.begin()?;
+        let writer = Box::new(Counted::new(log.begin()?, resident(pid)));
         let taken = if args.leave_running {
             take(&mut program, writer)
         } else {
@@ -105,6 +183,12 @@ fn to_image(args: &CheckpointArgs, pid: u32, image: &Path) -> Result<Taken, Keep
             Err(error)
         }
     }
+}
+
+/// Bytes of a process that are in memory, about; 0 where that is not known.
+fn resident(pid: u32) -> u64 {
+    let pages = procfs::resident_pages(pid).unwrap_or(0);
+    pages.saturating_mul(outlive_epoch::PAGE_SIZE as u64)
 }
 
 /// An image needs a directory of its own.

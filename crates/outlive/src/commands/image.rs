@@ -1,14 +1,12 @@
 //! Which image is meant, and `verify`.
 
 use crate::out;
-use indicatif::{ProgressBar, ProgressStyle};
+use crate::progress::Progress;
 use outlive_keeper::KeeperError;
 use outlive_keeper::images::{self, Damage, Verified};
 use outlive_keeper::subject::Root;
 use serde_json::{Value, json};
-use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
 
 /// The directory that `what` means: a path where it has a slash in it, else the subject of that
 /// name, else a directory of that name.
@@ -26,18 +24,9 @@ pub fn find(root: &Root, what: &str) -> Result<PathBuf, KeeperError> {
 /// `outlive verify`
 pub fn verify(root: &Root, what: &str, json: bool) -> Result<u8, KeeperError> {
     let dir = find(root, what)?;
-    let started = Instant::now();
-    let mut bar = None;
-    let found = images::verify(&dir, &mut |done, all| {
-        if started.elapsed() > Duration::from_secs(1) && std::io::stderr().is_terminal() {
-            let bar = bar.get_or_insert_with(|| progress(all));
-            bar.set_length(all);
-            bar.set_position(done);
-        }
-    })?;
-    if let Some(bar) = bar {
-        bar.finish_and_clear();
-    }
+    let mut progress = Progress::new("verifying");
+    let found = images::verify(&dir, &mut |done, all| progress.at(done, all))?;
+    drop(progress);
     let lost = found.more > 0 || found.damages.iter().any(|damage| !damage.harmless);
     if json {
         out::json(&as_json(&found));
@@ -88,13 +77,4 @@ fn print(what: &str, found: &Verified) {
         out::bytes(found.bytes),
         out::plural(found.epochs, "epoch", "epochs"),
     ));
-}
-
-fn progress(all: u64) -> ProgressBar {
-    let bar = ProgressBar::new(all);
-    let looks = "verifying [{bar:40}] {decimal_bytes} of {decimal_total_bytes}, {eta} left";
-    if let Ok(style) = ProgressStyle::with_template(looks) {
-        bar.set_style(style);
-    }
-    bar
 }

@@ -1,6 +1,6 @@
 //! `inspect`: what an epoch holds.
 
-use super::image;
+use super::{dts, image};
 use crate::cli::InspectArgs;
 use crate::out::{self, Column};
 use outlive_epoch::{EpochReader, Run};
@@ -45,10 +45,7 @@ pub fn inspect(root: &Root, args: &InspectArgs, json: bool) -> Result<u8, Keeper
             args,
         ));
     } else if args.dts {
-        for group in &groups {
-            out::line(&format!("/* group {} */", out::tame(&group.name)));
-            out::line(group.dts.as_deref().unwrap_or_default());
-        }
+        out::line(dts::source(&*reader, &schemas)?.trim_end());
     } else {
         print(reader.id().0, epochs.len(), &groups, &spaces);
     }

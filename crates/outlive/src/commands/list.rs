@@ -32,7 +32,13 @@ pub fn ps(root: &Root, json: bool) -> Result<u8, KeeperError> {
     if json {
         out::json(&Value::Array(entries.iter().map(Entry::json).collect()));
     } else if entries.is_empty() {
-        out::say(&format!("nothing in {}", root.path().display()));
+        let place = root.path().display();
+        let nothing = if root.path().exists() {
+            format!("no subjects in {place}")
+        } else {
+            format!("no subjects: there is no store at {place} yet")
+        };
+        out::say(&nothing);
     } else {
         out::line(&table(&entries));
     }
@@ -46,11 +52,13 @@ fn look(subject: &Subject) -> Entry {
         Ok(None) => (
             None,
             match &card {
+                Err(KeeperError::Io { source, .. }) => source.kind().to_string(),
                 Err(error) => error.to_string(),
                 Ok(card) if card.runs() => "not kept".into(),
                 Ok(card) => card.ended.clone().unwrap_or_else(|| "dead".into()),
             },
         ),
+        Err(error) if error.exit_code() == 5 => (None, "permission denied".into()),
         Ok(Some(_)) | Err(_) => (None, "no answer".into()),
     };
     let epochs = Image::open(&subject.epochs_dir()).map(|image| image.epochs());

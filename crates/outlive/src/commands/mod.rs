@@ -4,6 +4,7 @@
 mod check;
 mod checkpoint;
 mod demo;
+mod dts;
 mod end;
 mod image;
 mod inspect;

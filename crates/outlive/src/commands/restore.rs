@@ -10,10 +10,12 @@
 use super::run::{claim, finish, introduce, queue};
 use crate::cli::{Files, RestoreArgs};
 use crate::out;
+use crate::progress::Watched;
 use outlive_epoch::EpochReader;
 use outlive_keeper::control::Control;
 use outlive_keeper::images::{Image, Log};
 use outlive_keeper::keep::{Companion, Keeper, Settings};
+use outlive_keeper::ownership::Own;
 use outlive_keeper::subject::{Card, Root, Subject};
 use outlive_keeper::{KeeperError, procfs};
 use outlive_linux::signals::SignalQueue;
@@ -109,6 +111,7 @@ fn subject(
     teller: &mut Teller,
 ) -> Result<u8, KeeperError> {
     let subject = root.existing(name)?;
+    Own::check(subject.dir())?;
     let lock = claim(&subject)?;
     let known = subject.card()?;
     must_not_run(&subject, &known)?;
@@ -183,7 +186,11 @@ fn must_not_run(subject: &Subject, card: &Card) -> Result<(), KeeperError> {
 
 /// Everything up to the first instruction.
 fn prepare(dir: &Path, args: &RestoreArgs) -> Result<(Ready, u64), KeeperError> {
-    let image = Image::open(dir)?;
+    let image = Image::open_own(dir)?;
+    put_in_place(&image, args).map_err(|error| image.explain(error))
+}
+
+fn put_in_place(image: &Image, args: &RestoreArgs) -> Result<(Ready, u64), KeeperError> {
     let reader = image.epoch(args.epoch)?;
     let files = match args.files {
         Files::Reconcile => FilesPolicy::Reconcile,
@@ -197,7 +204,8 @@ fn prepare(dir: &Path, args: &RestoreArgs) -> Result<(Ready, u64), KeeperError> 
             std::thread::sleep(Duration::from_millis(2));
         }
     }
-    let ready = outlive_process::restore(&*reader, &RestoreOptions { files })?;
+    let reader = Watched::new(reader);
+    let ready = outlive_process::restore(&reader, &RestoreOptions { files })?;
     Ok((ready, epoch))
 }
 

@@ -147,21 +147,40 @@ pub fn claim(subject: &Subject) -> Result<Lock, KeeperError> {
 
 /// A new log for a subject that must not have epochs.
 fn fresh_log(subject: &Subject) -> Result<Log, KeeperError> {
-    let (name, dir) = (subject.name(), subject.epochs_dir());
+    let dir = subject.epochs_dir();
     match Image::open(&dir) {
         Ok(image) => {
             if let Some(last) = image.epochs().last() {
-                return Err(KeeperError::Refused(format!(
-                    "{name} has epochs up to {} of an earlier run: `outlive restore {name}` \
-                     continues it, `outlive forget {name}` removes it, --name makes another",
-                    last.epoch
-                )));
+                return Err(earlier(subject, last.epoch));
             }
         }
         Err(StoreError::Missing { .. }) => {}
         Err(error) => return Err(error.into()),
     }
     Log::create(&dir)
+}
+
+/// Refuses to begin where the epochs of an earlier program would be lost.
+fn earlier(subject: &Subject, last: u64) -> KeeperError {
+    let name = subject.name();
+    let card = subject.card().ok();
+    if let Some(pid) = card.as_ref().filter(|card| card.runs()).map(|c| c.pid) {
+        return KeeperError::Refused(format!(
+            "{name} still runs as pid {pid}, without a keeper: `outlive attach --pid {pid} --name \
+             {name}` keeps it again; --name makes another subject"
+        ));
+    }
+    let how = match card.and_then(|card| card.ended) {
+        Some(how) if how == "stopped" => "was stopped".into(),
+        Some(how) if how == "ended" => "ended by itself".into(),
+        Some(how) => format!("ended ({how})"),
+        None => "was cut short".into(),
+    };
+    KeeperError::Refused(format!(
+        "{name} {how}, and its epochs up to {last} are still there: `outlive restore {name}` \
+         continues it from there, `outlive forget {name}` removes them so that you can begin \
+         anew, --name makes another subject"
+    ))
 }
 
 /// The log of a program whose keeper died: its epochs are continued.
