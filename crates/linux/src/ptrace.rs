@@ -219,6 +219,11 @@ impl Halted {
         })
     }
 
+    /// Asks the thread to stop again as soon as it runs.
+    pub fn interrupt(&self) -> Result<(), Errno> {
+        request(libc::PTRACE_INTERRUPT, self.tid, 0, 0).map(drop)
+    }
+
     /// Lets the thread run, still seized.
     pub fn resume(self) -> Result<Running, Errno> {
         self.resume_with(libc::PTRACE_CONT, 0)
@@ -238,7 +243,11 @@ impl Halted {
             0
         };
         match request(libc::PTRACE_DETACH, self.tid, 0, signal as usize) {
-            Ok(_) | Err(Errno::SRCH) => Ok(()),
+            Ok(_) => Ok(()),
+            Err(Errno::SRCH) => {
+                reap_dying(self.tid, self.own_child);
+                Ok(())
+            }
             Err(e) => Err(e),
         }
     }
@@ -400,7 +409,21 @@ impl Drop for Halted {
             } else {
                 0
             };
-            let _ = request(libc::PTRACE_DETACH, self.tid, 0, signal as usize);
+            if request(libc::PTRACE_DETACH, self.tid, 0, signal as usize) == Err(Errno::SRCH) {
+                reap_dying(self.tid, self.own_child);
+            }
+        }
+    }
+}
+
+/// A thread that is killed while it stands cannot be detached, and stays a zombie until its tracer
+/// takes note, and its whole process with it.
+fn reap_dying(tid: u32, own_child: bool) {
+    let deadline = Instant::now() + Duration::from_secs(1);
+    // The status of our own child is for whoever waits for the child.
+    while !own_child && wait_stop(tid, own_child, deadline).is_ok() {
+        if request(libc::PTRACE_DETACH, tid, 0, 0).is_ok() {
+            return;
         }
     }
 }

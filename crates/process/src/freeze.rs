@@ -9,7 +9,7 @@ use crate::ProcessError;
 use crate::target::Target;
 use outlive_linux::Errno;
 use outlive_linux::ptrace::{Halted, Registers, Running, Stop, WaitError};
-use outlive_linux::remote::{Arena, Batch, RemoteError, Rescue, Results, single};
+use outlive_linux::remote::{Arena, Batch, InFlight, RemoteError, Rescue, Results, single};
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
@@ -86,6 +86,19 @@ impl Held {
         let (halted, result) = single(halted, syscall_at, number, args)?;
         self.halted = Some(halted);
         Ok(result)
+    }
+
+    /// Sends the thread into a batch; for a process that is being made. It is not held until
+    /// [`Held::finish`].
+    pub fn begin(&mut self, arena: &Arena, batch: Batch) -> Result<InFlight, RemoteError> {
+        arena.begin(self.take()?, 0, batch, None)
+    }
+
+    /// Waits until a batch is done, and holds the thread again.
+    pub fn finish(&mut self, arena: &Arena, flight: InFlight) -> Result<Results, RemoteError> {
+        let (halted, results) = arena.finish(flight)?;
+        self.halted = Some(halted);
+        Ok(results)
     }
 
     /// Runs a batch of system calls.

@@ -96,11 +96,18 @@ impl WaitBook {
         let sleeper = sleepers
             .0
             .get(&held.tid)
-            .filter(|s| s.call == call && s.rip == held.registers.rip);
+            .filter(|s| s.call == call && s.rip == held.registers.rip)
+            // It slept until the stop, which is the one switch since it was looked at: else this
+            // may be a later call of the same form.
+            .filter(|s| status.voluntary_switches == s.switches + 1);
+        // A call that fell asleep after the deadline is a later one of the same form: at its
+        // deadline a call that is made again does not sleep any more.
         let continued = before.filter(|k| {
             k.call == call
                 && k.rip == held.registers.rip
-                && sleeper.is_some_and(|s| s.switches == k.switches + 1)
+                && sleeper.is_some_and(|s| {
+                    s.switches == k.switches + 1 && s.since_ns < k.deadline_ns
+                })
         });
         let deadline_ns = match continued {
             Some(k) => Some(k.deadline_ns),

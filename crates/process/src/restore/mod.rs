@@ -54,6 +54,8 @@ pub struct RestoreOptions {
 pub struct Ready {
     stub: Stub,
     threads: ThreadsState,
+    /// Results of interrupted calls that ended while they were entered again.
+    ended: Vec<Option<u64>>,
     made: descriptors::Made,
     notices: Vec<String>,
     began: Instant,
@@ -178,9 +180,12 @@ pub fn restore(reader: &dyn EpochReader, options: &RestoreOptions) -> Result<Rea
 
     space::clear(&mut stub, &saved.memory)?;
     laps.lap("clear");
-    space::map(&mut stub, &saved.memory, &opened.mapped, reader)?;
+    let populating = space::map(&mut stub, &saved.memory, &opened.mapped, reader)?;
     laps.lap("map");
-    space::fill(&stub, &saved.memory, reader)?;
+    let populating = stub.begin(populating)?;
+    let filled = space::fill(&stub.target, &saved.memory, reader);
+    stub.finish(populating)?;
+    filled?;
     laps.lap("fill");
     space::finish(&mut stub, &saved.memory)?;
     space::set_layout(&mut stub, &saved.memory, &opened.executable)?;
@@ -195,13 +200,14 @@ pub fn restore(reader: &dyn EpochReader, options: &RestoreOptions) -> Result<Rea
         &saved.signals,
     )?);
     late_attributes(&mut stub, &saved)?;
-    threads::rearm(&mut stub, &saved.threads.threads)?;
+    let ended = threads::rearm(&mut stub, &saved.threads.threads)?;
     laps.lap("threads");
     laps.tell("restore");
     let restore_us = began.elapsed().as_micros() as u64;
     Ok(Ready {
         stub,
         threads: saved.threads,
+        ended,
         made,
         notices,
         began,
@@ -398,7 +404,7 @@ impl Ready {
         let pid = self.pid();
         let more = self.made.apply_files()?;
         self.notices.extend(more);
-        threads::set_registers(&mut self.stub, &self.threads.threads)?;
+        threads::set_registers(&mut self.stub, &self.threads.threads, &self.ended)?;
         let range = self.stub.arena.range();
         let ours = bootstrap::mappings_without(&self.stub.target, Some(range))?;
         let syscall_at = bootstrap::find_syscall(pid, &ours).ok_or_else(|| {

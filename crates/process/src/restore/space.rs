@@ -3,16 +3,21 @@
 use super::stub::{Step, Stub, step};
 use crate::ProcessError;
 use crate::resources::memory::{Area, AreaKind, MappedFile, MemoryState};
+use crate::target::Target;
 use outlive_epoch::{Content, EpochReader, PAGE_SIZE, VisitError};
 use outlive_linux::maps::{self, Mapping, VmFlags};
 use outlive_linux::memory;
-use outlive_linux::remote::Arg;
+use outlive_linux::remote::{Arg, Batch};
 use std::fs::File;
 use std::os::fd::AsRawFd;
 
 const PAGE: u64 = PAGE_SIZE as u64;
 /// Highest address of user space with four-level page tables.
 const TOP: u64 = 0x7fff_ffff_f000;
+/// Bytes from which a run is populated beforehand.
+const WORTH_POPULATING: u64 = 64 * 1024;
+/// Calls that fit into one batch.
+const MAX_POPULATED: usize = 4096;
 const MADV_POPULATE_WRITE: u64 = 23;
 const MADV_GUARD_INSTALL: u64 = 102;
 const SYS_MSEAL: i64 = 462;
@@ -200,13 +205,14 @@ impl<'a> Clip<'a> {
     }
 }
 
-/// Makes all mappings. `files` are open in the new process at the same numbers as here.
+/// Makes all mappings. `files` are open in the new process at the same numbers as here. Returns
+/// calls that make writing the contents faster if they run meanwhile.
 pub fn map(
     stub: &mut Stub,
     state: &MemoryState,
     files: &[File],
     reader: &dyn EpochReader,
-) -> Result<(), ProcessError> {
+) -> Result<Batch, ProcessError> {
     let clip = Clip::new(state);
     let runs: Vec<(u64, u64)> = reader
         .runs()
@@ -229,14 +235,27 @@ pub fn map(
             steps.push(step(libc::SYS_madvise, args, "asking for huge pages"));
         }
     }
-    for (start, end) in runs {
-        // Only to be faster: where it fails, writing the contents says why.
+    stub.steps(steps)?;
+    Ok(populating(&runs))
+}
+
+/// Calls that populate the largest runs, to go on while their contents are read: only to be faster.
+fn populating(runs: &[(u64, u64)]) -> Batch {
+    let mut largest: Vec<(u64, u64)> = runs
+        .iter()
+        .copied()
+        .filter(|(s, e)| e - s >= WORTH_POPULATING)
+        .collect();
+    largest.sort_unstable_by_key(|(s, e)| std::cmp::Reverse(e - s));
+    largest.truncate(MAX_POPULATED);
+    // Contents come in the order of addresses, by and large.
+    largest.sort_unstable();
+    let mut batch = Batch::new();
+    for (start, end) in largest {
         let args = [start, end - start, MADV_POPULATE_WRITE].map(Arg::Value);
-        let mut s = Step::new(libc::SYS_madvise, args, "populating memory");
-        s.tolerate = &[libc::EINVAL, libc::EAGAIN, libc::EFAULT];
-        steps.push(s);
+        batch.push(libc::SYS_madvise, args);
     }
-    stub.steps(steps).map(drop)
+    batch
 }
 
 fn huge_page_advice(flags: VmFlags) -> Option<u64> {
@@ -289,12 +308,12 @@ fn map_area(area: &Area, files: &[File], filled: bool) -> Option<Step> {
 
 /// Writes the contents of all pages.
 pub fn fill(
-    stub: &Stub,
+    target: &Target,
     state: &MemoryState,
     reader: &dyn EpochReader,
 ) -> Result<(), ProcessError> {
     let clip = Clip::new(state);
-    let pid = stub.target.pid;
+    let pid = target.pid;
     let visitor = |e: ProcessError| VisitError::Visitor(Box::new(e));
     let zeros = vec![0u8; 1 << 20];
     let walked = reader.pages(&mut |run, content| {
@@ -304,9 +323,8 @@ pub fn fill(
         let from = run.address();
         for (start, end, area) in clip.parts(from, from.saturating_add(run.bytes())) {
             let write = |at: u64, bytes: &[u8]| {
-                memory::write(pid, at, bytes).map_err(|e| {
-                    visitor(stub.target.kernel(format!("writing memory at {at:x}"), e))
-                })
+                memory::write(pid, at, bytes)
+                    .map_err(|e| visitor(target.kernel(format!("writing memory at {at:x}"), e)))
             };
             match content {
                 Content::Bytes(b) => {

@@ -8,7 +8,7 @@ use outlive_linux::Errno;
 use outlive_linux::clock::TimeOffsets;
 use outlive_linux::maps;
 use outlive_linux::ptrace::Running;
-use outlive_linux::remote::{Arena, Arg, Batch};
+use outlive_linux::remote::{Arena, Arg, Batch, InFlight};
 use outlive_linux::spawn::{self, SpawnError};
 use std::time::{Duration, Instant};
 
@@ -129,6 +129,23 @@ impl Stub {
                 Err(self.target.kernel(what, errno))
             }
         }
+    }
+
+    /// Sends the leading thread into a batch and comes back at once.
+    pub fn begin(&mut self, batch: Batch) -> Result<InFlight, ProcessError> {
+        let (target, arena) = (&self.target, &self.arena);
+        self.threads[0]
+            .begin(arena, batch)
+            .map_err(|e| remote_failed(target, e))
+    }
+
+    /// Waits for it.
+    pub fn finish(&mut self, flight: InFlight) -> Result<(), ProcessError> {
+        let (target, arena) = (&self.target, &self.arena);
+        self.threads[0]
+            .finish(arena, flight)
+            .map(drop)
+            .map_err(|e| remote_failed(target, e))
     }
 
     /// Runs any number of steps in the leading thread; returns what each gave. Stops after the

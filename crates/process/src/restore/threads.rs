@@ -128,22 +128,34 @@ fn interrupted(state: &ThreadState) -> Option<Interruption> {
     interruption(&call_of(&r), r.rax as i64, !state.call_again)
 }
 
+/// What a call that was entered again returned: the kernel's order to go on by the restart block.
+const RESTART_BLOCK: u64 = -516i64 as u64;
+
 /// Gives calls that the kernel continues by a restart block such a block: the call is entered
-/// again with the time that was left, and interrupted at once.
-pub fn rearm(stub: &mut Stub, threads: &[ThreadState]) -> Result<(), ProcessError> {
+/// again with the time that was left, and interrupted at once. Returns, thread by thread, the
+/// result of a call that ended all the same, for example because its time was over.
+pub fn rearm(stub: &mut Stub, threads: &[ThreadState]) -> Result<Vec<Option<u64>>, ProcessError> {
+    let mut ended = Vec::with_capacity(threads.len());
     for (i, state) in threads.iter().enumerate() {
+        let mut result = None;
         if let Some(how @ Interruption::RestartBlock(_)) = interrupted(state) {
             let saved = state.registers.to_ptrace();
             let again = made_again(stub.target.pid, &saved, limit_of(how), state.wait_left_ns);
             let held = stub.threads.remove(i);
-            let held = enter_and_interrupt(stub, held, &again)?;
+            let (held, returned) = enter_and_interrupt(stub, held, &again)?;
             stub.threads.insert(i, held);
+            result = Some(returned).filter(|&r| r != RESTART_BLOCK);
         }
+        ended.push(result);
     }
-    Ok(())
+    Ok(ended)
 }
 
-fn enter_and_interrupt(stub: &Stub, held: Held, again: &Registers) -> Result<Held, ProcessError> {
+fn enter_and_interrupt(
+    stub: &Stub,
+    held: Held,
+    again: &Registers,
+) -> Result<(Held, u64), ProcessError> {
     let tid = held.tid;
     let failed = |what: &str, e: std::io::Error| {
         stub.target
@@ -160,33 +172,51 @@ fn enter_and_interrupt(stub: &Stub, held: Held, again: &Registers) -> Result<Hel
         .set_registers(again)
         .map_err(|e| failed("registers", e.into()))?;
     let deadline = Instant::now() + PATIENCE;
-    loop {
-        let running = halted
-            .resume_to_syscall()
-            .map_err(|e| failed("resuming", e.into()))?;
-        halted = running
-            .wait(deadline)
-            .map_err(|(_, e)| failed(&e.to_string(), no_stop()))?;
-        if halted.stop() == Stop::Syscall {
-            break;
+    // At its entry the interrupt is ordered, so that it does not sleep; the next stop is its exit.
+    // Not one instruction of the program may run after it.
+    for entered in [false, true] {
+        loop {
+            if entered {
+                halted
+                    .interrupt()
+                    .map_err(|e| failed("interrupting", e.into()))?;
+            }
+            let running = halted
+                .resume_to_syscall()
+                .map_err(|e| failed("resuming", e.into()))?;
+            halted = running
+                .wait(deadline)
+                .map_err(|(_, e)| failed(&e.to_string(), no_stop()))?;
+            if halted.stop() == Stop::Syscall {
+                break;
+            }
         }
     }
-    let running = halted.resume().map_err(|e| failed("resuming", e.into()))?;
-    running
+    let returned = halted
+        .registers()
+        .map_err(|e| failed("reading registers", e.into()))?
+        .rax;
+    // That stop used the interrupt up. Another one brings the thread to where calls are restarted.
+    halted
         .interrupt()
         .map_err(|e| failed("interrupting", e.into()))?;
+    let running = halted.resume().map_err(|e| failed("resuming", e.into()))?;
     let halted = running
         .wait_interrupted(deadline)
         .map_err(|(_, e)| failed(&e.to_string(), no_stop()))?;
     let mut held = Held::new(halted).map_err(|e| failed("reading registers", e.into()))?;
     held.touch();
-    Ok(held)
+    Ok((held, returned))
 }
 
 /// Sets extended registers now, and what each thread goes on with when it is let go.
-pub fn set_registers(stub: &mut Stub, threads: &[ThreadState]) -> Result<(), ProcessError> {
+pub fn set_registers(
+    stub: &mut Stub,
+    threads: &[ThreadState],
+    ended: &[Option<u64>],
+) -> Result<(), ProcessError> {
     let pid = stub.target.pid;
-    for (held, state) in stub.threads.iter_mut().zip(threads) {
+    for ((held, state), ended) in stub.threads.iter_mut().zip(threads).zip(ended) {
         let kernel = |what: &str, e| {
             stub.target
                 .kernel(format!("thread {}: {what}", state.tid), e)
@@ -201,8 +231,13 @@ pub fn set_registers(stub: &mut Stub, threads: &[ThreadState]) -> Result<(), Pro
             )
         })?;
         let saved = state.registers.to_ptrace();
-        held.go_on = match interrupted(state) {
-            Some(Interruption::Returned(limit)) => {
+        held.go_on = match (interrupted(state), ended) {
+            (Some(Interruption::RestartBlock(_)), Some(result)) => Registers {
+                rax: *result,
+                orig_rax: u64::MAX,
+                ..saved
+            },
+            (Some(Interruption::Returned(limit)), _) => {
                 made_again(pid, &saved, limit, state.wait_left_ns)
             }
             _ => saved,
