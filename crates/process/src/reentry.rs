@@ -52,7 +52,7 @@ impl WaitBook {
         let Ok(threads) = target.threads() else {
             return Sleepers::default();
         };
-        let mut offset = None;
+        let mut offsets = ClockOffsets::default();
         for tid in threads {
             let Some((call, rip)) = sleeping_call(target.pid, tid) else {
                 continue;
@@ -60,11 +60,14 @@ impl WaitBook {
             if !has_limit(&call) {
                 continue;
             }
-            let Some((ran_ns, switches)) = scheduler_facts(target.pid, tid) else {
+            let Some(facts) = scheduler_facts(target.pid, tid) else {
                 continue;
             };
-            let offset = *offset.get_or_insert_with(scheduler_clock_offset);
-            let since_ns = ran_ns.saturating_add_signed(offset);
+            let Some(offset) = offsets.of(facts.processor) else {
+                continue;
+            };
+            let since_ns = facts.ran_ns.saturating_add_signed(offset);
+            let switches = facts.switches;
             sleepers.insert(
                 tid,
                 Sleeper {
@@ -163,9 +166,20 @@ fn sleeping_call(pid: u32, tid: u32) -> Option<(Call, u64)> {
     Some((Call { number, args }, values.nth(1)?))
 }
 
-/// When a thread last ran (scheduler clock, nanoseconds) and how often it went to sleep
-/// (`/proc/TID/sched`; missing in kernels without scheduler debugging).
-fn scheduler_facts(pid: u32, tid: u32) -> Option<(u64, u64)> {
+/// What the scheduler tells of a thread.
+#[derive(Clone, Copy, Debug)]
+struct SchedulerFacts {
+    /// When it last ran, by the scheduler's clock of its processor, nanoseconds.
+    ran_ns: u64,
+    /// How often it went to sleep.
+    switches: u64,
+    /// The processor that it last ran on.
+    processor: usize,
+}
+
+/// Reads `/proc/TID/sched` (missing in kernels without scheduler debugging) and the last processor
+/// from `/proc/TID/stat`.
+fn scheduler_facts(pid: u32, tid: u32) -> Option<SchedulerFacts> {
     let text = std::fs::read_to_string(format!("/proc/{pid}/task/{tid}/sched")).ok()?;
     let mut ran = None;
     let mut switches = None;
@@ -179,7 +193,14 @@ fn scheduler_facts(pid: u32, tid: u32) -> Option<(u64, u64)> {
             _ => {}
         }
     }
-    Some((ran?, switches?))
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/task/{tid}/stat")).ok()?;
+    // Field 39; the first one after the name is field 3.
+    let processor = stat.rsplit(')').next()?.split_whitespace().nth(39 - 3)?;
+    Some(SchedulerFacts {
+        ran_ns: ran?,
+        switches: switches?,
+        processor: processor.parse().ok()?,
+    })
 }
 
 /// `123.456789` milliseconds as nanoseconds.
@@ -189,13 +210,41 @@ fn milliseconds(text: &str) -> Option<u64> {
     whole.checked_mul(1_000_000)?.checked_add(fraction)
 }
 
-/// What must be added to the scheduler's clock to get CLOCK_MONOTONIC, nanoseconds.
-fn scheduler_clock_offset() -> i64 {
+/// By processor: what must be added to the scheduler's clock to get CLOCK_MONOTONIC, nanoseconds.
+///
+/// The clock of each processor leaves out the time that a hypervisor took from it, so that they
+/// run apart by any amount. What was taken during a sleep makes the sleep look shorter, never
+/// longer: a limit computed from it may pass late, and never early.
+#[derive(Debug, Default)]
+struct ClockOffsets(HashMap<usize, Option<i64>>);
+
+impl ClockOffsets {
+    /// The offset of a processor, measured there; `None` where this thread may not run there.
+    fn of(&mut self, processor: usize) -> Option<i64> {
+        *self
+            .0
+            .entry(processor)
+            .or_insert_with(|| measure_on(processor))
+    }
+}
+
+fn measure_on(processor: usize) -> Option<i64> {
+    use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
+    let before = sched_getaffinity(None).ok()?;
+    let mut only = CpuSet::new();
+    if processor >= CpuSet::MAX_CPU {
+        return None;
+    }
+    only.set(processor);
+    sched_setaffinity(None, &only).ok()?;
     let me = rustix::thread::gettid().as_raw_nonzero().get() as u32;
     // After a sleep "last ran" is now.
     std::thread::sleep(std::time::Duration::from_nanos(1));
-    let ran = scheduler_facts(std::process::id(), me).map_or(0, |(ran, _)| ran);
-    now_ns(ClockId::Monotonic) - i64::try_from(ran).unwrap_or(0)
+    let facts = scheduler_facts(std::process::id(), me);
+    let now = now_ns(ClockId::Monotonic);
+    sched_setaffinity(None, &before).ok()?;
+    let facts = facts.filter(|f| f.processor == processor)?;
+    Some(now - i64::try_from(facts.ran_ns).ok()?)
 }
 
 /// The whole limit of a call, nanoseconds; `None` where it has none.
@@ -278,8 +327,15 @@ mod tests {
     }
 
     #[test]
-    fn the_scheduler_clock_follows_the_monotonic_one() {
-        let (a, b) = (scheduler_clock_offset(), scheduler_clock_offset());
+    fn the_clock_of_a_processor_follows_the_monotonic_one() {
+        let here = scheduler_facts(
+            std::process::id(),
+            rustix::thread::gettid().as_raw_nonzero().get() as u32,
+        )
+        .unwrap()
+        .processor;
+        let (a, b) = (measure_on(here).unwrap(), measure_on(here).unwrap());
         assert!((a - b).abs() < 1_000_000_000, "{a} {b}");
+        assert_eq!(measure_on(100_000), None);
     }
 }
