@@ -87,6 +87,34 @@ pub fn set_io_priority(tid: u32, priority: u32) -> Result<(), Errno> {
     if r < 0 { Err(last_error()) } else { Ok(()) }
 }
 
+/// Raises the priority of the calling thread (nice −20) until it is dropped, where that is
+/// permitted: so that a short piece of work for which others wait is not interrupted by them.
+#[derive(Debug)]
+pub struct Urgent {
+    before: Option<i32>,
+}
+
+impl Urgent {
+    /// Begins.
+    #[must_use]
+    pub fn begin() -> Self {
+        let before = rustix::process::getpriority_process(None).ok();
+        let raised = rustix::process::setpriority_process(None, -20);
+        Self {
+            before: before.filter(|_| raised.is_ok()),
+        }
+    }
+}
+
+impl Drop for Urgent {
+    fn drop(&mut self) {
+        if let Some(nice) = self.before {
+            // Lowering one's own priority is always permitted.
+            let _ = rustix::process::setpriority_process(None, nice);
+        }
+    }
+}
+
 /// Ends a process (SIGKILL).
 pub fn kill(pid: u32) -> Result<(), Errno> {
     // SAFETY: only numbers are passed.
@@ -111,5 +139,9 @@ mod tests {
         set_scheduling(me, &attr).unwrap();
         assert_ne!(robust_list(me).unwrap().0, 0);
         set_io_priority(me, io_priority(me).unwrap()).unwrap();
+        let nice = || rustix::process::getpriority_process(None).unwrap();
+        let before = nice();
+        drop(Urgent::begin());
+        assert_eq!(nice(), before);
     }
 }

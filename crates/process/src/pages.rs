@@ -100,6 +100,10 @@ pub struct PageTracker {
     stored: IntervalSet,
     /// Areas without large holes and guards, which the quick scan serves.
     dense: HashSet<Span>,
+    /// Areas with guards, which protecting hides from the scans for written pages.
+    guarded: HashSet<Span>,
+    /// Addresses that could not be read although they were reported as written.
+    doubtful: Vec<u64>,
     spans: Vec<Span>,
     buffer: Vec<u8>,
 }
@@ -125,6 +129,8 @@ impl PageTracker {
             tracker,
             stored: IntervalSet::default(),
             dense: HashSet::new(),
+            guarded: HashSet::new(),
+            doubtful: Vec::new(),
             spans: Vec::new(),
             buffer: Vec::new(),
         })
@@ -146,6 +152,8 @@ impl PageTracker {
         }
         self.stored.clear();
         self.dense.clear();
+        self.guarded.clear();
+        self.doubtful.clear();
     }
 
     /// Finds what changed since the last pass. `areas` are all private mappings, in order.
@@ -181,14 +189,44 @@ impl PageTracker {
             (end_of_last, u64::MAX & !(PAGE - 1)),
             &mut changes,
         );
+        self.doubtful.clear();
         Ok(changes)
     }
 
     fn scan(&mut self, area: &PrivateArea, changes: &mut Changes) -> Result<(), Errno> {
-        if self.tracker.is_none() {
-            return self.scan_sorts(area.span, area, changes).map(drop);
+        let (start, end) = area.span;
+        if self.doubtful.iter().any(|&at| (start..end).contains(&at)) {
+            self.guarded.insert(area.span);
         }
-        let known = if self.dense.contains(&area.span) {
+        if self.tracker.is_none() {
+            self.scan_sorts(area.span, area, changes)?;
+        } else {
+            self.scan_tracked(area, changes)?;
+        }
+        if !self.guarded.contains(&area.span) {
+            return Ok(());
+        }
+        let guards = Query {
+            all_of: pagemap::GUARD,
+            report: pagemap::GUARD,
+            ..Query::default()
+        };
+        let Self {
+            pagemap, stored, ..
+        } = self;
+        let before = changes.guards.len();
+        pagemap.scan(start, end, guards, |r| {
+            drop_stored(stored, (r.start, r.end), changes);
+            push_span(&mut changes.guards, (r.start, r.end));
+        })?;
+        if changes.guards.len() == before {
+            self.guarded.remove(&area.span);
+        }
+        Ok(())
+    }
+
+    fn scan_tracked(&mut self, area: &PrivateArea, changes: &mut Changes) -> Result<(), Errno> {
+        let known = if self.dense.contains(&area.span) && !self.guarded.contains(&area.span) {
             self.scan_dense(area, changes)
         } else {
             self.scan_sparse(area, changes)
@@ -239,7 +277,6 @@ impl PageTracker {
                     _ => spans.push((r.start, r.end)),
                 }
             });
-        let guards = changes.guards.len();
         let mut holes = 0;
         let scanned = found.and_then(|()| {
             // An area that is not registered must be noticed even where nothing was written.
@@ -253,7 +290,7 @@ impl PageTracker {
         });
         self.spans = spans;
         scanned?;
-        if area.anonymous && holes <= DENSE_HOLES && changes.guards.len() == guards {
+        if area.anonymous && holes <= DENSE_HOLES {
             self.dense.insert(area.span);
         }
         Ok(())
@@ -281,14 +318,13 @@ impl PageTracker {
             protect: written != 0,
             ..Query::default()
         };
+        let mut guarded = false;
         pagemap.scan(span.0, span.1, exists, |r| {
             let span = (r.start, r.end);
             if r.categories != 0 {
                 // A guard, a page of the file below, the zero page: no contents of its own.
                 drop_stored(stored, span, changes);
-                if r.categories & pagemap::GUARD != 0 {
-                    push_span(&mut changes.guards, span);
-                }
+                guarded |= r.categories & pagemap::GUARD != 0;
             } else if area.readable {
                 push_span(&mut changes.written, span);
             } else {
@@ -305,6 +341,9 @@ impl PageTracker {
             bytes += r.end - r.start;
             drop_stored(stored, (r.start, r.end), changes);
         })?;
+        if guarded {
+            self.guarded.insert(area.span);
+        }
         Ok(bytes)
     }
 
@@ -368,6 +407,8 @@ impl PageTracker {
             if mem.read_exact_at(&mut page, start).is_ok() {
                 sink.put(self.run((start, start + PAGE))?, &page)?;
                 self.note_stored((start, start + PAGE));
+            } else {
+                self.doubtful.push(start);
             }
         }
         Ok(())
@@ -380,8 +421,11 @@ impl PageTracker {
         changes: Changes,
         mut buffer: Vec<u8>,
     ) -> Result<Residue, ProcessError> {
-        let total: u64 = changes.bytes();
-        buffer.resize(total as usize, 0);
+        let total = changes.bytes() as usize;
+        // Never shorter: what was written to once need not be faulted in at the next stop.
+        if buffer.len() < total {
+            buffer.resize(total.next_multiple_of(PIECE), 0);
+        }
         let mut at = 0;
         for group in pieces(&changes.written, 64 << 20) {
             let ranges: Vec<_> = group.iter().map(|&(s, e)| (s, (e - s) as usize)).collect();
@@ -470,7 +514,7 @@ pub struct Residue {
     pub runs: Vec<Run>,
     /// Pages that are no more.
     pub absent: Vec<Run>,
-    /// The contents.
+    /// The contents, and perhaps rubbish behind them.
     pub buffer: Vec<u8>,
 }
 

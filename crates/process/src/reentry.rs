@@ -108,9 +108,8 @@ impl WaitBook {
         let continued = before.filter(|k| {
             k.call == call
                 && k.rip == held.registers.rip
-                && sleeper.is_some_and(|s| {
-                    s.switches == k.switches + 1 && s.since_ns < k.deadline_ns
-                })
+                && sleeper
+                    .is_some_and(|s| s.switches == k.switches + 1 && s.since_ns < k.deadline_ns)
         });
         let deadline_ns = match continued {
             Some(k) => Some(k.deadline_ns),

@@ -14,6 +14,7 @@ use outlive_epoch::{EpochFacts, EpochWriter, PageSink};
 use outlive_linux::clock::{TimeOffsets, now_ns, realtime_ns};
 use outlive_linux::maps::{self, Mapping, VmFlags};
 use outlive_linux::remote::{Arena, Batch, Results};
+use outlive_linux::thread::Urgent;
 use rustix::fd::AsFd;
 use rustix::time::ClockId;
 use std::sync::{Arc, Mutex};
@@ -189,6 +190,7 @@ impl Tracked {
     pub fn stop(&mut self) -> Result<(Stopped<'_>, Captured), ProcessError> {
         self.flags.refresh(&self.target)?;
         let sleepers = self.waits.look(&self.target);
+        let urgent = Urgent::begin();
         let began = Instant::now();
         let mut threads = freeze(&self.target, self.options.stop_timeout)?;
         let captured = self.capture(&mut threads, &sleepers);
@@ -198,6 +200,7 @@ impl Tracked {
                     tracked: self,
                     threads,
                     began,
+                    _urgent: urgent,
                 },
                 captured,
             )),
@@ -511,6 +514,7 @@ pub struct Stopped<'a> {
     tracked: &'a mut Tracked,
     threads: Vec<Held>,
     began: Instant,
+    _urgent: Urgent,
 }
 
 impl Stopped<'_> {
