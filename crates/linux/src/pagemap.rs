@@ -1,5 +1,6 @@
 //! Which pages of a process exist and which were written: the `PAGEMAP_SCAN` ioctl (Linux 6.7,
-//! kernel documentation `admin-guide/mm/pagemap.rst`).
+//! kernel documentation `admin-guide/mm/pagemap.rst`). On older kernels the entries of the page
+//! map are read one by one, which tells what exists but not what was written.
 //!
 //! # Safety
 //! The ioctl reads one argument struct and writes to a vector whose address and length come from
@@ -28,6 +29,7 @@ const CHECK_WPASYNC: u64 = 2;
 /// `_IOWR('f', 16, struct pm_scan_arg)`.
 const PAGEMAP_SCAN: libc::c_ulong = 0xC060_6610;
 const BATCH: usize = 4096;
+const PAGE: u64 = 4096;
 
 #[repr(C)]
 #[derive(Default)]
@@ -79,6 +81,8 @@ pub struct Query {
 pub struct Pagemap {
     file: OwnedFd,
     found: Box<[Region]>,
+    /// The kernel has no `PAGEMAP_SCAN`.
+    plain: bool,
 }
 
 impl Pagemap {
@@ -89,6 +93,7 @@ impl Pagemap {
         Ok(Self {
             file,
             found: vec![Region::default(); BATCH].into(),
+            plain: false,
         })
     }
 
@@ -101,6 +106,9 @@ impl Pagemap {
         query: Query,
         mut visit: impl FnMut(Region),
     ) -> Result<(), Errno> {
+        if self.plain {
+            return self.read_entries(start, end, query, visit);
+        }
         let mut from = start;
         while from < end {
             let mut arg = Argument {
@@ -123,7 +131,13 @@ impl Pagemap {
             // SAFETY: arg is live; vec and vec_len describe the exclusively borrowed found.
             let n = unsafe { libc::ioctl(self.file.as_raw_fd(), PAGEMAP_SCAN, &raw mut arg) };
             if n < 0 {
-                return Err(last_error());
+                match last_error() {
+                    Errno::NOTTY => {
+                        self.plain = true;
+                        return self.read_entries(from, end, query, visit);
+                    }
+                    e => return Err(e),
+                }
             }
             self.found.iter().take(n as usize).for_each(|r| visit(*r));
             if arg.walk_end <= from {
@@ -132,5 +146,122 @@ impl Pagemap {
             from = arg.walk_end;
         }
         Ok(())
+    }
+
+    /// The same for kernels without the ioctl. Asking for what was written, or protecting, is
+    /// [`Errno::NOTTY`] there. The zero page is not told from others.
+    fn read_entries(
+        &self,
+        start: u64,
+        end: u64,
+        query: Query,
+        mut visit: impl FnMut(Region),
+    ) -> Result<(), Errno> {
+        if (query.all_of | query.any_of | query.report) & WRITTEN != 0 || query.protect {
+            return Err(Errno::NOTTY);
+        }
+        let mut raw = [0u8; 8 * 512];
+        let mut open: Option<Region> = None;
+        let mut at = start;
+        while at < end {
+            let wanted = raw.len().min(((end - at) / PAGE * 8) as usize);
+            let n = rustix::io::pread(&self.file, &mut raw[..wanted], at / PAGE * 8)?;
+            let (entries, _) = raw[..n].as_chunks::<8>();
+            if entries.is_empty() {
+                break;
+            }
+            for entry in entries {
+                let categories = categories_of(u64::from_ne_bytes(*entry));
+                let hit = query
+                    .matches(categories)
+                    .then_some(categories & query.report);
+                match (&mut open, hit) {
+                    (Some(r), Some(c)) if r.categories == c => r.end = at + PAGE,
+                    (_, hit) => {
+                        if let Some(r) = open.take() {
+                            visit(r);
+                        }
+                        open = hit.map(|categories| Region {
+                            start: at,
+                            end: at + PAGE,
+                            categories,
+                        });
+                    }
+                }
+                at += PAGE;
+            }
+        }
+        if let Some(r) = open {
+            visit(r);
+        }
+        Ok(())
+    }
+}
+
+/// The categories of a page by its entry in the page map.
+fn categories_of(entry: u64) -> u64 {
+    let bit = |n: u32, category: u64| if entry >> n & 1 == 1 { category } else { 0 };
+    bit(63, PRESENT) | bit(62, SWAPPED) | bit(61, FILE) | bit(58, GUARD)
+}
+
+impl Query {
+    /// Whether a page with these categories is looked for.
+    fn matches(&self, categories: u64) -> bool {
+        let seen = categories ^ self.inverted;
+        seen & self.all_of == self.all_of && (self.any_of == 0 || seen & self.any_of != 0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn regions(map: &mut Pagemap, start: u64, end: u64, query: Query) -> Vec<(u64, u64)> {
+        let mut all: Vec<(u64, u64)> = Vec::new();
+        map.scan(start, end, query, |r| match all.last_mut() {
+            Some(last) if last.1 == r.start => last.1 = r.end,
+            _ => all.push((r.start, r.end)),
+        })
+        .unwrap();
+        all
+    }
+
+    #[test]
+    fn both_ways_find_the_same_pages() {
+        let pid = std::process::id();
+        // Large enough to be a mapping of its own, with every third page touched.
+        let mut memory = vec![0u8; 4 << 20];
+        for page in (0..memory.len()).step_by(3 * 4096) {
+            memory[page] = 1;
+        }
+        let start = (memory.as_ptr() as u64).next_multiple_of(PAGE);
+        let end = start + (2 << 20);
+        let exists = Query {
+            any_of: PRESENT | SWAPPED,
+            ..Query::default()
+        };
+        let holes = Query {
+            all_of: PRESENT | SWAPPED,
+            inverted: PRESENT | SWAPPED,
+            ..Query::default()
+        };
+        let mut by_ioctl = Pagemap::open(pid).unwrap();
+        let mut by_reading = Pagemap {
+            plain: true,
+            ..Pagemap::open(pid).unwrap()
+        };
+        for query in [exists, holes] {
+            let plain = regions(&mut by_reading, start, end, query);
+            assert!(plain.len() > 100, "{}", plain.len());
+            // On a kernel without the ioctl the first answer comes from the entries too.
+            assert_eq!(regions(&mut by_ioctl, start, end, query), plain);
+        }
+        let written = Query {
+            all_of: WRITTEN,
+            ..Query::default()
+        };
+        let refused = by_reading.scan(start, end, written, |_| {});
+        assert_eq!(refused, Err(Errno::NOTTY));
+        assert_eq!(memory[0], 1);
     }
 }

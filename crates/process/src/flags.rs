@@ -98,8 +98,10 @@ mod tests {
 
     #[test]
     fn a_split_mapping_keeps_its_flags_and_a_new_one_has_none() {
-        let mut cache = FlagsCache::default();
-        cache.known = vec![(mapping(10, 20), VmFlags::HUGEPAGE)];
+        let mut cache = FlagsCache {
+            known: vec![(mapping(10, 20), VmFlags::HUGEPAGE)],
+            ..FlagsCache::default()
+        };
         let flags: Vec<bool> = cache
             .assign(vec![mapping(10, 14), mapping(14, 20), mapping(30, 40)])
             .into_iter()

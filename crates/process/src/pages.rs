@@ -184,11 +184,7 @@ impl PageTracker {
                     )),
                 })?;
         }
-        drop_stored(
-            &mut self.stored,
-            (end_of_last, u64::MAX & !(PAGE - 1)),
-            &mut changes,
-        );
+        drop_stored(&mut self.stored, (end_of_last, !(PAGE - 1)), &mut changes);
         self.doubtful.clear();
         Ok(changes)
     }

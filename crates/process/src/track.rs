@@ -107,10 +107,6 @@ impl Tracked {
         })
     }
 
-    #[expect(
-        clippy::type_complexity,
-        reason = "three parts of one foothold, taken apart at once"
-    )]
     fn gain_foothold(
         target: &Target,
         threads: &mut [Held],

@@ -53,7 +53,7 @@ pub fn validate(state: &MemoryState) -> Result<(), ProcessError> {
             ));
         }
     }
-    if state.layout.len() != 10 || state.guards.len() % 2 != 0 {
+    if state.layout.len() != 10 || !state.guards.len().is_multiple_of(2) {
         return bad("fields of a wrong length".into());
     }
     Ok(())
