@@ -1,0 +1,37 @@
+//! Registers survive: those that nobody looks at too.
+
+use crate::store::Store;
+use crate::support::{
+    Program, alone, bring_back, last_epoch, may_run, stop_and_resume, times, track,
+};
+
+#[test]
+fn registers_survive_stops() {
+    let _alone = alone();
+    if !may_run("registers_survive_stops") {
+        return;
+    }
+    let program = Program::start("registers", &[]);
+    let mut tracked = track(&program);
+    for _ in 0..times(200, 5000) {
+        stop_and_resume(&program, &mut tracked);
+    }
+    tracked.detach().expect("detaching");
+    program.must_report();
+}
+
+#[test]
+fn registers_survive_death() {
+    let _alone = alone();
+    if !may_run("registers_survive_death") {
+        return;
+    }
+    let mut program = Program::start("registers", &[]);
+    for _ in 0..times(10, 200) {
+        let mut store = Store::default();
+        let tracked = track(&program);
+        let seen = last_epoch(&mut program, tracked, &mut store);
+        bring_back(&mut program, store.newest(), &seen);
+    }
+    program.must_report();
+}

@@ -1,0 +1,148 @@
+//! A store of epochs in memory, written for the tests alone: the simplest thing that obeys the
+//! seam. Every epoch is a full map of its pages, so that any of them can be restored, and spoilt.
+
+use outlive_epoch::{
+    Acked, Content, EpochFacts, EpochId, EpochReader, EpochWriter, PAGE_SIZE, PageSink, Run,
+    SpaceId, StoreError, VisitError,
+};
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+type Page = Arc<[u8; PAGE_SIZE]>;
+
+/// One committed epoch. A page that is not in the map is absent.
+#[derive(Clone, Default)]
+pub struct Epoch {
+    id: u64,
+    trees: BTreeMap<String, Vec<u8>>,
+    pub pages: BTreeMap<(SpaceId, u64), Page>,
+}
+
+/// All committed epochs of a subject.
+#[derive(Default)]
+pub struct Store {
+    pub epochs: Vec<Epoch>,
+}
+
+/// The next epoch.
+pub struct Writer<'a> {
+    store: &'a mut Store,
+    pub epoch: Epoch,
+}
+
+impl Store {
+    pub fn begin(&mut self) -> Box<Writer<'_>> {
+        let pages = self
+            .epochs
+            .last()
+            .map(|e| e.pages.clone())
+            .unwrap_or_default();
+        let id = self.epochs.len() as u64 + 1;
+        let epoch = Epoch {
+            id,
+            trees: BTreeMap::new(),
+            pages,
+        };
+        Box::new(Writer { store: self, epoch })
+    }
+
+    pub fn newest(&self) -> &Epoch {
+        self.epochs.last().expect("an epoch was committed")
+    }
+}
+
+impl PageSink for Writer<'_> {
+    fn put(&mut self, run: Run, bytes: &[u8]) -> Result<(), StoreError> {
+        let (pages, rest) = bytes.as_chunks::<PAGE_SIZE>();
+        assert!(
+            rest.is_empty() && pages.len() as u64 == run.count(),
+            "a run and its bytes differ"
+        );
+        for (index, page) in (run.first()..).zip(pages) {
+            self.epoch
+                .pages
+                .insert((run.space(), index), Arc::new(*page));
+        }
+        Ok(())
+    }
+
+    fn absent(&mut self, run: Run) -> Result<(), StoreError> {
+        let range = (run.space(), run.first())..(run.space(), run.end());
+        let gone: Vec<_> = self.epoch.pages.range(range).map(|(&key, _)| key).collect();
+        for key in gone {
+            self.epoch.pages.remove(&key);
+        }
+        Ok(())
+    }
+}
+
+impl EpochWriter for Writer<'_> {
+    fn id(&self) -> EpochId {
+        EpochId(self.epoch.id)
+    }
+
+    fn tree(&mut self, group: &str, fdt: &[u8]) -> Result<(), StoreError> {
+        let before = self.epoch.trees.insert(group.into(), fdt.to_vec());
+        assert!(before.is_none(), "the group {group} was written twice");
+        Ok(())
+    }
+
+    fn commit(self: Box<Self>, _: EpochFacts) -> Result<Acked, StoreError> {
+        let pages = self.epoch.pages.len() as u64;
+        let acked = Acked {
+            epoch: EpochId(self.epoch.id),
+            bytes_written: 0,
+            pages,
+        };
+        self.store.epochs.push(self.epoch);
+        Ok(acked)
+    }
+}
+
+impl EpochReader for Epoch {
+    fn id(&self) -> EpochId {
+        EpochId(self.id)
+    }
+
+    fn groups(&self) -> Vec<String> {
+        self.trees.keys().cloned().collect()
+    }
+
+    fn tree(&self, group: &str) -> Result<Option<Vec<u8>>, StoreError> {
+        Ok(self.trees.get(group).cloned())
+    }
+
+    fn runs(&self) -> Vec<Run> {
+        let mut runs: Vec<Run> = Vec::new();
+        for &(space, index) in self.pages.keys() {
+            let joined = runs
+                .last()
+                .filter(|r| r.space() == space && r.end() == index)
+                .and_then(|r| Run::new(space, r.first(), r.count() + 1));
+            match joined {
+                Some(run) => *runs.last_mut().expect("joined to the last one") = run,
+                None => runs.push(Run::new(space, index, 1).expect("one page")),
+            }
+        }
+        runs
+    }
+
+    fn pages(
+        &self,
+        visit: &mut dyn FnMut(Run, Content<'_>) -> Result<(), VisitError>,
+    ) -> Result<(), VisitError> {
+        for (&(space, index), page) in &self.pages {
+            let run = Run::new(space, index, 1).expect("one page");
+            let zero = page.iter().all(|&b| b == 0);
+            visit(
+                run,
+                if zero {
+                    Content::Zero
+                } else {
+                    Content::Bytes(page.as_slice())
+                },
+            )?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,338 @@
+//! Starting, judging and removing the programs that are captured.
+//!
+//! # Safety
+//! `waitpid`, `kill` and the removal of System V objects are called with numbers and one live
+//! status word.
+#![allow(unsafe_code)]
+
+use crate::store::{Epoch, Store};
+use crate::view::View;
+use outlive_epoch::{EpochReader, EpochWriter};
+use outlive_process::image::{self, ThreadsState, group, kinds};
+use outlive_process::{ProcessError, Ready, RestoreOptions, TrackOptions, Tracked, restore};
+use std::fs::{File, OpenOptions};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::{Mutex, MutexGuard, Once};
+use std::time::{Duration, Instant};
+
+/// How long anything may take that must happen.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// One test at a time: a tracer is a thread, and the processors are few.
+pub fn alone() -> MutexGuard<'static, ()> {
+    static LOCK: Mutex<()> = Mutex::new(());
+    LOCK.lock().unwrap_or_else(|e| e.into_inner())
+}
+
+/// Whether the privileges are there; where they are not, the test says that it was skipped.
+pub fn may_run(name: &str) -> bool {
+    // SAFETY: takes no argument.
+    let root = unsafe { libc::geteuid() } == 0;
+    if !root {
+        println!("SKIPPED 1 test: {name}: needs root");
+        println!("skipped: needs root");
+    }
+    root
+}
+
+/// How often something is done: more with `OUTLIVE_LONG`.
+pub fn times(short: usize, long: usize) -> usize {
+    if std::env::var_os("OUTLIVE_LONG").is_some() {
+        long
+    } else {
+        short
+    }
+}
+
+fn programs() -> PathBuf {
+    static BUILT: Once = Once::new();
+    let own = std::env::current_exe().expect("this test has a path");
+    let dir = own
+        .parent()
+        .and_then(Path::parent)
+        .expect("it lies in a build directory");
+    BUILT.call_once(|| {
+        let mut cargo = Command::new(env!("CARGO"));
+        cargo.args([
+            "build",
+            "--quiet",
+            "--package",
+            "outlive-test-programs",
+            "--target-dir",
+        ]);
+        cargo.arg(dir.parent().expect("a profile lies in the build directory"));
+        if dir.ends_with("release") {
+            cargo.arg("--release");
+        }
+        assert!(
+            cargo.status().expect("cargo runs").success(),
+            "the test programs do not build"
+        );
+    });
+    dir.to_path_buf()
+}
+
+/// A test program that runs, with a directory of its own. Dropping it removes both.
+pub struct Program {
+    name: String,
+    pub pid: u32,
+    pub dir: tempfile::TempDir,
+    alive: bool,
+}
+
+impl Program {
+    /// Starts it and waits until it says that it is ready. `{dir}` in an argument is its directory.
+    pub fn start(name: &str, arguments: &[&str]) -> Self {
+        let dir = tempfile::Builder::new()
+            .prefix("outlive-")
+            .tempdir()
+            .expect("a directory");
+        let append = |file: &str| {
+            let path = dir.path().join(file);
+            OpenOptions::new()
+                .create(true)
+                .append(true)
+                .open(path)
+                .expect("a file for output")
+        };
+        let shown = dir.path().to_str().expect("a plain path").to_owned();
+        let mut command = Command::new(programs().join(name));
+        // SAFETY: between fork and exec only system calls with numbers are made.
+        unsafe {
+            command.pre_exec(|| {
+                // What this process got from whoever runs the tests is none of the program's.
+                let cloexec = libc::CLOSE_RANGE_CLOEXEC as i32;
+                libc::close_range(3, libc::c_uint::MAX, cloexec);
+                // A test that is killed leaves nothing behind.
+                libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
+                Ok(())
+            });
+        }
+        let child = command
+            .args(arguments.iter().map(|a| a.replace("{dir}", &shown)))
+            .current_dir(dir.path())
+            .stdin(Stdio::null())
+            .stdout(append("out"))
+            .stderr(append("err"))
+            .spawn()
+            .expect("the program starts");
+        let program = Self {
+            name: name.into(),
+            pid: child.id(),
+            dir,
+            alive: true,
+        };
+        program.await_word("ready");
+        program
+    }
+
+    pub fn output(&self) -> String {
+        std::fs::read_to_string(self.dir.path().join("out")).unwrap_or_default()
+    }
+
+    /// What it said, for a test that fails.
+    pub fn story(&self) -> String {
+        let errors = std::fs::read_to_string(self.dir.path().join("err")).unwrap_or_default();
+        format!(
+            "{} (pid {}) said:\n{}{errors}",
+            self.name,
+            self.pid,
+            self.output()
+        )
+    }
+
+    /// Whether it ended, without taking note of it.
+    pub fn has_ended(&self) -> bool {
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.pid));
+        stat.is_ok_and(|s| s.rsplit(')').next().is_some_and(|r| r.starts_with(" Z")))
+    }
+
+    /// Fails the test if it ended of itself, which it does when anything is wrong.
+    pub fn must_be_well(&self) {
+        assert!(!self.has_ended(), "it ended; {}", self.story());
+    }
+
+    /// Has it report: it must have made progress in all it does.
+    pub fn must_report(mut self) -> String {
+        self.signal(libc::SIGUSR1);
+        let deadline = Instant::now() + PATIENCE;
+        while !self.has_ended() {
+            assert!(Instant::now() < deadline, "no report; {}", self.story());
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        let status = self.reap();
+        assert_eq!(status, 0, "exit status {status:#x}; {}", self.story());
+        self.output()
+    }
+
+    /// Waits until it has said this.
+    pub fn await_word(&self, word: &str) {
+        let deadline = Instant::now() + PATIENCE;
+        while !self.output().contains(word) {
+            assert!(
+                Instant::now() < deadline && !self.has_ended(),
+                "{}",
+                self.story()
+            );
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    pub fn signal(&self, signal: i32) {
+        // SAFETY: only numbers are passed; it is our child and was not waited for.
+        unsafe { libc::kill(self.pid as i32, signal) };
+    }
+
+    /// Takes note that it was ended and waited for by somebody else.
+    pub fn was_ended(&mut self) {
+        self.alive = false;
+    }
+
+    /// Takes note that it was restored.
+    pub fn was_restored(&mut self) {
+        self.alive = true;
+    }
+
+    pub fn kill(&mut self) {
+        if self.alive {
+            // SAFETY: only numbers are passed; it is our child and was not waited for.
+            unsafe { libc::kill(self.pid as i32, libc::SIGKILL) };
+            self.reap();
+        }
+    }
+
+    fn reap(&mut self) -> i32 {
+        self.alive = false;
+        let deadline = Instant::now() + PATIENCE;
+        let mut status = 0;
+        loop {
+            // SAFETY: status is live.
+            let r = unsafe { libc::waitpid(self.pid as i32, &raw mut status, libc::WNOHANG) };
+            if r == self.pid as i32 {
+                return status;
+            }
+            // A thread that is still traced cannot go, and its process is not told of.
+            let late = r != 0 || Instant::now() > deadline;
+            if late && std::thread::panicking() {
+                return status;
+            }
+            assert!(!late, "{} (pid {}) does not go: {r}", self.name, self.pid);
+            std::thread::sleep(Duration::from_millis(2));
+        }
+    }
+}
+
+impl Drop for Program {
+    fn drop(&mut self) {
+        self.kill();
+        let said = self.output();
+        let words: Vec<&str> = said.lines().next().unwrap_or_default().split(' ').collect();
+        for pair in words.windows(2) {
+            // SAFETY: only numbers are passed, of objects that the program made and named.
+            match (pair[0], pair[1].parse::<i32>()) {
+                ("sem", Ok(id)) => drop(unsafe { libc::semctl(id, 0, libc::IPC_RMID) }),
+                // SAFETY: as above.
+                ("msg", Ok(id)) => {
+                    drop(unsafe { libc::msgctl(id, libc::IPC_RMID, std::ptr::null_mut()) })
+                }
+                _ => {}
+            }
+        }
+    }
+}
+
+/// Begins to track a program.
+pub fn track(program: &Program) -> Tracked {
+    Tracked::attach(program.pid, TrackOptions::default())
+        .unwrap_or_else(|e| panic!("attaching: {e}; {}", program.story()))
+}
+
+/// Stack pointers of the threads of an epoch.
+fn stacks(epoch: &Epoch, pid: u32) -> Vec<u64> {
+    let threads: ThreadsState =
+        image::get(epoch, &group(kinds::THREADS, pid)).expect("the threads of the epoch");
+    threads.threads.iter().map(|t| t.registers.rsp).collect()
+}
+
+/// Takes one epoch, with an independent look at the program while it stands, and lets it run on.
+pub fn epoch(tracked: &mut Tracked, store: &mut Store) -> Result<View, ProcessError> {
+    let pid = tracked.pid();
+    let mut writer = store.begin();
+    tracked.precopy(&mut *writer)?;
+    let (stopped, captured) = tracked.stop()?;
+    captured.write(&mut *writer)?;
+    let view = View::take(pid, &stacks(&writer.epoch, pid));
+    stopped.resume()?;
+    captured.sync_files()?;
+    writer.commit(captured.facts)?;
+    Ok(view)
+}
+
+/// Stops the program and lets it go on.
+pub fn stop_and_resume(program: &Program, tracked: &mut Tracked) {
+    let stopped = tracked.stop().map(|(stopped, _)| stopped.resume());
+    match stopped {
+        Ok(Ok(_)) => program.must_be_well(),
+        Ok(Err(e)) | Err(e) => panic!("{e}; {}", program.story()),
+    }
+}
+
+/// Takes the last epoch, and ends the program.
+pub fn last_epoch(program: &mut Program, mut tracked: Tracked, store: &mut Store) -> View {
+    let mut writer = store.begin();
+    let failed = |e: ProcessError| -> ! { panic!("{e}; {}", program.story()) };
+    tracked.precopy(&mut *writer).unwrap_or_else(|e| failed(e));
+    let (stopped, captured) = tracked.stop().unwrap_or_else(|e| failed(e));
+    captured.write(&mut *writer).expect("writing the epoch");
+    let view = View::take(program.pid, &stacks(&writer.epoch, program.pid));
+    captured.sync_files().expect("syncing files");
+    writer.commit(captured.facts).expect("the commit");
+    stopped.end().expect("the end");
+    program.was_ended();
+    let gone = !Path::new(&format!("/proc/{}", program.pid)).exists();
+    assert!(gone, "it is not gone");
+    view
+}
+
+/// Restores an epoch up to before its first instruction.
+pub fn prepare(epoch: &Epoch) -> Ready {
+    restore(epoch as &dyn EpochReader, &RestoreOptions::default())
+        .unwrap_or_else(|e| panic!("restoring epoch {}: {e}", epoch.id()))
+}
+
+/// Looks at a program that is restored and has not run yet.
+pub fn look(ready: &Ready, epoch: &Epoch) -> View {
+    View::take(ready.pid(), &stacks(epoch, ready.pid()))
+}
+
+/// Restores an epoch, compares it with what was seen at its capture, and lets it run.
+pub fn bring_back(program: &mut Program, epoch: &Epoch, seen: &View) {
+    let ready = prepare(epoch);
+    assert_eq!(ready.pid(), program.pid);
+    seen.must_equal(&look(&ready, epoch));
+    ready.go().expect("letting it run");
+    program.was_restored();
+}
+
+/// The descriptors of a process: number and link.
+pub fn descriptors(pid: u32) -> Vec<(String, PathBuf)> {
+    let dir = std::fs::read_dir(format!("/proc/{pid}/fd")).expect("its descriptors");
+    let mut all: Vec<_> = dir
+        .flatten()
+        .filter_map(|e| {
+            Some((
+                e.file_name().into_string().ok()?,
+                std::fs::read_link(e.path()).ok()?,
+            ))
+        })
+        .collect();
+    all.sort();
+    all
+}
+
+/// Opens a file below `/proc/PID`.
+pub fn proc_file(pid: u32, name: &str) -> Option<File> {
+    File::open(format!("/proc/{pid}/{name}")).ok()
+}

@@ -1,0 +1,471 @@
+//! An independent look at a process that stands still: everything that `/proc` and a few system
+//! calls tell of it, read by code that shares nothing with the capture.
+//!
+//! # What may differ after a restore, and why
+//! - Inode numbers of pipes, sockets and anonymous objects: the kernel gives new ones. What is the
+//!   same object stays the same object: each is named after the lowest descriptor that has it.
+//! - `mnt_id`, `eventfd-id`, and inodes in epoll's lists: numbers of the kernel's own, as above.
+//! - `it_value` of a timerfd and the tick of its clock: time runs while it is looked at.
+//! - Memory flags `uw` (registered for write tracking, by us) and `ac` (pages count as committed:
+//!   memory that once was writable keeps the flag).
+//! - The mappings of working memory, and the contents of `[vvar]`, which change all the time.
+//! - Blocked signals, registers and wait channels: the capture has calls made by the threads. The
+//!   tests compare these with a look of their own while nobody else holds the program ([`crate::stand`]).
+//! - What lies just below the red zone of a thread's stack: the time that is left of a call which
+//!   is made again is written there, and becomes less.
+//! - The processor numbers in the restartable-sequences area, which the kernel writes.
+//! - Counters: faults, context switches, CPU time, resident pages, start time, the parent.
+//!
+//! # Safety
+//! `kcmp`, `sched_getattr`, `ioprio_get` and `get_robust_list` are called with numbers and
+//! pointers to live local values.
+#![allow(unsafe_code)]
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+
+const PAGE: u64 = 4096;
+/// What is read at once, bytes.
+const PIECE: u64 = 1 << 20;
+
+/// A mapping; neighbours that the kernel may or may not have joined are one.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Area {
+    start: u64,
+    end: u64,
+    /// Protection, device, inode and name.
+    what: String,
+    file: bool,
+    offset: u64,
+    flags: Vec<String>,
+}
+
+/// What was seen.
+#[derive(Clone)]
+pub struct View {
+    areas: Vec<Area>,
+    /// Hash of every page that is not zero, by address.
+    pub pages: BTreeMap<u64, u64>,
+    facts: BTreeMap<String, String>,
+}
+
+impl View {
+    /// Looks at a process, which must not run. `stacks` are its threads' stack pointers.
+    pub fn take(pid: u32, stacks: &[u64]) -> Self {
+        let areas = areas(pid);
+        let mut blanks: Vec<(u64, u64)> = Vec::new();
+        for rseq in tids(pid).into_iter().filter_map(rseq_of) {
+            blanks.extend([(rseq, rseq + 8), (rseq + 20, rseq + 28)]);
+        }
+        blanks.extend(stacks.iter().map(|s| (s - 288, s - 128)));
+        let pages = pages(pid, &areas, &blanks);
+        let mut facts = BTreeMap::new();
+        process_facts(pid, &mut facts);
+        descriptor_facts(pid, &mut facts);
+        for tid in tids(pid) {
+            thread_facts(pid, tid, &mut facts);
+        }
+        Self {
+            areas: joined(areas),
+            pages,
+            facts,
+        }
+    }
+
+    /// Everything in which two looks differ.
+    pub fn differences(&self, other: &Self) -> Vec<String> {
+        let mut found = Vec::new();
+        for area in self.areas.iter().filter(|a| !other.areas.contains(a)) {
+            found.push(format!("before only: {area:x?}"));
+        }
+        for area in other.areas.iter().filter(|a| !self.areas.contains(a)) {
+            found.push(format!("after only:  {area:x?}"));
+        }
+        for page in different(&self.pages, &other.pages) {
+            let (a, b) = (self.pages.get(page), other.pages.get(page));
+            found.push(format!("page {page:x}: {a:x?} then {b:x?}"));
+        }
+        for key in different(&self.facts, &other.facts) {
+            found.push(format!(
+                "{key}:\n  {:?}\n  {:?}",
+                self.facts.get(key),
+                other.facts.get(key)
+            ));
+        }
+        found
+    }
+
+    /// Fails the test with everything in which the restored program differs.
+    pub fn must_equal(&self, other: &Self) {
+        let found = self.differences(other);
+        let shown: Vec<&str> = found.iter().take(40).map(String::as_str).collect();
+        assert!(
+            found.is_empty(),
+            "{} differences:\n{}",
+            found.len(),
+            shown.join("\n")
+        );
+    }
+
+    /// How much was compared: areas, pages with contents, facts.
+    pub fn extent(&self) -> (usize, usize, usize) {
+        (self.areas.len(), self.pages.len(), self.facts.len())
+    }
+}
+
+fn different<'a, K: Ord, V: PartialEq>(a: &'a BTreeMap<K, V>, b: &'a BTreeMap<K, V>) -> Vec<&'a K> {
+    let mut keys: Vec<&K> = a
+        .keys()
+        .chain(b.keys())
+        .filter(|k| a.get(k) != b.get(k))
+        .collect();
+    keys.sort();
+    keys.dedup();
+    keys
+}
+
+fn text(path: impl AsRef<Path>) -> String {
+    std::fs::read(path).map_or_else(
+        |e| e.to_string(),
+        |b| String::from_utf8_lossy(&b).into_owned(),
+    )
+}
+
+fn areas(pid: u32) -> Vec<Area> {
+    let mut list: Vec<Area> = Vec::new();
+    for line in text(format!("/proc/{pid}/smaps")).lines() {
+        if let Some(codes) = line.strip_prefix("VmFlags:") {
+            let kept = codes
+                .split_whitespace()
+                .filter(|c| !matches!(*c, "uw" | "ac"));
+            list.last_mut().expect("flags follow a mapping").flags =
+                kept.map(str::to_owned).collect();
+        } else if line
+            .as_bytes()
+            .first()
+            .is_some_and(|b| !b.is_ascii_uppercase())
+        {
+            list.push(area(line));
+        }
+    }
+    // Working memory is shared and anonymous, which nothing in the test programs is.
+    list.retain(|a| !a.what.contains("/dev/zero (deleted)") && !a.what.contains("[vsyscall]"));
+    list
+}
+
+fn area(line: &str) -> Area {
+    let words: Vec<&str> = line.split_whitespace().collect();
+    let (start, end) = words[0].split_once('-').expect("a range");
+    let hex = |digits| u64::from_str_radix(digits, 16).expect("hexadecimal digits");
+    let name = words[5..].join(" ");
+    Area {
+        start: hex(start),
+        end: hex(end),
+        what: format!("{} {} {} {name}", words[1], words[3], words[4]),
+        file: words[4] != "0",
+        offset: hex(words[2]),
+        flags: Vec::new(),
+    }
+}
+
+fn joined(areas: Vec<Area>) -> Vec<Area> {
+    let mut list: Vec<Area> = Vec::new();
+    for area in areas {
+        match list.last_mut() {
+            Some(last)
+                if last.end == area.start
+                    && last.what == area.what
+                    && last.flags == area.flags
+                    && (!area.file || last.offset + (last.end - last.start) == area.offset) =>
+            {
+                last.end = area.end;
+            }
+            _ => list.push(area),
+        }
+    }
+    list
+}
+
+/// Where a thread that this one traces has its restartable-sequences area.
+fn rseq_of(tid: u32) -> Option<u64> {
+    const GET_RSEQ_CONFIGURATION: libc::c_uint = 0x420f;
+    let mut answer = [0u64; 3];
+    let at = answer.as_mut_ptr();
+    // SAFETY: answer is live and as long as is said.
+    let r = unsafe { libc::ptrace(GET_RSEQ_CONFIGURATION, tid as i32, size_of_val(&answer), at) };
+    (r > 0 && answer[0] != 0).then_some(answer[0])
+}
+
+/// Blanks out what may differ.
+fn blank(address: u64, page: &mut [u8], blanks: &[(u64, u64)]) {
+    let end = address + PAGE;
+    for &(from, to) in blanks.iter().filter(|b| b.0 < end && b.1 > address) {
+        page[(from.max(address) - address) as usize..(to.min(end) - address) as usize].fill(0);
+    }
+}
+
+fn pages(pid: u32, areas: &[Area], blanks: &[(u64, u64)]) -> BTreeMap<u64, u64> {
+    let open = |name| File::open(format!("/proc/{pid}/{name}")).expect("its memory");
+    let (mem, map) = (open("mem"), open("pagemap"));
+    let mut pages = BTreeMap::new();
+    let mut bytes = vec![0u8; PIECE as usize];
+    let mut entries = vec![0u8; (PIECE / PAGE * 8) as usize];
+    // In memory or in swap. Where nothing is swapped, an entry that looks so marks a hole.
+    let kept = if text("/proc/swaps").lines().count() > 1 {
+        0xc0
+    } else {
+        0x80
+    };
+    for area in areas.iter().filter(|a| !a.what.contains("[vvar")) {
+        let mut at = area.start;
+        while at < area.end {
+            let len = (area.end - at).min(PIECE);
+            let entries = &mut entries[..(len / PAGE * 8) as usize];
+            map.read_exact_at(entries, at / PAGE * 8)
+                .expect("its page map");
+            // What is neither is zero, unless a file lies below.
+            let exists = |i: usize| area.file || entries[i * 8 + 7] & kept != 0;
+            if (0..entries.len() / 8).any(exists) {
+                read_piece(
+                    &mem,
+                    at,
+                    &mut bytes[..len as usize],
+                    &exists,
+                    blanks,
+                    &mut pages,
+                );
+            }
+            at += len;
+        }
+    }
+    pages
+}
+
+fn read_piece(
+    mem: &File,
+    at: u64,
+    bytes: &mut [u8],
+    exists: &dyn Fn(usize) -> bool,
+    blanks: &[(u64, u64)],
+    pages: &mut BTreeMap<u64, u64>,
+) {
+    let (list, _) = bytes.as_chunks_mut::<{ PAGE as usize }>();
+    for (i, page) in list.iter_mut().enumerate().filter(|(i, _)| exists(*i)) {
+        let address = at + i as u64 * PAGE;
+        let read = mem.read_exact_at(page, address);
+        blank(address, page, blanks);
+        match read {
+            Ok(()) if *page == [0; PAGE as usize] => {}
+            Ok(()) => drop(pages.insert(address, hash(page))),
+            // Behind the end of a file, or a guard.
+            Err(_) => drop(pages.insert(address, u64::MAX)),
+        }
+    }
+}
+
+fn hash(bytes: &[u8]) -> u64 {
+    let (words, _) = bytes.as_chunks::<8>();
+    words.iter().fold(0xcbf2_9ce4_8422_2325, |hash, word| {
+        let mixed = (hash ^ u64::from_ne_bytes(*word)).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        mixed ^ (mixed >> 29)
+    })
+}
+
+fn process_facts(pid: u32, facts: &mut BTreeMap<String, String>) {
+    let here = format!("/proc/{pid}");
+    for name in [
+        "cmdline",
+        "environ",
+        "comm",
+        "limits",
+        "timers",
+        "personality",
+        "oom_score_adj",
+        "coredump_filter",
+        "cgroup",
+        "uid_map",
+        "loginuid",
+    ] {
+        facts.insert(name.into(), text(format!("{here}/{name}")));
+    }
+    let auxv = std::fs::read(format!("{here}/auxv")).expect("its auxiliary vector");
+    facts.insert("auxv".into(), format!("{auxv:x?}"));
+    for link in ["cwd", "root", "exe"] {
+        let target = std::fs::read_link(format!("{here}/{link}")).expect("a link");
+        facts.insert(link.into(), target.display().to_string());
+    }
+    for name in ["cgroup", "ipc", "mnt", "net", "pid", "user", "uts"] {
+        let target = std::fs::read_link(format!("{here}/ns/{name}")).expect("a namespace");
+        facts.insert(format!("namespace {name}"), target.display().to_string());
+    }
+    let stat = text(format!("{here}/stat"));
+    let fields: Vec<&str> = stat
+        .rsplit(')')
+        .next()
+        .unwrap_or_default()
+        .split_whitespace()
+        .collect();
+    let names = [
+        (5, "group"),
+        (6, "session"),
+        (7, "terminal"),
+        (18, "priority"),
+        (19, "nice"),
+        (20, "threads"),
+        (26, "start_code"),
+        (27, "end_code"),
+        (28, "start_stack"),
+        (38, "exit_signal"),
+        (40, "rt_priority"),
+        (41, "policy"),
+        (45, "start_data"),
+        (46, "end_data"),
+        (47, "start_brk"),
+        (48, "arg_start"),
+        (49, "arg_end"),
+        (50, "env_start"),
+        (51, "env_end"),
+    ];
+    for (number, name) in names {
+        facts.insert(format!("stat {name}"), fields[number - 3].into());
+    }
+}
+
+/// Of the status of a thread: what belongs to it and not to the moment.
+const STATUS: [&str; 21] = [
+    "Name",
+    "Umask",
+    "Tgid",
+    "Uid",
+    "Gid",
+    "Groups",
+    "NStgid",
+    "NSpgid",
+    "NSsid",
+    "VmLck",
+    "CoreDumping",
+    "SigPnd",
+    "ShdPnd",
+    "SigIgn",
+    "SigCgt",
+    "CapInh",
+    "CapPrm",
+    "CapEff",
+    "CapBnd",
+    "CapAmb",
+    "NoNewPrivs",
+];
+const STATUS_TOO: [&str; 6] = [
+    "Seccomp",
+    "Speculation_Store_Bypass",
+    "Cpus_allowed",
+    "Mems_allowed",
+    "THP_enabled",
+    "Threads",
+];
+
+fn thread_facts(pid: u32, tid: u32, facts: &mut BTreeMap<String, String>) {
+    for line in text(format!("/proc/{pid}/task/{tid}/status")).lines() {
+        let Some((key, value)) = line.split_once(':') else {
+            continue;
+        };
+        if STATUS.contains(&key) || STATUS_TOO.contains(&key) {
+            facts.insert(format!("thread {tid} {key}"), value.trim().into());
+        }
+    }
+    let slack = text(format!("/proc/{tid}/timerslack_ns"));
+    facts.insert(format!("thread {tid} timer slack"), slack);
+    let mut attributes = [0u64; 7];
+    let (mut head, mut length) = (0usize, 0usize);
+    // SAFETY: attributes has 56 bytes; head and length are live.
+    let answers = unsafe {
+        let size = size_of_val(&attributes);
+        [
+            libc::syscall(
+                libc::SYS_sched_getattr,
+                tid,
+                attributes.as_mut_ptr(),
+                size,
+                0,
+            ),
+            libc::syscall(libc::SYS_ioprio_get, 1, tid),
+            libc::syscall(
+                libc::SYS_get_robust_list,
+                tid,
+                &raw mut head,
+                &raw mut length,
+            ),
+        ]
+    };
+    facts.insert(
+        format!("thread {tid} asked"),
+        format!("{answers:?} scheduling {attributes:x?} robust list {head:x} {length}"),
+    );
+}
+
+pub fn tids(pid: u32) -> Vec<u32> {
+    let dir = std::fs::read_dir(format!("/proc/{pid}/task")).expect("its threads");
+    let mut tids: Vec<u32> = dir
+        .flatten()
+        .filter_map(|e| e.file_name().to_str()?.parse().ok())
+        .collect();
+    tids.sort_unstable();
+    tids
+}
+
+fn descriptor_facts(pid: u32, facts: &mut BTreeMap<String, String>) {
+    let dir = std::fs::read_dir(format!("/proc/{pid}/fd")).expect("its descriptors");
+    let mut numbers: Vec<u32> = dir
+        .flatten()
+        .filter_map(|e| e.file_name().to_str()?.parse().ok())
+        .collect();
+    numbers.sort_unstable();
+    let mut first: BTreeMap<String, u32> = BTreeMap::new();
+    for &number in &numbers {
+        let link = std::fs::read_link(format!("/proc/{pid}/fd/{number}")).expect("a link");
+        let link = link.display().to_string();
+        let link = match link.split_once(":[") {
+            Some((kind, _)) => {
+                let first = first.entry(link.clone()).or_insert(number);
+                format!("{kind} of {first}")
+            }
+            None => link,
+        };
+        let same: Vec<u32> = numbers
+            .iter()
+            .copied()
+            .filter(|&n| same_file(pid, number, n))
+            .collect();
+        let info = text(format!("/proc/{pid}/fdinfo/{number}"));
+        facts.insert(
+            format!("fd {number}"),
+            format!("{link} same as {same:?}\n{}", stable(&info)),
+        );
+    }
+}
+
+/// The lines of an `fdinfo` that outlast a restore.
+fn stable(info: &str) -> String {
+    let mut lines: Vec<String> = info
+        .lines()
+        .filter(|l| {
+            !["ino:", "mnt_id:", "eventfd-id:", "it_value:"]
+                .iter()
+                .any(|p| l.starts_with(p))
+        })
+        .map(|l| match l.strip_prefix("tfd:") {
+            // tfd: N events: E data: D pos:P ino:I sdev:S
+            Some(rest) => rest.split(" pos:").next().unwrap_or_default().to_owned(),
+            None => l.to_owned(),
+        })
+        .collect();
+    lines.sort();
+    lines.join("\n")
+}
+
+fn same_file(pid: u32, a: u32, b: u32) -> bool {
+    // SAFETY: only numbers are passed (KCMP_FILE is 0).
+    unsafe { libc::syscall(libc::SYS_kcmp, pid, pid, 0, a, b) == 0 }
+}
