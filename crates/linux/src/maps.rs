@@ -52,6 +52,16 @@ macro_rules! vm_flags {
                 $(if code == $code { return Self::$name; })*
                 Self(0)
             }
+
+            /// The flags as the kernel's two-letter codes.
+            #[must_use]
+            pub fn codes(self) -> Vec<String> {
+                let mut codes = Vec::new();
+                $(if self.has(Self::$name) {
+                    codes.push(String::from_utf8_lossy($code).into_owned());
+                })*
+                codes
+            }
         }
     };
 }
@@ -88,16 +98,13 @@ impl VmFlags {
         self.0 & other.0 == other.0
     }
 
-    /// The flags as bits, for storage.
+    /// Flags from codes; `None` where one is not known.
     #[must_use]
-    pub fn bits(self) -> u64 {
-        self.0
-    }
-
-    /// Flags from stored bits.
-    #[must_use]
-    pub fn from_bits(bits: u64) -> Self {
-        Self(bits)
+    pub fn from_codes(codes: &[String]) -> Option<Self> {
+        codes.iter().try_fold(Self::default(), |all, code| {
+            let one = Self::of_code(code.as_bytes());
+            (one != Self::default()).then_some(Self(all.0 | one.0))
+        })
     }
 
     /// These flags without those of `other`.
@@ -242,6 +249,10 @@ mod tests {
         let maps = parse_smaps(text).unwrap();
         assert!(maps[0].1.has(VmFlags::GROWS_DOWN) && maps[0].1.has(VmFlags::LOCKED));
         assert!(!maps[0].1.has(VmFlags::SEALED));
+        let codes = maps[0].1.codes();
+        assert_eq!(codes, ["gd", "lo"]);
+        assert_eq!(VmFlags::from_codes(&codes), Some(maps[0].1));
+        assert_eq!(VmFlags::from_codes(&["??".to_owned()]), None);
     }
 
     #[test]

@@ -47,8 +47,8 @@ pub struct Area {
     pub protection: u32,
     /// What lies below the pages.
     pub kind: AreaKind,
-    /// Flags, see `VmFlags` in the crate `linux`.
-    pub flags: u64,
+    /// Its flags as the two-letter codes of `VmFlags` in `smaps` (`proc_pid_smaps(5)`).
+    pub flags: Vec<String>,
     /// Index of the file.
     pub file: Option<u32>,
     /// Offset into the file, bytes.
@@ -113,10 +113,10 @@ impl Area {
         self.len() == 0
     }
 
-    /// The flags in their typed form.
+    /// The flags in their typed form; an image is checked for unknown ones before.
     #[must_use]
     pub fn vm_flags(&self) -> VmFlags {
-        VmFlags::from_bits(self.flags)
+        VmFlags::from_codes(&self.flags).unwrap_or_default()
     }
 }
 
@@ -210,7 +210,7 @@ pub fn collect(
             end: m.end,
             protection: m.prot,
             kind,
-            flags: flags.without(VmFlags::WRITE_PROTECT).bits(),
+            flags: flags.without(VmFlags::WRITE_PROTECT).codes(),
             file,
             offset: m.offset,
             label: label.map(<[u8]>::to_vec),

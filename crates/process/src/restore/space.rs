@@ -41,6 +41,9 @@ pub fn validate(state: &MemoryState) -> Result<(), ProcessError> {
             ));
         }
         last = a.end;
+        if VmFlags::from_codes(&a.flags).is_none() {
+            return bad(format!("area {:x} has unknown flags", a.start));
+        }
         let needs_file = matches!(a.kind, AreaKind::PrivateFile | AreaKind::SharedFile);
         let file = a.file.and_then(|f| state.files.get(f as usize));
         if needs_file != a.file.is_some() || needs_file != file.is_some() {
