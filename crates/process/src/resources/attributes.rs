@@ -16,6 +16,8 @@ pub struct ProcessState {
     pub pgid: u32,
     /// Session.
     pub sid: u32,
+    /// It led a session that had a controlling terminal.
+    pub led_terminal_session: bool,
     /// The program (`/proc/PID/exe`).
     pub executable: Vec<u8>,
     /// Its arguments, each ended by a zero byte, as they are now.
@@ -134,6 +136,7 @@ pub fn collect(
         pid: target.pid,
         pgid: stat.pgid,
         sid: stat.sid,
+        led_terminal_session: stat.sid == target.pid && stat.tty != 0,
         executable: target.proc_link("exe")?,
         command_line: target.proc_file("cmdline")?,
         working_directory: target.proc_link("cwd")?,

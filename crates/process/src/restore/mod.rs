@@ -310,6 +310,11 @@ fn attributes_of_process(
     let mut batch = Batch::new();
     let what = attributes::recreate(&saved.process, &now, &mut batch);
     stub.run_named(batch, &what)?;
+    if saved.process.led_terminal_session {
+        // A terminal belongs to one session, here the restorer's.
+        notices
+            .push("it led the session of a terminal and leads one without a terminal now".into());
+    }
     let settings = [
         ("oom_score_adj", saved.process.oom_score_adj.to_string()),
         (
