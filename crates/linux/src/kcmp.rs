@@ -8,6 +8,42 @@ use crate::{Errno, last_error};
 use std::cmp::Ordering;
 
 const KCMP_FILE: libc::c_long = 0;
+/// What two processes can share as a whole.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// The address space.
+    Memory = 1,
+    /// The table of descriptors.
+    Files = 2,
+    /// Working directory, root and file mode mask.
+    Filesystem = 3,
+    /// Signal dispositions.
+    Signals = 4,
+}
+
+/// Whether two processes share something as a whole.
+///
+/// # Errors
+/// `ESRCH` when one of them has ended, `EPERM` without the right to trace them.
+pub fn same(a: u32, b: u32, kind: Kind) -> Result<bool, Errno> {
+    // SAFETY: these kinds take numbers only.
+    let answer = unsafe {
+        libc::syscall(
+            libc::SYS_kcmp,
+            libc::c_long::from(a as i32),
+            libc::c_long::from(b as i32),
+            kind as libc::c_long,
+            0,
+            0,
+        )
+    };
+    if answer < 0 {
+        Err(last_error())
+    } else {
+        Ok(answer == 0)
+    }
+}
+
 const KCMP_EPOLL_TFD: libc::c_long = 7;
 
 #[repr(C)]
@@ -17,21 +53,22 @@ struct EpollSlot {
     offset: u32,
 }
 
-/// Compares the open file descriptions behind two descriptors of a process: equal when they are
-/// one, otherwise in an order which is arbitrary but the same for all calls until the next boot.
+/// Compares the open file descriptions behind two descriptors, each given as process and number:
+/// equal when they are one, otherwise in an order which is arbitrary but the same for all calls
+/// until the next boot.
 ///
 /// # Errors
-/// `EBADF` when a descriptor is not open, `EPERM` without the right to trace the process.
-pub fn compare_files(pid: u32, a: u32, b: u32) -> Result<Ordering, Errno> {
+/// `EBADF` when a descriptor is not open, `EPERM` without the right to trace both processes.
+pub fn compare_files(a: (u32, u32), b: (u32, u32)) -> Result<Ordering, Errno> {
     // SAFETY: KCMP_FILE takes numbers only.
     let answer = unsafe {
         libc::syscall(
             libc::SYS_kcmp,
-            libc::c_long::from(pid as i32),
-            libc::c_long::from(pid as i32),
+            libc::c_long::from(a.0 as i32),
+            libc::c_long::from(b.0 as i32),
             KCMP_FILE,
-            u64::from(a),
-            u64::from(b),
+            u64::from(a.1),
+            u64::from(b.1),
         )
     };
     match answer {
@@ -90,17 +127,11 @@ mod tests {
         let a = File::open("/dev/null").unwrap();
         let b = a.try_clone().unwrap();
         let c = File::open("/dev/null").unwrap();
-        let number = |f: &File| f.as_raw_fd() as u32;
-        assert_eq!(
-            compare_files(me, number(&a), number(&b)),
-            Ok(Ordering::Equal)
-        );
-        let order = compare_files(me, number(&a), number(&c)).unwrap();
+        let number = |f: &File| (me, f.as_raw_fd() as u32);
+        assert_eq!(compare_files(number(&a), number(&b)), Ok(Ordering::Equal));
+        let order = compare_files(number(&a), number(&c)).unwrap();
         assert_ne!(order, Ordering::Equal);
-        assert_eq!(
-            compare_files(me, number(&c), number(&a)),
-            Ok(order.reverse())
-        );
-        assert_eq!(compare_files(me, number(&a), 1 << 20), Err(Errno::BADF));
+        assert_eq!(compare_files(number(&c), number(&a)), Ok(order.reverse()));
+        assert_eq!(compare_files(number(&a), (me, 1 << 20)), Err(Errno::BADF));
     }
 }

@@ -1,14 +1,14 @@
-//! Collecting the table of a stopped process.
+//! Collecting the table of a stopped subject.
 //!
-//! Every descriptor costs one link and one `fdinfo`; which numbers share an open file description
-//! is asked of the kernel (`kcmp`) only among those whose link, position and flags are equal, in
-//! `n log n` questions. What does not change from epoch to epoch is kept in [`Memory`].
+//! Every descriptor costs one link and one `fdinfo`; which of them, in whichever process, share an
+//! open file description is asked of the kernel (`kcmp`) only among those whose link, position and
+//! flags are equal, in `n log n` questions. What does not change from epoch to epoch is kept in [`Memory`].
 
 use super::context::{Around, CollectContext};
 use super::locks;
 use super::probe::{InfoReader, Probe, ProcDirs, Target, failed};
 use super::stream;
-use super::table::{FdTable, OpenDescription};
+use super::table::{FdTable, Holder, OpenDescription};
 use super::unix_diag::UnixDiag;
 use super::{Description, probe};
 use crate::error::{ProcessError, Refusal};
@@ -16,7 +16,7 @@ use outlive_linux::kcmp;
 use rustix::fs::{Dir, OFlags};
 use rustix::io::Errno;
 use std::cmp::Ordering;
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::os::fd::OwnedFd;
 
 /// What was learned about a program's descriptors at earlier epochs. Only to save time: an empty
@@ -25,8 +25,8 @@ use std::os::fd::OwnedFd;
 pub struct Memory {
     /// Per writable file (device, inode): size, modification time, checksum of the tail.
     pub(crate) tails: HashMap<(u64, u64), (u64, i64, u32)>,
-    /// Per number: the file (mount, inode) and the path that was seen to lead to it.
-    pub(crate) found: HashMap<u32, ((u64, u64), Vec<u8>)>,
+    /// Per process and number: the file (mount, inode) and the path that was seen to lead to it.
+    pub(crate) found: HashMap<(u32, u32), ((u64, u64), Vec<u8>)>,
     /// Options of a new socket, per family and type.
     pub(crate) fresh_sockets: HashMap<(u16, u32), super::socket_options::SocketOptions>,
     infos: InfoReader,
@@ -80,16 +80,20 @@ pub struct Collected {
 /// How often [`preflight`] looks again before it believes a refusal.
 const LOOKS: usize = 5;
 
-/// Looks for descriptors that could not be restored, at any time, and keeps nothing.
+/// Looks for descriptors that could not be restored, at any time, and keeps nothing. `targets` are
+/// the processes of the subject, the root first.
 ///
 /// The program runs meanwhile and may open and close what is being looked at, so only what is
 /// found every time is refused.
 ///
 /// # Errors
 /// [`ProcessError::Refused`] with all of them.
-pub fn preflight(target: &Target<'_>) -> Result<(), ProcessError> {
+pub fn preflight(targets: &[Target<'_>]) -> Result<(), ProcessError> {
     let mut memory = Memory::default();
-    let mut look = || collect_table(target, &mut memory).map(|_| ());
+    let mut look = || {
+        let views = views(targets)?;
+        collect_views(&views, &mut memory, false).map(|_| ())
+    };
     let mut last = look();
     for _ in 1..LOOKS {
         let again = match &last {
@@ -111,38 +115,67 @@ pub fn preflight(target: &Target<'_>) -> Result<(), ProcessError> {
     last
 }
 
-/// Collects all descriptors of a process that is stopped.
+/// Collects all descriptors of a subject that is stopped. `targets` are its processes, the root
+/// first: standard streams are those of the root.
 ///
 /// # Errors
 /// [`ProcessError::Refused`] with everything that cannot be saved.
-pub fn collect_table(target: &Target<'_>, memory: &mut Memory) -> Result<Collected, ProcessError> {
-    let dirs = ProcDirs::open(target.pid)?;
-    let numbers = numbers(target, &dirs)?;
-    collect_numbers(target, &dirs, &numbers, memory)
-}
-
-/// Collects the descriptors with these numbers, as if there were no others.
-pub(crate) fn collect_numbers(
-    target: &Target<'_>,
-    dirs: &ProcDirs,
-    numbers: &[u32],
+pub fn collect_table(
+    targets: &[Target<'_>],
     memory: &mut Memory,
 ) -> Result<Collected, ProcessError> {
+    collect_views(&views(targets)?, memory, true)
+}
+
+/// A process with the numbers that are looked at.
+pub(crate) struct View<'a> {
+    pub(crate) target: &'a Target<'a>,
+    pub(crate) dirs: ProcDirs,
+    pub(crate) numbers: Vec<u32>,
+}
+
+fn views<'a>(targets: &'a [Target<'a>]) -> Result<Vec<View<'a>>, ProcessError> {
+    let view = |target: &'a Target<'a>| {
+        let dirs = ProcDirs::open(target.pid)?;
+        let numbers = numbers(target, &dirs)?;
+        Ok(View {
+            target,
+            dirs,
+            numbers,
+        })
+    };
+    targets.iter().map(view).collect()
+}
+
+/// Collects these descriptors, as if there were no others.
+pub(crate) fn collect_views(
+    views: &[View<'_>],
+    memory: &mut Memory,
+    stopped: bool,
+) -> Result<Collected, ProcessError> {
+    let processes: HashSet<u32> = views.iter().map(|view| view.target.pid).collect();
+    memory.infos.retain(&processes);
+    memory.found.retain(|(pid, _), _| processes.contains(pid));
+    let root = views.first().map_or(0, |view| view.target.pid);
     let mut probes = Vec::new();
-    let mut around = Around::default();
-    for &number in numbers {
-        if target.ignore.contains(&number) {
-            continue;
-        }
-        if let Some(probe) = Probe::read(target, dirs, number, &mut memory.infos)? {
-            around.add(&probe);
-            probes.push(probe);
+    let mut around = Around::new(root);
+    for view in views {
+        for &number in &view.numbers {
+            if view.target.ignore.contains(&number) {
+                continue;
+            }
+            let probe = Probe::read(view.target, &view.dirs, number, &mut memory.infos)?;
+            if let Some(probe) = probe {
+                around.add(&probe);
+                probes.push(probe);
+            }
         }
     }
-    let groups = share(target, probes)?;
+    let groups = share(probes)?;
     let mut cx = CollectContext {
-        target,
         around: &around,
+        stopped,
+        holders: Vec::new(),
         pipes: Vec::new(),
         pipe_places: HashMap::new(),
         files: FilesToSync::default(),
@@ -153,7 +186,7 @@ pub(crate) fn collect_numbers(
     let mut refusals: Vec<Refusal> = Vec::new();
     for group in groups {
         match describe(&group, &mut cx) {
-            Ok(description) => stream::split(description, &mut descriptions),
+            Ok(description) => stream::split(description, root, &mut descriptions),
             Err(ProcessError::Refused(more)) => refusals.extend(more),
             Err(error) => return Err(error),
         }
@@ -190,29 +223,38 @@ fn numbers(target: &Target<'_>, dirs: &ProcDirs) -> Result<Vec<u32>, ProcessErro
     Ok(numbers)
 }
 
-/// One open file description: how it looks through its lowest number, and all numbers.
+/// One open file description: how it looks through its first descriptor, and all descriptors.
 struct Group<'a> {
     probe: Probe<'a>,
-    numbers: Vec<u32>,
-    cloexec: Vec<u32>,
+    /// How it looks to each further process that holds it.
+    others: Vec<Probe<'a>>,
+    holders: Vec<Holder>,
 }
 
 impl<'a> Group<'a> {
     fn new(probe: Probe<'a>) -> Self {
-        let mut group = Self {
-            numbers: Vec::new(),
-            cloexec: Vec::new(),
+        Self {
+            holders: vec![holder(&probe)],
+            others: Vec::new(),
             probe,
-        };
-        group.add(group.probe.number, group.probe.info.flags);
-        group
+        }
     }
 
-    fn add(&mut self, number: u32, flags: u32) {
-        self.numbers.push(number);
-        if flags & probe::CLOEXEC != 0 {
-            self.cloexec.push(number);
+    /// Adds a descriptor; those of one process follow each other.
+    fn add(&mut self, probe: Probe<'a>) {
+        let known = self.holders.last().map(|holder| holder.process);
+        self.holders.push(holder(&probe));
+        if known != Some(probe.target.pid) {
+            self.others.push(probe);
         }
+    }
+}
+
+fn holder(probe: &Probe<'_>) -> Holder {
+    Holder {
+        process: probe.target.pid,
+        number: probe.number,
+        close_on_exec: probe.info.flags & probe::CLOEXEC != 0,
     }
 }
 
@@ -242,15 +284,15 @@ impl Looks {
     }
 }
 
-/// Puts the numbers of each open file description together; ordered by lowest number.
-fn share<'a>(target: &Target<'_>, probes: Vec<Probe<'a>>) -> Result<Vec<Group<'a>>, ProcessError> {
-    let mut groups: Vec<Group<'a>> = Vec::with_capacity(probes.len());
+/// Puts the descriptors of each open file description together; ordered by the first of each.
+fn share(probes: Vec<Probe<'_>>) -> Result<Vec<Group<'_>>, ProcessError> {
+    let mut groups: Vec<Group<'_>> = Vec::with_capacity(probes.len());
     // Per look: places in `groups`, in the order of kcmp.
     let mut alike: HashMap<Looks, Vec<usize>> = HashMap::new();
     for probe in probes {
         let known = alike.entry(Looks::of(&probe)).or_default();
-        match search(target, &groups, known, probe.number)? {
-            Ok(place) => groups[place].add(probe.number, probe.info.flags),
+        match search(&groups, known, &probe)? {
+            Ok(place) => groups[place].add(probe),
             Err(insert_at) => {
                 known.insert(insert_at, groups.len());
                 groups.push(Group::new(probe));
@@ -260,31 +302,30 @@ fn share<'a>(target: &Target<'_>, probes: Vec<Probe<'a>>) -> Result<Vec<Group<'a
     Ok(groups)
 }
 
-/// Finds the description of `number` among those that look alike: its place in `groups`, or where
-/// it belongs in `known`.
+/// Finds the description of a descriptor among those that look alike: its place in `groups`, or
+/// where it belongs in `known`.
 fn search(
-    target: &Target<'_>,
     groups: &[Group<'_>],
     known: &[usize],
-    number: u32,
+    probe: &Probe<'_>,
 ) -> Result<Result<usize, usize>, ProcessError> {
     let (mut low, mut high) = (0, known.len());
     while low < high {
         let middle = low.midpoint(high);
         let place = known[middle];
-        let other = groups[place].probe.number;
-        match kcmp::compare_files(target.pid, other, number) {
+        let other = groups[place].probe.place();
+        match kcmp::compare_files(other, probe.place()) {
             Ok(Ordering::Equal) => return Ok(Ok(place)),
             Ok(Ordering::Less) => low = middle + 1,
             Ok(Ordering::Greater) => high = middle,
             // Closed meanwhile, which only happens in a program that runs (preflight).
             Err(Errno::BADF) => return Ok(Err(low)),
             Err(errno) => {
-                return Err(failed(
-                    target.pid,
-                    format!("compare fd {other} and {number}"),
-                    errno,
-                ));
+                let what = format!(
+                    "compare fd {} with fd {} of pid {}",
+                    probe.number, other.1, other.0
+                );
+                return Err(failed(probe.target.pid, what, errno));
             }
         }
     }
@@ -296,6 +337,7 @@ fn describe(
     cx: &mut CollectContext<'_>,
 ) -> Result<OpenDescription, ProcessError> {
     let probe = &group.probe;
+    cx.holders.clone_from(&group.holders);
     let around = cx.around;
     let object = Description::collect(probe, around, cx)?;
     if probe.info.flags & OFlags::from_bits_retain(libc::O_ASYNC as u32).bits() != 0 {
@@ -305,10 +347,9 @@ fn describe(
         ));
     }
     Ok(OpenDescription {
-        numbers: group.numbers.clone(),
-        cloexec: group.cloexec.clone(),
+        holders: group.holders.clone(),
         flags: probe.info.status(),
-        locks: locks::collect(probe)?,
+        locks: locks::collect_all(std::iter::once(probe).chain(&group.others))?,
         object,
     })
 }

@@ -3,9 +3,9 @@
 use super::collect::{FilesToSync, Memory};
 use super::file_action::FileAction;
 use super::pipe::{PipeEnds, PipeState};
-use super::probe::{Probe, Target};
+use super::probe::Probe;
 use super::restore::CheckRequest;
-use super::table::FdTable;
+use super::table::{FdTable, Holder};
 use super::unix_diag::UnixDiag;
 use crate::error::{ProcessError, Refusal};
 use outlive_linux::remote::Arg;
@@ -17,23 +17,35 @@ use std::path::PathBuf;
 /// Everything that one descriptor may need to know of the others.
 #[derive(Debug, Default)]
 pub struct Around {
-    /// By pipe inode: whether the program holds a reading and a writing end.
+    /// The process whose standard streams may be re-attached.
+    pub root: u32,
+    /// By pipe inode: whether the subject holds a reading and a writing end.
     pub pipes: HashMap<u64, (bool, bool)>,
-    /// Of descriptors 0 to 2: the link and the access mode.
+    /// Of descriptors 0 to 2 of the root process: the link and the access mode.
     pub streams: [Option<(Vec<u8>, u32)>; 3],
-    /// By descriptor number: the inode, and whether it shares it with strangers.
-    pub inodes: HashMap<u32, (u64, bool)>,
+    /// By process and descriptor number: the inode, and whether it shares it with strangers.
+    pub inodes: HashMap<(u32, u32), (u64, bool)>,
     /// Inodes of all sockets.
     pub sockets: HashSet<u64>,
 }
 
 impl Around {
+    /// Of a subject with this root process.
+    pub(crate) fn new(root: u32) -> Self {
+        Self {
+            root,
+            ..Self::default()
+        }
+    }
+
     /// Adds one descriptor.
     pub(crate) fn add(&mut self, probe: &Probe<'_>) {
         let anonymous = probe.link.starts_with(b"anon_inode:");
         self.inodes
-            .insert(probe.number, (probe.info.inode, anonymous));
-        if let Some(stream) = self.streams.get_mut(probe.number as usize) {
+            .insert(probe.place(), (probe.info.inode, anonymous));
+        if probe.target.pid == self.root
+            && let Some(stream) = self.streams.get_mut(probe.number as usize)
+        {
             *stream = Some((probe.link.clone(), probe.access()));
         }
         if probe.link.starts_with(b"pipe:[") {
@@ -47,7 +59,7 @@ impl Around {
 
     /// The standard stream that is the same object opened the same way.
     pub(crate) fn same_stream(&self, probe: &Probe<'_>) -> Option<u32> {
-        if probe.number < 3 {
+        if probe.target.pid == self.root && probe.number < 3 {
             return Some(probe.number);
         }
         let same = |stream: &Option<(Vec<u8>, u32)>| {
@@ -65,10 +77,13 @@ impl Around {
 
 /// What a kind may use while it collects.
 pub struct CollectContext<'a> {
-    /// The process.
-    pub target: &'a Target<'a>,
     /// The other descriptors.
     pub around: &'a Around,
+    /// Whether the subject is stopped: only then may contents be read in ways that it could
+    /// notice while it runs.
+    pub stopped: bool,
+    /// Who holds the description that is being collected.
+    pub holders: Vec<Holder>,
     /// Pipes found so far.
     pub pipes: Vec<PipeState>,
     /// By inode: the place of a pipe in `pipes`.
@@ -81,12 +96,21 @@ pub struct CollectContext<'a> {
     pub unix: UnixDiag,
 }
 
+impl CollectContext<'_> {
+    /// The processes that hold the description which is being collected.
+    pub(crate) fn processes(&self) -> HashSet<u32> {
+        self.holders.iter().map(|holder| holder.process).collect()
+    }
+}
+
 /// Which open file description is meant.
 #[derive(Clone, Debug)]
 pub struct About {
     /// Its place in the table.
     pub index: usize,
-    /// Its lowest number.
+    /// The first process that holds it.
+    pub process: u32,
+    /// Its lowest number there.
     pub number: u32,
     /// Its status flags (`O_…`).
     pub flags: u32,
@@ -98,8 +122,8 @@ pub struct CheckContext<'a> {
     pub request: &'a CheckRequest<'a>,
     /// All descriptions.
     pub table: &'a FdTable,
-    /// All descriptor numbers.
-    pub numbers: HashSet<u32>,
+    /// All descriptors, as process and number.
+    pub numbers: HashSet<(u32, u32)>,
     /// What was opened or bound on the way, by place in the table.
     pub held: HashMap<usize, OwnedFd>,
     /// What must be done to files, by device and inode.
@@ -117,7 +141,7 @@ impl CheckContext<'_> {
         remedy: impl Into<String>,
     ) -> ProcessError {
         ProcessError::Refused(vec![Refusal {
-            pid: self.request.pid,
+            pid: about.process,
             program: self.request.program.to_owned(),
             place: format!("fd {}", about.number),
             what: what.into(),
@@ -155,9 +179,11 @@ impl RecreateContext {
     }
 }
 
-/// A system call that the restored process must make itself.
+/// A system call that a restored process must make itself.
 #[derive(Clone, Debug)]
 pub struct RemoteCall {
+    /// The process which must make it.
+    pub process: u32,
     /// `SYS_…`.
     pub number: i64,
     /// Its arguments, at most six.

@@ -1,7 +1,9 @@
 //! Epoll instances with what they watch.
 //!
 //! Watches refer to open file descriptions under the number that was used when they were added,
-//! so the restored process adds them itself once all numbers are in place.
+//! so a restored process which has that number adds them itself once all numbers are in place. An
+//! instance that several processes share may watch the same number several times, each process'
+//! own.
 //!
 //! # What differs afterwards
 //! An edge-triggered watch reports once more, and a one-shot watch that had fired may report an
@@ -13,24 +15,26 @@
 
 use super::context::{About, Around, CheckContext, CollectContext, RecreateContext, RemoteCall};
 use super::probe::{Probe, failed};
-use super::table::FdTable;
+use super::table::{FdTable, Holder};
 use super::{Description, Descriptor};
 use crate::ProcessError;
 use outlive_linux::kcmp;
 use outlive_linux::remote::Arg;
 use outlive_state_tree::StateNode;
 use rustix::event::epoll;
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::os::fd::OwnedFd;
 
 /// Up to so many watches each is compared with its number by the kernel, which walks all of them
 /// for it; beyond that only those whose inode says nothing.
 const COMPARE_ALL: usize = 64;
 
-/// An epoll instance. The three lists run in parallel.
+/// An epoll instance. The four lists run in parallel.
 #[derive(StateNode, Debug, Clone, PartialEq)]
 #[state(compatible = "outlive,fd-epoll-v1")]
 pub struct EpollState {
+    /// Processes that have both the instance and the watched number.
+    pub processes: Vec<u32>,
     /// Numbers that are watched.
     pub targets: Vec<u32>,
     /// What is waited for (`EPOLL…`).
@@ -76,6 +80,22 @@ fn parse(line: &str) -> Option<Watch> {
     Some(watch)
 }
 
+/// A process that holds the instance, and what it watches under the number of the watch; the
+/// `times`-th with that number in the kernel's list.
+fn holder_of(watch: &Watch, times: u32, compare_all: bool, cx: &CollectContext<'_>) -> Option<u32> {
+    let target = watch.target;
+    let holds = |holder: &&Holder| {
+        let open = cx.around.inodes.get(&(holder.process, target));
+        open.is_some_and(|&(inode, anonymous)| {
+            let certain = !anonymous && !compare_all && times == 0;
+            let compare =
+                || kcmp::is_epoll_target(holder.process, target, holder.number, target, times);
+            inode == watch.inode && (certain || compare() == Ok(true))
+        })
+    };
+    cx.holders.iter().find(holds).map(|holder| holder.process)
+}
+
 fn refuse_watch(probe: &Probe<'_>, target: u32) -> ProcessError {
     probe.refuse(
         format!("epoll that still watches fd {target}, which was closed but has a duplicate"),
@@ -98,27 +118,21 @@ impl Descriptor for EpollState {
             .map(|(_, line)| line)
             .collect();
         let mut state = Self {
+            processes: vec![],
             targets: vec![],
             events: vec![],
             data: vec![],
         };
-        let mut seen = HashSet::new();
+        let mut seen: HashMap<u32, u32> = HashMap::new();
+        let compare_all = lines.len() <= COMPARE_ALL || cx.processes().len() > 1;
         for line in &lines {
             let watch = parse(line)
                 .ok_or_else(|| probe.failed("understand fdinfo of", rustix::io::Errno::PROTO))?;
-            let open = cx.around.inodes.get(&watch.target);
-            let Some(&(inode, anonymous)) = open else {
-                return Err(refuse_watch(probe, watch.target));
-            };
-            if inode != watch.inode || !seen.insert(watch.target) {
-                return Err(refuse_watch(probe, watch.target));
-            }
-            if anonymous || lines.len() <= COMPARE_ALL {
-                let (pid, target) = (cx.target.pid, watch.target);
-                if kcmp::is_epoll_target(pid, target, probe.number, target, 0) != Ok(true) {
-                    return Err(refuse_watch(probe, target));
-                }
-            }
+            let times = seen.entry(watch.target).or_insert(0);
+            let process = holder_of(&watch, *times, compare_all, cx)
+                .ok_or_else(|| refuse_watch(probe, watch.target))?;
+            *times += 1;
+            state.processes.push(process);
             state.targets.push(watch.target);
             state.events.push(watch.events);
             state.data.push(watch.data);
@@ -133,11 +147,18 @@ impl Descriptor for EpollState {
                 about.number
             )))
         };
-        if self.targets.len() != self.events.len() || self.targets.len() != self.data.len() {
+        let lengths = [self.processes.len(), self.events.len(), self.data.len()];
+        if lengths != [self.targets.len(); 3] {
             return bad("has lists of different lengths".into());
         }
-        if let Some(target) = self.targets.iter().find(|&&t| !cx.numbers.contains(&t)) {
-            return bad(format!("watches fd {target}, which is not open"));
+        let itself = cx.table.descriptions.get(about.index);
+        for (&process, &target) in self.processes.iter().zip(&self.targets) {
+            if !cx.numbers.contains(&(process, target)) {
+                return bad(format!("watches fd {target}, which is not open"));
+            }
+            if itself.and_then(|d| d.number_in(process)).is_none() {
+                return bad(format!("is not open in pid {process}, which watches by it"));
+            }
         }
         Ok(())
     }
@@ -148,29 +169,35 @@ impl Descriptor for EpollState {
     }
 
     fn finish(&self, about: &About, table: &FdTable, calls: &mut Vec<RemoteCall>) {
-        let streams: HashSet<u32> = table
+        let streams: HashSet<(u32, u32)> = table
             .descriptions
             .iter()
             .filter(|d| matches!(d.object, Description::Stream(_)))
-            .flat_map(|d| d.numbers.iter().copied())
+            .flat_map(|d| d.holders.iter().map(|h| (h.process, h.number)))
             .collect();
-        let watches = self.targets.iter().zip(&self.events).zip(&self.data);
-        for ((&target, &events), &data) in watches {
+        let places = self.processes.iter().zip(&self.targets);
+        let watches = places.zip(self.events.iter().zip(&self.data));
+        for ((&process, &target), (&events, &data)) in watches {
+            let itself = table.descriptions.get(about.index);
+            let Some(number) = itself.and_then(|d| d.number_in(process)) else {
+                continue;
+            };
             // struct epoll_event is packed on x86-64.
             let mut event = Vec::with_capacity(12);
             event.extend_from_slice(&events.to_ne_bytes());
             event.extend_from_slice(&data.to_ne_bytes());
             calls.push(RemoteCall {
+                process,
                 number: libc::SYS_epoll_ctl,
                 args: vec![
-                    Arg::Value(about.number.into()),
+                    Arg::Value(number.into()),
                     Arg::Value(libc::EPOLL_CTL_ADD as u64),
                     Arg::Value(target.into()),
                     Arg::In(event),
                 ],
-                what: format!("watch fd {target} by epoll fd {}", about.number),
+                what: format!("watch fd {target} by epoll fd {number}"),
                 // A stream may have been re-attached to a file, which cannot be watched.
-                tolerate: if streams.contains(&target) {
+                tolerate: if streams.contains(&(process, target)) {
                     &[libc::EPERM]
                 } else {
                     &[]

@@ -204,7 +204,7 @@ pub(crate) fn refuse_lost(probe: &Probe<'_>, memory: &mut Memory) -> Result<(), 
     let seen = (probe.info.mount, stat.stx_ino);
     if memory
         .found
-        .get(&probe.number)
+        .get(&probe.place())
         .is_some_and(|(key, link)| *key == seen && *link == probe.link)
     {
         return Ok(());
@@ -242,7 +242,7 @@ pub(crate) fn refuse_lost(probe: &Probe<'_>, memory: &mut Memory) -> Result<(), 
     if same {
         memory
             .found
-            .insert(probe.number, (seen, probe.link.clone()));
+            .insert(probe.place(), (seen, probe.link.clone()));
         Ok(())
     } else if probe.link.ends_with(b" (deleted)") {
         named(

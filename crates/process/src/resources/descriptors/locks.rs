@@ -1,10 +1,11 @@
 //! Advisory locks on files, as `fdinfo` lists them.
 //!
 //! Locks of an open file description (`flock`, `F_OFD_SETLK`) are taken again with the description
-//! in hand; POSIX locks belong to the process, which must take them itself. Leases are refused.
+//! in hand; POSIX locks belong to a process, which must take them itself. Leases are refused.
 
 use super::context::{About, RemoteCall};
 use super::probe::{Probe, failed};
+use super::table::OpenDescription;
 use crate::ProcessError;
 use outlive_linux::remote::Arg;
 use outlive_state_tree::{StateNode, StateValue};
@@ -29,6 +30,8 @@ pub enum LockKind {
 pub struct LockState {
     /// To whom it belongs.
     pub kind: LockKind,
+    /// The process that owns it, where a process does.
+    pub process: Option<u32>,
     /// Whether it keeps readers out too.
     pub exclusive: bool,
     /// First byte.
@@ -45,7 +48,7 @@ enum Line {
     Unknown,
 }
 
-fn parse(line: &str) -> Line {
+fn parse(line: &str, process: u32) -> Line {
     let words: Vec<&str> = line.split_whitespace().collect();
     let [_, kind, _, access, _, _, start, end] = words[..] else {
         return if words.get(1) == Some(&"LEASE") {
@@ -82,17 +85,31 @@ fn parse(line: &str) -> Line {
     };
     Line::Lock(LockState {
         kind,
+        process: (kind == LockKind::Process).then_some(process),
         exclusive,
         start,
         length,
     })
 }
 
-/// The locks that were taken through a descriptor.
-pub(crate) fn collect(probe: &Probe<'_>) -> Result<Vec<LockState>, ProcessError> {
+/// The locks that were taken through a description; `probes` are one view of it for each process
+/// that holds it, as each of them is told of its own locks only.
+pub(crate) fn collect_all<'a>(
+    probes: impl Iterator<Item = &'a Probe<'a>>,
+) -> Result<Vec<LockState>, ProcessError> {
+    let mut all: Vec<LockState> = Vec::new();
+    for (index, probe) in probes.enumerate() {
+        let locks = collect(probe)?.into_iter();
+        // What belongs to the description is told to everyone.
+        all.extend(locks.filter(|lock| index == 0 || lock.kind == LockKind::Process));
+    }
+    Ok(all)
+}
+
+fn collect(probe: &Probe<'_>) -> Result<Vec<LockState>, ProcessError> {
     let mut locks = Vec::new();
     for (_, line) in probe.info.lines().filter(|&(key, _)| key == "lock") {
-        match parse(line) {
+        match parse(line, probe.target.pid) {
             Line::Lock(lock) => locks.push(lock),
             Line::Lease => {
                 return Err(probe.refuse(
@@ -168,14 +185,30 @@ fn span(lock: &LockState) -> Result<(i64, i64), ProcessError> {
 }
 
 /// Checks what [`take`] and [`finish`] rely on.
-pub(crate) fn check(locks: &[LockState]) -> Result<(), ProcessError> {
-    locks.iter().try_for_each(|lock| span(lock).map(|_| ()))
+pub(crate) fn check(description: &OpenDescription) -> Result<(), ProcessError> {
+    for lock in &description.locks {
+        span(lock)?;
+        if lock.kind == LockKind::Process && taker(description, lock).is_none() {
+            return Err(ProcessError::Image(
+                "a file lock belongs to a process that does not have the file open".into(),
+            ));
+        }
+    }
+    Ok(())
 }
 
-/// Adds the calls for locks that belong to the process.
-pub(crate) fn finish(about: &About, locks: &[LockState], calls: &mut Vec<RemoteCall>) {
-    for lock in locks.iter().filter(|lock| lock.kind == LockKind::Process) {
-        let Ok((start, length)) = span(lock) else {
+/// The process which owns a lock, and its number for the file.
+fn taker(description: &OpenDescription, lock: &LockState) -> Option<(u32, u32)> {
+    let process = lock.process?;
+    Some((process, description.number_in(process)?))
+}
+
+/// Adds the calls for locks that belong to processes.
+pub(crate) fn finish(description: &OpenDescription, calls: &mut Vec<RemoteCall>) {
+    let locks = description.locks.iter();
+    for lock in locks.filter(|lock| lock.kind == LockKind::Process) {
+        let (Ok((start, length)), Some((process, number))) = (span(lock), taker(description, lock))
+        else {
             continue;
         };
         let kind = if lock.exclusive {
@@ -192,13 +225,14 @@ pub(crate) fn finish(about: &About, locks: &[LockState], calls: &mut Vec<RemoteC
         bytes.extend_from_slice(&length.to_ne_bytes());
         bytes.extend_from_slice(&[0; 8]);
         calls.push(RemoteCall {
+            process,
             number: libc::SYS_fcntl,
             args: vec![
-                Arg::Value(about.number.into()),
+                Arg::Value(number.into()),
                 Arg::Value(libc::F_SETLK as u64),
                 Arg::In(bytes),
             ],
-            what: format!("take the file lock of fd {}", about.number),
+            what: format!("take the file lock of fd {number}"),
             tolerate: &[],
         });
     }
@@ -206,6 +240,7 @@ pub(crate) fn finish(about: &About, locks: &[LockState], calls: &mut Vec<RemoteC
 
 #[cfg(test)]
 mod tests {
+    use super::super::{Description, Holder, signalfd::SignalFdState};
     use super::*;
 
     #[test]
@@ -213,6 +248,7 @@ mod tests {
         let lock = |kind, exclusive, start, length| {
             Line::Lock(LockState {
                 kind,
+                process: (kind == LockKind::Process).then_some(77),
                 exclusive,
                 start,
                 length,
@@ -244,18 +280,63 @@ mod tests {
             ("", Line::Unknown),
         ];
         for (text, expected) in cases {
-            assert_eq!(parse(text), expected, "{text}");
+            assert_eq!(parse(text, 77), expected, "{text}");
         }
     }
 
     #[test]
-    fn a_lock_beyond_every_file_is_an_error() {
-        let lock = LockState {
-            kind: LockKind::Process,
-            exclusive: true,
-            start: i64::MAX as u64,
-            length: 1,
+    fn a_lock_beyond_every_file_or_of_a_stranger_is_an_error() {
+        let with = |start, process| {
+            let mut description = sample();
+            description.locks = vec![LockState {
+                kind: LockKind::Process,
+                process,
+                exclusive: true,
+                start,
+                length: 1,
+            }];
+            description
         };
-        assert!(check(&[lock]).is_err());
+        assert!(check(&with(0, Some(2))).is_ok());
+        assert!(check(&with(i64::MAX as u64, Some(2))).is_err());
+        assert!(check(&with(0, Some(3))).is_err());
+        assert!(check(&with(0, None)).is_err());
+    }
+
+    #[test]
+    fn the_owner_takes_its_lock_by_its_own_number() {
+        let mut description = sample();
+        description.locks = [1, 2]
+            .map(|process| LockState {
+                kind: LockKind::Process,
+                process: Some(process),
+                exclusive: false,
+                start: 0,
+                length: 0,
+            })
+            .to_vec();
+        let mut calls = Vec::new();
+        finish(&description, &mut calls);
+        let takers: Vec<_> = calls
+            .iter()
+            .map(|call| (call.process, call.args[0].clone()))
+            .collect();
+        assert_eq!(takers[0], (1, Arg::Value(5)));
+        assert_eq!(takers[1], (2, Arg::Value(8)));
+    }
+
+    /// Held by process 1 as 5, by process 2 as 8.
+    fn sample() -> OpenDescription {
+        let holder = |process, number| Holder {
+            process,
+            number,
+            close_on_exec: false,
+        };
+        OpenDescription {
+            holders: vec![holder(1, 5), holder(2, 8)],
+            flags: 2,
+            locks: Vec::new(),
+            object: Description::SignalFd(SignalFdState { mask: 0 }),
+        }
     }
 }

@@ -6,14 +6,16 @@
 //!           FilesToSync     after the resume, before the commit
 //! restore   check_table     looks only: every reason not to restore is found before any harm
 //!           recreate_table  makes one descriptor per open file description, in this process
-//!           (the caller installs them at their numbers in the restored process)
-//!           finish_calls    calls for the restored process itself, all numbers being in place
+//!           (the caller installs them at their numbers in the restored processes)
+//!           finish_calls    calls for those processes themselves, all numbers being in place
 //!           Made::apply_files  the only step that changes files; last, then Made::keep
 //! ```
 //!
 //! # Rules
-//! - An open file description is saved once, with all the numbers that refer to it, and made once:
-//!   what was shared (`dup`, a common position) is shared again.
+//! - There is one table for a subject, however many processes it has. An open file description is
+//!   saved once, with all the descriptors that refer to it in whichever process, and made once:
+//!   what was shared (`dup`, `fork`, a common position) is shared again.
+//! - Inside is what some process of the subject holds; outside is everything else.
 //! - What belongs to the program is only looked at. A descriptor got from it shares its open file
 //!   description, so its flags, its position and its options are never set.
 //! - A kind claims a descriptor by what the kernel says it is. What no kind claims is refused by
@@ -63,7 +65,7 @@ pub use probe::{FdInfo, Probe, Target};
 pub use restore::{
     CheckRequest, Checked, Install, Made, check_table, finish_calls, recreate_table,
 };
-pub use table::{FdTable, OpenDescription};
+pub use table::{FdTable, Holder, OpenDescription};
 
 use crate::ProcessError;
 use outlive_state_tree::StateNode;
@@ -105,7 +107,7 @@ pub trait Descriptor: StateNode {
     /// When the kernel does not let it be made.
     fn recreate(&self, about: &About, cx: &mut RecreateContext) -> Result<OwnedFd, ProcessError>;
 
-    /// Adds the calls which the restored process itself must make once all descriptors have
+    /// Adds the calls which restored processes themselves must make once all descriptors have
     /// their numbers.
     fn finish(&self, about: &About, table: &FdTable, calls: &mut Vec<RemoteCall>) {
         let _ = (about, table, calls);

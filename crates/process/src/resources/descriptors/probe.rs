@@ -9,7 +9,7 @@ use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketType, sockopt};
 use rustix::process::{ForeignRawFd, PidfdGetfdFlags, pidfd_getfd};
 use std::cell::OnceCell;
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 /// `O_CLOEXEC` as `fdinfo` shows it: the only flag there that belongs to the number.
@@ -18,7 +18,7 @@ pub(crate) const CLOEXEC: u32 = OFlags::CLOEXEC.bits();
 /// `IPPROTO_TCP`
 const TCP: u32 = 6;
 
-/// The process whose descriptors are collected. It is stopped, or they may vanish meanwhile.
+/// A process whose descriptors are collected. It is stopped, or they may vanish meanwhile.
 #[derive(Clone, Copy, Debug)]
 pub struct Target<'a> {
     /// Its ID.
@@ -181,7 +181,7 @@ pub struct SocketFacts {
 pub struct Probe<'a> {
     /// The process.
     pub target: &'a Target<'a>,
-    /// The lowest number of the open file description.
+    /// The lowest number of the open file description in the first process that holds it.
     pub number: u32,
     /// What `/proc/PID/fd/N` leads to, as the kernel prints it.
     pub link: Vec<u8>,
@@ -208,7 +208,7 @@ impl<'a> Probe<'a> {
             Err(Errno::NOENT) => return Ok(None),
             Err(errno) => return Err(failed(pid, format!("read the link of fd {number}"), errno)),
         };
-        let info = match infos.read(dirs, number, &name) {
+        let info = match infos.read(dirs, (pid, number), &name) {
             Ok(text) => FdInfo::parse(text),
             Err(Errno::NOENT) => return Ok(None),
             Err(errno) => return Err(failed(pid, format!("read fdinfo of fd {number}"), errno)),
@@ -228,6 +228,11 @@ impl<'a> Probe<'a> {
             duplicate: OnceCell::new(),
             socket: OnceCell::new(),
         }))
+    }
+
+    /// Process and number.
+    pub(crate) fn place(&self) -> (u32, u32) {
+        (self.target.pid, self.number)
     }
 
     /// The link as text, for messages.
@@ -382,7 +387,7 @@ pub(crate) fn show(path: &[u8]) -> String {
 /// program's, and tells when the number is closed.
 #[derive(Debug, Default)]
 pub(crate) struct InfoReader {
-    open: HashMap<u32, OwnedFd>,
+    open: HashMap<(u32, u32), OwnedFd>,
     buffer: Vec<u8>,
 }
 
@@ -390,21 +395,28 @@ pub(crate) struct InfoReader {
 const KEPT_OPEN: usize = 256;
 
 impl InfoReader {
-    /// Reads the text of a number; `ENOENT` when it is not open.
-    fn read(&mut self, dirs: &ProcDirs, number: u32, name: &str) -> Result<&[u8], Errno> {
-        let length = match self.open.get(&number) {
-            Some(file) => read_whole(file, &mut self.buffer)?,
-            None => {
-                let flags = OFlags::RDONLY | OFlags::CLOEXEC;
-                let file = rustix::fs::openat(&dirs.infos, name, flags, Mode::empty())?;
-                let length = read_whole(&file, &mut self.buffer)?;
-                if self.open.len() < KEPT_OPEN {
-                    self.open.insert(number, file);
-                }
-                length
-            }
-        };
+    /// Reads the text of a descriptor; `ENOENT` when it is not open.
+    fn read(&mut self, dirs: &ProcDirs, place: (u32, u32), name: &str) -> Result<&[u8], Errno> {
+        if let Some(file) = self.open.get(&place) {
+            match read_whole(file, &mut self.buffer) {
+                Ok(length) => return Ok(&self.buffer[..length]),
+                // The file may be that of an earlier process with the same ID.
+                Err(_) => self.open.remove(&place),
+            };
+        }
+        let flags = OFlags::RDONLY | OFlags::CLOEXEC;
+        let file = rustix::fs::openat(&dirs.infos, name, flags, Mode::empty())?;
+        let length = read_whole(&file, &mut self.buffer)?;
+        if self.open.len() < KEPT_OPEN {
+            self.open.insert(place, file);
+        }
         Ok(&self.buffer[..length])
+    }
+
+    /// Forgets processes that are not among these any more.
+    pub(crate) fn retain(&mut self, processes: &HashSet<u32>) {
+        self.open
+            .retain(|(process, _), _| processes.contains(process));
     }
 }
 

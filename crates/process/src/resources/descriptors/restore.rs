@@ -5,12 +5,12 @@ use super::context::{CheckContext, RecreateContext, RemoteCall};
 use super::file_action::FileAction;
 use super::locks;
 use super::probe::failed;
-use super::table::FdTable;
+use super::table::{FdTable, Holder};
 use crate::error::{ProcessError, Refusal};
 use crate::restore::FilesPolicy;
 use rustix::fs::OFlags;
 use rustix::process::{Resource, getrlimit, setrlimit};
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 
@@ -26,7 +26,7 @@ const SPARE: u64 = 128;
 /// For what a table is checked.
 #[derive(Clone, Copy, Debug)]
 pub struct CheckRequest<'a> {
-    /// The process that is restored.
+    /// The root process that is restored.
     pub pid: u32,
     /// Its name (`comm`), for messages.
     pub program: &'a str,
@@ -68,7 +68,7 @@ pub fn check_table(table: &FdTable, request: &CheckRequest<'_>) -> Result<Checke
         numbers: table
             .descriptions
             .iter()
-            .flat_map(|d| d.numbers.iter().copied())
+            .flat_map(|d| d.holders.iter().map(|h| (h.process, h.number)))
             .collect(),
         held: HashMap::new(),
         actions: HashMap::new(),
@@ -76,7 +76,7 @@ pub fn check_table(table: &FdTable, request: &CheckRequest<'_>) -> Result<Checke
     };
     let mut refusals: Vec<Refusal> = Vec::new();
     for (about, description) in table.each() {
-        locks::check(&description.locks)?;
+        locks::check(description)?;
         match description.object.check(&about, &mut cx) {
             Ok(()) => {}
             Err(ProcessError::Refused(more)) => refusals.extend(more),
@@ -118,8 +118,8 @@ fn allow_descriptors(count: u64) {
 pub struct Install<'a> {
     /// The descriptor, in this process.
     pub fd: BorrowedFd<'a>,
-    /// Its numbers in the restored process, and whether each is closed by exec.
-    pub numbers: &'a [(u32, bool)],
+    /// Its numbers in the restored processes.
+    pub holders: &'a [Holder],
 }
 
 /// The descriptors of a program, made in this process. Dropping it without [`Made::keep`] removes
@@ -128,7 +128,7 @@ pub struct Install<'a> {
 pub struct Made {
     pid: u32,
     /// All close-on-exec, none below 3.
-    descriptors: Vec<(OwnedFd, Vec<(u32, bool)>)>,
+    descriptors: Vec<(OwnedFd, Vec<Holder>)>,
     actions: Vec<FileAction>,
     created: Vec<PathBuf>,
 }
@@ -136,9 +136,9 @@ pub struct Made {
 impl Made {
     /// What was made, one per open file description.
     pub fn installs(&self) -> impl Iterator<Item = Install<'_>> {
-        self.descriptors.iter().map(|(fd, numbers)| Install {
+        self.descriptors.iter().map(|(fd, holders)| Install {
             fd: fd.as_fd(),
-            numbers,
+            holders,
         })
     }
 
@@ -199,13 +199,7 @@ pub fn recreate_table(table: &FdTable, checked: Checked) -> Result<Made, Process
             set_flags(pid, &about, &description.object, &fd)?;
         }
         locks::take(pid, &about, &description.locks, &fd)?;
-        let cloexec: HashSet<u32> = description.cloexec.iter().copied().collect();
-        let numbers = description
-            .numbers
-            .iter()
-            .map(|&n| (n, cloexec.contains(&n)))
-            .collect();
-        made.descriptors.push((fd, numbers));
+        made.descriptors.push((fd, description.holders.clone()));
     }
     Ok(made)
 }
@@ -239,13 +233,14 @@ fn set_flags(
     rustix::fs::fcntl_setfl(fd, (now - SETTABLE) | (wanted & SETTABLE)).map_err(fail)
 }
 
-/// What the restored process must call itself, in this order, once every number is in place.
+/// What the restored processes must call themselves, in this order, once every number is in place
+/// in all of them.
 #[must_use]
 pub fn finish_calls(table: &FdTable) -> Vec<RemoteCall> {
     let mut calls = Vec::new();
     for (about, description) in table.each() {
         description.object.finish(&about, table, &mut calls);
-        locks::finish(&about, &description.locks, &mut calls);
+        locks::finish(description, &mut calls);
     }
     calls
 }

@@ -1,8 +1,9 @@
 //! Terminals and standard streams: what the program shares with whoever started it.
 //!
 //! A terminal, or the pipe or socket that somebody else holds the other end of at descriptors 0
-//! to 2, cannot be made again: it is *re-attached*. The restored program gets the standard stream
-//! of the restorer that has the same role. A terminal open at other numbers becomes the stream
+//! to 2 of the root process, cannot be made again: it is *re-attached*. The restored program gets
+//! the standard stream of the restorer that has the same role, and so do the processes that
+//! inherited it. A terminal open at other numbers becomes the stream
 //! that was the same terminal, else the restorer's controlling terminal.
 //!
 //! `0`, `1` and `2` are re-attached one by one even where they were one description, because they
@@ -11,7 +12,7 @@
 use super::context::{About, Around, CheckContext, CollectContext, RecreateContext};
 use super::pipe;
 use super::probe::{Probe, failed};
-use super::table::OpenDescription;
+use super::table::{Holder, OpenDescription};
 use super::unix_fresh::is_connected;
 use super::{Description, Descriptor};
 use crate::ProcessError;
@@ -188,38 +189,37 @@ fn open_terminal() -> Result<OwnedFd, Errno> {
     rustix::fs::open("/dev/tty", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())
 }
 
-/// Adds a description to the list, one per standard stream if it is several of them.
-pub(crate) fn split(description: OpenDescription, list: &mut Vec<OpenDescription>) {
+/// Adds a description to the list, one per standard stream of the root process if it is several.
+/// Another process' descriptor goes with the stream of its own number.
+pub(crate) fn split(description: OpenDescription, root: u32, list: &mut Vec<OpenDescription>) {
     let Description::Stream(state) = &description.object else {
         list.push(description);
         return;
     };
-    let (streams, others): (Vec<u32>, Vec<u32>) = description.numbers.iter().partition(|&&n| n < 3);
-    // The further numbers go with the output if there is one.
-    let main = streams
+    let holders = &description.holders;
+    let streams: Vec<u32> = holders
         .iter()
-        .find(|&&n| n == 1)
-        .or(streams.first())
-        .copied();
-    let Some(main) = main else {
+        .filter(|h| h.process == root && h.number < 3)
+        .map(|h| h.number)
+        .collect();
+    // The further descriptors go with the output if there is one.
+    let main = streams.iter().find(|&&n| n == 1).or(streams.first());
+    let Some(&main) = main else {
         list.push(description);
         return;
     };
+    let role = |holder: &Holder| match holder.number {
+        number if streams.contains(&number) => number,
+        _ => main,
+    };
     for &number in &streams {
-        let mut numbers = vec![number];
-        if number == main {
-            numbers.extend(&others);
-        }
-        let cloexec = description
-            .cloexec
-            .iter()
-            .copied()
-            .filter(|n| numbers.contains(n))
-            .collect();
         let stream = StandardStream::of_number(number).unwrap_or(state.stream);
         list.push(OpenDescription {
-            numbers,
-            cloexec,
+            holders: holders
+                .iter()
+                .copied()
+                .filter(|holder| role(holder) == number)
+                .collect(),
             flags: description.flags,
             locks: description.locks.clone(),
             object: Description::Stream(StreamState {
@@ -234,24 +234,53 @@ pub(crate) fn split(description: OpenDescription, list: &mut Vec<OpenDescription
 mod tests {
     use super::*;
 
-    fn described(numbers: &[u32]) -> OpenDescription {
+    const ROOT: u32 = 10;
+
+    fn described(places: &[(u32, u32)]) -> OpenDescription {
         let state = StreamState {
             stream: StandardStream::Input,
             was: b"/dev/pts/0".to_vec(),
         };
         OpenDescription {
-            numbers: numbers.to_vec(),
-            cloexec: vec![],
+            holders: places
+                .iter()
+                .map(|&(process, number)| Holder {
+                    process,
+                    number,
+                    close_on_exec: false,
+                })
+                .collect(),
             flags: 2,
             locks: vec![],
             object: Description::Stream(state),
         }
     }
 
-    fn split_numbers(numbers: &[u32]) -> Vec<Vec<u32>> {
+    fn split_places(places: &[(u32, u32)]) -> Vec<Vec<(u32, u32)>> {
         let mut list = Vec::new();
-        split(described(numbers), &mut list);
-        list.into_iter().map(|d| d.numbers).collect()
+        split(described(places), ROOT, &mut list);
+        list.into_iter()
+            .map(|d| d.holders.iter().map(|h| (h.process, h.number)).collect())
+            .collect()
+    }
+
+    fn split_numbers(numbers: &[u32]) -> Vec<Vec<u32>> {
+        let places: Vec<_> = numbers.iter().map(|&n| (ROOT, n)).collect();
+        let numbers = |list: Vec<(u32, u32)>| list.into_iter().map(|(_, n)| n).collect();
+        split_places(&places).into_iter().map(numbers).collect()
+    }
+
+    #[test]
+    fn streams_of_children_go_with_those_of_the_root() {
+        let child = 11;
+        assert_eq!(
+            split_places(&[(ROOT, 1), (ROOT, 2), (child, 0), (child, 2)]),
+            [vec![(ROOT, 1), (child, 0)], vec![(ROOT, 2), (child, 2)]]
+        );
+        assert_eq!(
+            split_places(&[(child, 0), (child, 1)]),
+            [vec![(child, 0), (child, 1)]]
+        );
     }
 
     #[test]

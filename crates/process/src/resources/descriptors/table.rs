@@ -1,4 +1,4 @@
-//! The saved table: which numbers refer to which open file descriptions.
+//! The saved table: which numbers of which processes refer to which open file descriptions.
 
 use super::Description;
 use super::context::About;
@@ -11,14 +11,25 @@ use std::collections::HashSet;
 /// The largest descriptor number that a kernel can be told to allow.
 const LARGEST: u32 = 1 << 30;
 
-/// One open file description with the numbers that refer to it.
+/// A descriptor of one process that refers to an open file description.
+#[derive(StateNode, Debug, Clone, Copy, PartialEq, Eq)]
+#[state(compatible = "outlive,descriptor-v1")]
+pub struct Holder {
+    /// The process' ID, as it is restored.
+    pub process: u32,
+    /// The number there.
+    pub number: u32,
+    /// Whether exec closes it (`FD_CLOEXEC`).
+    pub close_on_exec: bool,
+}
+
+/// One open file description with the descriptors that refer to it.
 #[derive(StateNode, Debug, Clone, PartialEq)]
 #[state(compatible = "outlive,open-description-v1")]
 pub struct OpenDescription {
-    /// Its descriptor numbers, at least one.
-    pub numbers: Vec<u32>,
-    /// Those of the numbers that are closed by exec.
-    pub cloexec: Vec<u32>,
+    /// Who holds it, at least one; the first names it in messages.
+    #[state(children)]
+    pub holders: Vec<Holder>,
     /// Access mode and status flags (`O_…` of x86-64 Linux).
     pub flags: u32,
     /// Advisory locks that were taken through it.
@@ -29,7 +40,16 @@ pub struct OpenDescription {
     pub object: Description,
 }
 
-/// All descriptors of a process.
+impl OpenDescription {
+    /// The number under which a process holds it.
+    #[must_use]
+    pub fn number_in(&self, process: u32) -> Option<u32> {
+        let holder = self.holders.iter().find(|h| h.process == process);
+        holder.map(|h| h.number)
+    }
+}
+
+/// All descriptors of a subject.
 #[derive(StateNode, Debug, Clone, PartialEq)]
 #[state(compatible = "outlive,fd-table-v1")]
 pub struct FdTable {
@@ -50,23 +70,22 @@ impl FdTable {
         let bad = |what: String| Err(ProcessError::Image(what));
         let mut seen = HashSet::new();
         for (index, description) in self.descriptions.iter().enumerate() {
-            if description.numbers.is_empty() {
-                return bad(format!("open description {index} has no number"));
+            if description.holders.is_empty() {
+                return bad(format!("nobody holds open description {index}"));
             }
-            for &number in &description.numbers {
+            for holder in &description.holders {
+                let (process, number) = (holder.process, holder.number);
                 if number >= LARGEST {
                     return bad(format!("no descriptor can have the number {number}"));
                 }
-                if !seen.insert(number) {
-                    return bad(format!("fd {number} refers to two open descriptions"));
+                if process == 0 || i32::try_from(process).is_err() {
+                    return bad(format!("no process can have the ID {process}"));
                 }
-            }
-            if let Some(n) = description
-                .cloexec
-                .iter()
-                .find(|n| !description.numbers.contains(n))
-            {
-                return bad(format!("fd {n} is closed by exec but not open"));
+                if !seen.insert((process, number)) {
+                    return bad(format!(
+                        "fd {number} of pid {process} refers to two open descriptions"
+                    ));
+                }
             }
         }
         for pipe in &self.pipes {
@@ -81,11 +100,12 @@ impl FdTable {
             .iter()
             .enumerate()
             .map(|(index, description)| {
-                let number = description.numbers.first().copied().unwrap_or(0);
+                let first = description.holders.first();
                 (
                     About {
                         index,
-                        number,
+                        process: first.map_or(0, |holder| holder.process),
+                        number: first.map_or(0, |holder| holder.number),
                         flags: description.flags,
                     },
                     description,
@@ -93,11 +113,10 @@ impl FdTable {
             })
     }
 
-    /// The description which a number refers to.
+    /// The description which a number of a process refers to.
     #[must_use]
-    pub fn find(&self, number: u32) -> Option<&OpenDescription> {
-        self.descriptions
-            .iter()
-            .find(|d| d.numbers.contains(&number))
+    pub fn find(&self, process: u32, number: u32) -> Option<&OpenDescription> {
+        let is = |h: &Holder| (h.process, h.number) == (process, number);
+        self.descriptions.iter().find(|d| d.holders.iter().any(is))
     }
 }

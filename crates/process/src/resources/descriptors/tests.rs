@@ -10,7 +10,7 @@ mod sockets;
 mod streams;
 mod table;
 
-use super::collect::collect_numbers;
+use super::collect::{View, collect_views};
 use super::probe::ProcDirs;
 use super::{
     CheckRequest, Collected, FdInfo, FdTable, Made, Memory, Target, check_table, recreate_table,
@@ -45,8 +45,26 @@ fn collect_result(numbers: &[u32]) -> Result<Collected, ProcessError> {
         pidfd: pidfd.as_fd(),
         ignore: &[],
     };
-    let dirs = ProcDirs::open(pid).unwrap();
-    collect_numbers(&target, &dirs, numbers, &mut Memory::default())
+    collect_numbers(&target, numbers, &mut Memory::default())
+}
+
+/// Collects these descriptors of one process, as if there were no others.
+fn collect_numbers(
+    target: &Target<'_>,
+    numbers: &[u32],
+    memory: &mut Memory,
+) -> Result<Collected, ProcessError> {
+    let view = View {
+        target,
+        dirs: ProcDirs::open(target.pid).unwrap(),
+        numbers: numbers.to_vec(),
+    };
+    collect_views(&[view], memory, true)
+}
+
+/// This process.
+fn me() -> u32 {
+    std::process::id()
 }
 
 /// Collects these descriptors; the table has been through its bytes.
@@ -92,7 +110,7 @@ fn recreate(table: &FdTable) -> Made {
 fn made_for(made: &Made, number: u32) -> OwnedFd {
     let install = made
         .installs()
-        .find(|i| i.numbers.iter().any(|&(n, _)| n == number))
+        .find(|i| i.holders.iter().any(|h| h.number == number))
         .unwrap();
     install.fd.try_clone_to_owned().unwrap()
 }

@@ -73,7 +73,10 @@ fn positions_and_flags_are_kept_and_duplicates_share_them() {
     collected.files.sync(1).unwrap();
     let table = collect(&numbers);
     assert_eq!(table.descriptions.len(), 4);
-    assert_eq!(table.find(number(&twin)), table.find(number(&reader)));
+    assert_eq!(
+        table.find(me(), number(&twin)),
+        table.find(me(), number(&reader))
+    );
     let made = recreate(&table);
     assert_same(&reader, &made_for(&made, number(&reader)));
     assert_same(&other, &made_for(&made, number(&other)));
@@ -273,5 +276,5 @@ fn locks_of_the_process_are_left_to_it() {
     let table = collect(&[number(&file)]);
     let calls = finish_calls(&table);
     assert_eq!(calls.len(), 1);
-    assert_eq!(calls[0].number, libc::SYS_fcntl);
+    assert_eq!((calls[0].process, calls[0].number), (me(), libc::SYS_fcntl));
 }

@@ -44,8 +44,8 @@ impl Waiting {
             pidfd,
             ignore: &inherited,
         };
-        preflight(&target).unwrap();
-        collect_table(&target, &mut Memory::default())
+        preflight(&[target]).unwrap();
+        collect_table(&[target], &mut Memory::default())
             .unwrap()
             .table
     }
@@ -63,8 +63,8 @@ fn streams(table: &FdTable) -> Vec<(u32, Option<StandardStream>)> {
         .descriptions
         .iter()
         .map(|d| match &d.object {
-            Description::Stream(state) => (d.numbers[0], Some(state.stream)),
-            _ => (d.numbers[0], None),
+            Description::Stream(state) => (d.holders[0].number, Some(state.stream)),
+            _ => (d.holders[0].number, None),
         })
         .collect()
 }
@@ -159,6 +159,6 @@ fn a_program_that_opens_and_closes_meanwhile_is_not_refused_for_it() {
         ignore: &inherited,
     };
     for _ in 0..50 {
-        preflight(&target).unwrap();
+        preflight(&[target]).unwrap();
     }
 }

@@ -3,7 +3,7 @@
 use super::super::Description;
 use super::super::epoll::EpollState;
 use super::super::pipe::{PipeEndState, PipeSide};
-use super::super::{OpenDescription, PipeState};
+use super::super::{Holder, OpenDescription, PipeState};
 use super::*;
 use proptest::prelude::*;
 use std::fs::File;
@@ -25,10 +25,11 @@ fn sharing_is_found_among_many_that_look_alike() {
     let table = collect(&numbers);
     assert_eq!(table.descriptions.len(), files.len());
     for (file, twin) in files.iter().step_by(7).zip(&twins) {
-        let found = table.find(number(file)).unwrap();
+        let found = table.find(me(), number(file)).unwrap();
         let mut pair = vec![number(file), number(twin)];
         pair.sort_unstable();
-        assert_eq!(found.numbers, pair);
+        let numbers: Vec<u32> = found.holders.iter().map(|h| h.number).collect();
+        assert_eq!(numbers, pair);
     }
 }
 
@@ -40,7 +41,8 @@ fn close_on_exec_belongs_to_the_number() {
     let table = collect(&[number(&kept), number(&twin)]);
     rustix::io::fcntl_setfd(&kept, rustix::io::FdFlags::CLOEXEC).unwrap();
     let made = recreate(&table);
-    let mut numbers = made.installs().next().unwrap().numbers.to_vec();
+    let holders = made.installs().next().unwrap().holders.iter();
+    let mut numbers: Vec<_> = holders.map(|h| (h.number, h.close_on_exec)).collect();
     numbers.sort_unstable();
     let mut expected = vec![(number(&kept), false), (number(&twin), true)];
     expected.sort_unstable();
@@ -57,7 +59,6 @@ fn what_is_remembered_does_not_outlive_the_number() {
         pidfd: pidfd.as_fd(),
         ignore: &[],
     };
-    let dirs = ProcDirs::open(pid).unwrap();
     let mut memory = Memory::default();
     let dir = tempfile::tempdir().unwrap();
     let (one, two) = (dir.path().join("one"), dir.path().join("two"));
@@ -67,7 +68,7 @@ fn what_is_remembered_does_not_outlive_the_number() {
     let spare = rustix::io::fcntl_dupfd_cloexec(null(), 900).unwrap();
     let numbers = [number(&spare)];
     let mut collect = || {
-        collect_numbers(&target, &dirs, &numbers, &mut memory)
+        collect_numbers(&target, &numbers, &mut memory)
             .unwrap()
             .table
     };
@@ -96,10 +97,17 @@ fn what_is_remembered_does_not_outlive_the_number() {
     assert_eq!(collect().descriptions.len(), 0);
 }
 
+fn held(process: u32, number: u32) -> Holder {
+    Holder {
+        process,
+        number,
+        close_on_exec: false,
+    }
+}
+
 fn one(object: Description) -> FdTable {
     let description = OpenDescription {
-        numbers: vec![5],
-        cloexec: vec![],
+        holders: vec![held(7, 5)],
         flags: 0,
         locks: vec![],
         object,
@@ -113,8 +121,7 @@ fn one(object: Description) -> FdTable {
 fn sample() -> FdTable {
     let file = null();
     let mut table = collect(&[number(&file)]);
-    table.descriptions[0].numbers = vec![5];
-    table.descriptions[0].cloexec = vec![];
+    table.descriptions[0].holders = vec![held(7, 5)];
     table
 }
 
@@ -134,10 +141,11 @@ fn tables_that_make_no_sense_are_refused_before_anything_is_made() {
         edit(&mut table.descriptions[0]);
         table
     };
-    assert!(is_bad(&change(|d| d.numbers.clear())));
-    assert!(is_bad(&change(|d| d.numbers = vec![5, 5])));
-    assert!(is_bad(&change(|d| d.numbers = vec![u32::MAX])));
-    assert!(is_bad(&change(|d| d.cloexec = vec![6])));
+    assert!(is_bad(&change(|d| d.holders.clear())));
+    assert!(is_bad(&change(|d| d.holders.push(held(7, 5)))));
+    assert!(is_bad(&change(|d| d.holders = vec![held(7, u32::MAX)])));
+    assert!(is_bad(&change(|d| d.holders = vec![held(0, 5)])));
+    assert!(!is_bad(&change(|d| d.holders.push(held(8, 5)))));
     let mut twice = good.clone();
     twice.descriptions.push(good.descriptions[0].clone());
     assert!(is_bad(&twice));
@@ -145,15 +153,19 @@ fn tables_that_make_no_sense_are_refused_before_anything_is_made() {
         pipe: 0,
         side: PipeSide::Read
     }))));
-    let lists = |targets, events, data| {
+    let lists = |processes, targets, events, data| {
         one(Description::Epoll(EpollState {
+            processes,
             targets,
             events,
             data,
         }))
     };
-    assert!(is_bad(&lists(vec![5], vec![], vec![0])));
-    assert!(is_bad(&lists(vec![6], vec![1], vec![0])));
+    assert!(is_bad(&lists(vec![7], vec![5], vec![], vec![0])));
+    assert!(is_bad(&lists(vec![], vec![5], vec![1], vec![0])));
+    assert!(is_bad(&lists(vec![7], vec![6], vec![1], vec![0])));
+    assert!(is_bad(&lists(vec![8], vec![5], vec![1], vec![0])));
+    assert!(!is_bad(&lists(vec![7], vec![5], vec![1], vec![0])));
     let mut full = good;
     full.pipes.push(PipeState {
         capacity: 1,
