@@ -372,6 +372,12 @@ impl Arena {
         )
     }
 
+    /// The same arena in a process that is a copy of its own.
+    #[must_use]
+    pub fn in_copy(&self, pid: u32) -> Self {
+        Self { pid, ..*self }
+    }
+
     /// How many threads can run batches at the same time.
     #[must_use]
     pub fn slots(&self) -> usize {

@@ -52,14 +52,16 @@ struct CloneArgs {
 /// Length of `struct clone_args`, bytes.
 pub const CLONE_ARGS_SIZE: usize = size_of::<CloneArgs>();
 
-/// `struct clone_args` for a further thread with a given ID, in the form that the kernel reads.
+/// `struct clone_args` for a thread or process with a given ID (which lies at `set_tid_at`), in
+/// the form that the kernel reads.
 #[must_use]
-pub fn thread_args(flags: u64, set_tid_at: u64) -> [u8; CLONE_ARGS_SIZE] {
+pub fn clone_args(flags: u64, exit_signal: u64, set_tid_at: u64) -> [u8; CLONE_ARGS_SIZE] {
     let mut raw = [0u8; CLONE_ARGS_SIZE];
     let mut put = |field: usize, value: u64| {
         raw[field * 8..field * 8 + 8].copy_from_slice(&value.to_ne_bytes());
     };
     put(0, flags);
+    put(4, exit_signal);
     put(8, set_tid_at);
     put(9, 1);
     raw

@@ -19,6 +19,9 @@ pub struct Plan {
     pub slots: u64,
     /// Bytes for each.
     pub slot: u64,
+    /// Private memory, which children get a copy of. Else it is shared, so that it never becomes
+    /// one mapping with memory of the program's own.
+    pub private: bool,
 }
 
 impl Plan {
@@ -27,6 +30,7 @@ impl Plan {
         at: None,
         slots: 32,
         slot: 64 * 1024,
+        private: false,
     };
 }
 
@@ -51,8 +55,7 @@ pub fn find_syscall(pid: u32, mappings: &[Mapping]) -> Option<u64> {
     None
 }
 
-/// Makes an arena in a stopped process. It is shared memory, so that it never becomes one mapping
-/// with memory of the program's own.
+/// Makes an arena in a stopped process.
 pub fn make_arena(
     target: &Target,
     leader: &mut Held,
@@ -60,7 +63,12 @@ pub fn make_arena(
     plan: Plan,
 ) -> Result<Arena, ProcessError> {
     let length = Arena::length(plan.slots, plan.slot);
-    let mut flags = (libc::MAP_SHARED | libc::MAP_ANONYMOUS) as u64;
+    let sharing = if plan.private {
+        libc::MAP_PRIVATE
+    } else {
+        libc::MAP_SHARED
+    };
+    let mut flags = (sharing | libc::MAP_ANONYMOUS) as u64;
     if plan.at.is_some() {
         flags |= libc::MAP_FIXED_NOREPLACE as u64;
     }

@@ -1,6 +1,7 @@
 //! The groups of state trees that make up an epoch of a process tree.
 
 use crate::ProcessError;
+use crate::family::Kin;
 use outlive_epoch::{EpochReader, EpochWriter};
 use outlive_state_tree::{SchemaConflict, SchemaSet, StateNode, from_fdt, to_fdt};
 
@@ -10,7 +11,7 @@ use outlive_state_tree::{SchemaConflict, SchemaSet, StateNode, from_fdt, to_fdt}
 pub struct SubjectState {
     /// The process from which all others descend.
     pub root_process: u32,
-    /// All processes.
+    /// All processes, parents before their children.
     pub processes: Vec<u32>,
     /// Number of threads in all.
     pub threads: u32,
@@ -26,10 +27,42 @@ pub struct SubjectState {
     pub kernel: String,
     /// Identity of the boot.
     pub boot_id: String,
+    /// Processes that had ended and waited for their parents to ask.
+    #[state(children)]
+    pub zombies: Vec<ZombieState>,
+}
+
+/// A process that has ended and whose parent has not asked for its exit status yet.
+#[derive(StateNode, Clone, Debug, PartialEq, Eq)]
+#[state(compatible = "outlive,zombie-v1")]
+pub struct ZombieState {
+    /// Its process ID.
+    pub pid: u32,
+    /// Its parent.
+    pub parent: u32,
+    /// Its exit status as `wait(2)` gives it.
+    pub status: u32,
+}
+
+impl ZombieState {
+    /// Reads the exit status of a zombie.
+    pub fn of(kin: Kin) -> Result<Self, ProcessError> {
+        let status = crate::target::Stat::read(kin.pid)
+            .map_err(|e| crate::target::gone_or(kin.pid, "reading its exit status", e))?
+            .exit_status;
+        Ok(Self {
+            pid: kin.pid,
+            parent: kin.parent,
+            status,
+        })
+    }
 }
 
 /// Name of the root group.
 pub const SUBJECT: &str = "subject";
+
+/// Name of the group with the descriptors of all processes.
+pub const DESCRIPTORS: &str = "descriptors";
 
 /// The group of one kind of state of one process.
 #[must_use]
@@ -47,8 +80,6 @@ pub mod kinds {
     pub const THREADS: &str = "threads";
     /// Address space.
     pub const MEMORY: &str = "memory";
-    /// Descriptors.
-    pub const DESCRIPTORS: &str = "descriptors";
 }
 
 /// The threads of a process.

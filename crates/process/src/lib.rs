@@ -14,11 +14,13 @@
 
 mod bootstrap;
 pub mod error;
+mod family;
 mod flags;
 mod freeze;
 pub mod image;
 mod interval;
 mod laps;
+mod member;
 mod pages;
 mod preflight;
 mod reentry;

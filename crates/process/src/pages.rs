@@ -136,12 +136,6 @@ impl PageTracker {
         })
     }
 
-    /// Whether passes report only what was written since the last one.
-    #[must_use]
-    pub fn is_incremental(&self) -> bool {
-        self.tracker.is_some()
-    }
-
     /// The epochs so far do not count: everything is reported as written by the next pass.
     pub fn forget(&mut self, areas: &[PrivateArea]) {
         if let Some(tracker) = &self.tracker {

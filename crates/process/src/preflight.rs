@@ -27,7 +27,7 @@ pub fn of_process(target: &Target) -> Result<Vec<Refusal>, ProcessError> {
     Ok(found)
 }
 
-/// Refusals that concern timers, threads and children; also looked for at each stop, since a
+/// Refusals that concern timers and threads; also looked for at each stop, since a
 /// program may make them at any time.
 pub fn of_threads(target: &Target) -> Result<Vec<Refusal>, ProcessError> {
     let mut found = Vec::new();
@@ -60,17 +60,6 @@ pub fn of_threads(target: &Target) -> Result<Vec<Refusal>, ProcessError> {
         if tid == target.pid && matches!(status.state, b'Z' | b'X') {
             let what = "the leading thread has ended while others run";
             found.push(target.refusal(place.clone(), what, "this cannot be saved yet"));
-        }
-        let children = target
-            .proc_file(&format!("task/{tid}/children"))
-            .unwrap_or_default();
-        let children = String::from_utf8_lossy(&children).trim().to_owned();
-        if !children.is_empty() {
-            found.push(target.refusal(
-                place,
-                format!("child processes ({children})"),
-                "process trees cannot be saved yet; wait until the children have ended",
-            ));
         }
     }
     Ok(found)

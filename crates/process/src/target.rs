@@ -52,6 +52,18 @@ impl Target {
         })
     }
 
+    /// Whether it has ended (a zombie has).
+    #[must_use]
+    pub fn has_ended(&self) -> bool {
+        use rustix::event::{PollFd, PollFlags, Timespec, poll};
+        let mut watched = [PollFd::new(&self.pidfd, PollFlags::IN)];
+        let now = Timespec {
+            tv_sec: 0,
+            tv_nsec: 0,
+        };
+        poll(&mut watched, Some(&now)).is_ok_and(|ready| ready > 0)
+    }
+
     /// A refusal that names this process.
     pub fn refusal(
         &self,
@@ -248,6 +260,8 @@ pub struct Stat {
     /// `start_code`, `end_code`, `start_stack`, `start_data`, `end_data`, `start_brk`,
     /// `arg_start`, `arg_end`, `env_start`, `env_end`.
     pub layout: [u64; 10],
+    /// Exit status of a zombie, as `wait(2)` gives it.
+    pub exit_status: u32,
 }
 
 impl Stat {
@@ -283,6 +297,7 @@ impl Stat {
             tty: field(7)? as i64,
             flags: field(9)?,
             layout: values,
+            exit_status: field(52)? as u32,
         })
     }
 }

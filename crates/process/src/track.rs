@@ -1,22 +1,26 @@
-//! A running program under tracking, and the stop.
+//! A running program (a process and all that descends from it) under tracking, and the stop.
+//!
+//! # Rules
+//! - All processes are frozen before anything is taken of any of them: what is captured is one
+//!   moment of the whole tree.
+//! - A process that is found for the first time at the stop is adopted there.
+//! - Whatever fails, all of them go on as before.
 
-use crate::bootstrap::{self, Plan};
-use crate::flags::FlagsCache;
-use crate::freeze::{Held, freeze, remote_failed, run_all};
-use crate::image::{self, SubjectState, ThreadsState, group, kinds};
+use crate::family::{self, Kin};
+use crate::freeze::{Held, freeze};
+use crate::image::{self, SubjectState, ZombieState, group, kinds};
 use crate::laps::Laps;
-use crate::pages::{Changes, PageTracker, PrivateArea, Residue, World};
+use crate::member::{self, Member, MemberState, Seen};
 use crate::reentry::{Sleepers, WaitBook};
-use crate::resources::{attributes, descriptors, memory, signals, thread};
-use crate::target::{Status, Target};
+use crate::resources::{descriptors, memory};
+use crate::target::Target;
 use crate::{ProcessError, Refusal, preflight};
 use outlive_epoch::{EpochFacts, EpochWriter, PageSink};
 use outlive_linux::clock::{TimeOffsets, now_ns, realtime_ns};
-use outlive_linux::maps::{self, Mapping, VmFlags};
-use outlive_linux::remote::{Arena, Batch, Results};
 use outlive_linux::thread::Urgent;
 use rustix::fd::AsFd;
 use rustix::time::ClockId;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -52,105 +56,51 @@ const SMALL_PASS: u64 = 1 << 20;
 /// … or after so many passes.
 const MAX_PASSES: u32 = 4;
 
-/// Buffers of earlier stops, to be used again: fresh memory would be faulted in at the stop.
-type Spare = Arc<Mutex<Vec<Vec<u8>>>>;
+/// Buffers of earlier stops by process, to be used again: fresh memory is faulted in at the stop.
+type Spare = Arc<Mutex<BTreeMap<u32, Vec<u8>>>>;
 
 /// A running program under tracking. Between epochs nothing is attached to it.
 pub struct Tracked {
-    target: Target,
+    root: u32,
     options: TrackOptions,
     tracking: Tracking,
-    arena: Arena,
-    syscall_at: u64,
-    pages: PageTracker,
-    waits: WaitBook,
+    members: BTreeMap<u32, Member>,
     descriptors: descriptors::Memory,
-    build_ids: memory::BuildIds,
-    flags: FlagsCache,
     spare: Spare,
-    /// The arena was removed again.
     detached: bool,
 }
 
+/// A process that stands still.
+struct Frozen {
+    kin: Kin,
+    threads: Vec<Held>,
+    seen: Vec<Seen>,
+    /// For a process that is no member yet.
+    stranger: Option<(Target, WaitBook)>,
+}
+
 impl Tracked {
-    /// Begins to track process `pid`. Refuses, before any harm, state that could not be restored.
+    /// Begins to track process `pid` and what descends from it. Refuses, before any harm, state
+    /// that could not be restored.
     pub fn attach(pid: u32, options: TrackOptions) -> Result<Self, ProcessError> {
-        let target = Target::open(pid)?;
-        refuse_early(&target)?;
-        let mut waits = WaitBook::default();
-        let sleepers = waits.look(&target);
-        let mut threads = freeze(&target, options.stop_timeout)?;
-        for held in &mut threads {
-            prepare(&target, &mut waits, held, &sleepers)?;
-        }
-        let foothold = Self::gain_foothold(&target, &mut threads, &options);
-        let_go(&target, &mut waits, threads)?;
-        let (arena, syscall_at, tracker) = foothold?;
-        let (tracker, tracking) = match tracker {
-            Ok(tracker) => (Some(tracker), Tracking::WriteProtect),
-            Err(why) => (None, Tracking::FullCopy(why)),
-        };
-        let pages = PageTracker::new(&target, tracker)?;
-        Ok(Self {
-            target,
+        refuse_early(pid)?;
+        let mut tracked = Self {
+            root: pid,
             options,
-            tracking,
-            arena,
-            syscall_at,
-            pages,
-            waits,
+            tracking: Tracking::WriteProtect,
+            members: BTreeMap::new(),
             descriptors: descriptors::Memory::default(),
-            build_ids: memory::BuildIds::default(),
-            flags: FlagsCache::default(),
             spare: Spare::default(),
             detached: false,
-        })
+        };
+        tracked.adopt_all()?;
+        Ok(tracked)
     }
 
-    fn gain_foothold(
-        target: &Target,
-        threads: &mut [Held],
-        options: &TrackOptions,
-    ) -> Result<
-        (
-            Arena,
-            u64,
-            Result<outlive_linux::userfault::WriteTracker, String>,
-        ),
-        ProcessError,
-    > {
-        let mappings = bootstrap::mappings_without(target, None)?;
-        let syscall_at = bootstrap::find_syscall(target.pid, &mappings).ok_or_else(|| {
-            let r = target.refusal(
-                "",
-                "no syscall instruction was found in its code",
-                "report this",
-            );
-            ProcessError::Refused(vec![r])
-        })?;
-        bootstrap::remove_leftovers(target, threads, syscall_at, &mappings)?;
-        let leader = &mut threads[0];
-        let arena = bootstrap::make_arena(target, leader, syscall_at, Plan::CAPTURE)?;
-        let rest = bootstrap::hide_arena(target, leader, &arena).and_then(|()| {
-            if options.incremental {
-                bootstrap::make_tracker(target, leader, &arena)
-            } else {
-                Ok(Err("not asked for".into()))
-            }
-        });
-        match rest {
-            Ok(tracker) => Ok((arena, syscall_at, tracker)),
-            Err(e) => {
-                let _ = bootstrap::remove_arena(target, leader, syscall_at, arena.range());
-                Err(e)
-            }
-        }
-    }
-
-    /// The process.
+    /// The root process.
     #[must_use]
     pub fn pid(&self) -> u32 {
-        self.target.pid
+        self.root
     }
 
     /// By which means written pages are found.
@@ -159,20 +109,82 @@ impl Tracked {
         &self.tracking
     }
 
+    /// Gains a foothold in every process that is not a member yet, one after the other.
+    fn adopt_all(&mut self) -> Result<(), ProcessError> {
+        self.drop_ended();
+        for kin in family::list(self.root) {
+            if kin.zombie || self.members.contains_key(&kin.pid) {
+                continue;
+            }
+            match self.adopt_running(kin) {
+                // A child may end at any time.
+                Err(ProcessError::Gone { pid, .. }) if pid != self.root => {}
+                r => r?,
+            }
+        }
+        Ok(())
+    }
+
+    fn adopt_running(&mut self, kin: Kin) -> Result<(), ProcessError> {
+        let target = Target::open(kin.pid)?;
+        let mut waits = WaitBook::default();
+        let sleepers = waits.look(&target);
+        let mut threads = freeze(&target, self.options.stop_timeout)?;
+        if let Err(e) = member::look(&target, &mut waits, &mut threads, &sleepers) {
+            member::let_go(&target, &mut waits, threads)?;
+            return Err(e);
+        }
+        match self.adopt(target, waits, &mut threads) {
+            Ok(pid) => match self.members.get_mut(&pid) {
+                Some(member) => member.let_go(threads),
+                None => Ok(()),
+            },
+            Err((target, mut waits, e)) => {
+                member::let_go(&target, &mut waits, threads)?;
+                Err(e)
+            }
+        }
+    }
+
+    fn adopt(
+        &mut self,
+        target: Target,
+        waits: WaitBook,
+        threads: &mut [Held],
+    ) -> Result<u32, (Target, WaitBook, ProcessError)> {
+        let pid = target.pid;
+        let (member, tracking) = Member::adopt(target, waits, threads, self.options.incremental)?;
+        if let Err(why) = tracking {
+            self.tracking = Tracking::FullCopy(why);
+        }
+        self.members.insert(pid, member);
+        Ok(pid)
+    }
+
+    /// Forgets members that have ended, lest another process gets their number.
+    fn drop_ended(&mut self) {
+        self.members.retain(|_, member| !member.target.has_ended());
+    }
+
     /// Copies what was written since the last pass into `sink` while the program runs, until a
     /// further pass would not make the stop shorter. Does nothing where writes are not tracked:
     /// all of it would have to be copied again.
     pub fn precopy(&mut self, sink: &mut dyn PageSink) -> Result<(), ProcessError> {
-        if !self.pages.is_incremental() {
+        if self.tracking != Tracking::WriteProtect {
             return Ok(());
         }
+        self.adopt_all()?;
         let mut before = u64::MAX;
         for _ in 0..MAX_PASSES {
-            let mappings = bootstrap::mappings_without(&self.target, Some(self.arena.range()))?;
-            let areas = private_areas(&mappings);
-            let changes = self.pages.pass(&self.target, &areas, World::Runs)?;
-            let bytes = changes.bytes();
-            self.pages.copy(&changes, sink)?;
+            let mut bytes = 0;
+            for member in self.members.values_mut() {
+                match member.precopy(sink) {
+                    Ok(copied) => bytes += copied,
+                    // A child may end at any time.
+                    Err(ProcessError::Gone { pid, .. }) if pid != self.root => {}
+                    Err(e) => return Err(e),
+                }
+            }
             if bytes < SMALL_PASS || bytes > before / 2 {
                 break;
             }
@@ -184,34 +196,220 @@ impl Tracked {
     /// Freezes the program and takes everything that is left into memory. On failure the program
     /// runs on as before.
     pub fn stop(&mut self) -> Result<(Stopped<'_>, Captured), ProcessError> {
-        self.flags.refresh(&self.target)?;
-        let sleepers = self.waits.look(&self.target);
+        self.drop_ended();
+        let mut sleepers = BTreeMap::new();
+        for (pid, member) in &mut self.members {
+            match member.before_stop() {
+                Ok(found) => drop(sleepers.insert(*pid, found)),
+                Err(ProcessError::Gone { pid, .. }) if pid != self.root => {}
+                Err(e) => return Err(e),
+            }
+        }
         let urgent = Urgent::begin();
         let began = Instant::now();
-        let mut threads = freeze(&self.target, self.options.stop_timeout)?;
-        let captured = self.capture(&mut threads, &sleepers);
+        let mut frozen = Vec::new();
+        let captured = self
+            .freeze_all(&mut sleepers, &mut frozen)
+            .and_then(|zombies| self.capture(&mut frozen, zombies));
         match captured {
             Ok(captured) => Ok((
                 Stopped {
                     tracked: self,
-                    threads,
+                    frozen,
                     began,
                     _urgent: urgent,
                 },
                 captured,
             )),
             Err(e) => {
-                let_go(&self.target, &mut self.waits, threads)?;
+                self.let_go(frozen)?;
                 Err(e)
             }
         }
     }
 
+    /// Stops processes, parents before their children, until a listing shows no new one: then none
+    /// can be made. Threads are looked at, and prepared to go on, at once.
+    fn freeze_all(
+        &mut self,
+        sleepers: &mut BTreeMap<u32, Sleepers>,
+        frozen: &mut Vec<Frozen>,
+    ) -> Result<Vec<Kin>, ProcessError> {
+        let mut done = BTreeSet::new();
+        loop {
+            let kin = family::list(self.root);
+            let new: Vec<Kin> = kin
+                .iter()
+                .copied()
+                .filter(|k| !k.zombie && !done.contains(&k.pid))
+                .collect();
+            if new.is_empty() {
+                return Ok(kin.into_iter().filter(|k| k.zombie).collect());
+            }
+            for kin in new {
+                match self.freeze_one(kin, sleepers.remove(&kin.pid).unwrap_or_default()) {
+                    Ok(process) => {
+                        done.insert(kin.pid);
+                        frozen.push(process);
+                    }
+                    // A child may end at any time.
+                    Err(ProcessError::Gone { pid, .. }) if pid != self.root => {}
+                    Err(e) => return Err(e),
+                }
+            }
+        }
+    }
+
+    fn freeze_one(&mut self, kin: Kin, sleepers: Sleepers) -> Result<Frozen, ProcessError> {
+        let timeout = self.options.stop_timeout;
+        if let Some(member) = self.members.get_mut(&kin.pid) {
+            let mut threads = freeze(&member.target, timeout)?;
+            return match member.look(&mut threads, &sleepers) {
+                Ok(seen) => Ok(Frozen {
+                    kin,
+                    threads,
+                    seen,
+                    stranger: None,
+                }),
+                Err(e) => {
+                    member.let_go(threads)?;
+                    Err(e)
+                }
+            };
+        }
+        let target = Target::open(kin.pid)?;
+        let mut waits = WaitBook::default();
+        let mut threads = freeze(&target, timeout)?;
+        match member::look(&target, &mut waits, &mut threads, &sleepers) {
+            Ok(seen) => Ok(Frozen {
+                kin,
+                threads,
+                seen,
+                stranger: Some((target, waits)),
+            }),
+            Err(e) => {
+                member::let_go(&target, &mut waits, threads)?;
+                Err(e)
+            }
+        }
+    }
+
+    fn let_go(&mut self, frozen: Vec<Frozen>) -> Result<(), ProcessError> {
+        let mut failed = Ok(());
+        for process in frozen {
+            let gone = match (process.stranger, self.members.get_mut(&process.kin.pid)) {
+                (Some((target, mut waits)), _) => {
+                    member::let_go(&target, &mut waits, process.threads)
+                }
+                (None, Some(member)) => member.let_go(process.threads),
+                (None, None) => Ok(()),
+            };
+            failed = failed.and(gone);
+        }
+        failed
+    }
+
+    fn capture(
+        &mut self,
+        frozen: &mut [Frozen],
+        zombies: Vec<Kin>,
+    ) -> Result<Captured, ProcessError> {
+        let mut laps = Laps::new();
+        self.adopt_strangers(frozen)?;
+        let mut refusals = Vec::new();
+        for process in frozen.iter() {
+            refusals.extend(preflight::of_threads(
+                &self.member(process.kin.pid)?.target,
+            )?);
+        }
+        if !refusals.is_empty() {
+            return Err(ProcessError::Refused(refusals));
+        }
+        laps.lap("preflight");
+        let clocks = Clocks::of(&self.member(self.root)?.target)?;
+        let collected = self.collect_descriptors(frozen)?;
+        laps.lap("descriptors");
+        let mut states = Vec::with_capacity(frozen.len());
+        for process in frozen.iter_mut() {
+            let spare = self
+                .spare
+                .lock()
+                .ok()
+                .and_then(|mut s| s.remove(&process.kin.pid));
+            let member = self
+                .members
+                .get_mut(&process.kin.pid)
+                .ok_or_else(|| gone(process.kin.pid))?;
+            member.spare = spare.unwrap_or_default();
+            let seen = std::mem::take(&mut process.seen);
+            let mut state = member.capture(&mut process.threads, seen)?;
+            state.process.parent = process.kin.parent;
+            states.push(state);
+        }
+        let zombies = zombies
+            .into_iter()
+            .map(ZombieState::of)
+            .collect::<Result<_, _>>()?;
+        let threads = states.iter().map(|s| s.threads.threads.len() as u32).sum();
+        let subject = clocks.subject(&states, zombies, threads);
+        laps.lap("processes");
+        laps.tell("stop");
+        let files = FilesToSync::new(collected.files, &states);
+        Ok(Captured {
+            processes: states.len() as u32,
+            threads,
+            facts: EpochFacts {
+                taken_at_ns: clocks.realtime_ns,
+                stop_us: 0,
+            },
+            subject,
+            states,
+            table: collected.table,
+            files,
+            spare: self.spare.clone(),
+        })
+    }
+
+    fn member(&self, pid: u32) -> Result<&Member, ProcessError> {
+        self.members.get(&pid).ok_or_else(|| gone(pid))
+    }
+
+    /// Processes that appeared since the last look become members while they stand still.
+    fn adopt_strangers(&mut self, frozen: &mut [Frozen]) -> Result<(), ProcessError> {
+        for process in frozen {
+            let Some((target, waits)) = process.stranger.take() else {
+                continue;
+            };
+            let mut refusals = member::refusals(&target)?;
+            refusals.extend(family::refuse_shared(&target, process.kin.parent));
+            let adopted = if refusals.is_empty() {
+                self.adopt(target, waits, &mut process.threads)
+            } else {
+                Err((target, waits, ProcessError::Refused(refusals)))
+            };
+            if let Err((target, waits, e)) = adopted {
+                process.stranger = Some((target, waits));
+                return Err(e);
+            }
+        }
+        Ok(())
+    }
+
+    fn collect_descriptors(
+        &mut self,
+        frozen: &[Frozen],
+    ) -> Result<descriptors::Collected, ProcessError> {
+        let targets: Vec<descriptors::Target<'_>> = frozen
+            .iter()
+            .filter_map(|p| self.members.get(&p.kin.pid))
+            .map(|m| view(&m.target))
+            .collect();
+        descriptors::collect_table(&targets, &mut self.descriptors)
+    }
+
     /// Call when an epoch was not committed: what it took as saved is not; the next one is full.
     pub fn forget_progress(&mut self) {
-        if let Ok(mappings) = bootstrap::mappings_without(&self.target, Some(self.arena.range())) {
-            self.pages.forget(&private_areas(&mappings));
-        }
+        self.members.values_mut().for_each(Member::forget_progress);
     }
 
     /// Ends tracking; no trace stays in the program.
@@ -221,157 +419,41 @@ impl Tracked {
 
     fn remove_trace(&mut self) -> Result<(), ProcessError> {
         self.detached = true;
-        let sleepers = self.waits.look(&self.target);
-        let mut threads = freeze(&self.target, self.options.stop_timeout)?;
-        let prepared = threads
-            .iter_mut()
-            .try_for_each(|held| prepare(&self.target, &mut self.waits, held, &sleepers).map(drop));
-        let range = self.arena.range();
-        let removed = prepared.and_then(|()| {
-            bootstrap::remove_arena(&self.target, &mut threads[0], self.syscall_at, range)
-        });
-        let_go(&self.target, &mut self.waits, threads)?;
-        removed
-    }
-
-    fn capture(
-        &mut self,
-        threads: &mut [Held],
-        sleepers: &Sleepers,
-    ) -> Result<Captured, ProcessError> {
-        let mut laps = Laps::new();
-        let mut sights = Vec::with_capacity(threads.len());
-        for held in threads.iter_mut() {
-            let sight = thread::look(&self.target, held)?;
-            let left = self
-                .waits
-                .prepare(&self.target, held, &sight.status, sleepers);
-            sights.push((sight, left));
+        self.drop_ended();
+        let mut failed = Ok(());
+        for (pid, mut member) in std::mem::take(&mut self.members) {
+            let removed = remove_from(&mut member, self.options.stop_timeout);
+            failed = failed.and(match removed {
+                Err(ProcessError::Gone { .. }) if pid != self.root => Ok(()),
+                r => r,
+            });
         }
-        laps.lap("threads");
-        // Only now: a program that is refused goes on too, with its interrupted calls.
-        let refusals = preflight::of_threads(&self.target)?;
-        laps.lap("preflight");
-        if !refusals.is_empty() {
-            return Err(ProcessError::Refused(refusals));
-        }
-        let clocks = Clocks::of(&self.target)?;
-        let leader_status = sights[0].0.status.clone();
-        let (asked, answers) = self.ask(threads)?;
-        laps.lap("remote");
-        let collected = {
-            let ignore: &[u32] = &[];
-            let target = descriptors::Target {
-                pid: self.target.pid,
-                program: &self.target.program,
-                pidfd: self.target.pidfd.as_fd(),
-                ignore,
-            };
-            descriptors::collect_table(&target, &mut self.descriptors)?
-        };
-        laps.lap("descriptors");
-        let mappings = self.mappings_at_stop()?;
-        laps.lap("mappings");
-        let plain: Vec<Mapping> = mappings.iter().map(|(m, _)| m.clone()).collect();
-        let changes = self
-            .pages
-            .pass(&self.target, &private_areas(&plain), World::Stopped)?;
-        let guards = changes.guards.clone();
-        laps.lap("scan");
-        let residue = self.take(changes)?;
-        laps.lap("copy");
-        let process =
-            attributes::collect(&self.target, &leader_status, &asked.process, &answers[0])?;
-        let signals = signals::collect(&self.target, &threads[0], &asked.signals, &answers[0])?;
-        let memory = memory::collect(
-            &self.target,
-            &mappings,
-            &guards,
-            &mut self.build_ids,
-            asked.memory,
-            &answers[0],
-        )?;
-        laps.lap("describe");
-        let mut states = Vec::with_capacity(threads.len());
-        for (((held, (sight, left)), asked), answers) in
-            threads.iter().zip(sights).zip(&asked.threads).zip(&answers)
-        {
-            states.push(thread::collect(
-                &self.target,
-                held,
-                sight,
-                *asked,
-                answers,
-                left,
-            )?);
-        }
-        let subject = clocks.subject(&self.target, &process.command_line, threads.len() as u32);
-        laps.lap("threads again");
-        laps.tell("stop");
-        let files = FilesToSync::new(collected.files, &memory);
-        Ok(Captured {
-            processes: 1,
-            threads: threads.len() as u32,
-            facts: EpochFacts {
-                taken_at_ns: clocks.realtime_ns,
-                stop_us: 0,
-            },
-            state: States {
-                subject,
-                process,
-                signals,
-                threads: ThreadsState { threads: states },
-                memory,
-                table: collected.table,
-            },
-            residue,
-            files,
-            spare: self.spare.clone(),
-        })
+        failed
     }
+}
 
-    fn take(&mut self, changes: Changes) -> Result<Residue, ProcessError> {
-        let spare = self.spare.lock().map(|mut s| s.pop()).unwrap_or_default();
-        self.pages
-            .take(&self.target, changes, spare.unwrap_or_default())
+fn remove_from(member: &mut Member, timeout: Duration) -> Result<(), ProcessError> {
+    let sleepers = member.before_stop()?;
+    let mut threads = freeze(&member.target, timeout)?;
+    let seen = member.look(&mut threads, &sleepers);
+    let removed = seen.and_then(|_| member.remove_foothold(&mut threads));
+    member.let_go(threads)?;
+    removed
+}
+
+fn gone(pid: u32) -> ProcessError {
+    ProcessError::Gone {
+        pid,
+        what: "ended meanwhile".into(),
     }
+}
 
-    /// Has every thread answer its own questions, the leading one also those for the process.
-    fn ask(&self, threads: &mut [Held]) -> Result<(Asked, Vec<Results>), ProcessError> {
-        let mut asked = Vec::with_capacity(threads.len());
-        let mut of_leader = None;
-        let answers = run_all(&self.arena, threads, |held| {
-            let mut batch = Batch::new();
-            asked.push(thread::ask(&mut batch));
-            if held.tid == self.target.pid {
-                of_leader = Some((
-                    attributes::ask(&mut batch),
-                    signals::ask(&mut batch),
-                    memory::ask(&mut batch),
-                ));
-            }
-            batch
-        });
-        let answers = answers.map_err(|e| remote_failed(&self.target, e))?;
-        let (process, signals, memory) = of_leader.ok_or_else(|| ProcessError::Gone {
-            pid: self.target.pid,
-            what: "its leading thread has ended".into(),
-        })?;
-        Ok((
-            Asked {
-                threads: asked,
-                process,
-                signals,
-                memory,
-            },
-            answers,
-        ))
-    }
-
-    /// The mappings with their flags, without our own.
-    fn mappings_at_stop(&mut self) -> Result<Vec<(Mapping, VmFlags)>, ProcessError> {
-        let now = bootstrap::mappings_without(&self.target, Some(self.arena.range()))?;
-        Ok(self.flags.assign(now))
+fn view(target: &Target) -> descriptors::Target<'_> {
+    descriptors::Target {
+        pid: target.pid,
+        program: &target.program,
+        pidfd: target.pidfd.as_fd(),
+        ignore: &[],
     }
 }
 
@@ -384,39 +466,29 @@ impl Drop for Tracked {
     }
 }
 
-struct Asked {
-    threads: Vec<thread::Asked>,
-    process: attributes::Asked,
-    signals: Vec<outlive_linux::remote::CallId>,
-    memory: outlive_linux::remote::CallId,
-}
-
-fn refuse_early(target: &Target) -> Result<(), ProcessError> {
-    let mut refusals: Vec<Refusal> = preflight::of_process(target)?;
-    let mappings =
-        maps::read_with_flags(target.pid).map_err(|e| target.kernel("reading its mappings", e))?;
-    for (at, (m, flags)) in mappings.iter().enumerate() {
-        let stamped = |m: &Mapping| {
-            m.shared && m.name.starts_with(b"/dev/zero") && Arena::is_stamped(target.pid, m.start)
+fn refuse_early(root: u32) -> Result<(), ProcessError> {
+    let mut refusals: Vec<Refusal> = Vec::new();
+    let mut targets = vec![Target::open(root)?];
+    for kin in family::list(root).into_iter().skip(1).filter(|k| !k.zombie) {
+        // A child may end at any time.
+        let Ok(target) = Target::open(kin.pid) else {
+            continue;
         };
-        // What an outlive that died left behind is removed at the first stop.
-        let leftover = stamped(m) || (at > 0 && m.shared && stamped(&mappings[at - 1].0));
-        if flags.has(VmFlags::WRITE_PROTECT) {
-            let what = "memory that a userfaultfd tracks";
-            refusals.push(memory::refusal(target, m, what));
-        } else if !leftover && let Err(what) = memory::kind_of(m, *flags) {
-            refusals.push(memory::refusal(target, m, what));
+        refusals.extend(family::refuse_shared(&target, kin.parent));
+        targets.push(target);
+    }
+    for target in &targets {
+        match member::refusals(target) {
+            Ok(found) => refusals.extend(found),
+            Err(ProcessError::Gone { pid, .. }) if pid != root => {}
+            Err(e) => return Err(e),
         }
     }
-    let view = descriptors::Target {
-        pid: target.pid,
-        program: &target.program,
-        pidfd: target.pidfd.as_fd(),
-        ignore: &[],
-    };
-    match descriptors::preflight(&view) {
+    let views: Vec<_> = targets.iter().map(view).collect();
+    match descriptors::preflight(&views) {
         Ok(()) => {}
         Err(ProcessError::Refused(more)) => refusals.extend(more),
+        Err(ProcessError::Gone { pid, .. }) if pid != root => {}
         Err(e) => return Err(e),
     }
     if refusals.is_empty() {
@@ -424,43 +496,6 @@ fn refuse_early(target: &Target) -> Result<(), ProcessError> {
     } else {
         Err(ProcessError::Refused(refusals))
     }
-}
-
-fn prepare(
-    target: &Target,
-    waits: &mut WaitBook,
-    held: &mut Held,
-    sleepers: &Sleepers,
-) -> Result<Option<u64>, ProcessError> {
-    let status = Status::read(target.pid, held.tid)
-        .map_err(|e| target.kernel(format!("reading the status of thread {}", held.tid), e))?;
-    Ok(waits.prepare(target, held, &status, sleepers))
-}
-
-/// Lets all threads go on. All are let go even if one cannot be.
-fn let_go(target: &Target, waits: &mut WaitBook, threads: Vec<Held>) -> Result<(), ProcessError> {
-    let mut failed = None;
-    for held in threads {
-        let tid = held.tid;
-        waits.going_on(target, tid);
-        if let Err(e) = held.release() {
-            failed = failed.or(Some(target.kernel(format!("resuming thread {tid}"), e)));
-        }
-    }
-    failed.map_or(Ok(()), Err)
-}
-
-/// The private mappings, whose pages belong into epochs.
-fn private_areas(mappings: &[Mapping]) -> Vec<PrivateArea> {
-    mappings
-        .iter()
-        .filter(|m| !m.shared && !m.name.starts_with(b"[v"))
-        .map(|m| PrivateArea {
-            span: (m.start, m.end),
-            readable: m.prot & 1 != 0,
-            anonymous: m.inode == 0,
-        })
-        .collect()
 }
 
 /// The time of a stop.
@@ -485,22 +520,32 @@ impl Clocks {
         })
     }
 
-    fn subject(&self, target: &Target, command_line: &[u8], threads: u32) -> SubjectState {
+    fn subject(
+        &self,
+        states: &[MemberState],
+        zombies: Vec<ZombieState>,
+        threads: u32,
+    ) -> SubjectState {
         let text = |path: &str| {
             std::fs::read_to_string(path)
                 .map(|t| t.trim().to_owned())
                 .unwrap_or_default()
         };
+        let processes: Vec<u32> = states.iter().map(|s| s.process.pid).collect();
         SubjectState {
-            root_process: target.pid,
-            processes: vec![target.pid],
+            root_process: processes.first().copied().unwrap_or(0),
+            processes,
             threads,
-            command_line: command_line.to_vec(),
+            command_line: states
+                .first()
+                .map(|s| s.process.command_line.clone())
+                .unwrap_or_default(),
             realtime_ns: self.realtime_ns,
             monotonic_ns: self.monotonic_ns,
             boottime_ns: self.boottime_ns,
             kernel: text("/proc/sys/kernel/osrelease"),
             boot_id: text("/proc/sys/kernel/random/boot_id"),
+            zombies,
         }
     }
 }
@@ -508,7 +553,7 @@ impl Clocks {
 /// A frozen program. Dropping it lets the program run on.
 pub struct Stopped<'a> {
     tracked: &'a mut Tracked,
-    threads: Vec<Held>,
+    frozen: Vec<Frozen>,
     began: Instant,
     _urgent: Urgent,
 }
@@ -516,37 +561,51 @@ pub struct Stopped<'a> {
 impl Stopped<'_> {
     /// Lets the program run on; the time from the first thread frozen to the last one resumed.
     pub fn resume(mut self) -> Result<Duration, ProcessError> {
-        let threads = std::mem::take(&mut self.threads);
-        let_go(&self.tracked.target, &mut self.tracked.waits, threads)?;
+        let frozen = std::mem::take(&mut self.frozen);
+        self.tracked.let_go(frozen)?;
         Ok(self.began.elapsed())
     }
 
     /// Ends the program (SIGKILL) and waits until it is gone, which includes reaping it if it is
     /// our own child. For planned events, after the epoch is durable.
     pub fn end(mut self) -> Result<(), ProcessError> {
-        let target = &self.tracked.target;
-        outlive_linux::thread::kill(target.pid).map_err(|e| target.kernel("ending it", e))?;
+        let frozen = std::mem::take(&mut self.frozen);
+        for process in &frozen {
+            let pid = process.kin.pid;
+            match outlive_linux::thread::kill(pid) {
+                Ok(()) | Err(outlive_linux::Errno::SRCH) => {}
+                Err(e) => return Err(crate::target::gone_or(pid, "ending it", e.into())),
+            }
+        }
         let deadline = Instant::now() + self.tracked.options.stop_timeout;
-        let threads = std::mem::take(&mut self.threads);
-        // The leading thread is gone only after all others.
-        for halted in threads.into_iter().rev().filter_map(Held::into_halted) {
-            let tid = halted.tid();
-            halted.await_end(deadline).map_err(|e| {
-                target.kernel(
-                    format!("waiting for thread {tid} to end: {e}"),
-                    std::io::Error::other("stuck"),
-                )
-            })?;
+        // Children before their parents, and the leading thread after all others.
+        for process in frozen.into_iter().rev() {
+            for halted in process
+                .threads
+                .into_iter()
+                .rev()
+                .filter_map(Held::into_halted)
+            {
+                let tid = halted.tid();
+                halted
+                    .await_end(deadline)
+                    .map_err(|e| ProcessError::Kernel {
+                        pid: process.kin.pid,
+                        what: format!("waiting for thread {tid} to end: {e}"),
+                        source: std::io::Error::other("stuck"),
+                    })?;
+            }
         }
         self.tracked.detached = true;
-        if target.own_child
-            && let Some(pid) = i32::try_from(target.pid)
+        let root = self.tracked.member(self.tracked.root)?;
+        if root.target.own_child
+            && let Some(pid) = i32::try_from(root.target.pid)
                 .ok()
                 .and_then(rustix::process::Pid::from_raw)
         {
             let options = rustix::process::WaitOptions::empty();
             rustix::process::waitpid(Some(pid), options)
-                .map_err(|e| target.kernel("reaping it", e))?;
+                .map_err(|e| root.target.kernel("reaping it", e))?;
         }
         Ok(())
     }
@@ -554,19 +613,9 @@ impl Stopped<'_> {
 
 impl Drop for Stopped<'_> {
     fn drop(&mut self) {
-        let threads = std::mem::take(&mut self.threads);
-        let _ = let_go(&self.tracked.target, &mut self.tracked.waits, threads);
+        let frozen = std::mem::take(&mut self.frozen);
+        let _ = self.tracked.let_go(frozen);
     }
-}
-
-/// Everything but pages.
-struct States {
-    subject: SubjectState,
-    process: attributes::ProcessState,
-    signals: signals::SignalsState,
-    threads: ThreadsState,
-    memory: memory::MemoryState,
-    table: descriptors::FdTable,
 }
 
 /// What the stop took: state trees and the pages that had not been copied before.
@@ -577,8 +626,9 @@ pub struct Captured {
     pub threads: u32,
     /// Time of the stop; `stop_us` is for the caller to fill in after the resume.
     pub facts: EpochFacts,
-    state: States,
-    residue: Residue,
+    subject: SubjectState,
+    states: Vec<MemberState>,
+    table: descriptors::FdTable,
     files: FilesToSync,
     spare: Spare,
 }
@@ -586,36 +636,38 @@ pub struct Captured {
 impl Captured {
     /// Writes trees and pages into the epoch.
     pub fn write(&self, writer: &mut dyn EpochWriter) -> Result<(), ProcessError> {
-        self.residue.write(writer)?;
-        let s = &self.state;
-        let pid = s.subject.root_process;
-        image::put(writer, image::SUBJECT, &s.subject)?;
-        image::put(writer, &group(kinds::ATTRIBUTES, pid), &s.process)?;
-        image::put(writer, &group(kinds::SIGNALS, pid), &s.signals)?;
-        image::put(writer, &group(kinds::THREADS, pid), &s.threads)?;
-        image::put(writer, &group(kinds::MEMORY, pid), &s.memory)?;
-        image::put(writer, &group(kinds::DESCRIPTORS, pid), &s.table)
+        image::put(writer, image::SUBJECT, &self.subject)?;
+        image::put(writer, image::DESCRIPTORS, &self.table)?;
+        for s in &self.states {
+            let pid = s.process.pid;
+            s.residue.write(writer)?;
+            image::put(writer, &group(kinds::ATTRIBUTES, pid), &s.process)?;
+            image::put(writer, &group(kinds::SIGNALS, pid), &s.signals)?;
+            image::put(writer, &group(kinds::THREADS, pid), &s.threads)?;
+            image::put(writer, &group(kinds::MEMORY, pid), &s.memory)?;
+        }
+        Ok(())
     }
 
     /// Makes what the program had written to its files by the stop durable (`fsync`). Must have
     /// succeeded before the epoch is committed.
     pub fn sync_files(&self) -> Result<(), ProcessError> {
-        self.files.sync(self.state.subject.root_process)
+        self.files.sync(self.subject.root_process)
     }
 
     /// Number of pages that were taken at the stop itself.
     #[must_use]
     pub fn residue_pages(&self) -> u64 {
-        self.residue.pages()
+        self.states.iter().map(|s| s.residue.pages()).sum()
     }
 }
 
 impl Drop for Captured {
     fn drop(&mut self) {
-        if let Ok(mut spare) = self.spare.lock()
-            && spare.len() < 2
-        {
-            spare.push(std::mem::take(&mut self.residue.buffer));
+        if let Ok(mut spare) = self.spare.lock() {
+            for state in &mut self.states {
+                spare.insert(state.process.pid, std::mem::take(&mut state.residue.buffer));
+            }
         }
     }
 }
@@ -624,16 +676,17 @@ impl Drop for Captured {
 /// mapped shared and writable.
 struct FilesToSync {
     open: descriptors::FilesToSync,
-    mapped: Vec<Vec<u8>>,
+    mapped: BTreeSet<Vec<u8>>,
 }
 
 impl FilesToSync {
-    fn new(open: descriptors::FilesToSync, memory: &memory::MemoryState) -> Self {
-        let mapped = memory
-            .files
+    fn new(open: descriptors::FilesToSync, states: &[MemberState]) -> Self {
+        let files = |memory: &memory::MemoryState| memory.files.clone();
+        let mapped: BTreeSet<Vec<u8>> = states
             .iter()
+            .flat_map(|s| files(&s.memory))
             .filter(|f| f.writable)
-            .map(|f| f.path.clone())
+            .map(|f| f.path)
             .collect();
         Self { open, mapped }
     }

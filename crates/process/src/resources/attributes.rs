@@ -12,6 +12,8 @@ use outlive_state_tree::StateNode;
 pub struct ProcessState {
     /// Process ID.
     pub pid: u32,
+    /// Parent within the subject, 0 for the root.
+    pub parent: u32,
     /// Process group.
     pub pgid: u32,
     /// Session.
@@ -134,6 +136,7 @@ pub fn collect(
     }
     Ok(ProcessState {
         pid: target.pid,
+        parent: 0,
         pgid: stat.pgid,
         sid: stat.sid,
         led_terminal_session: stat.sid == target.pid && stat.tty != 0,
@@ -230,18 +233,11 @@ pub fn recreate_limits(state: &ProcessState, now: &[u8], batch: &mut Batch) -> V
     names
 }
 
-/// Adds the calls that the leading thread makes before credentials are set: job control,
-/// directories, switches. Returns what each call is for.
-pub fn recreate(state: &ProcessState, now: &Stat, batch: &mut Batch) -> Vec<String> {
+/// Adds the calls that the leading thread makes before credentials are set: directories,
+/// switches. Returns what each call is for.
+pub fn recreate(state: &ProcessState, batch: &mut Batch) -> Vec<String> {
     let mut what = Vec::new();
     let v = Arg::Value;
-    if state.sid == state.pid {
-        batch.push(libc::SYS_setsid, []);
-        what.push("beginning a session".to_owned());
-    } else if state.pgid == state.pid && now.pgid != state.pid {
-        batch.push(libc::SYS_setpgid, [v(0), v(0)]);
-        what.push("beginning a process group".to_owned());
-    }
     batch.push(libc::SYS_chdir, [path_argument(&state.working_directory)]);
     what.push(format!(
         "entering {}",

@@ -4,32 +4,33 @@
 //! 1. Everything that can be judged without doing anything is judged: the form of the image, the
 //!    kernel, the mapped files, the process IDs, each descriptor. Every reason not to restore is
 //!    collected before any harm.
-//! 2. Descriptors are made in this process, which the new process inherits ([`stub`]).
-//! 3. The address space ([`space`]), the process' attributes, its threads ([`threads`]).
+//! 2. Descriptors are made in this process; the new processes ([`tree`]) inherit them.
+//! 3. For each process: the address space ([`space`]), attributes, descriptors at their numbers,
+//!    threads ([`threads`]).
 //! 4. [`Ready::go`]: files are reconciled, working memory is removed, registers are set, and the
-//!    threads run. Until then, whatever fails, the new process is killed.
+//!    threads run. Until then, whatever fails, the new processes are killed.
 //!
 //! The caller becomes the parent of the restored process and has to wait for it.
 
+mod saved;
 mod space;
 mod stub;
 mod threads;
+mod tree;
 
-use crate::image::{self, SubjectState, ThreadsState, group, kinds};
+use crate::image::{SubjectState, ThreadsState};
 use crate::laps::Laps;
-use crate::resources::{attributes, descriptors, memory, signals};
-use crate::target::{Stat, gone_or};
-use crate::{ProcessError, Refusal, bootstrap};
+use crate::resources::{attributes, descriptors};
+use crate::target::gone_or;
+use crate::{ProcessError, Refusal};
 use outlive_epoch::EpochReader;
 use outlive_linux::clock::{TimeOffsets, now_ns};
 use outlive_linux::maps;
 use outlive_linux::remote::Batch;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use rustix::time::ClockId;
-use std::fs::File;
+use saved::{Files, Saved};
 use std::os::fd::AsRawFd;
-use std::os::unix::ffi::OsStrExt;
-use std::path::Path;
 use std::time::Instant;
 use stub::{Stub, step};
 
@@ -52,10 +53,11 @@ pub struct RestoreOptions {
 
 /// A program that is restored but has not run yet; dropping it removes every trace of it.
 pub struct Ready {
-    stub: Stub,
-    threads: ThreadsState,
+    /// The processes, parents before their children.
+    stubs: Vec<Stub>,
+    threads: Vec<ThreadsState>,
     /// Results of interrupted calls that ended while they were entered again.
-    ended: Vec<Option<u64>>,
+    ended: Vec<Vec<Option<u64>>>,
     made: descriptors::Made,
     notices: Vec<String>,
     began: Instant,
@@ -75,69 +77,6 @@ pub struct Restored {
     pub notices: Vec<String>,
 }
 
-/// All trees of an epoch of one process.
-struct Saved {
-    subject: SubjectState,
-    process: attributes::ProcessState,
-    signals: signals::SignalsState,
-    threads: ThreadsState,
-    memory: memory::MemoryState,
-    table: descriptors::FdTable,
-}
-
-impl Saved {
-    fn read(reader: &dyn EpochReader) -> Result<Self, ProcessError> {
-        let subject: SubjectState = image::get(reader, image::SUBJECT)?;
-        let pid = subject.root_process;
-        let saved = Self {
-            process: image::get(reader, &group(kinds::ATTRIBUTES, pid))?,
-            signals: image::get(reader, &group(kinds::SIGNALS, pid))?,
-            threads: image::get(reader, &group(kinds::THREADS, pid))?,
-            memory: image::get(reader, &group(kinds::MEMORY, pid))?,
-            table: image::get(reader, &group(kinds::DESCRIPTORS, pid))?,
-            subject,
-        };
-        saved.validate()?;
-        Ok(saved)
-    }
-
-    fn validate(&self) -> Result<(), ProcessError> {
-        let bad = |what: &str| Err(ProcessError::Image(what.into()));
-        let pid = self.subject.root_process;
-        if self.subject.processes != [pid] || self.process.pid != pid {
-            return bad("it does not hold exactly one process");
-        }
-        if i32::try_from(pid).map_or(true, |p| p <= 0) {
-            return bad("its process ID is out of range");
-        }
-        threads::validate(&self.threads.threads, pid)?;
-        if self.process.limits.len() != 32 || self.process.interval_timers.len() != 12 {
-            return bad("attributes of the process have a wrong length");
-        }
-        space::validate(&self.memory)
-    }
-
-    fn program(&self) -> String {
-        let name = self
-            .threads
-            .threads
-            .first()
-            .map(|t| t.comm.as_slice())
-            .unwrap_or_default();
-        String::from_utf8_lossy(name).into_owned()
-    }
-
-    fn refusal(&self, what: impl Into<String>, remedy: &str) -> Refusal {
-        Refusal {
-            pid: self.subject.root_process,
-            program: self.program(),
-            place: String::new(),
-            what: what.into(),
-            remedy: remedy.into(),
-        }
-    }
-}
-
 /// The refusal for a process ID that is in use.
 pub(crate) fn pid_taken(pid: u32) -> Refusal {
     let holder = std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
@@ -150,13 +89,6 @@ pub(crate) fn pid_taken(pid: u32) -> Refusal {
     }
 }
 
-/// Files that were opened for the new process to inherit.
-struct Opened {
-    mapped: Vec<File>,
-    executable: File,
-    checked: descriptors::Checked,
-}
-
 /// Makes the program of this epoch again, stopped before its first instruction. Its standard
 /// streams and terminal are those of the caller. On failure nothing half-restored is left.
 pub fn restore(reader: &dyn EpochReader, options: &RestoreOptions) -> Result<Ready, ProcessError> {
@@ -165,48 +97,36 @@ pub fn restore(reader: &dyn EpochReader, options: &RestoreOptions) -> Result<Rea
     let saved = Saved::read(reader)?;
     laps.lap("trees");
     let ours = maps::read(std::process::id()).map_err(|e| internal("reading own mappings", e))?;
-    let opened = check(&saved, &ours, reader, options)?;
+    let (files, checked) = saved.check(&ours, reader, options)?;
     raise_file_limit();
-    let mut notices = opened.checked.notices().to_vec();
-    let made = descriptors::recreate_table(&saved.table, opened.checked)?;
+    let mut notices = checked.notices().to_vec();
+    let made = descriptors::recreate_table(&saved.table, checked)?;
     laps.lap("check and descriptors");
-    let hole = space::find_hole(&saved.memory, &ours, Stub::arena_length() + (8 << 20))?;
-    let mut stub = Stub::new(
-        saved.subject.root_process,
-        time_offsets(&saved.subject)?,
-        hole,
-    )?;
-    laps.lap("process");
-
-    space::clear(&mut stub, &saved.memory)?;
-    laps.lap("clear");
-    let populating = space::map(&mut stub, &saved.memory, &opened.mapped, reader)?;
-    laps.lap("map");
-    let populating = stub.begin(populating)?;
-    let filled = space::fill(&stub.target, &saved.memory, reader);
-    stub.finish(populating)?;
-    filled?;
-    laps.lap("fill");
-    space::finish(&mut stub, &saved.memory)?;
-    space::set_layout(&mut stub, &saved.memory, &opened.executable)?;
-    drop(opened.mapped);
-    attributes_of_process(&mut stub, &saved, &mut notices)?;
-    install_descriptors(&mut stub, &saved.table, &made)?;
-    limits(&mut stub, &saved)?;
+    let mut stubs = tree::make(&saved, &ours, time_offsets(&saved.subject)?)?;
+    laps.lap("processes");
+    memory(&mut stubs, &saved, &files, reader)?;
+    drop(files);
+    laps.lap("memory");
+    for (stub, saved) in stubs.iter_mut().zip(&saved.processes) {
+        attributes_of_process(stub, &saved.process, &mut notices)?;
+        install_descriptors(stub, &made)?;
+    }
+    finish_descriptors(&mut stubs, &saved.table)?;
     laps.lap("attributes");
-    notices.extend(threads::recreate(
-        &mut stub,
-        &saved.threads.threads,
-        &saved.signals,
-    )?);
-    late_attributes(&mut stub, &saved)?;
-    let ended = threads::rearm(&mut stub, &saved.threads.threads)?;
+    let mut ended = Vec::with_capacity(stubs.len());
+    for (stub, saved) in stubs.iter_mut().zip(&saved.processes) {
+        limits(stub, &saved.process)?;
+        let threads = &saved.threads.threads;
+        notices.extend(threads::recreate(stub, threads, &saved.signals)?);
+        late_attributes(stub, &saved.process)?;
+        ended.push(threads::rearm(stub, threads)?);
+    }
     laps.lap("threads");
     laps.tell("restore");
     let restore_us = began.elapsed().as_micros() as u64;
     Ok(Ready {
-        stub,
-        threads: saved.threads,
+        stubs,
+        threads: saved.processes.into_iter().map(|p| p.threads).collect(),
         ended,
         made,
         notices,
@@ -215,58 +135,33 @@ pub fn restore(reader: &dyn EpochReader, options: &RestoreOptions) -> Result<Rea
     })
 }
 
-/// Judges everything that can be judged beforehand.
-fn check(
+/// Makes all address spaces.
+fn memory(
+    stubs: &mut [Stub],
     saved: &Saved,
-    ours: &[maps::Mapping],
+    files: &[Files],
     reader: &dyn EpochReader,
-    options: &RestoreOptions,
-) -> Result<Opened, ProcessError> {
-    let taken = saved.threads.threads.iter().map(|t| t.tid);
-    let mut taken = taken.filter(|tid| Path::new(&format!("/proc/{tid}")).exists());
-    if let Some(tid) = taken.next() {
-        // Whoever has the process ID probably has the ports and files too: one reason is enough.
-        return Err(ProcessError::Refused(vec![pid_taken(tid)]));
+) -> Result<(), ProcessError> {
+    let mut flights = Vec::with_capacity(stubs.len());
+    for ((stub, saved), files) in stubs.iter_mut().zip(&saved.processes).zip(files) {
+        space::clear(stub, &saved.memory)?;
+        let populating = space::map(stub, &saved.memory, &files.mapped, reader)?;
+        flights.push(stub.begin(populating)?);
     }
-    let mut refusals = Vec::new();
-    if let Err(what) = space::check_kernel(&saved.memory, ours) {
-        refusals.push(saved.refusal(what, "restore it under that kernel"));
-    }
-    let remedy = "put the original file back, or restore with --files keep";
-    let keep = options.files == FilesPolicy::Keep;
-    let mapped = match space::open_files(&saved.memory.files, keep) {
-        Ok(files) => files,
-        Err(wrong) => {
-            refusals.extend(wrong.into_iter().map(|what| saved.refusal(what, remedy)));
-            Vec::new()
-        }
+    let filled = {
+        let spaces = stubs.iter().zip(&saved.processes);
+        let spaces: Vec<_> = spaces.map(|(stub, p)| (&stub.target, &p.memory)).collect();
+        space::fill(&spaces, reader)
     };
-    let path = Path::new(std::ffi::OsStr::from_bytes(&saved.process.executable));
-    let executable = File::open(path);
-    if let Err(e) = &executable {
-        let what = format!("the program {} cannot be opened: {e}", path.display());
-        refusals.push(saved.refusal(what, remedy));
+    for (stub, flight) in stubs.iter_mut().zip(flights) {
+        stub.finish(flight)?;
     }
-    let program = saved.program();
-    let around = descriptors::CheckRequest {
-        pid: saved.subject.root_process,
-        program: &program,
-        epoch: reader.id().0,
-        files: options.files,
-    };
-    match (descriptors::check_table(&saved.table, &around), executable) {
-        (Ok(checked), Ok(executable)) if refusals.is_empty() => Ok(Opened {
-            mapped,
-            executable,
-            checked,
-        }),
-        (Ok(_), _) => Err(ProcessError::Refused(refusals)),
-        (Err(ProcessError::Refused(more)), _) => {
-            refusals.extend(more);
-            Err(ProcessError::Refused(refusals))
-        }
-        (Err(e), _) => Err(e),
+    filled?;
+    for ((stub, saved), files) in stubs.iter_mut().zip(&saved.processes).zip(files) {
+        space::finish(stub, &saved.memory)?;
+        space::set_layout(stub, &saved.memory, &files.executable)?;
     }
+    Ok(())
 }
 
 fn internal(what: &str, e: std::io::Error) -> ProcessError {
@@ -302,25 +197,21 @@ fn time_offsets(subject: &SubjectState) -> Result<TimeOffsets, ProcessError> {
 
 fn attributes_of_process(
     stub: &mut Stub,
-    saved: &Saved,
+    saved: &attributes::ProcessState,
     notices: &mut Vec<String>,
 ) -> Result<(), ProcessError> {
     let pid = stub.target.pid;
-    let now = Stat::read(pid).map_err(|e| stub.target.kernel("reading its stat", e))?;
     let mut batch = Batch::new();
-    let what = attributes::recreate(&saved.process, &now, &mut batch);
+    let what = attributes::recreate(saved, &mut batch);
     stub.run_named(batch, &what)?;
-    if saved.process.led_terminal_session {
+    if saved.led_terminal_session {
         // A terminal belongs to one session, here the restorer's.
         notices
             .push("it led the session of a terminal and leads one without a terminal now".into());
     }
     let settings = [
-        ("oom_score_adj", saved.process.oom_score_adj.to_string()),
-        (
-            "coredump_filter",
-            format!("{:#x}", saved.process.coredump_filter),
-        ),
+        ("oom_score_adj", saved.oom_score_adj.to_string()),
+        ("coredump_filter", format!("{:#x}", saved.coredump_filter)),
     ];
     for (name, value) in settings {
         if let Err(e) = std::fs::write(format!("/proc/{pid}/{name}"), &value) {
@@ -331,53 +222,75 @@ fn attributes_of_process(
 }
 
 /// Brings the descriptors, which the new process inherited under our numbers, to their own.
-fn install_descriptors(
-    stub: &mut Stub,
-    table: &descriptors::FdTable,
-    made: &descriptors::Made,
-) -> Result<(), ProcessError> {
-    let sources: Vec<u64> = made.installs().map(|i| i.fd.as_raw_fd() as u64).collect();
-    let numbers = made
-        .installs()
-        .flat_map(|i| i.numbers.iter().map(|&(n, _)| u64::from(n)));
-    let above = 1 + sources.iter().copied().chain(numbers).max().unwrap_or(2);
+fn install_descriptors(stub: &mut Stub, made: &descriptors::Made) -> Result<(), ProcessError> {
+    let pid = stub.target.pid;
+    let mut wanted = Vec::new();
+    let mut highest = 2;
+    for install in made.installs() {
+        let source = install.fd.as_raw_fd() as u64;
+        let holders: Vec<_> = install
+            .holders
+            .iter()
+            .filter(|h| h.process == pid)
+            .collect();
+        highest = holders
+            .iter()
+            .map(|h| u64::from(h.number))
+            .fold(highest.max(source), u64::max);
+        if !holders.is_empty() {
+            wanted.push((source, holders));
+        }
+    }
+    let above = highest + 1;
     let all = u64::from(u32::MAX);
     let cloexec = libc::O_CLOEXEC as u64;
     let what = "making room for descriptors (is the limit of open files high enough?)";
     let mut steps = Vec::new();
-    for (i, &fd) in sources.iter().enumerate() {
-        steps.push(step(libc::SYS_dup3, [fd, above + i as u64, cloexec], what));
+    for (i, (source, _)) in wanted.iter().enumerate() {
+        steps.push(step(
+            libc::SYS_dup3,
+            [*source, above + i as u64, cloexec],
+            what,
+        ));
     }
     let what = "closing inherited descriptors";
     steps.push(step(libc::SYS_close_range, [0, above - 1, 0], what));
-    for (i, install) in made.installs().enumerate() {
-        for &(number, closes) in install.numbers {
-            let flags = if closes { cloexec } else { 0 };
-            let args = [above + i as u64, u64::from(number), flags];
-            steps.push(step(
-                libc::SYS_dup3,
-                args,
-                format!("installing descriptor {number}"),
-            ));
+    for (i, (_, holders)) in wanted.iter().enumerate() {
+        for holder in holders {
+            let flags = if holder.close_on_exec { cloexec } else { 0 };
+            let args = [above + i as u64, u64::from(holder.number), flags];
+            let what = format!("installing descriptor {}", holder.number);
+            steps.push(step(libc::SYS_dup3, args, what));
         }
     }
     steps.push(step(libc::SYS_close_range, [above, all, 0], what));
-    stub.steps(steps)?;
-    let finish = descriptors::finish_calls(table)
-        .into_iter()
-        .map(|c| stub::Step {
-            number: c.number,
-            args: c.args,
-            what: c.what,
-            tolerate: c.tolerate,
-        });
-    stub.steps(finish.collect()).map(drop)
+    stub.steps(steps).map(drop)
 }
 
-fn limits(stub: &mut Stub, saved: &Saved) -> Result<(), ProcessError> {
+/// What needs the processes themselves, once all numbers are in place.
+fn finish_descriptors(
+    stubs: &mut [Stub],
+    table: &descriptors::FdTable,
+) -> Result<(), ProcessError> {
+    for call in descriptors::finish_calls(table) {
+        let stub = stubs.iter_mut().find(|s| s.target.pid == call.process);
+        let stub = stub.ok_or_else(|| {
+            ProcessError::Image(format!("descriptors refer to process {}", call.process))
+        })?;
+        stub.steps(vec![stub::Step {
+            number: call.number,
+            args: call.args,
+            what: call.what,
+            tolerate: call.tolerate,
+        }])?;
+    }
+    Ok(())
+}
+
+fn limits(stub: &mut Stub, saved: &attributes::ProcessState) -> Result<(), ProcessError> {
     let now = stub.target.proc_file("limits")?;
     let mut batch = Batch::new();
-    let names = attributes::recreate_limits(&saved.process, &now, &mut batch);
+    let names = attributes::recreate_limits(saved, &now, &mut batch);
     let what: Vec<String> = names
         .iter()
         .map(|n| format!("setting the limit {n:?}"))
@@ -385,17 +298,17 @@ fn limits(stub: &mut Stub, saved: &Saved) -> Result<(), ProcessError> {
     stub.run_named(batch, &what)
 }
 
-fn late_attributes(stub: &mut Stub, saved: &Saved) -> Result<(), ProcessError> {
+fn late_attributes(stub: &mut Stub, saved: &attributes::ProcessState) -> Result<(), ProcessError> {
     let mut batch = Batch::new();
-    let what = attributes::recreate_late(&saved.process, &mut batch);
+    let what = attributes::recreate_late(saved, &mut batch);
     stub.run_named(batch, &what)
 }
 
 impl Ready {
-    /// The process, which is our child.
+    /// The root process, which is our child.
     #[must_use]
     pub fn pid(&self) -> u32 {
-        self.stub.target.pid
+        self.stubs.first().map_or(0, |s| s.target.pid)
     }
 
     /// Things the user should know: connections that were reset, file tails kept aside.
@@ -409,29 +322,21 @@ impl Ready {
         let pid = self.pid();
         let more = self.made.apply_files()?;
         self.notices.extend(more);
-        threads::set_registers(&mut self.stub, &self.threads.threads, &self.ended)?;
-        let range = self.stub.arena.range();
-        let ours = bootstrap::mappings_without(&self.stub.target, Some(range))?;
-        let syscall_at = bootstrap::find_syscall(pid, &ours).ok_or_else(|| {
-            self.stub.target.kernel(
-                "looking for a syscall instruction",
-                std::io::Error::other("none"),
-            )
-        })?;
-        bootstrap::remove_arena(
-            &self.stub.target,
-            &mut self.stub.threads[0],
-            syscall_at,
-            range,
-        )?;
-        self.stub.keep = true;
+        for ((stub, threads), ended) in self.stubs.iter_mut().zip(&self.threads).zip(&self.ended) {
+            threads::set_registers(stub, &threads.threads, ended)?;
+            stub.remove_arena()?;
+        }
         let mut first_run_us = 0;
-        for held in std::mem::take(&mut self.stub.threads) {
-            let tid = held.tid;
-            held.release()
-                .map_err(|e| self.stub.target.kernel(format!("starting thread {tid}"), e))?;
-            if first_run_us == 0 {
-                first_run_us = self.began.elapsed().as_micros() as u64;
+        let mut stubs = std::mem::take(&mut self.stubs);
+        stubs.iter_mut().for_each(|s| s.keep = true);
+        for stub in &mut stubs {
+            for held in std::mem::take(&mut stub.threads) {
+                let tid = held.tid;
+                held.release()
+                    .map_err(|e| stub.target.kernel(format!("starting thread {tid}"), e))?;
+                if first_run_us == 0 {
+                    first_run_us = self.began.elapsed().as_micros() as u64;
+                }
             }
         }
         self.made.keep();

@@ -8,6 +8,7 @@ use outlive_epoch::{Content, EpochReader, PAGE_SIZE, VisitError};
 use outlive_linux::maps::{self, Mapping, VmFlags};
 use outlive_linux::memory;
 use outlive_linux::remote::{Arg, Batch};
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::os::fd::AsRawFd;
 
@@ -62,11 +63,16 @@ pub fn validate(state: &MemoryState) -> Result<(), ProcessError> {
     Ok(())
 }
 
-/// An address where `length` bytes are free both in this process (of which the new one is a copy)
-/// and in the saved layout, away from anything that may grow.
-pub fn find_hole(state: &MemoryState, ours: &[Mapping], length: u64) -> Result<u64, ProcessError> {
+/// An address where `length` bytes are free in this process (of which the new ones are copies)
+/// and in all saved layouts, away from anything that may grow.
+pub fn find_hole(
+    states: &[&MemoryState],
+    ours: &[Mapping],
+    length: u64,
+) -> Result<u64, ProcessError> {
     const MARGIN: u64 = 16 << 20;
-    let mut taken: Vec<(u64, u64)> = state.areas.iter().map(|a| (a.start, a.end)).collect();
+    let areas = states.iter().flat_map(|s| &s.areas);
+    let mut taken: Vec<(u64, u64)> = areas.map(|a| (a.start, a.end)).collect();
     taken.extend(ours.iter().map(|m| (m.start, m.end)));
     taken.sort_unstable();
     let mut free_from = 0x1_0000_0000;
@@ -309,29 +315,29 @@ fn map_area(area: &Area, files: &[File], filled: bool) -> Option<Step> {
     ))
 }
 
-/// Writes the contents of all pages.
+/// Writes the contents of all pages of these processes.
 pub fn fill(
-    target: &Target,
-    state: &MemoryState,
+    spaces: &[(&Target, &MemoryState)],
     reader: &dyn EpochReader,
 ) -> Result<(), ProcessError> {
-    let clip = Clip::new(state);
-    let pid = target.pid;
-    let visitor = |e: ProcessError| VisitError::Visitor(Box::new(e));
+    let clips: BTreeMap<u32, (&Target, Clip<'_>)> = spaces
+        .iter()
+        .map(|&(t, state)| (t.pid, (t, Clip::new(state))))
+        .collect();
     let zeros = vec![0u8; 1 << 20];
     let walked = reader.pages(&mut |run, content| {
-        if run.space().0 != pid {
+        let Some((target, clip)) = clips.get(&run.space().0) else {
             return Ok(());
-        }
+        };
         let from = run.address();
         for (start, end, area) in clip.parts(from, from.saturating_add(run.bytes())) {
-            let write = |at: u64, bytes: &[u8]| {
-                memory::write(pid, at, bytes)
-                    .map_err(|e| visitor(target.kernel(format!("writing memory at {at:x}"), e)))
-            };
             match content {
                 Content::Bytes(b) => {
-                    write(start, &b[(start - from) as usize..(end - from) as usize])?
+                    write(
+                        target,
+                        start,
+                        &b[(start - from) as usize..(end - from) as usize],
+                    )?;
                 }
                 // Anonymous memory is zero already.
                 Content::Zero if area.kind == AreaKind::Anonymous => {}
@@ -339,7 +345,7 @@ pub fn fill(
                     let mut at = start;
                     while at < end {
                         let n = (end - at).min(zeros.len() as u64);
-                        write(at, &zeros[..n as usize])?;
+                        write(target, at, &zeros[..n as usize])?;
                         at += n;
                     }
                 }
@@ -353,6 +359,14 @@ pub fn fill(
             Ok(e) => *e,
             Err(e) => ProcessError::Image(e.to_string()),
         },
+    })
+}
+
+fn write(target: &Target, at: u64, bytes: &[u8]) -> Result<(), VisitError> {
+    memory::write(target.pid, at, bytes).map_err(|e| {
+        VisitError::Visitor(Box::new(
+            target.kernel(format!("writing memory at {at:x}"), e),
+        ))
     })
 }
 

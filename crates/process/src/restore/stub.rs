@@ -9,7 +9,7 @@ use outlive_linux::clock::TimeOffsets;
 use outlive_linux::maps;
 use outlive_linux::ptrace::Running;
 use outlive_linux::remote::{Arena, Arg, Batch, InFlight};
-use outlive_linux::spawn::{self, SpawnError};
+use outlive_linux::spawn::{self, CLONE_ARGS_SIZE, SpawnError, clone_args};
 use std::time::{Duration, Instant};
 
 /// How long a step may take.
@@ -17,6 +17,7 @@ pub const PATIENCE: Duration = Duration::from_secs(20);
 /// Bytes of a batch.
 const BATCH: usize = 256 * 1024;
 const PLAN: Plan = Plan {
+    private: true,
     at: None,
     slots: 16,
     slot: 512 * 1024,
@@ -80,15 +81,10 @@ impl Stub {
             .die_with_us()
             .map_err(|e| target.kernel("tracing it", e))?;
         let mut leader = Held::new(halted).map_err(|e| target.kernel("reading registers", e))?;
-        let mappings = maps::read(pid).map_err(|e| target.kernel("reading its mappings", e))?;
-        let syscall_at = bootstrap::find_syscall(pid, &mappings).ok_or_else(|| {
-            target.kernel(
-                "looking for a syscall instruction",
-                std::io::Error::other("none there"),
-            )
-        })?;
+        let syscall_at = syscall_in(&target)?;
         let plan = Plan {
             at: Some(arena_at),
+            private: true,
             ..PLAN
         };
         let arena = bootstrap::make_arena(&target, &mut leader, syscall_at, plan)?;
@@ -99,6 +95,80 @@ impl Stub {
             threads: vec![leader],
             keep: false,
         })
+    }
+
+    /// Makes a child of this process, which is still empty and so is the child.
+    pub fn child(&mut self, pid: u32) -> Result<Self, ProcessError> {
+        let at = self.scratch(&pid.to_ne_bytes())?;
+        let args = clone_args(libc::CLONE_PTRACE as u64, libc::SIGCHLD as u64, at);
+        let args = [Arg::In(args.to_vec()), Arg::Value(CLONE_ARGS_SIZE as u64)];
+        let made = Step::new(libc::SYS_clone3, args, format!("making process {pid}"));
+        self.steps(vec![made])?;
+        let guard = KillOnDrop(Some(pid));
+        let running = Running::born_seized(pid);
+        let halted = running.wait(Instant::now() + PATIENCE).map_err(|(_, e)| {
+            self.target
+                .kernel(e.to_string(), std::io::Error::other("no first stop"))
+        })?;
+        let target = Target::open(pid)?;
+        let leader = Held::new(halted).map_err(|e| target.kernel("reading registers", e))?;
+        std::mem::forget(guard);
+        Ok(Self {
+            target,
+            arena: self.arena.in_copy(pid),
+            threads: vec![leader],
+            keep: false,
+        })
+    }
+
+    /// Ends this process, which is still empty, with an exit status as `wait(2)` gives it; it
+    /// stays as a zombie until its parent asks for it.
+    pub fn become_zombie(mut self, status: u32) -> Result<(), ProcessError> {
+        let (code, signal) = (status >> 8 & 0xff, status & 0x7f);
+        if signal != 0 {
+            let default = Arg::In(vec![0; 32]);
+            let args = [
+                Arg::Value(u64::from(signal)),
+                default,
+                Arg::Value(0),
+                Arg::Value(8),
+            ];
+            let mut reset = Step::new(libc::SYS_rt_sigaction, args, "resetting a signal");
+            reset.tolerate = &[libc::EINVAL];
+            let no_core = Arg::In(vec![0; 16]);
+            let args = [Arg::Value(0), Arg::Value(4), no_core, Arg::Value(0)];
+            let no_core = Step::new(libc::SYS_prlimit64, args, "forbidding a core dump");
+            self.steps(vec![reset, no_core])?;
+        }
+        let syscall_at = syscall_in(&self.target)?;
+        let held = &mut self.threads[0];
+        held.go_on.rip = syscall_at;
+        held.go_on.orig_rax = u64::MAX;
+        let exit = [libc::SYS_exit_group as u64, u64::from(code)];
+        let raise = [libc::SYS_kill as u64, u64::from(self.target.pid)];
+        [held.go_on.rax, held.go_on.rdi] = if signal == 0 { exit } else { raise };
+        held.go_on.rsi = u64::from(signal);
+        held.mask = 0;
+        held.touch();
+        self.keep = true;
+        let target = &self.target;
+        for held in std::mem::take(&mut self.threads) {
+            held.release().map_err(|e| target.kernel("ending it", e))?;
+        }
+        let deadline = Instant::now() + PATIENCE;
+        while !self.target.has_ended() && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_micros(200));
+        }
+        Ok(())
+    }
+
+    /// Removes the working memory, by way of the restored program's own code.
+    pub fn remove_arena(&mut self) -> Result<(), ProcessError> {
+        let range = self.arena.range();
+        let mappings = bootstrap::mappings_without(&self.target, Some(range))?;
+        let syscall_at = bootstrap::find_syscall(self.target.pid, &mappings)
+            .ok_or_else(|| no_syscall(&self.target))?;
+        bootstrap::remove_arena(&self.target, &mut self.threads[0], syscall_at, range)
     }
 
     /// Bytes of working memory that a stub needs.
@@ -199,6 +269,18 @@ impl Drop for Stub {
             drop(guard);
         }
     }
+}
+
+fn no_syscall(target: &Target) -> ProcessError {
+    target.kernel(
+        "looking for a syscall instruction",
+        std::io::Error::other("none there"),
+    )
+}
+
+fn syscall_in(target: &Target) -> Result<u64, ProcessError> {
+    let mappings = maps::read(target.pid).map_err(|e| target.kernel("reading its mappings", e))?;
+    bootstrap::find_syscall(target.pid, &mappings).ok_or_else(|| no_syscall(target))
 }
 
 /// Kills and reaps our child.

@@ -11,7 +11,7 @@ use crate::target::Status;
 use crate::waits::{Interruption, interruption};
 use outlive_linux::ptrace::{Registers, Running, Stop};
 use outlive_linux::remote::{Arg, Batch};
-use outlive_linux::spawn::{CLONE_ARGS_SIZE, thread_args};
+use outlive_linux::spawn::{CLONE_ARGS_SIZE, clone_args};
 use std::collections::BTreeSet;
 use std::time::Instant;
 
@@ -97,7 +97,7 @@ fn make(stub: &mut Stub, threads: &[ThreadState]) -> Result<(), ProcessError> {
     let tids: Vec<u8> = threads.iter().flat_map(|t| t.tid.to_ne_bytes()).collect();
     let at = stub.scratch(&tids)?;
     let steps = threads.iter().enumerate().map(|(i, t)| {
-        let args = thread_args(THREAD, at + 4 * i as u64);
+        let args = clone_args(THREAD, 0, at + 4 * i as u64);
         let args = [Arg::In(args.to_vec()), Arg::Value(CLONE_ARGS_SIZE as u64)];
         Step::new(libc::SYS_clone3, args, format!("making thread {}", t.tid))
     });

@@ -1,0 +1,103 @@
+//! Who belongs to a subject: a process and everything that descends from it.
+
+use crate::Refusal;
+use crate::target::{Status, Target};
+use outlive_linux::kcmp;
+
+/// A member of the tree.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Kin {
+    /// Its process ID.
+    pub pid: u32,
+    /// Its parent; 0 for the root.
+    pub parent: u32,
+    /// It has ended and waits for its parent to ask for its exit status.
+    pub zombie: bool,
+}
+
+/// All members as they are now, parents before their children. A tree that is not frozen may
+/// change meanwhile.
+pub fn list(root: u32) -> Vec<Kin> {
+    let mut all = vec![Kin {
+        pid: root,
+        parent: 0,
+        zombie: false,
+    }];
+    let mut at = 0;
+    while at < all.len() {
+        let Kin { pid, zombie, .. } = all[at];
+        at += 1;
+        if !zombie {
+            all.extend(children(pid).into_iter().map(|child| Kin {
+                pid: child,
+                parent: pid,
+                zombie: Status::read(child, child).is_ok_and(|s| matches!(s.state, b'Z' | b'X')),
+            }));
+        }
+    }
+    all
+}
+
+fn children(pid: u32) -> Vec<u32> {
+    let Ok(tasks) = std::fs::read_dir(format!("/proc/{pid}/task")) else {
+        return Vec::new();
+    };
+    let mut all = Vec::new();
+    for task in tasks.flatten() {
+        let text = std::fs::read_to_string(task.path().join("children")).unwrap_or_default();
+        all.extend(
+            text.split_whitespace()
+                .filter_map(|w| w.parse::<u32>().ok()),
+        );
+    }
+    all.sort_unstable();
+    all
+}
+
+/// What two processes have in common and must not, because only threads of one process can be
+/// made with it.
+pub fn refuse_shared(child: &Target, parent: u32) -> Vec<Refusal> {
+    let shared = [
+        (kcmp::Kind::Memory, "its memory"),
+        (kcmp::Kind::Files, "its table of descriptors"),
+        (kcmp::Kind::Filesystem, "its working directory"),
+        (kcmp::Kind::Signals, "its signal actions"),
+    ];
+    shared
+        .into_iter()
+        .filter(|(kind, _)| kcmp::same(child.pid, parent, *kind).unwrap_or(false))
+        .map(|(_, what)| {
+            let what =
+                format!("{what} is shared with its parent {parent} (clone without CLONE_THREAD)");
+            child.refusal("", what, "this cannot be saved yet")
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn children_are_found_and_zombies_told() {
+        let mut child = std::process::Command::new("sleep")
+            .arg("100")
+            .spawn()
+            .unwrap();
+        let found = |pid| {
+            list(std::process::id())
+                .into_iter()
+                .find(|k| k.pid == pid)
+                .unwrap()
+        };
+        assert!(!found(child.id()).zombie);
+        assert_eq!(found(child.id()).parent, std::process::id());
+        child.kill().unwrap();
+        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(10);
+        while !found(child.id()).zombie && std::time::Instant::now() < deadline {
+            std::thread::yield_now();
+        }
+        assert!(found(child.id()).zombie);
+        child.wait().unwrap();
+    }
+}

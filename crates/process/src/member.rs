@@ -1,0 +1,324 @@
+//! One process of a tracked tree: its foothold, its page tracking, and what is taken of it at a
+//! stop.
+
+use crate::bootstrap::{self, Plan};
+use crate::flags::FlagsCache;
+use crate::freeze::{Held, remote_failed, run_all};
+use crate::image::ThreadsState;
+use crate::laps::Laps;
+use crate::pages::{Changes, PageTracker, PrivateArea, Residue, World};
+use crate::reentry::{Sleepers, WaitBook};
+use crate::resources::{attributes, memory, signals, thread};
+use crate::target::Target;
+use crate::{ProcessError, Refusal, preflight};
+use outlive_epoch::PageSink;
+use outlive_linux::maps::{self, Mapping, VmFlags};
+use outlive_linux::remote::{Arena, Batch, CallId, Results};
+use outlive_linux::userfault::WriteTracker;
+
+/// A process under tracking. Between epochs nothing is attached to it.
+pub struct Member {
+    /// The process.
+    pub target: Target,
+    arena: Arena,
+    syscall_at: u64,
+    pages: PageTracker,
+    waits: WaitBook,
+    build_ids: memory::BuildIds,
+    flags: FlagsCache,
+    /// The buffer of an earlier stop, to be used again: fresh memory is faulted in at the stop.
+    pub spare: Vec<u8>,
+}
+
+/// What was seen of a stopped thread before any remote call, and the time left of its call.
+pub type Seen = (thread::Sight, Option<u64>);
+
+/// Everything that is taken of one process but its descriptors.
+pub struct MemberState {
+    /// Attributes; the parent is for the caller to fill in.
+    pub process: attributes::ProcessState,
+    /// Signals.
+    pub signals: signals::SignalsState,
+    /// Threads.
+    pub threads: ThreadsState,
+    /// Address space.
+    pub memory: memory::MemoryState,
+    /// Pages that had not been copied before.
+    pub residue: Residue,
+}
+
+struct Asked {
+    threads: Vec<thread::Asked>,
+    process: attributes::Asked,
+    signals: Vec<CallId>,
+    memory: CallId,
+}
+
+/// Looks at all threads of a stopped process, and prepares each to go on with an interrupted call.
+/// This comes before anything else can fail.
+pub fn look(
+    target: &Target,
+    waits: &mut WaitBook,
+    threads: &mut [Held],
+    sleepers: &Sleepers,
+) -> Result<Vec<Seen>, ProcessError> {
+    let mut seen = Vec::with_capacity(threads.len());
+    for held in threads {
+        let sight = thread::look(target, held)?;
+        let left = waits.prepare(target, held, &sight.status, sleepers);
+        seen.push((sight, left));
+    }
+    Ok(seen)
+}
+
+/// Lets all threads go on. All are let go even if one cannot be.
+pub fn let_go(
+    target: &Target,
+    waits: &mut WaitBook,
+    threads: Vec<Held>,
+) -> Result<(), ProcessError> {
+    let mut failed = None;
+    for held in threads {
+        let tid = held.tid;
+        waits.going_on(target, tid);
+        if let Err(e) = held.release() {
+            failed = failed.or(Some(target.kernel(format!("resuming thread {tid}"), e)));
+        }
+    }
+    failed.map_or(Ok(()), Err)
+}
+
+impl Member {
+    /// Gains a foothold in a process that is stopped. The inner error says why writes cannot be
+    /// tracked.
+    pub fn adopt(
+        target: Target,
+        waits: WaitBook,
+        threads: &mut [Held],
+        incremental: bool,
+    ) -> Result<(Self, Result<(), String>), (Target, WaitBook, ProcessError)> {
+        let (arena, syscall_at, tracker) = match foothold(&target, threads, incremental) {
+            Ok(gained) => gained,
+            Err(e) => return Err((target, waits, e)),
+        };
+        let (tracker, tracking) = match tracker {
+            Ok(tracker) => (Some(tracker), Ok(())),
+            Err(why) => (None, Err(why)),
+        };
+        let pages = match PageTracker::new(&target, tracker) {
+            Ok(pages) => pages,
+            Err(e) => return Err((target, waits, e)),
+        };
+        let member = Self {
+            target,
+            arena,
+            syscall_at,
+            pages,
+            waits,
+            build_ids: memory::BuildIds::default(),
+            flags: FlagsCache::default(),
+            spare: Vec::new(),
+        };
+        Ok((member, tracking))
+    }
+
+    /// Copies what was written since the last pass while the program runs; returns the bytes.
+    pub fn precopy(&mut self, sink: &mut dyn PageSink) -> Result<u64, ProcessError> {
+        let mappings = bootstrap::mappings_without(&self.target, Some(self.arena.range()))?;
+        let areas = private_areas(&mappings);
+        let changes = self.pages.pass(&self.target, &areas, World::Runs)?;
+        self.pages.copy(&changes, sink)?;
+        Ok(changes.bytes())
+    }
+
+    /// What is done before a stop, while the program runs.
+    pub fn before_stop(&mut self) -> Result<Sleepers, ProcessError> {
+        self.flags.refresh(&self.target)?;
+        Ok(self.waits.look(&self.target))
+    }
+
+    /// See [`look`].
+    pub fn look(
+        &mut self,
+        threads: &mut [Held],
+        sleepers: &Sleepers,
+    ) -> Result<Vec<Seen>, ProcessError> {
+        look(&self.target, &mut self.waits, threads, sleepers)
+    }
+
+    /// See [`let_go`].
+    pub fn let_go(&mut self, threads: Vec<Held>) -> Result<(), ProcessError> {
+        let_go(&self.target, &mut self.waits, threads)
+    }
+
+    /// What was taken as saved is not; everything is fresh again.
+    pub fn forget_progress(&mut self) {
+        if let Ok(mappings) = bootstrap::mappings_without(&self.target, Some(self.arena.range())) {
+            self.pages.forget(&private_areas(&mappings));
+        }
+    }
+
+    /// Removes the arena from the stopped process.
+    pub fn remove_foothold(&self, threads: &mut [Held]) -> Result<(), ProcessError> {
+        let range = self.arena.range();
+        bootstrap::remove_arena(&self.target, &mut threads[0], self.syscall_at, range)
+    }
+
+    /// Takes everything but descriptors.
+    pub fn capture(
+        &mut self,
+        threads: &mut [Held],
+        seen: Vec<Seen>,
+    ) -> Result<MemberState, ProcessError> {
+        let mut laps = Laps::new();
+        let leader_status = seen[0].0.status.clone();
+        let (asked, answers) = self.ask(threads)?;
+        laps.lap("remote");
+        let mappings = self.mappings_at_stop()?;
+        laps.lap("mappings");
+        let plain: Vec<Mapping> = mappings.iter().map(|(m, _)| m.clone()).collect();
+        let areas = private_areas(&plain);
+        let changes = self.pages.pass(&self.target, &areas, World::Stopped)?;
+        let guards = changes.guards.clone();
+        laps.lap("scan");
+        let residue = self.take(changes)?;
+        laps.lap("copy");
+        let process =
+            attributes::collect(&self.target, &leader_status, &asked.process, &answers[0])?;
+        let signals = signals::collect(&self.target, &threads[0], &asked.signals, &answers[0])?;
+        let memory = memory::collect(
+            &self.target,
+            &mappings,
+            &guards,
+            &mut self.build_ids,
+            asked.memory,
+            &answers[0],
+        )?;
+        laps.lap("describe");
+        let mut states = Vec::with_capacity(threads.len());
+        for (((held, (sight, left)), asked), answers) in
+            threads.iter().zip(seen).zip(&asked.threads).zip(&answers)
+        {
+            let state = thread::collect(&self.target, held, sight, *asked, answers, left)?;
+            states.push(state);
+        }
+        laps.lap("threads");
+        laps.tell("stop of a process");
+        let threads = ThreadsState { threads: states };
+        Ok(MemberState {
+            process,
+            signals,
+            threads,
+            memory,
+            residue,
+        })
+    }
+
+    fn take(&mut self, changes: Changes) -> Result<Residue, ProcessError> {
+        let spare = std::mem::take(&mut self.spare);
+        self.pages.take(&self.target, changes, spare)
+    }
+
+    /// Has every thread answer its own questions, the leading one also those for the process.
+    fn ask(&self, threads: &mut [Held]) -> Result<(Asked, Vec<Results>), ProcessError> {
+        let mut asked = Vec::with_capacity(threads.len());
+        let mut of_leader = None;
+        let answers = run_all(&self.arena, threads, |held| {
+            let mut batch = Batch::new();
+            asked.push(thread::ask(&mut batch));
+            if held.tid == self.target.pid {
+                of_leader = Some((
+                    attributes::ask(&mut batch),
+                    signals::ask(&mut batch),
+                    memory::ask(&mut batch),
+                ));
+            }
+            batch
+        });
+        let answers = answers.map_err(|e| remote_failed(&self.target, e))?;
+        let (process, signals, memory) = of_leader.ok_or_else(|| ProcessError::Gone {
+            pid: self.target.pid,
+            what: "its leading thread has ended".into(),
+        })?;
+        Ok((
+            Asked {
+                threads: asked,
+                process,
+                signals,
+                memory,
+            },
+            answers,
+        ))
+    }
+
+    /// The mappings with their flags, without our own.
+    fn mappings_at_stop(&mut self) -> Result<Vec<(Mapping, VmFlags)>, ProcessError> {
+        let now = bootstrap::mappings_without(&self.target, Some(self.arena.range()))?;
+        Ok(self.flags.assign(now))
+    }
+}
+
+type Foothold = (Arena, u64, Result<WriteTracker, String>);
+
+fn foothold(
+    target: &Target,
+    threads: &mut [Held],
+    incremental: bool,
+) -> Result<Foothold, ProcessError> {
+    let mappings = bootstrap::mappings_without(target, None)?;
+    let syscall_at = bootstrap::find_syscall(target.pid, &mappings).ok_or_else(|| {
+        let what = "no syscall instruction was found in its code";
+        ProcessError::Refused(vec![target.refusal("", what, "report this")])
+    })?;
+    bootstrap::remove_leftovers(target, threads, syscall_at, &mappings)?;
+    let leader = &mut threads[0];
+    let arena = bootstrap::make_arena(target, leader, syscall_at, Plan::CAPTURE)?;
+    let rest = bootstrap::hide_arena(target, leader, &arena).and_then(|()| {
+        if incremental {
+            bootstrap::make_tracker(target, leader, &arena)
+        } else {
+            Ok(Err("not asked for".into()))
+        }
+    });
+    match rest {
+        Ok(tracker) => Ok((arena, syscall_at, tracker)),
+        Err(e) => {
+            let _ = bootstrap::remove_arena(target, leader, syscall_at, arena.range());
+            Err(e)
+        }
+    }
+}
+
+/// Everything of one process that would be refused later, as far as it can be seen before.
+pub fn refusals(target: &Target) -> Result<Vec<Refusal>, ProcessError> {
+    let mut refusals: Vec<Refusal> = preflight::of_process(target)?;
+    let mappings =
+        maps::read_with_flags(target.pid).map_err(|e| target.kernel("reading its mappings", e))?;
+    for (at, (m, flags)) in mappings.iter().enumerate() {
+        let stamped = |m: &Mapping| {
+            m.shared && m.name.starts_with(b"/dev/zero") && Arena::is_stamped(target.pid, m.start)
+        };
+        // What an outlive that died left behind is removed at the first stop.
+        let leftover = stamped(m) || (at > 0 && m.shared && stamped(&mappings[at - 1].0));
+        if flags.has(VmFlags::WRITE_PROTECT) {
+            let what = "memory that a userfaultfd tracks";
+            refusals.push(memory::refusal(target, m, what));
+        } else if !leftover && let Err(what) = memory::kind_of(m, *flags) {
+            refusals.push(memory::refusal(target, m, what));
+        }
+    }
+    Ok(refusals)
+}
+
+/// The private mappings, whose pages belong into epochs.
+fn private_areas(mappings: &[Mapping]) -> Vec<PrivateArea> {
+    mappings
+        .iter()
+        .filter(|m| !m.shared && !m.name.starts_with(b"[v"))
+        .map(|m| PrivateArea {
+            span: (m.start, m.end),
+            readable: m.prot & 1 != 0,
+            anonymous: m.inode == 0,
+        })
+        .collect()
+}

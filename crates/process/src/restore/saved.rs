@@ -1,0 +1,211 @@
+//! What an epoch holds, read and judged before anything is done.
+
+use super::{FilesPolicy, RestoreOptions, pid_taken, space, threads};
+use crate::image::{self, SubjectState, ThreadsState, group, kinds};
+use crate::resources::{attributes, descriptors, memory, signals};
+use crate::{ProcessError, Refusal};
+use outlive_epoch::EpochReader;
+use outlive_linux::maps::Mapping;
+use std::collections::BTreeSet;
+use std::fs::File;
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+
+/// Processes in one epoch, at most: far more than any machine runs.
+const MAX_PROCESSES: usize = 1 << 16;
+
+/// All trees of one process.
+pub struct SavedProcess {
+    /// Attributes.
+    pub process: attributes::ProcessState,
+    /// Signals.
+    pub signals: signals::SignalsState,
+    /// Threads.
+    pub threads: ThreadsState,
+    /// Address space.
+    pub memory: memory::MemoryState,
+}
+
+/// All trees of an epoch.
+pub struct Saved {
+    /// The subject as a whole.
+    pub subject: SubjectState,
+    /// Its processes, parents before their children.
+    pub processes: Vec<SavedProcess>,
+    /// Descriptors of all processes.
+    pub table: descriptors::FdTable,
+}
+
+/// Files that were opened for one new process to inherit.
+pub struct Files {
+    /// The files that it maps.
+    pub mapped: Vec<File>,
+    /// Its program.
+    pub executable: File,
+}
+
+impl SavedProcess {
+    fn read(reader: &dyn EpochReader, pid: u32) -> Result<Self, ProcessError> {
+        Ok(Self {
+            process: image::get(reader, &group(kinds::ATTRIBUTES, pid))?,
+            signals: image::get(reader, &group(kinds::SIGNALS, pid))?,
+            threads: image::get(reader, &group(kinds::THREADS, pid))?,
+            memory: image::get(reader, &group(kinds::MEMORY, pid))?,
+        })
+    }
+
+    fn validate(&self, pid: u32) -> Result<(), ProcessError> {
+        let bad = |what: &str| Err(ProcessError::Image(format!("process {pid}: {what}")));
+        if self.process.pid != pid || i32::try_from(pid).map_or(true, |p| p <= 0) {
+            return bad("its process ID is out of range");
+        }
+        if self.process.limits.len() != 32 || self.process.interval_timers.len() != 12 {
+            return bad("attributes have a wrong length");
+        }
+        threads::validate(&self.threads.threads, pid)?;
+        space::validate(&self.memory)
+    }
+
+    /// Its name.
+    pub fn program(&self) -> String {
+        let name = self
+            .threads
+            .threads
+            .first()
+            .map(|t| t.comm.as_slice())
+            .unwrap_or_default();
+        String::from_utf8_lossy(name).into_owned()
+    }
+
+    fn refusal(&self, what: impl Into<String>, remedy: &str) -> Refusal {
+        Refusal {
+            pid: self.process.pid,
+            program: self.program(),
+            place: String::new(),
+            what: what.into(),
+            remedy: remedy.into(),
+        }
+    }
+
+    /// Opens its files; every one that is missing or not the right one is a refusal.
+    fn open(&self, keep: bool, refusals: &mut Vec<Refusal>) -> Option<Files> {
+        let remedy = "put the original file back, or restore with --files keep";
+        let mapped = space::open_files(&self.memory.files, keep);
+        let path = Path::new(std::ffi::OsStr::from_bytes(&self.process.executable));
+        let executable = File::open(path);
+        if let Err(wrong) = &mapped {
+            refusals.extend(wrong.iter().map(|what| self.refusal(what, remedy)));
+        }
+        if let Err(e) = &executable {
+            let what = format!("the program {} cannot be opened: {e}", path.display());
+            refusals.push(self.refusal(what, remedy));
+        }
+        Some(Files {
+            mapped: mapped.ok()?,
+            executable: executable.ok()?,
+        })
+    }
+}
+
+impl Saved {
+    /// Reads and validates all trees.
+    pub fn read(reader: &dyn EpochReader) -> Result<Self, ProcessError> {
+        let subject: SubjectState = image::get(reader, image::SUBJECT)?;
+        if subject.processes.len() > MAX_PROCESSES {
+            return Err(ProcessError::Image("it names too many processes".into()));
+        }
+        let mut processes = Vec::new();
+        for &pid in &subject.processes {
+            processes.push(SavedProcess::read(reader, pid)?);
+        }
+        let table = image::get(reader, image::DESCRIPTORS)?;
+        let saved = Self {
+            subject,
+            processes,
+            table,
+        };
+        saved.validate()?;
+        Ok(saved)
+    }
+
+    /// An image is hostile: the root first, parents before children, every ID once.
+    fn validate(&self) -> Result<(), ProcessError> {
+        let bad = |what: String| Err(ProcessError::Image(what));
+        let root = self.subject.root_process;
+        if self.subject.processes.first() != Some(&root) {
+            return bad("the root process is missing".into());
+        }
+        let (mut pids, mut ids) = (BTreeSet::new(), BTreeSet::new());
+        for (pid, saved) in self.subject.processes.iter().zip(&self.processes) {
+            saved.validate(*pid)?;
+            let parent = saved.process.parent;
+            if (*pid == root) != (parent == 0) || (parent != 0 && !pids.contains(&parent)) {
+                return bad(format!("process {pid} has no parent"));
+            }
+            pids.insert(*pid);
+            if let Some(twice) = saved.threads.threads.iter().find(|t| !ids.insert(t.tid)) {
+                return bad(format!("ID {} is there twice", twice.tid));
+            }
+        }
+        for zombie in &self.subject.zombies {
+            let in_range = i32::try_from(zombie.pid).is_ok_and(|p| p > 0);
+            if !in_range || !ids.insert(zombie.pid) || !pids.contains(&zombie.parent) {
+                return bad(format!("the ended process {} makes no sense", zombie.pid));
+            }
+        }
+        Ok(())
+    }
+
+    /// The IDs of all threads and ended processes.
+    fn ids(&self) -> impl Iterator<Item = u32> + '_ {
+        let threads = self
+            .processes
+            .iter()
+            .flat_map(|p| &p.threads.threads)
+            .map(|t| t.tid);
+        threads.chain(self.subject.zombies.iter().map(|z| z.pid))
+    }
+
+    /// Judges everything that can be judged beforehand, and opens what is needed.
+    pub fn check(
+        &self,
+        ours: &[Mapping],
+        reader: &dyn EpochReader,
+        options: &RestoreOptions,
+    ) -> Result<(Vec<Files>, descriptors::Checked), ProcessError> {
+        if let Some(id) = self
+            .ids()
+            .find(|id| Path::new(&format!("/proc/{id}")).exists())
+        {
+            // Whoever has the process ID probably has the ports and files too: one reason is
+            // enough.
+            return Err(ProcessError::Refused(vec![pid_taken(id)]));
+        }
+        let mut refusals = Vec::new();
+        let mut files = Vec::with_capacity(self.processes.len());
+        for saved in &self.processes {
+            if let Err(what) = space::check_kernel(&saved.memory, ours) {
+                refusals.push(saved.refusal(what, "restore it under that kernel"));
+            }
+            files.extend(saved.open(options.files == FilesPolicy::Keep, &mut refusals));
+        }
+        let program = self
+            .processes
+            .first()
+            .map(SavedProcess::program)
+            .unwrap_or_default();
+        let request = descriptors::CheckRequest {
+            pid: self.subject.root_process,
+            program: &program,
+            epoch: reader.id().0,
+            files: options.files,
+        };
+        match descriptors::check_table(&self.table, &request) {
+            Ok(checked) if refusals.is_empty() => return Ok((files, checked)),
+            Ok(_) => {}
+            Err(ProcessError::Refused(more)) => refusals.extend(more),
+            Err(e) => return Err(e),
+        }
+        Err(ProcessError::Refused(refusals))
+    }
+}

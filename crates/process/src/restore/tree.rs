@@ -1,0 +1,106 @@
+//! Making the empty processes of a tree: IDs, parents, sessions, process groups, and the ones that
+//! had ended already.
+//!
+//! # Order
+//! A process inherits its session from its parent, and can only begin one of its own. So for each
+//! process: first the children that are in the session which it inherited itself, then its own
+//! session, then the other children. Process groups come last, leaders before their members.
+
+use super::saved::{Saved, SavedProcess};
+use super::space;
+use super::stub::{Step, Stub, step};
+use crate::ProcessError;
+use outlive_linux::clock::TimeOffsets;
+use outlive_linux::maps::Mapping;
+use outlive_linux::remote::Arg;
+use std::collections::BTreeMap;
+
+/// Free bytes behind working memory that steps may use.
+const ASIDE: u64 = 8 << 20;
+
+/// Makes all processes, in the order of the epoch.
+pub fn make(saved: &Saved, ours: &[Mapping], time: TimeOffsets) -> Result<Vec<Stub>, ProcessError> {
+    let memories: Vec<_> = saved.processes.iter().map(|p| &p.memory).collect();
+    let hole = space::find_hole(&memories, ours, Stub::arena_length() + ASIDE)?;
+    let root = saved.subject.root_process;
+    let mut stubs = BTreeMap::new();
+    stubs.insert(root, Stub::new(root, time, hole)?);
+    // Parents stand before their children, so each is there when its turn comes.
+    for process in &saved.processes {
+        children(saved, process, &mut stubs)?;
+    }
+    groups(saved, &mut stubs)?;
+    let in_order = saved.subject.processes.iter().map(|pid| {
+        stubs
+            .remove(pid)
+            .ok_or_else(|| ProcessError::Image(format!("process {pid} has no parent")))
+    });
+    in_order.collect()
+}
+
+fn children(
+    saved: &Saved,
+    process: &SavedProcess,
+    stubs: &mut BTreeMap<u32, Stub>,
+) -> Result<(), ProcessError> {
+    let pid = process.process.pid;
+    let leads = process.process.sid == pid;
+    let of_this = |p: &&SavedProcess| p.process.parent == pid;
+    // A child that leads a session of its own may come from either.
+    let later = |p: &&SavedProcess| leads && p.process.sid == pid;
+    let parent = stubs
+        .get_mut(&pid)
+        .ok_or_else(|| ProcessError::Image(format!("process {pid} has no parent")))?;
+    let mut made = Vec::new();
+    for child in saved.processes.iter().filter(of_this).filter(|p| !later(p)) {
+        made.push(parent.child(child.process.pid)?);
+    }
+    if leads {
+        parent.steps(vec![step(libc::SYS_setsid, [], "beginning a session")])?;
+    }
+    for child in saved.processes.iter().filter(of_this).filter(later) {
+        made.push(parent.child(child.process.pid)?);
+    }
+    for zombie in saved.subject.zombies.iter().filter(|z| z.parent == pid) {
+        parent.child(zombie.pid)?.become_zombie(zombie.status)?;
+    }
+    if saved.subject.zombies.iter().any(|z| z.parent == pid) {
+        // What the ended children told their parent is in the epoch, if it is still to be told.
+        let chld = 1u64 << (libc::SIGCHLD - 1);
+        let args = [
+            Arg::In(chld.to_ne_bytes().to_vec()),
+            Arg::Value(0),
+            Arg::In(vec![0; 16]),
+            Arg::Value(8),
+        ];
+        let mut forget = Step::new(libc::SYS_rt_sigtimedwait, args, "forgetting a signal");
+        forget.tolerate = &[libc::EAGAIN];
+        parent.steps(vec![forget])?;
+    }
+    stubs.extend(made.into_iter().map(|stub| (stub.target.pid, stub)));
+    Ok(())
+}
+
+/// Process groups whose leaders are in the tree. A process of another group stays in the one that
+/// it inherits.
+fn groups(saved: &Saved, stubs: &mut BTreeMap<u32, Stub>) -> Result<(), ProcessError> {
+    for leaders in [true, false] {
+        for p in saved.processes.iter().map(|p| &p.process) {
+            let leads = p.pgid == p.pid;
+            let known = stubs.contains_key(&p.pgid);
+            // A session's leader leads a group already.
+            if leads != leaders || !known || p.sid == p.pid {
+                continue;
+            }
+            if let Some(stub) = stubs.get_mut(&p.pid) {
+                let args = [0, u64::from(p.pgid)];
+                stub.steps(vec![step(
+                    libc::SYS_setpgid,
+                    args,
+                    "joining a process group",
+                )])?;
+            }
+        }
+    }
+    Ok(())
+}
