@@ -255,7 +255,6 @@ impl Tracked {
         if !refusals.is_empty() {
             return Err(ProcessError::Refused(refusals));
         }
-        let clocks = Clocks::of(&self.target)?;
         let leader_status = sights[0].0.status.clone();
         let (asked, answers) = self.ask(threads)?;
         laps.lap("remote");
@@ -305,6 +304,8 @@ impl Tracked {
                 left,
             )?);
         }
+        // After everything that has time left: a timer may fire late by the clocks, never early.
+        let clocks = Clocks::of(&self.target)?;
         let subject = clocks.subject(&self.target, &process.command_line, threads.len() as u32);
         laps.lap("threads again");
         laps.tell("stop");

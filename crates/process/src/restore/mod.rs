@@ -168,12 +168,14 @@ pub fn restore(reader: &dyn EpochReader, options: &RestoreOptions) -> Result<Rea
     let opened = check(&saved, &ours, reader, options)?;
     raise_file_limit();
     let mut notices = opened.checked.notices().to_vec();
+    // From here on the program's clocks run: before any timer is set that runs with them.
+    let offsets = time_offsets(&saved.subject)?;
     let made = descriptors::recreate_table(&saved.table, opened.checked)?;
     laps.lap("check and descriptors");
     let hole = space::find_hole(&saved.memory, &ours, Stub::arena_length() + (8 << 20))?;
     let mut stub = Stub::new(
         saved.subject.root_process,
-        time_offsets(&saved.subject)?,
+        offsets,
         hole,
     )?;
     laps.lap("process");
