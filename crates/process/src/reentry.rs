@@ -4,7 +4,7 @@
 use crate::freeze::Held;
 use crate::resources::thread::{call_of, interruption_of, limit_of};
 use crate::target::{Status, Target};
-use crate::waits::{Again, Call, Interruption, Limit, again, has_limit, timespec};
+use crate::waits::{Again, Call, Interruption, Limit, again, has_limit, restarts, timespec};
 use outlive_linux::clock::now_ns;
 use outlive_linux::memory;
 use outlive_linux::ptrace::Registers;
@@ -20,8 +20,8 @@ const EAGAIN: u64 = -11i64 as u64;
 struct Known {
     call: Call,
     rip: u64,
-    /// CLOCK_MONOTONIC of the host, nanoseconds.
-    deadline_ns: u64,
+    /// CLOCK_MONOTONIC of the host, nanoseconds; `None` where the call ends at a moment of its own.
+    deadline_ns: Option<u64>,
     /// Voluntary context switches of the thread when it went on.
     switches: u64,
 }
@@ -57,7 +57,7 @@ impl WaitBook {
             let Some((call, rip)) = sleeping_call(target.pid, tid) else {
                 continue;
             };
-            if !has_limit(&call) {
+            if !has_limit(&call) && !restarts(&call) {
                 continue;
             }
             let Some(facts) = scheduler_facts(target.pid, tid) else {
@@ -90,9 +90,9 @@ impl WaitBook {
         status: &Status,
         sleepers: &Sleepers,
     ) -> Option<u64> {
-        let interruption = interruption_of(&held.registers, status);
         let before = self.known.remove(&held.tid);
-        let interruption = interruption?;
+        let resumed = name_restarted(held, before, sleepers.0.get(&held.tid));
+        let interruption = interruption_of(&held.registers, status)?;
         let call = call_of(&held.registers);
         let limit = limit_of(interruption);
         let now = u64::try_from(now_ns(ClockId::Monotonic)).unwrap_or(0);
@@ -106,14 +106,17 @@ impl WaitBook {
         // A call that fell asleep after the deadline is a later one of the same form: at its
         // deadline a call that is made again does not sleep any more.
         let continued = before.filter(|k| {
-            k.call == call
-                && k.rip == held.registers.rip
-                && sleeper
-                    .is_some_and(|s| s.switches == k.switches + 1 && s.since_ns < k.deadline_ns)
+            let still = |s: &Sleeper| {
+                s.switches == k.switches + 1 && k.deadline_ns.is_none_or(|d| s.since_ns < d)
+            };
+            let same = k.call == call && k.rip == held.registers.rip;
+            same && (resumed || sleeper.is_some_and(still))
         });
-        let deadline_ns = match continued {
-            Some(k) => Some(k.deadline_ns),
-            None => limit_ns(target, &call, limit).map(|ns| {
+        let remaining_ns = remaining_ns(target, &call, interruption);
+        let deadline_ns = match (remaining_ns, continued) {
+            (Some(ns), _) => Some(now.saturating_add(ns)),
+            (None, Some(k)) => k.deadline_ns,
+            (None, None) => limit_ns(target, &call, limit).map(|ns| {
                 sleeper
                     .map_or(now, |s| s.since_ns.min(now))
                     .saturating_add(ns)
@@ -123,7 +126,8 @@ impl WaitBook {
         if let Interruption::Returned(limit) = interruption {
             held.go_on = made_again(target.pid, &held.go_on, limit, left);
         }
-        if let Some(deadline_ns) = deadline_ns {
+        let restarts = matches!(interruption, Interruption::RestartBlock(_));
+        if deadline_ns.is_some() || restarts {
             let call = Call {
                 number: call.number,
                 ..call_of(&held.go_on)
@@ -151,6 +155,43 @@ impl WaitBook {
     }
 }
 
+/// A call that the kernel resumes by its restart block shows as `restart_syscall`, by which name it
+/// could not be made again. Gives it back its own name, where that is known from an earlier stop or
+/// was seen while it slept. Says whether it was such a call.
+fn name_restarted(held: &mut Held, before: Option<Known>, sleeper: Option<&Sleeper>) -> bool {
+    let call = call_of(&held.registers);
+    if call.number != libc::SYS_restart_syscall {
+        return false;
+    }
+    let rip = held.registers.rip;
+    let known = before.filter(|k| k.rip == rip).map(|k| k.call);
+    let seen = sleeper.filter(|s| s.rip == rip).map(|s| s.call);
+    let own = known.into_iter().chain(seen).find(|c| c.args == call.args);
+    if let Some(own) = own {
+        held.registers.orig_rax = own.number as u64;
+    }
+    own.is_some()
+}
+
+/// Which call a thread resumes that sleeps in `restart_syscall`: where it sleeps tells the sort
+/// (`/proc/TID/wchan`), and the two that sleep in the same place have no argument in common: one
+/// begins with an address, one with the number of a clock.
+fn restarted_call(pid: u32, tid: u32, args: &[u64; 6]) -> Option<i64> {
+    const CLOCKS: u64 = 16;
+    let place = std::fs::read_to_string(format!("/proc/{pid}/task/{tid}/wchan")).ok()?;
+    if place.contains("poll") {
+        Some(libc::SYS_poll)
+    } else if place.contains("futex") {
+        Some(libc::SYS_futex)
+    } else if place.contains("nanosleep") && args[0] < CLOCKS {
+        Some(libc::SYS_clock_nanosleep)
+    } else if place.contains("nanosleep") {
+        Some(libc::SYS_nanosleep)
+    } else {
+        None
+    }
+}
+
 /// The call that a sleeping thread is in, and where it returns to (`/proc/TID/syscall`).
 fn sleeping_call(pid: u32, tid: u32) -> Option<(Call, u64)> {
     let text = std::fs::read_to_string(format!("/proc/{pid}/task/{tid}/syscall")).ok()?;
@@ -162,7 +203,12 @@ fn sleeping_call(pid: u32, tid: u32) -> Option<(Call, u64)> {
     for arg in &mut args {
         *arg = values.next()?;
     }
-    Some((Call { number, args }, values.nth(1)?))
+    let rip = values.nth(1)?;
+    let number = match number {
+        libc::SYS_restart_syscall => restarted_call(pid, tid, &args)?,
+        number => number,
+    };
+    Some((Call { number, args }, rip))
 }
 
 /// What the scheduler tells of a thread.
@@ -246,6 +292,26 @@ fn measure_on(processor: usize) -> Option<i64> {
     Some(now - i64::try_from(facts.ran_ns).ok()?)
 }
 
+/// What is left of a sleep, where the kernel has written it at the interruption: to the place that
+/// the program gave, which is often that of the limit itself.
+fn remaining_ns(target: &Target, call: &Call, interruption: Interruption) -> Option<u64> {
+    let relative = call.args[1] & 1 == 0;
+    let address = match (interruption, call.number) {
+        (Interruption::RestartBlock(_), libc::SYS_nanosleep) => call.args[1],
+        (Interruption::RestartBlock(_), libc::SYS_clock_nanosleep) if relative => call.args[3],
+        _ => 0,
+    };
+    (address != 0).then(|| read_timespec(target, address))?
+}
+
+fn read_timespec(target: &Target, address: u64) -> Option<u64> {
+    let mut raw = [0u8; 16];
+    memory::read_exact(target.pid, address, &mut raw).ok()?;
+    let (words, _) = raw.as_chunks::<8>();
+    let [s, ns] = [words[0], words[1]].map(u64::from_ne_bytes);
+    Some(s.saturating_mul(1_000_000_000).saturating_add(ns))
+}
+
 /// The whole limit of a call, nanoseconds; `None` where it has none.
 fn limit_ns(target: &Target, call: &Call, limit: Limit) -> Option<u64> {
     match limit {
@@ -254,16 +320,8 @@ fn limit_ns(target: &Target, call: &Call, limit: Limit) -> Option<u64> {
             let ms = call.args[arg] as i32;
             u64::try_from(ms).ok().map(|ms| ms * 1_000_000)
         }
-        Limit::Timespec(arg) => {
-            let mut raw = [0u8; 16];
-            if call.args[arg] == 0 {
-                return None;
-            }
-            memory::read_exact(target.pid, call.args[arg], &mut raw).ok()?;
-            let (words, _) = raw.as_chunks::<8>();
-            let [s, ns] = [words[0], words[1]].map(u64::from_ne_bytes);
-            Some(s.saturating_mul(1_000_000_000).saturating_add(ns))
-        }
+        Limit::Timespec(arg) if call.args[arg] == 0 => None,
+        Limit::Timespec(arg) => read_timespec(target, call.args[arg]),
         Limit::SocketReceive | Limit::SocketSend => {
             use rustix::net::sockopt::{Timeout, socket_timeout};
             let fd = i32::try_from(call.args[0]).ok()?;

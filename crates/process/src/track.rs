@@ -326,7 +326,6 @@ impl Tracked {
             return Err(ProcessError::Refused(refusals));
         }
         laps.lap("preflight");
-        let clocks = Clocks::of(&self.member(self.root)?.target)?;
         let collected = self.collect_descriptors(frozen)?;
         laps.lap("descriptors");
         let mut states = Vec::with_capacity(frozen.len());
@@ -350,6 +349,8 @@ impl Tracked {
             .into_iter()
             .map(ZombieState::of)
             .collect::<Result<_, _>>()?;
+        // After everything that has time left: a timer may fire late by the clocks, never early.
+        let clocks = Clocks::of(&self.member(self.root)?.target)?;
         let threads = states.iter().map(|s| s.threads.threads.len() as u32).sum();
         let subject = clocks.subject(&states, zombies, threads);
         laps.lap("processes");

@@ -114,6 +114,15 @@ pub fn has_limit(call: &Call) -> bool {
         && (returning(call).is_some_and(|l| l != Limit::None) || restarting(call) != Limit::None)
 }
 
+/// Whether the kernel resumes a call by a restart block.
+#[must_use]
+pub fn restarts(call: &Call) -> bool {
+    matches!(
+        call.number,
+        libc::SYS_nanosleep | libc::SYS_clock_nanosleep | libc::SYS_poll | libc::SYS_futex
+    )
+}
+
 /// What must be done for a call to go on with the time that is left.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Again {

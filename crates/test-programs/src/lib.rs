@@ -137,6 +137,19 @@ pub fn block(list: &[i32]) {
     expect("rt_sigprocmask", r, 0);
 }
 
+/// Lets these signals through in the calling thread again.
+pub fn unblock(list: &[i32]) {
+    let set = signals(list);
+    // SAFETY: set is live and 8 bytes long.
+    let r = unsafe {
+        sys(
+            libc::SYS_rt_sigprocmask,
+            [libc::SIG_UNBLOCK as usize, &raw const set as usize, 0, 8, 0, 0],
+        )
+    };
+    expect("rt_sigprocmask", r, 0);
+}
+
 /// Ends the current line on standard output, whatever it is connected to.
 pub fn say(line: &str) {
     let mut out = std::io::stdout();

@@ -280,6 +280,12 @@ pub fn recreate_late(state: &ProcessState, batch: &mut Batch) -> Vec<String> {
     let mut what = Vec::new();
     let (timers, _) = state.interval_timers.as_chunks::<4>();
     for (n, timer) in timers.iter().take(3).enumerate() {
+        let mut timer = *timer;
+        if timer[2..] == [0, 0] {
+            // It has just fired, and its signal is still queued: the kernel would have set it
+            // again when that is taken.
+            timer.copy_within(..2, 2);
+        }
         if timer[2..] != [0, 0] {
             let raw = timer.iter().flat_map(|w| w.to_ne_bytes()).collect();
             batch.push(

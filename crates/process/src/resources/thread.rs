@@ -45,6 +45,8 @@ pub struct ThreadState {
     pub affinity: Vec<u8>,
     /// I/O priority.
     pub io_priority: u32,
+    /// `PR_GET_TIMERSLACK`, nanoseconds.
+    pub timer_slack_ns: u64,
     /// Users, groups and capabilities.
     #[state(child)]
     pub credentials: Credentials,
@@ -137,6 +139,7 @@ pub fn limit_of(i: Interruption) -> Limit {
 pub struct Asked {
     stack: CallId,
     tid_address: CallId,
+    timer_slack: CallId,
 }
 
 /// Adds the questions that only the thread itself can answer.
@@ -144,7 +147,13 @@ pub fn ask(batch: &mut Batch) -> Asked {
     let stack = batch.push(libc::SYS_sigaltstack, [Arg::Value(0), Arg::Out(24)]);
     let get = libc::PR_GET_TID_ADDRESS as u64;
     let tid_address = batch.push(libc::SYS_prctl, [Arg::Value(get), Arg::Out(8)]);
-    Asked { stack, tid_address }
+    let get = libc::PR_GET_TIMERSLACK as u64;
+    let timer_slack = batch.push(libc::SYS_prctl, [Arg::Value(get)]);
+    Asked {
+        stack,
+        tid_address,
+        timer_slack,
+    }
 }
 
 fn word(bytes: &[u8], at: usize) -> u64 {
@@ -262,6 +271,9 @@ pub fn collect(
             .map_err(|e| kernel("reading scheduling", e))?
             .to_vec(),
         affinity: thread::affinity(tid).map_err(|e| kernel("reading its affinity", e))?,
+        timer_slack_ns: answers
+            .value(asked.timer_slack)
+            .map_err(|e| kernel("asking for its timer slack", e))?,
         io_priority: thread::io_priority(tid).map_err(|e| kernel("reading I/O priority", e))?,
         call_again: interruption_of(&held.registers, &sight.status).is_some(),
         credentials: Credentials::of(&sight.status),
@@ -298,6 +310,8 @@ pub fn recreate(state: &ThreadState, batch: &mut Batch) {
         libc::SYS_prctl,
         [value(libc::PR_SET_NAME as u64), Arg::In(name)],
     );
+    let set = libc::PR_SET_TIMERSLACK as u64;
+    batch.push(libc::SYS_prctl, [value(set), value(state.timer_slack_ns)]);
 }
 
 /// Sets what can be set from outside: scheduling, affinity, I/O priority, where they differ.

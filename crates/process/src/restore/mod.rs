@@ -100,9 +100,11 @@ pub fn restore(reader: &dyn EpochReader, options: &RestoreOptions) -> Result<Rea
     let (files, checked) = saved.check(&ours, reader, options)?;
     raise_file_limit();
     let mut notices = checked.notices().to_vec();
+    // From here on the program's clocks run: before any timer is set that runs with them.
+    let offsets = time_offsets(&saved.subject)?;
     let made = descriptors::recreate_table(&saved.table, checked)?;
     laps.lap("check and descriptors");
-    let mut stubs = tree::make(&saved, &ours, time_offsets(&saved.subject)?)?;
+    let mut stubs = tree::make(&saved, &ours, offsets)?;
     laps.lap("processes");
     memory(&mut stubs, &saved, &files, reader)?;
     drop(files);

@@ -15,3 +15,4 @@ mod store;
 mod support;
 mod unharmed;
 mod view;
+mod zoo;

@@ -6,6 +6,7 @@
 //! a live status word.
 #![allow(unsafe_code)]
 
+use crate::support::Program;
 use crate::view::tids;
 use std::collections::BTreeMap;
 
@@ -27,15 +28,16 @@ fn ptrace(request: libc::c_uint, tid: u32, address: usize, data: usize) -> i64 {
     unsafe { libc::ptrace(request, tid as i32, address as *mut u8, data as *mut u8) }
 }
 
-/// Stops every thread, one after the other, looks at it and lets it go.
-pub fn look(pid: u32) -> BTreeMap<u32, Thread> {
+/// Stops every thread of a program, one after the other, looks at it and lets it go.
+pub fn look(program: &Program) -> BTreeMap<u32, Thread> {
+    let pid = program.pid;
     tids(pid)
         .into_iter()
-        .filter_map(|tid| Some((tid, look_at(pid, tid)?)))
+        .filter_map(|tid| Some((tid, look_at(program, tid)?)))
         .collect()
 }
 
-fn look_at(pid: u32, tid: u32) -> Option<Thread> {
+fn look_at(program: &Program, tid: u32) -> Option<Thread> {
     if ptrace(libc::PTRACE_SEIZE, tid, 0, 0) != 0 {
         return None;
     }
@@ -43,9 +45,14 @@ fn look_at(pid: u32, tid: u32) -> Option<Thread> {
     let mut status = 0;
     // SAFETY: status is live.
     while unsafe { libc::waitpid(tid as i32, &raw mut status, libc::__WALL) } != tid as i32 {}
-    assert!(libc::WIFSTOPPED(status), "thread {tid} ended: {status:#x}");
+    assert!(
+        libc::WIFSTOPPED(status),
+        "thread {tid} ended: {status:#x}; {}",
+        program.story()
+    );
     let mut thread = Thread {
-        name: std::fs::read_to_string(format!("/proc/{pid}/task/{tid}/comm")).unwrap_or_default(),
+        name: std::fs::read_to_string(format!("/proc/{}/task/{tid}/comm", program.pid))
+            .unwrap_or_default(),
         registers: [0; 27],
         xstate: vec![0; 16384],
         mask: 0,

@@ -249,11 +249,21 @@ pub fn track(program: &Program) -> Tracked {
         .unwrap_or_else(|e| panic!("attaching: {e}; {}", program.story()))
 }
 
-/// Stack pointers of the threads of an epoch.
-fn stacks(epoch: &Epoch, pid: u32) -> Vec<u64> {
+/// Where the time that is left of an interrupted call is written, by the kernel or by the capture.
+fn moving(epoch: &Epoch, pid: u32) -> Vec<(u64, u64)> {
     let threads: ThreadsState =
         image::get(epoch, &group(kinds::THREADS, pid)).expect("the threads of the epoch");
-    threads.threads.iter().map(|t| t.registers.rsp).collect()
+    let mut places = Vec::new();
+    for thread in threads.threads {
+        let r = thread.registers;
+        places.push((r.rsp - 288, r.rsp - 128));
+        match r.orig_rax as i64 {
+            libc::SYS_nanosleep => places.push((r.rsi, r.rsi + 16)),
+            libc::SYS_clock_nanosleep => places.push((r.r10, r.r10 + 16)),
+            _ => {}
+        }
+    }
+    places
 }
 
 /// Takes one epoch, with an independent look at the program while it stands, and lets it run on.
@@ -263,7 +273,7 @@ pub fn epoch(tracked: &mut Tracked, store: &mut Store) -> Result<View, ProcessEr
     tracked.precopy(&mut *writer)?;
     let (stopped, captured) = tracked.stop()?;
     captured.write(&mut *writer)?;
-    let view = View::take(pid, &stacks(&writer.epoch, pid));
+    let view = View::take(pid, &moving(&writer.epoch, pid));
     stopped.resume()?;
     captured.sync_files()?;
     writer.commit(captured.facts)?;
@@ -286,7 +296,7 @@ pub fn last_epoch(program: &mut Program, mut tracked: Tracked, store: &mut Store
     tracked.precopy(&mut *writer).unwrap_or_else(|e| failed(e));
     let (stopped, captured) = tracked.stop().unwrap_or_else(|e| failed(e));
     captured.write(&mut *writer).expect("writing the epoch");
-    let view = View::take(program.pid, &stacks(&writer.epoch, program.pid));
+    let view = View::take(program.pid, &moving(&writer.epoch, program.pid));
     captured.sync_files().expect("syncing files");
     writer.commit(captured.facts).expect("the commit");
     stopped.end().expect("the end");
@@ -304,7 +314,7 @@ pub fn prepare(epoch: &Epoch) -> Ready {
 
 /// Looks at a program that is restored and has not run yet.
 pub fn look(ready: &Ready, epoch: &Epoch) -> View {
-    View::take(ready.pid(), &stacks(epoch, ready.pid()))
+    View::take(ready.pid(), &moving(epoch, ready.pid()))
 }
 
 /// Restores an epoch, compares it with what was seen at its capture, and lets it run.

@@ -12,7 +12,8 @@
 //! - Blocked signals, registers and wait channels: the capture has calls made by the threads. The
 //!   tests compare these with a look of their own while nobody else holds the program ([`crate::stand`]).
 //! - What lies just below the red zone of a thread's stack: the time that is left of a call which
-//!   is made again is written there, and becomes less.
+//!   is made again is written there, and becomes less. The kernel writes what is left of a sleep
+//!   to the place that the program gave for it.
 //! - The processor numbers in the restartable-sequences area, which the kernel writes.
 //! - Counters: faults, context switches, CPU time, resident pages, start time, the parent.
 //!
@@ -46,20 +47,21 @@ struct Area {
 #[derive(Clone)]
 pub struct View {
     areas: Vec<Area>,
-    /// Hash of every page that is not zero, by address.
-    pub pages: BTreeMap<u64, u64>,
+    /// Every page that is not zero, by address; one that cannot be read is empty.
+    pub pages: BTreeMap<u64, Vec<u8>>,
     facts: BTreeMap<String, String>,
 }
 
 impl View {
-    /// Looks at a process, which must not run. `stacks` are its threads' stack pointers.
-    pub fn take(pid: u32, stacks: &[u64]) -> Self {
+    /// Looks at a process, which must not run. `moving` are the places that
+    /// may differ in the contents of memory.
+    pub fn take(pid: u32, moving: &[(u64, u64)]) -> Self {
         let areas = areas(pid);
-        let mut blanks: Vec<(u64, u64)> = Vec::new();
+        let mut blanks = Vec::new();
         for rseq in tids(pid).into_iter().filter_map(rseq_of) {
             blanks.extend([(rseq, rseq + 8), (rseq + 20, rseq + 28)]);
         }
-        blanks.extend(stacks.iter().map(|s| (s - 288, s - 128)));
+        blanks.extend(moving);
         let pages = pages(pid, &areas, &blanks);
         let mut facts = BTreeMap::new();
         process_facts(pid, &mut facts);
@@ -84,8 +86,10 @@ impl View {
             found.push(format!("after only:  {area:x?}"));
         }
         for page in different(&self.pages, &other.pages) {
-            let (a, b) = (self.pages.get(page), other.pages.get(page));
-            found.push(format!("page {page:x}: {a:x?} then {b:x?}"));
+            found.push(format!(
+                "page {page:x}{}",
+                differing(self.pages.get(page), other.pages.get(page))
+            ));
         }
         for key in different(&self.facts, &other.facts) {
             found.push(format!(
@@ -113,6 +117,24 @@ impl View {
     pub fn extent(&self) -> (usize, usize, usize) {
         (self.areas.len(), self.pages.len(), self.facts.len())
     }
+}
+
+/// Where two pages differ, and the words there.
+fn differing(a: Option<&Vec<u8>>, b: Option<&Vec<u8>>) -> String {
+    let zero = vec![0; PAGE as usize];
+    let (a, b) = (a.unwrap_or(&zero), b.unwrap_or(&zero));
+    if a.is_empty() || b.is_empty() {
+        return " can be read once only".into();
+    }
+    let words = a
+        .chunks(8)
+        .zip(b.chunks(8))
+        .enumerate()
+        .filter(|(_, (a, b))| a != b);
+    words
+        .take(8)
+        .map(|(i, (a, b))| format!(" +{:x}: {a:02x?} then {b:02x?}", i * 8))
+        .collect()
 }
 
 fn different<'a, K: Ord, V: PartialEq>(a: &'a BTreeMap<K, V>, b: &'a BTreeMap<K, V>) -> Vec<&'a K> {
@@ -206,7 +228,7 @@ fn blank(address: u64, page: &mut [u8], blanks: &[(u64, u64)]) {
     }
 }
 
-fn pages(pid: u32, areas: &[Area], blanks: &[(u64, u64)]) -> BTreeMap<u64, u64> {
+fn pages(pid: u32, areas: &[Area], blanks: &[(u64, u64)]) -> BTreeMap<u64, Vec<u8>> {
     let open = |name| File::open(format!("/proc/{pid}/{name}")).expect("its memory");
     let (mem, map) = (open("mem"), open("pagemap"));
     let mut pages = BTreeMap::new();
@@ -249,7 +271,7 @@ fn read_piece(
     bytes: &mut [u8],
     exists: &dyn Fn(usize) -> bool,
     blanks: &[(u64, u64)],
-    pages: &mut BTreeMap<u64, u64>,
+    pages: &mut BTreeMap<u64, Vec<u8>>,
 ) {
     let (list, _) = bytes.as_chunks_mut::<{ PAGE as usize }>();
     for (i, page) in list.iter_mut().enumerate().filter(|(i, _)| exists(*i)) {
@@ -258,19 +280,11 @@ fn read_piece(
         blank(address, page, blanks);
         match read {
             Ok(()) if *page == [0; PAGE as usize] => {}
-            Ok(()) => drop(pages.insert(address, hash(page))),
+            Ok(()) => drop(pages.insert(address, page.to_vec())),
             // Behind the end of a file, or a guard.
-            Err(_) => drop(pages.insert(address, u64::MAX)),
+            Err(_) => drop(pages.insert(address, Vec::new())),
         }
     }
-}
-
-fn hash(bytes: &[u8]) -> u64 {
-    let (words, _) = bytes.as_chunks::<8>();
-    words.iter().fold(0xcbf2_9ce4_8422_2325, |hash, word| {
-        let mixed = (hash ^ u64::from_ne_bytes(*word)).wrapping_mul(0x9e37_79b9_7f4a_7c15);
-        mixed ^ (mixed >> 29)
-    })
 }
 
 fn process_facts(pid: u32, facts: &mut BTreeMap<String, String>) {

@@ -17,7 +17,7 @@ use std::time::Duration;
 
 /// Later than this after its limit no call may return, nanoseconds. A stop may come every few
 /// milliseconds and the machine may be busy, but a call that begins anew each time never ends.
-const LATE: i64 = 10_000_000_000;
+const LATE: i64 = 60_000_000_000;
 
 /// The number of times that each call came back as it should.
 struct Count {

@@ -170,6 +170,12 @@ fn sleeps() -> Vec<Timed> {
                 )
             }
         }),
+        timed("nanosleep-same", 0, |limit, _| {
+            let mut t = timespec(limit);
+            let t = &raw mut t as usize;
+            // SAFETY: what is pointed to is a live local: what is left takes the limit's place.
+            unsafe { sys(libc::SYS_nanosleep, [t, t, 0, 0, 0, 0]) }
+        }),
         timed("nanosleep-null", 0, |limit, _| {
             // SAFETY: what is pointed to are live locals (or the static word) of the types taken.
             unsafe {

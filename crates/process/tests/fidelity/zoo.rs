@@ -1,0 +1,128 @@
+//! One process with many kinds of state: everything that can be seen of it is the same after its
+//! death.
+
+use crate::stand;
+use crate::store::Store;
+use crate::support::{
+    Program, alone, bring_back, epoch, last_epoch, look, may_run, prepare, stop_and_resume, times,
+    track,
+};
+use std::sync::Arc;
+use std::time::Duration;
+
+fn zoo() -> Program {
+    Program::start("zoo", &["{dir}"])
+}
+
+#[test]
+fn a_zoo_survives_death_again_and_again() {
+    let _alone = alone();
+    if !may_run("a_zoo_survives_death_again_and_again") {
+        return;
+    }
+    let mut program = zoo();
+    for round in 0..times(20, 500) {
+        let mut store = Store::default();
+        let mut tracked = track(&program);
+        for _ in 0..round % 3 {
+            epoch(&mut tracked, &mut store).expect("an epoch");
+        }
+        let seen = last_epoch(&mut program, tracked, &mut store);
+        let (areas, pages, facts) = seen.extent();
+        assert!(
+            areas > 60 && pages > 300 && facts > 200,
+            "{areas} {pages} {facts}"
+        );
+        bring_back(&mut program, store.newest(), &seen);
+        std::thread::sleep(Duration::from_millis(round as u64 % 50));
+        program.must_be_well();
+    }
+    program.must_report();
+}
+
+#[test]
+fn a_zoo_does_not_notice_stops() {
+    let _alone = alone();
+    if !may_run("a_zoo_does_not_notice_stops") {
+        return;
+    }
+    let program = zoo();
+    let mut tracked = track(&program);
+    for _ in 0..times(300, 10_000) {
+        stop_and_resume(&program, &mut tracked);
+    }
+    tracked.detach().expect("detaching");
+    program.must_report();
+}
+
+/// What the tests' own stop sees of threads that sleep in the same call before and after.
+#[test]
+fn sleeping_threads_keep_registers_and_masks() {
+    let _alone = alone();
+    if !may_run("sleeping_threads_keep_registers_and_masks") {
+        return;
+    }
+    let mut program = zoo();
+    let before = stand::look(&program);
+    let mut store = Store::default();
+    let tracked = track(&program);
+    let seen = last_epoch(&mut program, tracked, &mut store);
+    bring_back(&mut program, store.newest(), &seen);
+    std::thread::sleep(Duration::from_millis(200));
+    program.must_be_well();
+    let after = stand::look(&program);
+    assert_eq!(
+        before.keys().collect::<Vec<_>>(),
+        after.keys().collect::<Vec<_>>()
+    );
+    let mut parked = 0;
+    for (tid, thread) in &before {
+        let (now, then) = (&after[tid], thread);
+        assert_eq!(now.name, then.name);
+        for base in [stand::FS_BASE, stand::GS_BASE] {
+            assert_eq!(
+                now.registers[base], then.registers[base],
+                "thread {tid} {}",
+                then.name
+            );
+        }
+        if then.name.starts_with("parked") {
+            parked += 1;
+            assert_eq!(now, then, "thread {tid}");
+        }
+    }
+    assert_eq!(parked, 4);
+    program.must_report();
+}
+
+/// The comparison itself: one bit of one page must be seen.
+#[test]
+fn a_spoilt_page_is_noticed() {
+    let _alone = alone();
+    if !may_run("a_spoilt_page_is_noticed") {
+        return;
+    }
+    let mut program = zoo();
+    let mut store = Store::default();
+    let tracked = track(&program);
+    let seen = last_epoch(&mut program, tracked, &mut store);
+    let mut spoilt = store.newest().clone();
+    let (&key, page) = spoilt
+        .pages
+        .iter_mut()
+        .filter(|(_, page)| page.iter().any(|&b| b != 0))
+        .nth(40)
+        .expect("a page with contents");
+    Arc::make_mut(page)[1234] ^= 1;
+    let ready = prepare(&spoilt);
+    let found = seen.differences(&look(&ready, &spoilt));
+    assert_eq!(found.len(), 1, "{found:?}");
+    assert!(
+        found[0].starts_with(&format!("page {:x}", key.1 * 4096)),
+        "{found:?}"
+    );
+    drop(ready);
+    // Nothing of the spoilt one is left, and the true one still comes back.
+    bring_back(&mut program, store.newest(), &seen);
+    program.must_report();
+}
