@@ -9,7 +9,6 @@ use super::locks;
 use super::probe::{InfoReader, Probe, ProcDirs, Target, failed};
 use super::stream;
 use super::table::{FdTable, Holder, OpenDescription};
-use super::unix_diag::UnixDiag;
 use super::{Description, probe};
 use crate::error::{ProcessError, Refusal};
 use outlive_linux::kcmp;
@@ -19,6 +18,9 @@ use std::cmp::Ordering;
 use std::collections::{HashMap, HashSet};
 use std::os::fd::OwnedFd;
 
+/// A file (mount, inode) and the path that leads to it.
+type FoundFile = ((u64, u64), Vec<u8>);
+
 /// What was learned about a program's descriptors at earlier epochs. Only to save time: an empty
 /// one gives the same result.
 #[derive(Debug, Default)]
@@ -26,7 +28,7 @@ pub struct Memory {
     /// Per writable file (device, inode): size, modification time, checksum of the tail.
     pub(crate) tails: HashMap<(u64, u64), (u64, i64, u32)>,
     /// Per process and number: the file (mount, inode) and the path that was seen to lead to it.
-    pub(crate) found: HashMap<(u32, u32), ((u64, u64), Vec<u8>)>,
+    pub(crate) found: HashMap<(u32, u32), FoundFile>,
     /// Options of a new socket, per family and type.
     pub(crate) fresh_sockets: HashMap<(u16, u32), super::socket_options::SocketOptions>,
     infos: InfoReader,
@@ -180,7 +182,7 @@ pub(crate) fn collect_views(
         pipe_places: HashMap::new(),
         files: FilesToSync::default(),
         memory,
-        unix: UnixDiag::default(),
+        pairs: HashMap::new(),
     };
     let mut descriptions = Vec::with_capacity(groups.len());
     let mut refusals: Vec<Refusal> = Vec::new();

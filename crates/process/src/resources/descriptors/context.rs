@@ -6,10 +6,12 @@ use super::pipe::{PipeEnds, PipeState};
 use super::probe::Probe;
 use super::restore::CheckRequest;
 use super::table::{FdTable, Holder};
-use super::unix_diag::UnixDiag;
+use super::unix_diag::{UnixDiag, UnixFacts};
+use super::unix_pair::PairSide;
 use crate::error::{ProcessError, Refusal};
 use outlive_linux::remote::Arg;
 use rustix::fs::OFlags;
+use std::cell::RefCell;
 use std::collections::{HashMap, HashSet};
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
@@ -27,6 +29,7 @@ pub struct Around {
     pub inodes: HashMap<(u32, u32), (u64, bool)>,
     /// Inodes of all sockets.
     pub sockets: HashSet<u64>,
+    unix: RefCell<UnixDiag>,
 }
 
 impl Around {
@@ -55,6 +58,21 @@ impl Around {
         } else if probe.link.starts_with(b"socket:[") {
             self.sockets.insert(probe.info.inode);
         }
+    }
+
+    /// What the kernel knows of a unix socket; `None` of one in another network namespace.
+    pub(crate) fn unix(&self, probe: &Probe<'_>) -> Result<Option<UnixFacts>, ProcessError> {
+        self.unix_of(probe, probe.info.inode)
+    }
+
+    /// The same of another socket, for the sake of this one.
+    pub(crate) fn unix_of(
+        &self,
+        probe: &Probe<'_>,
+        inode: u64,
+    ) -> Result<Option<UnixFacts>, ProcessError> {
+        let answer = self.unix.borrow_mut().ask(inode);
+        answer.map_err(|errno| probe.failed("ask the kernel about", errno))
     }
 
     /// The standard stream that is the same object opened the same way.
@@ -92,8 +110,8 @@ pub struct CollectContext<'a> {
     pub files: FilesToSync,
     /// What was learned at earlier epochs.
     pub memory: &'a mut Memory,
-    /// Questions about unix sockets.
-    pub unix: UnixDiag,
+    /// By the lower inode: the number of a connection between two unix sockets.
+    pub pairs: HashMap<u64, u32>,
 }
 
 impl CollectContext<'_> {
@@ -163,6 +181,8 @@ pub struct RecreateContext {
     pub held: HashMap<usize, OwnedFd>,
     /// The pipes.
     pub pipes: Vec<PipeEnds>,
+    /// The ends of connections within the subject.
+    pub pairs: HashMap<(u32, PairSide), OwnedFd>,
     /// Socket files that were made, to be removed again should the restore fail.
     pub created: Vec<PathBuf>,
 }

@@ -319,10 +319,12 @@ mod tests {
         finish(&description, &mut calls);
         let takers: Vec<_> = calls
             .iter()
-            .map(|call| (call.process, call.args[0].clone()))
+            .map(|call| match call.args[0] {
+                Arg::Value(number) => (call.process, number),
+                _ => panic!("{call:?}"),
+            })
             .collect();
-        assert_eq!(takers[0], (1, Arg::Value(5)));
-        assert_eq!(takers[1], (2, Arg::Value(8)));
+        assert_eq!(takers, [(1, 5), (2, 8)]);
     }
 
     /// Held by process 1 as 5, by process 2 as 8.

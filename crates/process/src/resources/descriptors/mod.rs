@@ -52,7 +52,10 @@ mod timerfd;
 mod unix_diag;
 mod unix_fresh;
 mod unix_listen;
+mod unix_name;
 mod unix_orphan;
+mod unix_pair;
+mod unix_queue;
 
 #[cfg(test)]
 mod tests;
@@ -201,5 +204,6 @@ registry! {
     TcpReset(tcp_reset::TcpResetState),
     UnixListen(unix_listen::UnixListenState),
     UnixFresh(unix_fresh::UnixFreshState),
+    UnixPairEnd(unix_pair::UnixPairEndState),
     UnixOrphan(unix_orphan::UnixOrphanState),
 }

@@ -6,6 +6,7 @@ use super::file_action::FileAction;
 use super::locks;
 use super::probe::failed;
 use super::table::{FdTable, Holder};
+use super::unix_pair;
 use crate::error::{ProcessError, Refusal};
 use crate::restore::FilesPolicy;
 use rustix::fs::OFlags;
@@ -185,10 +186,12 @@ pub fn recreate_table(table: &FdTable, checked: Checked) -> Result<Made, Process
     for pipe in &table.pipes {
         pipes.push(pipe.make(pid)?);
     }
+    let pairs = unix_pair::make(table, pid, &mut made.created)?;
     let mut cx = RecreateContext {
         pid,
         held: checked.held,
         pipes,
+        pairs,
         created: Vec::new(),
     };
     for (about, description) in table.each() {

@@ -97,6 +97,8 @@ options! {
     incoming_cpu: SOL_SOCKET, libc::SO_INCOMING_CPU, Last;
     /// `SO_TIMESTAMP`
     timestamp: SOL_SOCKET, libc::SO_TIMESTAMP, Last;
+    /// `SO_PEEK_OFF`
+    peek_offset: SOL_SOCKET, libc::SO_PEEK_OFF, Last;
     /// `SO_PASSCRED`
     pass_credentials: SOL_SOCKET, libc::SO_PASSCRED, Last;
     /// `SO_PASSSEC`

@@ -110,7 +110,7 @@ impl Descriptor for StreamState {
             return Ok(socket.family == AddressFamily::UNIX
                 && !socket.listens
                 && is_connected(probe)?
-                && !scanned_inside(probe, around));
+                && !is_inside(probe, around));
         }
         Ok(probe.has_path() && probe.file_type()? == FileType::Fifo)
     }
@@ -174,14 +174,12 @@ impl Descriptor for StreamState {
     }
 }
 
-/// Both ends of a socket pair in the program: then it is no stream to the outside. Where the
-/// kernel does not tell, the outside is assumed.
-fn scanned_inside(probe: &Probe<'_>, around: &Around) -> bool {
-    let peer = super::unix_diag::UnixDiag::default()
-        .ask(probe.info.inode)
-        .ok()
-        .flatten();
-    peer.and_then(|p| p.peer)
+/// Whether the peer of a unix socket is in the subject: then it is no stream to the outside. Where
+/// the kernel does not tell, the outside is assumed.
+fn is_inside(probe: &Probe<'_>, around: &Around) -> bool {
+    let facts = around.unix(probe).ok().flatten();
+    facts
+        .and_then(|facts| facts.peer)
         .is_some_and(|peer| around.sockets.contains(&peer))
 }
 

@@ -1,9 +1,9 @@
 //! The saved table: which numbers of which processes refer to which open file descriptions.
 
-use super::Description;
 use super::context::About;
 use super::locks::LockState;
 use super::pipe::PipeState;
+use super::{Description, unix_pair};
 use crate::ProcessError;
 use outlive_state_tree::StateNode;
 use std::collections::HashSet;
@@ -91,7 +91,7 @@ impl FdTable {
         for pipe in &self.pipes {
             pipe.validate()?;
         }
-        Ok(())
+        unix_pair::validate(self)
     }
 
     /// The descriptions with what names each of them; for a table that is valid.

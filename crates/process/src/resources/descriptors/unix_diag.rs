@@ -6,6 +6,7 @@ use rustix::net::{
     AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, netlink, recv, sendto,
     socket_with, sockopt,
 };
+use std::collections::HashMap;
 use std::os::fd::OwnedFd;
 use std::time::Duration;
 
@@ -14,18 +15,32 @@ const NLM_F_REQUEST: u16 = 1;
 const NLMSG_ERROR: u16 = 2;
 const AF_UNIX: u8 = 1;
 const SHOW_PEER: u32 = 4;
+const SHOW_WAITING: u32 = 8;
 const SHOW_QUEUES: u32 = 16;
 const PEER: u16 = 2;
+const WAITING: u16 = 3;
 const QUEUES: u16 = 4;
+const SHUTDOWN: u16 = 6;
+/// In [`UnixFacts::shutdown`]: nothing more is received.
+pub(crate) const RECEIVE_SHUT: u8 = 1;
+/// In [`UnixFacts::shutdown`]: nothing more is sent.
+pub(crate) const SEND_SHUT: u8 = 2;
+/// Room for an answer: the kernel adds at most a page to the fixed part.
+const ANSWER: usize = 8192;
 /// Bytes of the netlink header, and of what follows it before the attributes.
 const HEADER: usize = 16;
 const MESSAGE: usize = 16;
 
 /// What is known of a unix socket.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+#[derive(Clone, Debug, PartialEq, Eq, Default)]
 pub(crate) struct UnixFacts {
-    /// Inode of the socket at the other end, if it has one.
+    /// Inode of the socket at the other end. None also of an end that is closed, or that was not
+    /// accepted yet.
     pub(crate) peer: Option<u64>,
+    /// [`RECEIVE_SHUT`], [`SEND_SHUT`].
+    pub(crate) shutdown: u8,
+    /// Of a listening socket: inodes of those who wait to be accepted.
+    pub(crate) waiting: Vec<u64>,
     /// Of a listening socket: how many connections may wait.
     pub(crate) backlog: u32,
 }
@@ -34,6 +49,8 @@ pub(crate) struct UnixFacts {
 #[derive(Debug, Default)]
 pub struct UnixDiag {
     socket: Option<OwnedFd>,
+    /// Answers so far: an instance is used for one collection, during which nothing changes.
+    known: HashMap<u64, Option<UnixFacts>>,
 }
 
 impl UnixDiag {
@@ -57,23 +74,35 @@ impl UnixDiag {
 
     /// What is known of the socket with this inode; `None` when there is none here.
     pub(crate) fn ask(&mut self, inode: u64) -> Result<Option<UnixFacts>, Errno> {
-        let Ok(inode) = u32::try_from(inode) else {
+        if let Some(facts) = self.known.get(&inode) {
+            return Ok(facts.clone());
+        }
+        let Ok(short) = u32::try_from(inode) else {
             return Ok(None);
         };
+        // A long list of those who wait may be more than the kernel answers.
+        let facts = self
+            .ask_for(short, SHOW_PEER | SHOW_QUEUES | SHOW_WAITING)
+            .or_else(|_| self.ask_for(short, SHOW_PEER | SHOW_QUEUES))?;
+        self.known.insert(inode, facts.clone());
+        Ok(facts)
+    }
+
+    fn ask_for(&mut self, inode: u32, show: u32) -> Result<Option<UnixFacts>, Errno> {
         let socket = self.socket()?;
         sendto(
             socket,
-            &request(inode),
+            &request(inode, show),
             SendFlags::empty(),
             &SocketAddrNetlink::new(0, 0),
         )?;
-        let mut answer = [0_u8; 4096];
+        let mut answer = [0_u8; ANSWER];
         let (length, _) = recv(socket, &mut answer, RecvFlags::empty())?;
         parse(&answer[..length], inode)
     }
 }
 
-fn request(inode: u32) -> Vec<u8> {
+fn request(inode: u32, show: u32) -> Vec<u8> {
     let mut bytes = Vec::with_capacity(40);
     bytes.extend_from_slice(&40_u32.to_ne_bytes());
     bytes.extend_from_slice(&SOCK_DIAG_BY_FAMILY.to_ne_bytes());
@@ -83,7 +112,7 @@ fn request(inode: u32) -> Vec<u8> {
     // All states; the inode; what to show; no cookie.
     bytes.extend_from_slice(&u32::MAX.to_ne_bytes());
     bytes.extend_from_slice(&inode.to_ne_bytes());
-    bytes.extend_from_slice(&(SHOW_PEER | SHOW_QUEUES).to_ne_bytes());
+    bytes.extend_from_slice(&show.to_ne_bytes());
     bytes.extend_from_slice(&[0xff; 8]);
     bytes
 }
@@ -118,6 +147,12 @@ fn parse(answer: &[u8], inode: u32) -> Result<Option<UnixFacts>, Errno> {
         let value = at + 4;
         match kind {
             PEER => facts.peer = word(answer, value).filter(|&n| n != 0).map(u64::from),
+            SHUTDOWN => facts.shutdown = answer.get(value).copied().unwrap_or(0),
+            WAITING => {
+                let words = usize::from(length).saturating_sub(4) / 4;
+                let inode = |n| word(answer, value + 4 * n).map(u64::from);
+                facts.waiting = (0..words).filter_map(inode).collect();
+            }
             QUEUES => facts.backlog = word(answer, value + 4).unwrap_or(0),
             _ => {}
         }
@@ -151,17 +186,20 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let listener = UnixListener::bind(dir.path().join("s")).unwrap();
         rustix::net::listen(&listener, 33).unwrap();
+        let waiting = UnixStream::connect(dir.path().join("s")).unwrap();
         let facts = diag.ask(inode(&listener)).unwrap().unwrap();
-        assert_eq!(
-            facts,
-            UnixFacts {
-                peer: None,
-                backlog: 33
-            }
-        );
+        let expected = UnixFacts {
+            waiting: vec![inode(&waiting)],
+            backlog: 33,
+            ..UnixFacts::default()
+        };
+        assert_eq!(facts, expected);
         let gone = inode(&a);
         drop(a);
+        let mut diag = UnixDiag::default();
         assert_eq!(diag.ask(gone).unwrap(), None);
+        let left = diag.ask(inode(&b)).unwrap().unwrap();
+        assert_eq!((left.peer, left.shutdown), (None, RECEIVE_SHUT | SEND_SHUT));
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! Unix stream sockets that were never bound or connected.
+//! Unix sockets that were never bound or connected.
 
 use super::Descriptor;
 use super::context::{About, Around, CheckContext, CollectContext, RecreateContext};
@@ -17,6 +17,8 @@ pub enum UnixKind {
     Stream,
     /// `SOCK_SEQPACKET`
     Seqpacket,
+    /// `SOCK_DGRAM`
+    Datagram,
 }
 
 impl UnixKind {
@@ -28,6 +30,7 @@ impl UnixKind {
             _ if facts.family != AddressFamily::UNIX => None,
             SocketType::STREAM => Some(Self::Stream),
             SocketType::SEQPACKET => Some(Self::Seqpacket),
+            SocketType::DGRAM => Some(Self::Datagram),
             _ => None,
         })
     }
@@ -40,6 +43,7 @@ impl UnixKind {
         match self {
             Self::Stream => SocketType::STREAM,
             Self::Seqpacket => SocketType::SEQPACKET,
+            Self::Datagram => SocketType::DGRAM,
         }
     }
 

@@ -78,16 +78,18 @@ impl Descriptor for UnixListenState {
     }
 
     fn collect(probe: &Probe<'_>, cx: &mut CollectContext<'_>) -> Result<Self, ProcessError> {
-        let facts = cx
-            .unix
-            .ask(probe.info.inode)
-            .map_err(|errno| probe.failed("ask the kernel about", errno))?;
-        let backlog = facts.ok_or_else(|| {
+        let facts = cx.around.unix(probe)?.ok_or_else(|| {
             probe.refuse(
                 "unix socket of another network namespace",
                 "run outlive in the network namespace of the program",
             )
         })?;
+        if facts.waiting.iter().any(|n| cx.around.sockets.contains(n)) {
+            return Err(probe.refuse(
+                "unix connection within the program that was not accepted yet",
+                "try again in a moment",
+            ));
+        }
         let address = name(probe)?;
         let abstract_name = address
             .as_ref()
@@ -106,7 +108,7 @@ impl Descriptor for UnixListenState {
         }
         Ok(Self {
             kind: UnixKind::required(probe)?,
-            backlog: backlog.backlog,
+            backlog: facts.backlog,
             abstract_name,
             file,
             options: SocketOptions::collect(probe, cx.memory)?,
@@ -199,7 +201,7 @@ impl Descriptor for UnixListenState {
     }
 }
 
-fn own(file: &SocketFile) -> Result<(), Errno> {
+pub(crate) fn own(file: &SocketFile) -> Result<(), Errno> {
     let path = &file.path[..];
     let now = rustix::fs::statx(
         CWD,
@@ -214,7 +216,7 @@ fn own(file: &SocketFile) -> Result<(), Errno> {
     rustix::fs::chmod(path, Mode::from_raw_mode(file.mode & 0o777))
 }
 
-fn file_type(path: &[u8]) -> Result<Option<FileType>, Errno> {
+pub(crate) fn file_type(path: &[u8]) -> Result<Option<FileType>, Errno> {
     match rustix::fs::statx(CWD, path, AtFlags::SYMLINK_NOFOLLOW, StatxFlags::TYPE) {
         Ok(stat) => Ok(Some(FileType::from_raw_mode(stat.stx_mode.into()))),
         Err(Errno::NOENT) => Ok(None),
@@ -223,7 +225,7 @@ fn file_type(path: &[u8]) -> Result<Option<FileType>, Errno> {
 }
 
 /// The file that a socket is bound to; `bound` is the path as the program gave it.
-fn socket_file(probe: &Probe<'_>, bound: &[u8]) -> Result<SocketFile, ProcessError> {
+pub(crate) fn socket_file(probe: &Probe<'_>, bound: &[u8]) -> Result<SocketFile, ProcessError> {
     let lost = || {
         probe.refuse(
             format!("unix socket whose file {} is gone", show(bound)),

@@ -54,12 +54,6 @@ fn sockets_that_are_not_saved() {
         (AddressFamily::INET, SocketType::DGRAM, None, "UDP socket"),
         (AddressFamily::INET6, SocketType::DGRAM, None, "UDP socket"),
         (
-            AddressFamily::UNIX,
-            SocketType::DGRAM,
-            None,
-            "unix datagram socket",
-        ),
-        (
             AddressFamily::NETLINK,
             SocketType::RAW,
             None,

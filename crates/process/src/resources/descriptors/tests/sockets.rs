@@ -236,24 +236,111 @@ fn abstract_names_are_taken_again() {
 }
 
 #[test]
-fn unix_connections_to_others_are_found_closed() {
+fn unix_connections_to_others_are_found_closed_once_all_is_read() {
     let _quiet = no_child_starts();
     let (mine, mut theirs) = UnixStream::pair().unwrap();
+    theirs.write_all(b"last words").unwrap();
     let table = collect(&[number(&mine)]);
     let made = recreate(&table);
     let again = made_for(&made, number(&mine));
-    assert_eq!(rustix::io::read(&again, &mut [0]), Ok(0));
+    let mut out = [0; 64];
+    assert_eq!(rustix::io::read(&again, &mut out), Ok(10));
+    assert_eq!(rustix::io::read(&again, &mut out), Ok(0));
     theirs.write_all(b"the original is untouched").unwrap();
-    drop(theirs);
-    let closed = collect(&[number(&mine)]);
-    assert_eq!(closed.descriptions[0].object, table.descriptions[0].object);
 }
 
 #[test]
-fn a_pair_within_the_program_is_refused() {
+fn a_peer_that_left_before_is_no_reset_unless_it_left_something_unread() {
     let _quiet = no_child_starts();
+    for unread in [false, true] {
+        let (mut mine, mut theirs) = UnixStream::pair().unwrap();
+        theirs.write_all(b"last words").unwrap();
+        if unread {
+            mine.write_all(b"never read").unwrap();
+        }
+        drop(theirs);
+        let table = collect(&[number(&mine)]);
+        let checked = check_table(&table, &request(FilesPolicy::Reconcile)).unwrap();
+        assert!(checked.notices().is_empty());
+        let again = made_for(&recreate_table(&table, checked).unwrap(), number(&mine));
+        for socket in [mine.as_fd(), again.as_fd()] {
+            let mut out = [0; 64];
+            assert_eq!(rustix::io::read(socket, &mut out), Ok(10));
+            let end = if unread { Err(Errno::CONNRESET) } else { Ok(0) };
+            assert_eq!(rustix::io::read(socket, &mut out), end);
+        }
+    }
+}
+
+#[test]
+fn pairs_within_the_program_keep_what_waits_in_both_directions() {
+    let _quiet = no_child_starts();
+    for kind in [SocketType::STREAM, SocketType::SEQPACKET, SocketType::DGRAM] {
+        let flags = rustix::net::SocketFlags::CLOEXEC;
+        let (a, b) = rustix::net::socketpair(AddressFamily::UNIX, kind, flags, None).unwrap();
+        sockopt::set_u32(a.as_fd(), libc::SOL_SOCKET, libc::SO_RCVBUF, 50_000).unwrap();
+        rustix::io::write(&a, b"to b").unwrap();
+        rustix::io::write(&b, b"to a").unwrap();
+        rustix::io::write(&b, b", twice").unwrap();
+        let table = collect(&[number(&a), number(&b)]);
+        let made = recreate(&table);
+        let (c, d) = (made_for(&made, number(&a)), made_for(&made, number(&b)));
+        let size = (libc::SOL_SOCKET, libc::SO_RCVBUF);
+        assert_eq!(option(&c, size.0, size.1), option(&a, size.0, size.1));
+        let mut out = [0; 64];
+        for (to_a, to_b) in [(&a, &b), (&c, &d)] {
+            assert_eq!(rustix::io::read(to_b, &mut out), Ok(4));
+            let first = if kind == SocketType::STREAM { 11 } else { 4 };
+            assert_eq!(rustix::io::read(to_a, &mut out), Ok(first));
+            assert_eq!(&out[..4], b"to a");
+            if kind != SocketType::STREAM {
+                assert_eq!(rustix::io::read(to_a, &mut out), Ok(7));
+            }
+        }
+        rustix::io::write(&c, b"still connected").unwrap();
+        assert_eq!(rustix::io::read(&d, &mut out), Ok(15));
+    }
+}
+
+#[test]
+fn a_connection_that_was_accepted_within_the_program_is_kept() {
+    let _quiet = no_child_starts();
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("socket");
+    let listener = UnixListener::bind(&path).unwrap();
+    let mut client = UnixStream::connect(&path).unwrap();
+    let numbers = [number(&listener), number(&client)];
+    let refusals = refused(&numbers);
+    assert!(refusals[0].what.contains("not accepted"), "{}", refusals[0]);
+    let (server, _) = listener.accept().unwrap();
+    client.write_all(b"hello").unwrap();
+    server.shutdown(std::net::Shutdown::Write).unwrap();
+    let numbers = [number(&listener), number(&client), number(&server)];
+    let table = collect(&numbers);
+    drop((listener, client, server));
+    let made = recreate(&table);
+    let (client, server) = (made_for(&made, numbers[1]), made_for(&made, numbers[2]));
+    let mut out = [0; 64];
+    assert_eq!(rustix::io::read(&server, &mut out), Ok(5));
+    assert_eq!(rustix::io::read(&client, &mut out), Ok(0));
+    assert_eq!(rustix::io::write(&client, b"more"), Ok(4));
+    assert_eq!(rustix::io::write(&server, b"x"), Err(Errno::PIPE));
+    let _new = UnixStream::connect(&path).unwrap();
+}
+
+#[test]
+fn an_end_that_was_bound_itself_keeps_its_name() {
+    let _quiet = no_child_starts();
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("mine");
     let (a, b) = UnixStream::pair().unwrap();
-    let refusals = refused(&[number(&a), number(&b)]);
-    assert_eq!(refusals.len(), 2);
-    assert!(refusals[0].what.contains("socket pair"), "{}", refusals[0]);
+    bind(&a, &rustix::net::SocketAddrUnix::new(&path).unwrap()).unwrap();
+    let numbers = [number(&a), number(&b)];
+    let table = collect(&numbers);
+    drop((a, b));
+    let made = recreate(&table);
+    let peer = UnixStream::from(made_for(&made, numbers[1]))
+        .peer_addr()
+        .unwrap();
+    assert_eq!(peer.as_pathname(), Some(path.as_path()));
 }

@@ -1,0 +1,223 @@
+//! Unix connections with both ends in the subject, however they were made: `socketpair`, or
+//! `connect` and `accept` between its processes.
+//!
+//! Each end is saved with what waits to be read from it, and both are made again as a socket pair.
+//!
+//! # What differs afterwards
+//! `SO_PEERCRED` tells of the restorer. An end that was accepted has no name, as its name is that
+//! of the listening socket; the name of an end that was bound itself is kept if it is free.
+
+use super::Descriptor;
+use super::context::{About, Around, CheckContext, CollectContext, RecreateContext};
+use super::probe::{Probe, failed};
+use super::socket_options::SocketOptions;
+use super::table::FdTable;
+use super::unix_fresh::{UnixKind, is_connected};
+use super::unix_name::UnixName;
+use super::unix_queue::UnixQueue;
+use super::{Description, unix_diag};
+use crate::ProcessError;
+use outlive_state_tree::{StateNode, StateValue};
+use rustix::net::{AddressFamily, Shutdown, SocketFlags, shutdown, socketpair};
+use std::collections::{HashMap, HashSet};
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+
+/// Which end.
+#[derive(StateValue, Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum PairSide {
+    /// One of them.
+    First,
+    /// The other.
+    Second,
+}
+
+impl PairSide {
+    fn other(self) -> Self {
+        match self {
+            Self::First => Self::Second,
+            Self::Second => Self::First,
+        }
+    }
+}
+
+/// One end of a connection within the subject.
+#[derive(StateNode, Debug, Clone, PartialEq)]
+#[state(compatible = "outlive,fd-unix-pair-end-v1")]
+pub struct UnixPairEndState {
+    /// Its type.
+    pub kind: UnixKind,
+    /// Names the connection within the table.
+    pub pair: u32,
+    /// Which end of it.
+    pub side: PairSide,
+    /// Nothing more can be received (`SHUT_RD`).
+    pub receive_shut: bool,
+    /// Nothing more can be sent (`SHUT_WR`).
+    pub send_shut: bool,
+    /// Its own name, if it has one.
+    #[state(child)]
+    pub bound: Option<UnixName>,
+    /// What waits to be read from it.
+    #[state(child)]
+    pub queue: UnixQueue,
+    /// What was set on it.
+    #[state(child)]
+    pub options: SocketOptions,
+}
+
+impl Descriptor for UnixPairEndState {
+    const NAME: &'static str = "unix connection within the program";
+
+    fn claims(probe: &Probe<'_>, around: &Around) -> Result<bool, ProcessError> {
+        Ok(UnixKind::of(probe)?.is_some()
+            && probe.socket()?.is_some_and(|facts| !facts.listens)
+            && is_connected(probe)?
+            && partner(probe, around)?.is_some())
+    }
+
+    fn collect(probe: &Probe<'_>, cx: &mut CollectContext<'_>) -> Result<Self, ProcessError> {
+        let inode = probe.info.inode;
+        let peer = partner(probe, cx.around)?
+            .ok_or_else(|| probe.failed("find the peer of", rustix::io::Errno::NOTCONN))?;
+        let next = cx.pairs.len() as u32;
+        let pair = *cx.pairs.entry(inode.min(peer)).or_insert(next);
+        let shut = cx.around.unix(probe)?.map_or(0, |facts| facts.shutdown);
+        let kind = UnixKind::required(probe)?;
+        Ok(Self {
+            kind,
+            pair,
+            side: if inode < peer {
+                PairSide::First
+            } else {
+                PairSide::Second
+            },
+            receive_shut: shut & unix_diag::RECEIVE_SHUT != 0,
+            send_shut: shut & unix_diag::SEND_SHUT != 0,
+            bound: UnixName::if_found(probe)?,
+            options: SocketOptions::collect(probe, cx.memory)?,
+            queue: UnixQueue::collect(probe, kind, cx.stopped)?,
+        })
+    }
+
+    fn check(&self, _: &About, _: &mut CheckContext<'_>) -> Result<(), ProcessError> {
+        self.queue.validate(self.kind)
+    }
+
+    fn recreate(&self, about: &About, cx: &mut RecreateContext) -> Result<OwnedFd, ProcessError> {
+        cx.pairs.remove(&(self.pair, self.side)).ok_or_else(|| {
+            ProcessError::Image(format!("fd {} is an end of no connection", about.number))
+        })
+    }
+}
+
+/// The socket at the other end, if it is inside and its peer is this one.
+fn partner(probe: &Probe<'_>, around: &Around) -> Result<Option<u64>, ProcessError> {
+    let inode = probe.info.inode;
+    let Some(peer) = around.unix(probe)?.and_then(|facts| facts.peer) else {
+        return Ok(None);
+    };
+    if peer == inode || !around.sockets.contains(&peer) {
+        return Ok(None);
+    }
+    // Datagram sockets may be connected one way only.
+    let back = around.unix_of(probe, peer)?.and_then(|facts| facts.peer);
+    Ok((back == Some(inode)).then_some(peer))
+}
+
+fn ends(table: &FdTable) -> impl Iterator<Item = (About, &UnixPairEndState)> {
+    table.each().filter_map(|(about, d)| match &d.object {
+        Description::UnixPairEnd(end) => Some((about, end)),
+        _ => None,
+    })
+}
+
+/// Whether every end has its other end.
+pub(crate) fn validate(table: &FdTable) -> Result<(), ProcessError> {
+    let bad = |pair: u32| {
+        Err(ProcessError::Image(format!(
+            "connection {pair} does not have two ends that fit"
+        )))
+    };
+    let mut kinds = HashMap::new();
+    for (_, end) in ends(table) {
+        if kinds.insert((end.pair, end.side), end.kind).is_some() {
+            return bad(end.pair);
+        }
+    }
+    for (&(pair, side), kind) in &kinds {
+        if kinds.get(&(pair, side.other())) != Some(kind) {
+            return bad(pair);
+        }
+    }
+    Ok(())
+}
+
+/// Makes all connections of a table, by number and end.
+pub(crate) fn make(
+    table: &FdTable,
+    pid: u32,
+    created: &mut Vec<PathBuf>,
+) -> Result<HashMap<(u32, PairSide), OwnedFd>, ProcessError> {
+    let mut made = HashMap::new();
+    for (about, end) in ends(table) {
+        if made.contains_key(&(end.pair, end.side)) {
+            continue;
+        }
+        let kind = end.kind.socket_type();
+        let (one, two) = socketpair(AddressFamily::UNIX, kind, SocketFlags::CLOEXEC, None)
+            .map_err(|e| failed(pid, format!("make unix socket fd {}", about.number), e))?;
+        made.insert((end.pair, end.side), one);
+        made.insert((end.pair, end.side.other()), two);
+    }
+    let listening: HashSet<_> = table.descriptions.iter().filter_map(listens_as).collect();
+    for (about, end) in ends(table) {
+        let fd = made_end(&made, end.pair, end.side)?;
+        let set = end.options.apply_before_bind(fd);
+        set.and_then(|()| end.options.apply_last(fd))
+            .map_err(|(name, e)| failed(pid, format!("set {name} of fd {}", about.number), e))?;
+        if let Some(name) = &end.bound
+            && !listening.contains(&name.key())
+        {
+            name.bind_if_free(fd, end.kind, created);
+        }
+    }
+    for (about, end) in ends(table) {
+        let other = made_end(&made, end.pair, end.side.other())?;
+        end.queue.restore(other, end.kind, pid, about.number)?;
+    }
+    for (about, end) in ends(table) {
+        let fd = made_end(&made, end.pair, end.side)?;
+        for (shut, how) in [
+            (end.receive_shut, Shutdown::Read),
+            (end.send_shut, Shutdown::Write),
+        ] {
+            if shut {
+                shutdown(fd, how)
+                    .map_err(|e| failed(pid, format!("shut fd {} down", about.number), e))?;
+            }
+        }
+    }
+    Ok(made)
+}
+
+fn made_end(
+    made: &HashMap<(u32, PairSide), OwnedFd>,
+    pair: u32,
+    side: PairSide,
+) -> Result<&OwnedFd, ProcessError> {
+    made.get(&(pair, side))
+        .ok_or_else(|| ProcessError::Image(format!("connection {pair} lacks an end")))
+}
+
+/// The name of a listening socket: an end that it accepted has the same one.
+fn listens_as(description: &super::OpenDescription) -> Option<(bool, Vec<u8>)> {
+    match &description.object {
+        Description::UnixListen(state) => Some(match (&state.abstract_name, &state.file) {
+            (Some(name), _) => (true, name.clone()),
+            (None, Some(file)) => (false, file.path.clone()),
+            (None, None) => return None,
+        }),
+        _ => None,
+    }
+}
