@@ -64,6 +64,9 @@ pub const SUBJECT: &str = "subject";
 /// Name of the group with the descriptors of all processes.
 pub const DESCRIPTORS: &str = "descriptors";
 
+/// Name of the group with the memory that processes share.
+pub const SHARED: &str = "shared-memory";
+
 /// The group of one kind of state of one process.
 #[must_use]
 pub fn group(kind: &str, pid: u32) -> String {
@@ -115,7 +118,7 @@ pub fn describe(reader: &dyn EpochReader) -> Result<SubjectState, ProcessError> 
 
 /// The published schemas of all groups.
 pub fn schemas() -> Result<SchemaSet, SchemaConflict> {
-    use crate::resources::{attributes, descriptors, memory, signals};
+    use crate::resources::{attributes, descriptors, memory, shared, signals};
     let mut set = SchemaSet::new();
     set.add::<SubjectState>()?;
     set.add::<attributes::ProcessState>()?;
@@ -123,5 +126,6 @@ pub fn schemas() -> Result<SchemaSet, SchemaConflict> {
     set.add::<ThreadsState>()?;
     set.add::<memory::MemoryState>()?;
     set.add::<descriptors::FdTable>()?;
+    set.add::<shared::SharedState>()?;
     Ok(set)
 }

@@ -8,6 +8,7 @@ use crate::image::ThreadsState;
 use crate::laps::Laps;
 use crate::pages::{Changes, PageTracker, PrivateArea, Residue, World};
 use crate::reentry::{Sleepers, WaitBook};
+use crate::resources::shared::{self, SharedObjects};
 use crate::resources::{attributes, memory, signals, thread};
 use crate::target::Target;
 use crate::{ProcessError, Refusal, preflight};
@@ -123,8 +124,15 @@ impl Member {
     }
 
     /// Copies what was written since the last pass while the program runs; returns the bytes.
-    pub fn precopy(&mut self, sink: &mut dyn PageSink) -> Result<u64, ProcessError> {
+    pub fn precopy(
+        &mut self,
+        sink: &mut dyn PageSink,
+        shared: &mut SharedObjects,
+    ) -> Result<u64, ProcessError> {
         let mappings = bootstrap::mappings_without(&self.target, Some(self.arena.range()))?;
+        for m in mappings.iter().filter(|m| shared::is_anonymous(m)) {
+            shared.space_of(&self.target, m)?;
+        }
         let areas = private_areas(&mappings);
         let changes = self.pages.pass(&self.target, &areas, World::Runs)?;
         self.pages.copy(&changes, sink)?;
@@ -169,6 +177,7 @@ impl Member {
         &mut self,
         threads: &mut [Held],
         seen: Vec<Seen>,
+        shared: &mut SharedObjects,
     ) -> Result<MemberState, ProcessError> {
         let mut laps = Laps::new();
         let leader_status = seen[0].0.status.clone();
@@ -191,6 +200,7 @@ impl Member {
             &mappings,
             &guards,
             &mut self.build_ids,
+            shared,
             asked.memory,
             &answers[0],
         )?;

@@ -11,7 +11,9 @@ use crate::freeze::{Held, freeze};
 use crate::image::{self, SubjectState, ZombieState, group, kinds};
 use crate::laps::Laps;
 use crate::member::{self, Member, MemberState, Seen};
+use crate::pages::Residue;
 use crate::reentry::{Sleepers, WaitBook};
+use crate::resources::shared::{SharedObjects, SharedState};
 use crate::resources::{descriptors, memory};
 use crate::target::Target;
 use crate::{ProcessError, Refusal, preflight};
@@ -66,6 +68,7 @@ pub struct Tracked {
     tracking: Tracking,
     members: BTreeMap<u32, Member>,
     descriptors: descriptors::Memory,
+    shared: SharedObjects,
     spare: Spare,
     detached: bool,
 }
@@ -90,6 +93,7 @@ impl Tracked {
             tracking: Tracking::WriteProtect,
             members: BTreeMap::new(),
             descriptors: descriptors::Memory::default(),
+            shared: SharedObjects::default(),
             spare: Spare::default(),
             detached: false,
         };
@@ -175,15 +179,18 @@ impl Tracked {
         }
         self.adopt_all()?;
         let mut before = u64::MAX;
-        for _ in 0..MAX_PASSES {
+        for pass in 0..MAX_PASSES {
             let mut bytes = 0;
             for member in self.members.values_mut() {
-                match member.precopy(sink) {
+                match member.precopy(sink, &mut self.shared) {
                     Ok(copied) => bytes += copied,
                     // A child may end at any time.
                     Err(ProcessError::Gone { pid, .. }) if pid != self.root => {}
                     Err(e) => return Err(e),
                 }
+            }
+            if pass == 0 {
+                self.shared.copy(sink)?;
             }
             if bytes < SMALL_PASS || bytes > before / 2 {
                 break;
@@ -328,6 +335,7 @@ impl Tracked {
         laps.lap("preflight");
         let collected = self.collect_descriptors(frozen)?;
         laps.lap("descriptors");
+        self.shared.begin();
         let mut states = Vec::with_capacity(frozen.len());
         for process in frozen.iter_mut() {
             let spare = self
@@ -341,7 +349,7 @@ impl Tracked {
                 .ok_or_else(|| gone(process.kin.pid))?;
             member.spare = spare.unwrap_or_default();
             let seen = std::mem::take(&mut process.seen);
-            let mut state = member.capture(&mut process.threads, seen)?;
+            let mut state = member.capture(&mut process.threads, seen, &mut self.shared)?;
             state.process.parent = process.kin.parent;
             states.push(state);
         }
@@ -354,6 +362,8 @@ impl Tracked {
         let threads = states.iter().map(|s| s.threads.threads.len() as u32).sum();
         let subject = clocks.subject(&states, zombies, threads);
         laps.lap("processes");
+        let (shared, shared_residue) = self.shared.take()?;
+        laps.lap("shared memory");
         laps.tell("stop");
         let files = FilesToSync::new(collected.files, &states);
         Ok(Captured {
@@ -366,6 +376,8 @@ impl Tracked {
             subject,
             states,
             table: collected.table,
+            shared,
+            shared_residue,
             files,
             spare: self.spare.clone(),
         })
@@ -411,6 +423,7 @@ impl Tracked {
     /// Call when an epoch was not committed: what it took as saved is not; the next one is full.
     pub fn forget_progress(&mut self) {
         self.members.values_mut().for_each(Member::forget_progress);
+        self.shared.forget();
     }
 
     /// Ends tracking; no trace stays in the program.
@@ -630,6 +643,8 @@ pub struct Captured {
     subject: SubjectState,
     states: Vec<MemberState>,
     table: descriptors::FdTable,
+    shared: SharedState,
+    shared_residue: Residue,
     files: FilesToSync,
     spare: Spare,
 }
@@ -639,6 +654,8 @@ impl Captured {
     pub fn write(&self, writer: &mut dyn EpochWriter) -> Result<(), ProcessError> {
         image::put(writer, image::SUBJECT, &self.subject)?;
         image::put(writer, image::DESCRIPTORS, &self.table)?;
+        image::put(writer, image::SHARED, &self.shared)?;
+        self.shared_residue.write(writer)?;
         for s in &self.states {
             let pid = s.process.pid;
             s.residue.write(writer)?;
@@ -659,7 +676,7 @@ impl Captured {
     /// Number of pages that were taken at the stop itself.
     #[must_use]
     pub fn residue_pages(&self) -> u64 {
-        self.states.iter().map(|s| s.residue.pages()).sum()
+        self.states.iter().map(|s| s.residue.pages()).sum::<u64>() + self.shared_residue.pages()
     }
 }
 

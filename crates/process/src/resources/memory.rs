@@ -1,6 +1,7 @@
 //! The address space: its mappings, their files, their flags. Contents are pages and go their own
 //! way ([`crate::pages`]).
 
+use crate::resources::shared::{self, SharedObjects};
 use crate::target::{Stat, Target};
 use crate::{ProcessError, Refusal};
 use outlive_linux::maps::{Mapping, VmFlags};
@@ -51,7 +52,9 @@ pub struct Area {
     pub flags: Vec<String>,
     /// Index of the file.
     pub file: Option<u32>,
-    /// Offset into the file, bytes.
+    /// The space of shared memory.
+    pub space: Option<u32>,
+    /// Offset into the file or the shared memory, bytes.
     pub offset: u64,
     /// Name given with `PR_SET_VMA_ANON_NAME`.
     pub label: Option<Vec<u8>>,
@@ -66,6 +69,8 @@ pub enum AreaKind {
     PrivateFile,
     /// A file, shared: its pages belong to the file.
     SharedFile,
+    /// Memory that several processes may share.
+    SharedMemory,
     /// Code that the kernel gives.
     Vdso,
     /// Data that the kernel gives to that code.
@@ -147,9 +152,10 @@ pub fn kind_of(m: &Mapping, flags: VmFlags) -> Result<AreaKind, &'static str> {
     let starts = |prefix: &[u8]| m.name.starts_with(prefix);
     match m.shared {
         _ if m.inode == 0 && !m.shared => Ok(AreaKind::Anonymous),
+        true if shared::is_anonymous(m) => Ok(AreaKind::SharedMemory),
         true if starts(b"/SYSV") => Err("System V shared memory"),
         true if starts(b"/memfd:") => Err("memory shared through a memfd"),
-        true if starts(b"/dev/zero") => Err("shared anonymous memory"),
+        true if starts(b"/dev/zero") => Err("memory shared in an unknown way"),
         _ if starts(b"/[aio]") => Err("an asynchronous I/O context"),
         _ if starts(b"anon_inode:") => Err("memory of a kernel object"),
         _ if m.name.ends_with(b" (deleted)") => Err("a mapped file that was deleted"),
@@ -174,6 +180,7 @@ pub fn collect(
     mappings: &[(Mapping, VmFlags)],
     guards: &[(u64, u64)],
     build_ids: &mut BuildIds,
+    shared: &mut SharedObjects,
     asked: CallId,
     answers: &Results,
 ) -> Result<MemoryState, ProcessError> {
@@ -201,6 +208,10 @@ pub fn collect(
             AreaKind::PrivateFile | AreaKind::SharedFile => Some(files.index_of(m, *flags)?),
             _ => None,
         };
+        let space = match kind {
+            AreaKind::SharedMemory => Some(shared.space_of(target, m)?),
+            _ => None,
+        };
         let label = m
             .name
             .strip_prefix(b"[anon:")
@@ -212,6 +223,7 @@ pub fn collect(
             kind,
             flags: flags.without(VmFlags::WRITE_PROTECT).codes(),
             file,
+            space,
             offset: m.offset,
             label: label.map(<[u8]>::to_vec),
         });

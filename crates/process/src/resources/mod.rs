@@ -4,5 +4,6 @@ pub mod attributes;
 pub mod credentials;
 pub mod descriptors;
 pub mod memory;
+pub mod shared;
 pub mod signals;
 pub mod thread;

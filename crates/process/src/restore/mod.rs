@@ -20,7 +20,7 @@ mod tree;
 
 use crate::image::{SubjectState, ThreadsState};
 use crate::laps::Laps;
-use crate::resources::{attributes, descriptors};
+use crate::resources::{attributes, descriptors, shared};
 use crate::target::gone_or;
 use crate::{ProcessError, Refusal};
 use outlive_epoch::EpochReader;
@@ -30,6 +30,8 @@ use outlive_linux::remote::Batch;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use rustix::time::ClockId;
 use saved::{Files, Saved};
+use std::collections::HashMap;
+use std::fs::File;
 use std::os::fd::AsRawFd;
 use std::time::Instant;
 use stub::{Stub, step};
@@ -104,10 +106,11 @@ pub fn restore(reader: &dyn EpochReader, options: &RestoreOptions) -> Result<Rea
     let offsets = time_offsets(&saved.subject)?;
     let made = descriptors::recreate_table(&saved.table, checked)?;
     laps.lap("check and descriptors");
+    let shared = shared::recreate(&saved.shared)?;
     let mut stubs = tree::make(&saved, &ours, offsets)?;
     laps.lap("processes");
-    memory(&mut stubs, &saved, &files, reader)?;
-    drop(files);
+    memory(&mut stubs, &saved, &files, &shared, reader)?;
+    drop((files, shared));
     laps.lap("memory");
     for (stub, saved) in stubs.iter_mut().zip(&saved.processes) {
         attributes_of_process(stub, &saved.process, &mut notices)?;
@@ -142,18 +145,19 @@ fn memory(
     stubs: &mut [Stub],
     saved: &Saved,
     files: &[Files],
+    shared: &HashMap<u32, (File, u64)>,
     reader: &dyn EpochReader,
 ) -> Result<(), ProcessError> {
     let mut flights = Vec::with_capacity(stubs.len());
     for ((stub, saved), files) in stubs.iter_mut().zip(&saved.processes).zip(files) {
         space::clear(stub, &saved.memory)?;
-        let populating = space::map(stub, &saved.memory, &files.mapped, reader)?;
+        let populating = space::map(stub, &saved.memory, &files.mapped, shared, reader)?;
         flights.push(stub.begin(populating)?);
     }
     let filled = {
         let spaces = stubs.iter().zip(&saved.processes);
         let spaces: Vec<_> = spaces.map(|(stub, p)| (&stub.target, &p.memory)).collect();
-        space::fill(&spaces, reader)
+        space::fill(&spaces, shared, reader)
     };
     for (stub, flight) in stubs.iter_mut().zip(flights) {
         stub.finish(flight)?;

@@ -2,6 +2,7 @@
 
 use super::{FilesPolicy, RestoreOptions, pid_taken, space, threads};
 use crate::image::{self, SubjectState, ThreadsState, group, kinds};
+use crate::resources::shared::SharedState;
 use crate::resources::{attributes, descriptors, memory, signals};
 use crate::{ProcessError, Refusal};
 use outlive_epoch::EpochReader;
@@ -34,6 +35,8 @@ pub struct Saved {
     pub processes: Vec<SavedProcess>,
     /// Descriptors of all processes.
     pub table: descriptors::FdTable,
+    /// Memory that processes share.
+    pub shared: SharedState,
 }
 
 /// Files that were opened for one new process to inherit.
@@ -119,10 +122,12 @@ impl Saved {
             processes.push(SavedProcess::read(reader, pid)?);
         }
         let table = image::get(reader, image::DESCRIPTORS)?;
+        let shared = image::get(reader, image::SHARED)?;
         let saved = Self {
             subject,
             processes,
             table,
+            shared,
         };
         saved.validate()?;
         Ok(saved)

@@ -4,13 +4,14 @@ use super::stub::{Step, Stub, step};
 use crate::ProcessError;
 use crate::resources::memory::{Area, AreaKind, MappedFile, MemoryState};
 use crate::target::Target;
-use outlive_epoch::{Content, EpochReader, PAGE_SIZE, VisitError};
+use outlive_epoch::{Content, EpochReader, PAGE_SIZE, Run, VisitError};
 use outlive_linux::maps::{self, Mapping, VmFlags};
 use outlive_linux::memory;
 use outlive_linux::remote::{Arg, Batch};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileExt;
 
 const PAGE: u64 = PAGE_SIZE as u64;
 /// Highest address of user space with four-level page tables.
@@ -220,6 +221,7 @@ pub fn map(
     stub: &mut Stub,
     state: &MemoryState,
     files: &[File],
+    shared: &HashMap<u32, (File, u64)>,
     reader: &dyn EpochReader,
 ) -> Result<Batch, ProcessError> {
     let clip = Clip::new(state);
@@ -238,7 +240,7 @@ pub fn map(
     for area in &state.areas {
         let filled = runs.partition_point(|r| r.1 <= area.start);
         let filled = runs.get(filled).is_some_and(|r| r.0 < area.end);
-        steps.extend(map_area(area, files, filled));
+        steps.extend(map_area(area, files, shared, filled)?);
         if let Some(advice) = huge_page_advice(area.vm_flags()) {
             let args = [area.start, area.len(), advice];
             steps.push(step(libc::SYS_madvise, args, "asking for huge pages"));
@@ -277,13 +279,25 @@ fn huge_page_advice(flags: VmFlags) -> Option<u64> {
     }
 }
 
-fn map_area(area: &Area, files: &[File], filled: bool) -> Option<Step> {
+fn map_area(
+    area: &Area,
+    files: &[File],
+    shared: &HashMap<u32, (File, u64)>,
+    filled: bool,
+) -> Result<Option<Step>, ProcessError> {
     let flags = area.vm_flags();
-    let (sort, fd) = match area.kind {
+    let file = || area.file.and_then(|f| files.get(f as usize));
+    let memory = || {
+        area.space
+            .and_then(|s| shared.get(&s))
+            .map(|(file, _)| file)
+    };
+    let (sort, file) = match area.kind {
         AreaKind::Anonymous => (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, None),
-        AreaKind::PrivateFile => (libc::MAP_PRIVATE, area.file),
-        AreaKind::SharedFile => (libc::MAP_SHARED, area.file),
-        AreaKind::Vdso | AreaKind::Vvar | AreaKind::VvarVclock => return None,
+        AreaKind::PrivateFile => (libc::MAP_PRIVATE, file()),
+        AreaKind::SharedFile => (libc::MAP_SHARED, file()),
+        AreaKind::SharedMemory => (libc::MAP_SHARED, memory()),
+        AreaKind::Vdso | AreaKind::Vvar | AreaKind::VvarVclock => return Ok(None),
     };
     let mut map = sort | libc::MAP_FIXED_NOREPLACE;
     if flags.has(VmFlags::GROWS_DOWN) {
@@ -292,9 +306,13 @@ fn map_area(area: &Area, files: &[File], filled: bool) -> Option<Step> {
     if flags.has(VmFlags::NO_RESERVE) {
         map |= libc::MAP_NORESERVE;
     }
-    let fd = fd
-        .and_then(|f| files.get(f as usize))
-        .map_or(u64::MAX, |f| f.as_raw_fd() as u64);
+    if file.is_none() && area.kind != AreaKind::Anonymous {
+        return Err(ProcessError::Image(format!(
+            "area {:x} refers to nothing",
+            area.start
+        )));
+    }
+    let fd = file.map_or(u64::MAX, |f| f.as_raw_fd() as u64);
     let protection = if filled {
         area.protection | 3
     } else {
@@ -308,16 +326,17 @@ fn map_area(area: &Area, files: &[File], filled: bool) -> Option<Step> {
         fd,
         area.offset,
     ];
-    Some(step(
+    Ok(Some(step(
         libc::SYS_mmap,
         args,
         format!("mapping {:x}-{:x}", area.start, area.end),
-    ))
+    )))
 }
 
 /// Writes the contents of all pages of these processes.
 pub fn fill(
     spaces: &[(&Target, &MemoryState)],
+    shared: &HashMap<u32, (File, u64)>,
     reader: &dyn EpochReader,
 ) -> Result<(), ProcessError> {
     let clips: BTreeMap<u32, (&Target, Clip<'_>)> = spaces
@@ -326,6 +345,9 @@ pub fn fill(
         .collect();
     let zeros = vec![0u8; 1 << 20];
     let walked = reader.pages(&mut |run, content| {
+        if let Some((file, size)) = shared.get(&run.space().0) {
+            return write_shared(file, *size, run, content);
+        }
         let Some((target, clip)) = clips.get(&run.space().0) else {
             return Ok(());
         };
@@ -360,6 +382,23 @@ pub fn fill(
             Err(e) => ProcessError::Image(e.to_string()),
         },
     })
+}
+
+/// Zeros need not be written: the memory is new.
+fn write_shared(file: &File, size: u64, run: Run, content: Content<'_>) -> Result<(), VisitError> {
+    let Content::Bytes(bytes) = content else {
+        return Ok(());
+    };
+    let fits = size.saturating_sub(run.address()).min(bytes.len() as u64);
+    file.write_all_at(&bytes[..fits as usize], run.address())
+        .map_err(|source| {
+            let what = "writing shared memory".into();
+            VisitError::Visitor(Box::new(ProcessError::Kernel {
+                pid: 0,
+                what,
+                source,
+            }))
+        })
 }
 
 fn write(target: &Target, at: u64, bytes: &[u8]) -> Result<(), VisitError> {
