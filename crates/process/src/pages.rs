@@ -41,6 +41,9 @@ const PAGE: u64 = PAGE_SIZE as u64;
 const CLUSTER: u64 = 16 * PAGE;
 /// Holes in an area that the quick scan serves, bytes: they cost page tables of 1/512 of this.
 const DENSE_HOLES: u64 = 64 << 20;
+/// … and they may be at most this part of the area: the arena that the C library reserves for a
+/// thread has 64 MiB, almost all of it holes.
+const DENSE_SHARE: u64 = 8;
 /// The only question that the kernel answers quickly.
 const WRITTEN_ONLY: Query = Query {
     all_of: pagemap::WRITTEN,
@@ -224,6 +227,10 @@ impl PageTracker {
         match (known, &self.tracker) {
             // Not registered: fresh, also where another mapping lay at the same place before.
             (Err(Errno::PERM), Some(tracker)) => {
+                // Where only a part is not registered (it was replaced since the mappings were
+                // read), what the other part had to tell has been asked for and is lost: all of
+                // it must count as written.
+                let _ = tracker.unregister(area.span.0, area.span.1);
                 let registered = tracker.register(area.span.0, area.span.1);
                 self.dense.remove(&area.span);
                 registered?;
@@ -280,7 +287,10 @@ impl PageTracker {
         });
         self.spans = spans;
         scanned?;
-        if area.anonymous && holes <= DENSE_HOLES {
+        // Holes are copied as zeros once: few of them, and none that only a slow read can reach.
+        let length = area.span.1 - area.span.0;
+        let few = holes <= DENSE_HOLES && holes <= length / DENSE_SHARE;
+        if area.anonymous && area.readable && few {
             self.dense.insert(area.span);
         }
         Ok(())

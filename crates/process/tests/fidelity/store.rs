@@ -133,7 +133,7 @@ impl EpochReader for Epoch {
     ) -> Result<(), VisitError> {
         for (&(space, index), page) in &self.pages {
             let run = Run::new(space, index, 1).expect("one page");
-            let zero = page.iter().all(|&b| b == 0);
+            let zero = **page == [0; PAGE_SIZE];
             visit(
                 run,
                 if zero {

@@ -185,6 +185,13 @@ impl Program {
         unsafe { libc::kill(self.pid as i32, signal) };
     }
 
+    /// Pages of it that are in memory.
+    pub fn resident_pages(&self) -> u64 {
+        let text = std::fs::read_to_string(format!("/proc/{}/statm", self.pid));
+        let text = text.expect("its statm");
+        text.split(' ').nth(1).and_then(|w| w.parse().ok()).expect("a number")
+    }
+
     /// Takes note that it was ended and waited for by somebody else.
     pub fn was_ended(&mut self) {
         self.alive = false;
