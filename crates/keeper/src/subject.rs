@@ -280,9 +280,10 @@ impl Subject {
             std::thread::sleep(Duration::from_millis(10));
         }
         let mut file = File::from(file);
-        file.set_len(0)
-            .and_then(|()| writeln!(file, "{}", std::process::id()))
-            .map_err(KeeperError::io(format!("write {}", path.display())))?;
+        // The number only helps to name the holder: a store that is full can be locked, too.
+        let _ = file
+            .set_len(0)
+            .and_then(|()| writeln!(file, "{}", std::process::id()));
         Ok(Lock { _file: file.into() })
     }
 
@@ -329,21 +330,24 @@ impl Subject {
         let wrap =
             |error| KeeperError::io::<std::io::Error>(format!("write {}", new.display()))(error);
         let text = serde_json::to_vec_pretty(card).map_err(|e| wrap(e.into()))?;
+        self.replace_card(&new, &path, &text).map_err(|error| {
+            let _ = fs::remove_file(&new);
+            wrap(error)
+        })
+    }
+
+    fn replace_card(&self, new: &Path, path: &Path, text: &[u8]) -> std::io::Result<()> {
         let mut options = OpenOptions::new();
         let mut file = options
             .write(true)
             .create(true)
             .truncate(true)
             .mode(0o600)
-            .open(&new)
-            .map_err(wrap)?;
-        file.write_all(&text)
-            .and_then(|()| file.sync_all())
-            .map_err(wrap)?;
-        fs::rename(&new, &path).map_err(wrap)?;
-        File::open(&self.dir)
-            .and_then(|dir| dir.sync_all())
-            .map_err(wrap)
+            .open(new)?;
+        file.write_all(text)?;
+        file.sync_all()?;
+        fs::rename(new, path)?;
+        File::open(&self.dir)?.sync_all()
     }
 
     /// Removes the subject with all its epochs. For the holder of the lock.

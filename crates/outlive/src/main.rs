@@ -3,12 +3,14 @@
 //! - `cli`: the command line, a contract.
 //! - `out`: units, tables, moments.
 //! - `progress`: what a long operation shows meanwhile.
+//! - `terminal`: the terminal of a restored program.
 //! - `commands`: one file for each group of commands.
 
 mod cli;
 mod commands;
 mod out;
 mod progress;
+mod terminal;
 
 use clap::Parser;
 use clap::error::ErrorKind;

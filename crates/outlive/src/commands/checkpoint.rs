@@ -90,7 +90,7 @@ fn copy(
     let stopped = taken.is_some() && !args.leave_running;
     let existed = image.exists();
     let copied = copy_newest(&subject, image);
-    let (saved, summary, acked) = copied.map_err(|error| {
+    let (saved, summary, acked) = copied.inspect_err(|_| {
         discard(image, existed);
         if stopped {
             out::say(&format!(
@@ -98,7 +98,6 @@ fn copy(
                  continues it"
             ));
         }
-        error
     })?;
     let processes = u32::try_from(saved.processes.len()).unwrap_or(u32::MAX);
     let taken = Taken {

@@ -11,6 +11,7 @@ use super::run::{claim, finish, introduce, queue};
 use crate::cli::{Files, RestoreArgs};
 use crate::out;
 use crate::progress::Watched;
+use crate::terminal::{self, Lent};
 use outlive_epoch::EpochReader;
 use outlive_keeper::control::Control;
 use outlive_keeper::images::{Image, Log};
@@ -98,8 +99,10 @@ fn from_image(dir: &Path, args: &RestoreArgs, teller: &mut Teller) -> Result<u8,
         teller.tell(ready.go()?, epoch);
         return Ok(0);
     }
+    let _lent = Lent::to(ready.pid());
     let restored = ready.go()?;
     let pid = restored.pid;
+    terminal::redraw(pid);
     teller.tell(restored, epoch);
     Ok(Companion::of(pid, true)?.run(&mut signals)?.code())
 }
@@ -120,8 +123,10 @@ fn subject(
     // Until `go`, an early return drops `ready`, which removes every trace of the program.
     not_interrupted(&mut signals)?;
     let mut control = Control::open(subject.dir())?;
+    let _lent = Lent::to(ready.pid());
     let mut restored = ready.go()?;
     let pid = restored.pid;
+    terminal::redraw(pid);
     // The program runs: what fails now costs its epochs, not its life.
     let opened = introduce(&subject, &lock, pid).and_then(|()| Log::open(&subject.epochs_dir()));
     let mut log = match opened {

@@ -248,7 +248,10 @@ pub fn finish(
     }
     if let Ok(card) = subject.card() {
         let ended = ended.clone();
-        subject.write_card(lock, &Card { ended, ..card })?;
+        // A full store is no reason to lose the program's exit status.
+        if let Err(error) = subject.write_card(lock, &Card { ended, ..card }) {
+            out::say(&format!("{name}: how it ended could not be noted: {error}"));
+        }
     }
     if json {
         let state = ended.unwrap_or_else(|| "not kept".into());

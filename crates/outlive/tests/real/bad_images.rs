@@ -1,0 +1,162 @@
+//! Images that are damaged, cut short, newer, or no images: each is refused with its place, or
+//! restored because nothing was lost, and nothing half-restored stays.
+
+use crate::support::{Place, alone, comm, end, is_free, may_run};
+use std::fs;
+use std::path::{Path, PathBuf};
+
+/// The one file of an image, with its bytes.
+fn file_of(image: &Path) -> (PathBuf, Vec<u8>) {
+    let mut entries = fs::read_dir(image).unwrap();
+    let path = entries.next().unwrap().unwrap().path();
+    assert!(entries.next().is_none());
+    let bytes = fs::read(&path).unwrap();
+    (path, bytes)
+}
+
+/// Restores; `true` where the program runs again, which it then does no longer.
+fn comes_back(place: &Place, pid: u32, told: &str) -> bool {
+    let done = place.call(&["restore", "--image", "image", "--detach"]);
+    if done.code == 0 {
+        assert_eq!(comm(pid), "sleep", "{told}");
+        end(pid);
+        return true;
+    }
+    done.fails(4, &["damaged"]);
+    assert!(done.err.contains("image/epochs."), "{told}: {done:?}");
+    assert!(is_free(pid), "{told}: {done:?}");
+    false
+}
+
+#[test]
+fn a_changed_byte_is_named_with_its_place_or_costs_nothing() {
+    if !may_run("a_changed_byte_is_named_with_its_place_or_costs_nothing") {
+        return;
+    }
+    let (_alone, place) = (alone(), Place::new());
+    let pid = place.image_of_sleep("image");
+    let (path, good) = file_of(&place.path("image"));
+    let (mut restored, mut refused) = (0, 0);
+    // Both superblocks and both slots with what lies between them, and then all over the log.
+    let head = (0..5 * 4096).step_by(1024).map(|at| at + 8);
+    let log = (5 * 4096..good.len()).step_by(good.len() / 24);
+    for at in head.chain(log) {
+        let mut bad = good.clone();
+        bad[at] ^= 0x10;
+        fs::write(&path, &bad).unwrap();
+        if comes_back(&place, pid, &format!("byte {at} changed")) {
+            restored += 1;
+        } else {
+            refused += 1;
+            let verified = place.call(&["verify", "./image"]);
+            verified.fails(4, &["epochs.", "offset"]);
+        }
+    }
+    assert!(restored > 3 && refused > 3, "{restored}, {refused}");
+    fs::write(&path, &good).unwrap();
+    assert!(comes_back(&place, pid, "the good image"));
+    assert_eq!(place.names("image").len(), 1, "nothing was added");
+}
+
+#[test]
+fn an_image_cut_short_is_damaged() {
+    if !may_run("an_image_cut_short_is_damaged") {
+        return;
+    }
+    let (_alone, place) = (alone(), Place::new());
+    let pid = place.image_of_sleep("image");
+    let (path, good) = file_of(&place.path("image"));
+    for len in [0, 1, 4096, 5 * 4096, good.len() / 2, good.len() - 4096] {
+        fs::write(&path, &good[..len]).unwrap();
+        let done = place.call(&["restore", "--image", "image", "--detach"]);
+        if done.code == 0 {
+            assert!(len > good.len() / 2, "cut to {len}, and it runs");
+            end(pid);
+            continue;
+        }
+        done.fails(4, &["image/epochs."]);
+        assert!(is_free(pid));
+    }
+}
+
+/// The checksum of the format's records.
+fn crc32c(bytes: &[u8]) -> u32 {
+    let mut crc = u32::MAX;
+    for byte in bytes {
+        crc ^= u32::from(*byte);
+        for _ in 0..8 {
+            crc = (crc >> 1) ^ (0x82f6_3b78 & 0u32.wrapping_sub(crc & 1));
+        }
+    }
+    !crc
+}
+
+#[test]
+fn no_images_at_all_are_told_as_that() {
+    if !may_run("no_images_at_all_are_told_as_that") {
+        return;
+    }
+    let (_alone, place) = (alone(), Place::new());
+    let restore = |image: &str| place.call(&["restore", "--image", image, "--detach"]);
+    restore("missing").fails(1, &["missing"]);
+    fs::create_dir(place.path("empty")).unwrap();
+    restore("empty").fails(1, &["empty", "no committed epoch"]);
+    fs::create_dir(place.path("other")).unwrap();
+    fs::write(place.path("other/notes.txt"), "hello").unwrap();
+    restore("other").fails(1, &["other"]);
+    assert_eq!(place.names("other"), ["notes.txt"]);
+    fs::create_dir(place.path("rubbish")).unwrap();
+    fs::write(place.path("rubbish/epochs.1"), vec![0x5a; 100_000]).unwrap();
+    restore("rubbish").fails(4, &["rubbish/epochs.1"]);
+    fs::write(place.path("file"), "x").unwrap();
+    let done = restore("file");
+    assert!(done.code != 0 && done.err.contains("file"), "{done:?}");
+    let done = place.call(&["restore", "nobody"]);
+    done.fails(1, &["nobody"]);
+    let done = place.call(&["restore", "nobody", "--detach"]);
+    done.fails(1, &["nobody"]);
+    assert!(!place.path("store/nobody").exists());
+}
+
+#[test]
+fn an_image_of_a_newer_version_says_which() {
+    if !may_run("an_image_of_a_newer_version_says_which") {
+        return;
+    }
+    let (_alone, place) = (alone(), Place::new());
+    let pid = place.image_of_sleep("image");
+    let (path, mut bytes) = file_of(&place.path("image"));
+    // Two superblocks: the version stands at 8, the checksum (of the magic, the offset and the
+    // block) in the last four bytes.
+    for at in [0usize, 2 * 4096] {
+        bytes[at + 8..at + 12].copy_from_slice(&77u32.to_le_bytes());
+        let mut sealed = b"OUTLIVES".to_vec();
+        sealed.extend((at as u64).to_le_bytes());
+        sealed.extend(&bytes[at..at + 4092]);
+        let crc = crc32c(&sealed).to_le_bytes();
+        bytes[at + 4092..at + 4096].copy_from_slice(&crc);
+    }
+    fs::write(&path, &bytes).unwrap();
+    let done = place.call(&["restore", "--image", "image", "--detach"]);
+    done.fails(3, &["version 77", "newer outlive"]);
+    assert!(is_free(pid));
+}
+
+#[test]
+fn an_image_runs_once_at_a_time() {
+    if !may_run("an_image_runs_once_at_a_time") {
+        return;
+    }
+    let (_alone, place) = (alone(), Place::new());
+    let pid = place.image_of_sleep("image");
+    let restore = ["restore", "--image", "image", "--detach"];
+    place.call(&restore).succeeds();
+    let done = place.call(&restore);
+    done.fails(3, &[&pid.to_string(), "sleep"]);
+    assert_eq!(comm(pid), "sleep", "the first one runs on");
+    end(pid);
+    place.call(&restore).succeeds();
+    end(pid);
+    let done = place.call(&["restore", "--image", "image", "--epoch", "7", "--detach"]);
+    done.fails(1, &["no epoch 7"]);
+}

@@ -1,0 +1,139 @@
+//! The keeper, the program, or both are killed at random moments, again and again; what comes back
+//! is checked by what the program computes and by what it wrote.
+
+use crate::support::{Kept, Place, alone, end, installed, lives, may_run, signal, times, until};
+use rustix::process::Signal;
+use std::fs;
+
+/// Counts rounds. In each, every page of a large piece of memory is brought from the last round to
+/// this one, and checked both before and after, so that a page of another epoch is found; then the
+/// round is appended to a file.
+const PROGRAM: &str = r#"
+import os, sys
+pages = 800
+memory = bytearray(pages * 4096)
+out = os.open("rounds", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+def fail(what):
+    os.write(os.open("wrong", os.O_WRONLY | os.O_CREAT, 0o600), what.encode())
+    os._exit(1)
+n = 0
+while True:
+    n += 1
+    for page in range(pages):
+        at = page * 4096
+        if int.from_bytes(memory[at:at + 8], "little") != n - 1:
+            fail("page %d is not of round %d" % (page, n - 1))
+        memory[at:at + 8] = n.to_bytes(8, "little")
+    for page in range(pages):
+        at = page * 4096
+        if int.from_bytes(memory[at:at + 8], "little") != n:
+            fail("page %d is not of round %d" % (page, n))
+    os.write(out, b"%d\n" % n)
+"#;
+
+/// The numbers in the file, which are checked: each once, in their order.
+fn rounds(place: &Place, seed: u64) -> u64 {
+    let wrong = fs::read_to_string(place.path("wrong"));
+    assert!(wrong.is_err(), "seed {seed}: {wrong:?}");
+    let text = fs::read_to_string(place.path("rounds")).unwrap_or_default();
+    let whole = text.rfind('\n').map_or("", |end| &text[..end]);
+    let mut last = 0;
+    for line in whole.lines() {
+        let round: u64 = line.parse().unwrap();
+        assert_eq!(round, last + 1, "seed {seed}: a round is missing or twice");
+        last = round;
+    }
+    last
+}
+
+fn goes_on(place: &Place, seed: u64) {
+    let before = rounds(place, seed);
+    until("it counts on", || rounds(place, seed) > before);
+}
+
+/// Who dies.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Victim {
+    Program,
+    Keeper,
+    Both,
+}
+
+#[test]
+fn whoever_dies_at_any_moment_the_newest_epoch_comes_back() {
+    if !may_run("whoever_dies_at_any_moment_the_newest_epoch_comes_back") {
+        return;
+    }
+    let (_alone, place) = (alone(), Place::new());
+    let seed = std::env::var("OUTLIVE_SEED").ok();
+    let seed = seed.map_or_else(|| fastrand::u64(..), |text| text.parse().unwrap());
+    println!("OUTLIVE_SEED={seed}");
+    let mut random = fastrand::Rng::with_seed(seed);
+    let python = installed("python3");
+    let words = [
+        "run", "--name", "a", "--every", "20ms", "--", &python, "-I", "-S", "-c", PROGRAM,
+    ];
+    let mut kept = place.start(&words);
+    let mut child = true;
+    place.epoch_after("a", 0);
+    let pid = u32::try_from(place.status("a")["pid"].as_u64().unwrap()).unwrap();
+    for round in 0..times(20, 200) {
+        let held = place.newest("a");
+        goes_on(&place, seed);
+        std::thread::sleep(std::time::Duration::from_micros(random.u64(..150_000)));
+        let victim = [Victim::Program, Victim::Keeper, Victim::Both][random.usize(..3)];
+        let told = format!("seed {seed}, round {round}, {victim:?}");
+        if victim == Victim::Program {
+            signal(pid, Signal::KILL);
+            assert_eq!(kept.code(), if child { 137 } else { 0 }, "{told}");
+        } else {
+            kept.kill();
+        }
+        if victim == Victim::Both {
+            // A moment of its own, so that the program may change what is no longer captured.
+            std::thread::sleep(std::time::Duration::from_micros(random.u64(..20_000)));
+        }
+        if victim == Victim::Keeper {
+            assert!(lives(pid), "{told}");
+            goes_on(&place, seed);
+            kept = attach(&place, pid, &told);
+            child = false;
+            assert!(place.newest("a") >= held, "{told}: epochs are gone");
+            place.epoch_after("a", place.newest("a"));
+            continue;
+        }
+        end(pid);
+        let newest = place.newest("a");
+        assert!(newest >= held, "{told}: {held} was there, {newest} is now");
+        kept = restore(&place, pid, newest, &told);
+        child = true;
+        goes_on(&place, seed);
+    }
+    place.call(&["stop", "a"]).succeeds();
+    kept.code();
+    rounds(&place, seed);
+}
+
+fn attach(place: &Place, pid: u32, told: &str) -> Kept {
+    let number = pid.to_string();
+    let words = ["attach", "--pid", &number, "--name", "a", "--every", "20ms"];
+    let mut kept = place.start(&words);
+    until("it is kept again", || {
+        let ended = kept.keeper.try_wait().unwrap();
+        let said = place.said();
+        assert!(ended.is_none(), "{told}: {said:?}");
+        place.status("a")["state"] == "running"
+    });
+    kept
+}
+
+fn restore(place: &Place, pid: u32, newest: u64, told: &str) -> Kept {
+    let mut kept = place.start(&["restore", "a", "--json"]);
+    let line = kept.line();
+    let said = place.said();
+    let report: serde_json::Value = serde_json::from_str(&line)
+        .unwrap_or_else(|error| panic!("{told}: {error}: {line:?} {said:?}"));
+    assert_eq!(report["pid"], pid, "{told}: {line} {said:?}");
+    assert_eq!(report["epoch"], newest, "{told}: {line} {said:?}");
+    kept
+}

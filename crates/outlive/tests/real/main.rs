@@ -1,0 +1,16 @@
+//! The binary with real programs, as a user has it: what is refused and how, what dies and comes
+//! back, what passes through. All of it needs root, and says so where that is missing.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    reason = "all of this is test code"
+)]
+
+mod bad_images;
+mod kills;
+mod no_space;
+mod owners;
+mod refusals;
+mod support;
+mod terminal;
+mod trees;
