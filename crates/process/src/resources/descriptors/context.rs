@@ -11,6 +11,7 @@ use super::unix_pair::PairSide;
 use crate::error::{ProcessError, Refusal};
 use outlive_linux::remote::Arg;
 use rustix::fs::OFlags;
+use rustix::net::SocketAddrUnix;
 use std::cell::RefCell;
 use std::collections::{HashMap, HashSet};
 use std::os::fd::OwnedFd;
@@ -148,6 +149,10 @@ pub struct CheckContext<'a> {
     pub actions: HashMap<(u64, u64), FileAction>,
     /// How many connections to outside peers are reset.
     pub resets: usize,
+    /// How many sockets have lost datagrams.
+    pub datagram_sockets: usize,
+    /// What the user should know.
+    pub notices: Vec<String>,
 }
 
 impl CheckContext<'_> {
@@ -173,6 +178,16 @@ impl CheckContext<'_> {
     }
 }
 
+/// A datagram socket that was connected to a name.
+pub struct Reconnect {
+    /// A duplicate of it.
+    pub socket: OwnedFd,
+    /// The name.
+    pub address: SocketAddrUnix,
+    /// What to say if nobody is there.
+    pub what: String,
+}
+
 /// What a kind may use while it recreates.
 pub struct RecreateContext {
     /// The process that is restored.
@@ -183,6 +198,10 @@ pub struct RecreateContext {
     pub pipes: Vec<PipeEnds>,
     /// The ends of connections within the subject.
     pub pairs: HashMap<(u32, PairSide), OwnedFd>,
+    /// What is connected once all sockets have their names.
+    pub reconnects: Vec<Reconnect>,
+    /// What the user should know.
+    pub notices: Vec<String>,
     /// Socket files that were made, to be removed again should the restore fail.
     pub created: Vec<PathBuf>,
 }

@@ -1,4 +1,4 @@
-//! Internet addresses, and sockets bound to them: what the kinds of TCP socket share.
+//! Internet addresses, and sockets bound to them: what the kinds of TCP and UDP socket share.
 
 use super::context::{About, CheckContext};
 use super::probe::{Probe, failed};
@@ -99,19 +99,56 @@ pub(crate) fn version(probe: &Probe<'_>) -> Result<u32, ProcessError> {
     Ok(if v6 { 6 } else { 4 })
 }
 
+/// What is above IP.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Transport {
+    Tcp,
+    Udp,
+}
+
+impl Transport {
+    fn socket(self, version: u32) -> Result<OwnedFd, Errno> {
+        let family = match version {
+            4 => AddressFamily::INET,
+            6 => AddressFamily::INET6,
+            _ => return Err(Errno::AFNOSUPPORT),
+        };
+        let (kind, protocol) = match self {
+            Self::Tcp => (SocketType::STREAM, ipproto::TCP),
+            Self::Udp => (SocketType::DGRAM, ipproto::UDP),
+        };
+        socket_with(family, kind, SocketFlags::CLOEXEC, Some(protocol))
+    }
+
+    /// Where the kernel lists sockets of this kind.
+    fn tables(self) -> [&'static str; 2] {
+        match self {
+            Self::Tcp => ["/proc/net/tcp", "/proc/net/tcp6"],
+            Self::Udp => ["/proc/net/udp", "/proc/net/udp6"],
+        }
+    }
+
+    /// What lists their holders.
+    fn lister(self) -> &'static str {
+        match self {
+            Self::Tcp => "ss -ltnp",
+            Self::Udp => "ss -lunp",
+        }
+    }
+}
+
+impl fmt::Display for Transport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Tcp => "TCP",
+            Self::Udp => "UDP",
+        })
+    }
+}
+
 /// A new TCP socket of IP version 4 or 6.
 pub(crate) fn tcp_socket(version: u32) -> Result<OwnedFd, Errno> {
-    let family = match version {
-        4 => AddressFamily::INET,
-        6 => AddressFamily::INET6,
-        _ => return Err(Errno::AFNOSUPPORT),
-    };
-    socket_with(
-        family,
-        SocketType::STREAM,
-        SocketFlags::CLOEXEC,
-        Some(ipproto::TCP),
-    )
+    Transport::Tcp.socket(version)
 }
 
 /// Makes a socket with its options and binds it; what the program of another user holds, or
@@ -119,6 +156,7 @@ pub(crate) fn tcp_socket(version: u32) -> Result<OwnedFd, Errno> {
 pub(crate) fn bound_socket(
     about: &About,
     cx: &CheckContext<'_>,
+    transport: Transport,
     version: u32,
     address: Option<&InetAddress>,
     options: &SocketOptions,
@@ -127,11 +165,11 @@ pub(crate) fn bound_socket(
     let fail = |errno| {
         failed(
             cx.request.pid,
-            format!("make TCP socket fd {} for {shown}", about.number),
+            format!("make {transport} socket fd {} for {shown}", about.number),
             errno,
         )
     };
-    let socket = tcp_socket(version).map_err(fail)?;
+    let socket = transport.socket(version).map_err(fail)?;
     options
         .apply_before_bind(&socket)
         .map_err(|(name, errno)| {
@@ -152,13 +190,15 @@ pub(crate) fn bound_socket(
         )));
     }
     // Connections of the program's earlier life may still be closing; they must not be in the way.
-    sockopt::set_socket_reuseaddr(&socket, true).map_err(fail)?;
+    if transport == Transport::Tcp || options.reuse_address.is_some() {
+        sockopt::set_socket_reuseaddr(&socket, true).map_err(fail)?;
+    }
     match bind(&socket, &target) {
         Ok(()) => Ok(socket),
-        Err(Errno::ADDRINUSE) => Err(refuse_busy(about, cx, address)),
+        Err(Errno::ADDRINUSE) => Err(refuse_busy(about, cx, transport, address)),
         Err(Errno::ADDRNOTAVAIL) => Err(cx.refuse(
             about,
-            format!("TCP socket on {shown}, an address that this host does not have"),
+            format!("{transport} socket on {shown}, an address that this host does not have"),
             "give the address to an interface of this host first",
         )),
         Err(errno) => Err(fail(errno)),
@@ -169,29 +209,30 @@ pub(crate) fn bound_socket(
 pub(crate) fn refuse_busy(
     about: &About,
     cx: &CheckContext<'_>,
+    transport: Transport,
     address: &InetAddress,
 ) -> ProcessError {
-    let (holder, remedy) = match holder_of(address.port) {
+    let (holder, remedy) = match holder_of(transport, address.port) {
         Some((pid, name)) => (
             format!(" by pid {pid} ({name})"),
             format!("end pid {pid}, then restore again"),
         ),
         None => (
             String::new(),
-            "find who listens there (ss -ltnp) and end it".to_owned(),
+            format!("find who listens there ({}) and end it", transport.lister()),
         ),
     };
     cx.refuse(
         about,
-        format!("TCP port {address} is taken{holder}"),
+        format!("{transport} port {address} is taken{holder}"),
         remedy,
     )
 }
 
-/// Who holds a TCP port, as far as it can be found.
-fn holder_of(port: u16) -> Option<(u32, String)> {
+/// Who holds a port, as far as it can be found.
+fn holder_of(transport: Transport, port: u16) -> Option<(u32, String)> {
     let mut inodes = Vec::new();
-    for table in ["/proc/net/tcp", "/proc/net/tcp6"] {
+    for table in transport.tables() {
         let text = std::fs::read_to_string(table).unwrap_or_default();
         inodes.extend(
             text.lines()
@@ -262,7 +303,7 @@ mod tests {
         let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         let port = listener.local_addr().unwrap().port();
         assert_eq!(
-            holder_of(port).map(|(pid, _)| pid),
+            holder_of(Transport::Tcp, port).map(|(pid, _)| pid),
             Some(std::process::id())
         );
         drop(listener);

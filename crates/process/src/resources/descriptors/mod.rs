@@ -49,6 +49,8 @@ mod tcp_fresh;
 mod tcp_listen;
 mod tcp_reset;
 mod timerfd;
+mod udp;
+mod unix_datagram;
 mod unix_diag;
 mod unix_fresh;
 mod unix_listen;
@@ -205,5 +207,7 @@ registry! {
     UnixListen(unix_listen::UnixListenState),
     UnixFresh(unix_fresh::UnixFreshState),
     UnixPairEnd(unix_pair::UnixPairEndState),
+    UnixDatagram(unix_datagram::UnixDatagramState),
     UnixOrphan(unix_orphan::UnixOrphanState),
+    Udp(udp::UdpState),
 }

@@ -215,7 +215,7 @@ fn socket(family: AddressFamily, kind: SocketType, protocol: u32) -> (&'static s
     const CLOSE: &str = "have the program close it";
     match (family, kind) {
         (AddressFamily::INET | AddressFamily::INET6, SocketType::DGRAM) => {
-            ("UDP socket", "run the program without UDP")
+            ("IP datagram socket that is not UDP (ping, mostly)", CLOSE)
         }
         (AddressFamily::INET | AddressFamily::INET6, SocketType::RAW) => ("raw IP socket", CLOSE),
         (AddressFamily::INET | AddressFamily::INET6, _) if protocol == 262 => {
@@ -227,10 +227,6 @@ fn socket(family: AddressFamily, kind: SocketType, protocol: u32) -> (&'static s
         (AddressFamily::INET | AddressFamily::INET6, _) => {
             ("IP socket of an unknown protocol", CLOSE)
         }
-        (AddressFamily::UNIX, SocketType::DGRAM) => (
-            "unix datagram socket",
-            "run the program without it (a log socket, mostly)",
-        ),
         (AddressFamily::UNIX, _) => ("bound unix socket that does not listen", CLOSE),
         (AddressFamily::NETLINK, _) => ("netlink socket", CLOSE),
         (AddressFamily::PACKET, _) => ("packet socket", "stop capturing packets first"),

@@ -10,6 +10,7 @@ use super::unix_pair;
 use crate::error::{ProcessError, Refusal};
 use crate::restore::FilesPolicy;
 use rustix::fs::OFlags;
+use rustix::net::connect;
 use rustix::process::{Resource, getrlimit, setrlimit};
 use std::collections::HashMap;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -74,6 +75,8 @@ pub fn check_table(table: &FdTable, request: &CheckRequest<'_>) -> Result<Checke
         held: HashMap::new(),
         actions: HashMap::new(),
         resets: 0,
+        datagram_sockets: 0,
+        notices: Vec::new(),
     };
     let mut refusals: Vec<Refusal> = Vec::new();
     for (about, description) in table.each() {
@@ -87,11 +90,18 @@ pub fn check_table(table: &FdTable, request: &CheckRequest<'_>) -> Result<Checke
     if !refusals.is_empty() {
         return Err(ProcessError::Refused(refusals));
     }
-    let notices = match cx.resets {
-        0 => Vec::new(),
-        1 => vec!["1 connection to an outside peer was reset".into()],
-        n => vec![format!("{n} connections to outside peers were reset")],
-    };
+    let mut notices = cx.notices;
+    match cx.resets {
+        0 => {}
+        1 => notices.push("1 connection to an outside peer was reset".into()),
+        n => notices.push(format!("{n} connections to outside peers were reset")),
+    }
+    if cx.datagram_sockets != 0 {
+        notices.push(format!(
+            "UDP sockets: {}, without the datagrams that waited and the multicast groups",
+            cx.datagram_sockets
+        ));
+    }
     let actions = cx.actions.into_values().collect();
     Ok(Checked {
         pid: request.pid,
@@ -131,6 +141,7 @@ pub struct Made {
     /// All close-on-exec, none below 3.
     descriptors: Vec<(OwnedFd, Vec<Holder>)>,
     actions: Vec<FileAction>,
+    notices: Vec<String>,
     created: Vec<PathBuf>,
 }
 
@@ -143,16 +154,17 @@ impl Made {
         })
     }
 
-    /// Cuts files that grew since the epoch back, and says so. The last step that may fail before
-    /// the program runs.
+    /// Cuts files that grew since the epoch back. Says so, and what else the user should know of
+    /// what was made. The last step that may fail before the program runs.
     ///
     /// # Errors
     /// The first file that could not be cut back; those before it were.
     pub fn apply_files(&mut self) -> Result<Vec<String>, ProcessError> {
-        self.actions
-            .drain(..)
-            .map(|action| action.apply(self.pid))
-            .collect()
+        let mut notices = std::mem::take(&mut self.notices);
+        for action in self.actions.drain(..) {
+            notices.push(action.apply(self.pid)?);
+        }
+        Ok(notices)
     }
 
     /// The program runs: what was made for it stays.
@@ -180,6 +192,7 @@ pub fn recreate_table(table: &FdTable, checked: Checked) -> Result<Made, Process
         pid,
         descriptors: Vec::with_capacity(table.descriptions.len()),
         actions: checked.actions,
+        notices: Vec::new(),
         created: Vec::new(),
     };
     let mut pipes = Vec::with_capacity(table.pipes.len());
@@ -192,6 +205,8 @@ pub fn recreate_table(table: &FdTable, checked: Checked) -> Result<Made, Process
         held: checked.held,
         pipes,
         pairs,
+        reconnects: Vec::new(),
+        notices: Vec::new(),
         created: Vec::new(),
     };
     for (about, description) in table.each() {
@@ -203,6 +218,12 @@ pub fn recreate_table(table: &FdTable, checked: Checked) -> Result<Made, Process
         }
         locks::take(pid, &about, &description.locks, &fd)?;
         made.descriptors.push((fd, description.holders.clone()));
+    }
+    made.notices = cx.notices;
+    for reconnect in cx.reconnects {
+        if let Err(errno) = connect(&reconnect.socket, &reconnect.address) {
+            made.notices.push(format!("{}: {errno}", reconnect.what));
+        }
     }
     Ok(made)
 }

@@ -97,6 +97,8 @@ options! {
     incoming_cpu: SOL_SOCKET, libc::SO_INCOMING_CPU, Last;
     /// `SO_TIMESTAMP`
     timestamp: SOL_SOCKET, libc::SO_TIMESTAMP, Last;
+    /// `SO_BROADCAST`
+    broadcast: SOL_SOCKET, libc::SO_BROADCAST, Last;
     /// `SO_PEEK_OFF`
     peek_offset: SOL_SOCKET, libc::SO_PEEK_OFF, Last;
     /// `SO_PASSCRED`
@@ -133,6 +135,24 @@ options! {
     ttl: IPPROTO_IP, libc::IP_TTL, Last;
     /// `IP_MTU_DISCOVER`
     mtu_discover: IPPROTO_IP, libc::IP_MTU_DISCOVER, Last;
+    /// `IP_MULTICAST_TTL`
+    multicast_ttl: IPPROTO_IP, libc::IP_MULTICAST_TTL, Last;
+    /// `IP_MULTICAST_LOOP`
+    multicast_loop: IPPROTO_IP, libc::IP_MULTICAST_LOOP, Last;
+    /// `IP_PKTINFO`
+    packet_info: IPPROTO_IP, libc::IP_PKTINFO, Last;
+    /// `IP_RECVERR`
+    receive_errors: IPPROTO_IP, libc::IP_RECVERR, Last;
+    /// `IP_RECVTTL`
+    receive_ttl: IPPROTO_IP, libc::IP_RECVTTL, Last;
+    /// `IP_RECVTOS`
+    receive_tos: IPPROTO_IP, libc::IP_RECVTOS, Last;
+    /// `UDP_CORK`
+    udp_cork: libc::IPPROTO_UDP, libc::UDP_CORK, Last;
+    /// `UDP_SEGMENT`
+    udp_segment: libc::IPPROTO_UDP, libc::UDP_SEGMENT, Last;
+    /// `UDP_GRO`
+    udp_receive_offload: libc::IPPROTO_UDP, libc::UDP_GRO, Last;
     /// `IP_FREEBIND`
     free_bind: IPPROTO_IP, libc::IP_FREEBIND, BeforeBind;
     /// `IP_TRANSPARENT`
@@ -141,6 +161,16 @@ options! {
     v6_only: IPPROTO_IPV6, libc::IPV6_V6ONLY, BeforeBind;
     /// `IPV6_TCLASS`
     traffic_class: IPPROTO_IPV6, libc::IPV6_TCLASS, Last;
+    /// `IPV6_UNICAST_HOPS`
+    hops: IPPROTO_IPV6, libc::IPV6_UNICAST_HOPS, Last;
+    /// `IPV6_MULTICAST_HOPS`
+    multicast_hops: IPPROTO_IPV6, libc::IPV6_MULTICAST_HOPS, Last;
+    /// `IPV6_MULTICAST_LOOP`
+    multicast_loop_v6: IPPROTO_IPV6, libc::IPV6_MULTICAST_LOOP, Last;
+    /// `IPV6_RECVPKTINFO`
+    packet_info_v6: IPPROTO_IPV6, libc::IPV6_RECVPKTINFO, Last;
+    /// `IPV6_RECVERR`
+    receive_errors_v6: IPPROTO_IPV6, libc::IPV6_RECVERR, Last;
 }
 
 /// Longest name of an interface or a congestion control.

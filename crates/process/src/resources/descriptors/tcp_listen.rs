@@ -5,7 +5,7 @@
 
 use super::Descriptor;
 use super::context::{About, Around, CheckContext, CollectContext, RecreateContext};
-use super::inet::{self, InetAddress, tcp_state};
+use super::inet::{self, InetAddress, Transport, tcp_state};
 use super::probe::{Probe, failed};
 use super::socket_options::SocketOptions;
 use crate::ProcessError;
@@ -51,7 +51,14 @@ impl Descriptor for TcpListenState {
 
     fn check(&self, about: &About, cx: &mut CheckContext<'_>) -> Result<(), ProcessError> {
         let address = Some(&self.address);
-        let socket = inet::bound_socket(about, cx, self.version, address, &self.options)?;
+        let socket = inet::bound_socket(
+            about,
+            cx,
+            Transport::Tcp,
+            self.version,
+            address,
+            &self.options,
+        )?;
         cx.hold(about, socket);
         Ok(())
     }

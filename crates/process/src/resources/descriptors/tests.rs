@@ -3,17 +3,20 @@
 //! The target is this process itself, seen through its own pidfd, with the descriptors of the
 //! test as if there were no others.
 
+mod datagrams;
 mod files;
 mod refusals;
 mod simple;
 mod sockets;
 mod streams;
 mod table;
+mod tree;
 
 use super::collect::{View, collect_views};
 use super::probe::ProcDirs;
 use super::{
-    CheckRequest, Collected, FdInfo, FdTable, Made, Memory, Target, check_table, recreate_table,
+    CheckRequest, Collected, FdInfo, FdTable, Holder, Made, Memory, Target, check_table,
+    recreate_table,
 };
 use crate::error::{ProcessError, Refusal};
 use crate::restore::FilesPolicy;

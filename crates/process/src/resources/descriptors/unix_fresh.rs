@@ -7,7 +7,9 @@ use super::socket_options::SocketOptions;
 use crate::ProcessError;
 use outlive_state_tree::{StateNode, StateValue};
 use rustix::io::Errno;
-use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, socket_with};
+use rustix::net::{
+    AddressFamily, SocketAddrAny, SocketAddrUnix, SocketFlags, SocketType, socket_with,
+};
 use std::os::fd::OwnedFd;
 
 /// What sort of connection a unix socket makes.
@@ -61,11 +63,24 @@ impl UnixKind {
 pub(crate) fn name(probe: &Probe<'_>) -> Result<Option<SocketAddrUnix>, ProcessError> {
     let any = rustix::net::getsockname(probe.duplicate()?)
         .map_err(|errno| probe.failed("get the name of", errno))?;
+    Ok(named(any))
+}
+
+/// The name of the socket that a unix socket is connected to.
+pub(crate) fn peer_name(probe: &Probe<'_>) -> Result<Option<SocketAddrUnix>, ProcessError> {
+    match rustix::net::getpeername(probe.duplicate()?) {
+        Ok(any) => Ok(any.and_then(named)),
+        Err(Errno::NOTCONN) => Ok(None),
+        Err(errno) => Err(probe.failed("get the peer of", errno)),
+    }
+}
+
+fn named(any: SocketAddrAny) -> Option<SocketAddrUnix> {
     let named = |name: &SocketAddrUnix| {
         let path = name.path_bytes().is_some_and(|path| !path.is_empty());
         path || name.abstract_name().is_some_and(|name| !name.is_empty())
     };
-    Ok(SocketAddrUnix::try_from(any).ok().filter(named))
+    SocketAddrUnix::try_from(any).ok().filter(named)
 }
 
 pub(crate) fn is_connected(probe: &Probe<'_>) -> Result<bool, ProcessError> {

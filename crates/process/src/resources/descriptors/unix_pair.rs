@@ -18,6 +18,7 @@ use super::unix_queue::UnixQueue;
 use super::{Description, unix_diag};
 use crate::ProcessError;
 use outlive_state_tree::{StateNode, StateValue};
+use rustix::io::Errno;
 use rustix::net::{AddressFamily, Shutdown, SocketFlags, shutdown, socketpair};
 use std::collections::{HashMap, HashSet};
 use std::os::fd::OwnedFd;
@@ -79,7 +80,7 @@ impl Descriptor for UnixPairEndState {
     fn collect(probe: &Probe<'_>, cx: &mut CollectContext<'_>) -> Result<Self, ProcessError> {
         let inode = probe.info.inode;
         let peer = partner(probe, cx.around)?
-            .ok_or_else(|| probe.failed("find the peer of", rustix::io::Errno::NOTCONN))?;
+            .ok_or_else(|| probe.failed("find the peer of", Errno::NOTCONN))?;
         let next = cx.pairs.len() as u32;
         let pair = *cx.pairs.entry(inode.min(peer)).or_insert(next);
         let shut = cx.around.unix(probe)?.map_or(0, |facts| facts.shutdown);
@@ -188,17 +189,19 @@ pub(crate) fn make(
     }
     for (about, end) in ends(table) {
         let fd = made_end(&made, end.pair, end.side)?;
-        for (shut, how) in [
-            (end.receive_shut, Shutdown::Read),
-            (end.send_shut, Shutdown::Write),
-        ] {
-            if shut {
-                shutdown(fd, how)
-                    .map_err(|e| failed(pid, format!("shut fd {} down", about.number), e))?;
-            }
-        }
+        shut_down(fd, end.receive_shut, end.send_shut)
+            .map_err(|e| failed(pid, format!("shut fd {} down", about.number), e))?;
     }
     Ok(made)
+}
+
+pub(crate) fn shut_down(fd: &OwnedFd, receive: bool, send: bool) -> Result<(), Errno> {
+    for (shut, how) in [(receive, Shutdown::Read), (send, Shutdown::Write)] {
+        if shut {
+            shutdown(fd, how)?;
+        }
+    }
+    Ok(())
 }
 
 fn made_end(

@@ -4,13 +4,41 @@ use super::super::stream::StandardStream;
 use super::super::{Description, collect_table, preflight};
 use super::*;
 use std::process::{Child, Command, Stdio};
+use std::sync::RwLockWriteGuard;
 
 /// A child that only waits; it is ended with the test.
-struct Waiting(Child);
+pub(super) struct Waiting(Child);
 
 impl Waiting {
     fn with(stdin: Stdio, stdout: Stdio, stderr: Stdio) -> Self {
         let starting = STARTING.write().unwrap_or_else(PoisonError::into_inner);
+        Self::start(stdin, stdout, stderr, starting)
+    }
+
+    /// A child with these descriptors of the test under the same numbers, and nothing else.
+    pub(super) fn inheriting(fds: &[&dyn AsFd]) -> Self {
+        let starting = STARTING.write().unwrap_or_else(PoisonError::into_inner);
+        let set = |flags| {
+            for fd in fds {
+                rustix::io::fcntl_setfd(fd, flags).unwrap();
+            }
+        };
+        set(rustix::io::FdFlags::empty());
+        let child = Self::start(Stdio::null(), Stdio::null(), Stdio::null(), starting);
+        set(rustix::io::FdFlags::CLOEXEC);
+        child
+    }
+
+    pub(super) fn pid(&self) -> u32 {
+        self.0.id()
+    }
+
+    fn start(
+        stdin: Stdio,
+        stdout: Stdio,
+        stderr: Stdio,
+        starting: RwLockWriteGuard<'_, ()>,
+    ) -> Self {
         let child = Command::new("sleep")
             .arg("1000")
             .stdin(stdin)

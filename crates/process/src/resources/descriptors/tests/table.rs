@@ -3,10 +3,14 @@
 use super::super::Description;
 use super::super::epoll::EpollState;
 use super::super::pipe::{PipeEndState, PipeSide};
-use super::super::{Holder, OpenDescription, PipeState};
+use super::super::unix_fresh::UnixKind;
+use super::super::unix_pair::UnixPairEndState;
+use super::super::{OpenDescription, PipeState};
 use super::*;
 use proptest::prelude::*;
 use std::fs::File;
+use std::net::UdpSocket;
+use std::os::unix::net::UnixDatagram;
 
 fn null() -> File {
     File::open("/dev/null").unwrap()
@@ -166,6 +170,29 @@ fn tables_that_make_no_sense_are_refused_before_anything_is_made() {
     assert!(is_bad(&lists(vec![7], vec![6], vec![1], vec![0])));
     assert!(is_bad(&lists(vec![8], vec![5], vec![1], vec![0])));
     assert!(!is_bad(&lists(vec![7], vec![5], vec![1], vec![0])));
+    let pair = {
+        let (a, b) = UnixDatagram::pair().unwrap();
+        a.send(b"abc").unwrap();
+        collect(&[number(&a), number(&b)])
+    };
+    assert!(!is_bad(&pair));
+    let end = |index: usize, edit: fn(&mut UnixPairEndState)| {
+        let mut table = pair.clone();
+        match &mut table.descriptions[index].object {
+            Description::UnixPairEnd(end) => edit(end),
+            other => panic!("{other:?}"),
+        }
+        table
+    };
+    for index in 0..2 {
+        assert!(is_bad(&end(index, |e| e.pair = 7)));
+        assert!(is_bad(&end(index, |e| e.kind = UnixKind::Stream)));
+        assert!(is_bad(&end(index, |e| e.queue.lengths.push(1))));
+        assert!(is_bad(&end(index, |e| e.queue.lengths.push(u32::MAX))));
+    }
+    let mut half = pair.clone();
+    half.descriptions.pop();
+    assert!(is_bad(&half));
     let mut full = good;
     full.pipes.push(PipeState {
         capacity: 1,
@@ -180,7 +207,13 @@ fn rich_table() -> FdTable {
     rustix::io::write(&w, b"contents").unwrap();
     let counter = rustix::event::eventfd(3, rustix::event::EventfdFlags::CLOEXEC).unwrap();
     let file = null();
-    collect(&[number(&r), number(&w), number(&counter), number(&file)])
+    let (a, b) = UnixDatagram::pair().unwrap();
+    a.send(b"one").unwrap();
+    a.send(b"three").unwrap();
+    let udp = UdpSocket::bind("127.0.0.1:0").unwrap();
+    let mut numbers = vec![number(&r), number(&w), number(&counter), number(&file)];
+    numbers.extend([number(&a), number(&b), number(&udp)]);
+    collect(&numbers)
 }
 
 proptest! {
