@@ -145,6 +145,12 @@ impl Member {
         Ok(self.waits.look(&self.target))
     }
 
+    /// Whether a stopped thread was in a call that goes by no name, see [`WaitBook::is_nameless`].
+    #[must_use]
+    pub fn has_nameless(&self, threads: &[Held], sleepers: &Sleepers) -> bool {
+        threads.iter().any(|t| self.waits.is_nameless(t, sleepers))
+    }
+
     /// See [`look`].
     pub fn look(
         &mut self,

@@ -12,6 +12,8 @@ use rustix::process::{PidfdGetfdFlags, pidfd_getfd};
 use rustix::time::ClockId;
 use std::collections::HashMap;
 
+/// `-ERESTART_RESTARTBLOCK` in a result register.
+const RESTART_BLOCK: u64 = -516i64 as u64;
 /// `-EAGAIN` in a result register.
 const EAGAIN: u64 = -11i64 as u64;
 
@@ -81,6 +83,22 @@ impl WaitBook {
         Sleepers(sleepers)
     }
 
+    /// Whether a stopped thread was in a call that the kernel resumed by a restart block, and which
+    /// one is not known: then it could not be made again. It is known if the thread was asleep when
+    /// it was looked at.
+    #[must_use]
+    pub fn is_nameless(&self, held: &Held, sleepers: &Sleepers) -> bool {
+        let mut copy = held.registers;
+        let interrupted =
+            call_of(&copy).number == libc::SYS_restart_syscall && copy.rax == RESTART_BLOCK;
+        interrupted
+            && !name_restarted(
+                &mut copy,
+                self.known.get(&held.tid),
+                sleepers.0.get(&held.tid),
+            )
+    }
+
     /// Prepares a stopped thread to go on: an interrupted call is made again. Returns the time
     /// that was left of it, where it has a limit.
     pub fn prepare(
@@ -91,7 +109,11 @@ impl WaitBook {
         sleepers: &Sleepers,
     ) -> Option<u64> {
         let before = self.known.remove(&held.tid);
-        let resumed = name_restarted(held, before, sleepers.0.get(&held.tid));
+        let resumed = name_restarted(
+            &mut held.registers,
+            before.as_ref(),
+            sleepers.0.get(&held.tid),
+        );
         let interruption = interruption_of(&held.registers, status)?;
         let call = call_of(&held.registers);
         let limit = limit_of(interruption);
@@ -158,17 +180,23 @@ impl WaitBook {
 /// A call that the kernel resumes by its restart block shows as `restart_syscall`, by which name it
 /// could not be made again. Gives it back its own name, where that is known from an earlier stop or
 /// was seen while it slept. Says whether it was such a call.
-fn name_restarted(held: &mut Held, before: Option<Known>, sleeper: Option<&Sleeper>) -> bool {
-    let call = call_of(&held.registers);
+fn name_restarted(
+    registers: &mut Registers,
+    before: Option<&Known>,
+    sleeper: Option<&Sleeper>,
+) -> bool {
+    let call = call_of(registers);
     if call.number != libc::SYS_restart_syscall {
         return false;
     }
-    let rip = held.registers.rip;
-    let known = before.filter(|k| k.rip == rip).map(|k| k.call);
+    let rip = registers.rip;
+    let known = before
+        .filter(|k| k.rip == rip && k.call.number != libc::SYS_restart_syscall)
+        .map(|k| k.call);
     let seen = sleeper.filter(|s| s.rip == rip).map(|s| s.call);
     let own = known.into_iter().chain(seen).find(|c| c.args == call.args);
     if let Some(own) = own {
-        held.registers.orig_rax = own.number as u64;
+        registers.orig_rax = own.number as u64;
     }
     own.is_some()
 }

@@ -53,6 +53,11 @@ pub enum Tracking {
     FullCopy(String),
 }
 
+/// How often a stop is tried again because of a call that goes by no name …
+const NAMING_TRIES: u32 = 5;
+/// … and how long the program runs in between.
+const A_MOMENT: Duration = Duration::from_millis(2);
+
 /// Pre-copying ends when a pass finds less than this, bytes …
 const SMALL_PASS: u64 = 1 << 20;
 /// … or after so many passes.
@@ -78,6 +83,8 @@ struct Frozen {
     kin: Kin,
     threads: Vec<Held>,
     seen: Vec<Seen>,
+    /// A thread was in a call that goes by no name, so that it could not be made again.
+    nameless: bool,
     /// For a process that is no member yet.
     stranger: Option<(Target, WaitBook)>,
 }
@@ -203,7 +210,45 @@ impl Tracked {
     /// Freezes the program and takes everything that is left into memory. On failure the program
     /// runs on as before.
     pub fn stop(&mut self) -> Result<(Stopped<'_>, Captured), ProcessError> {
-        self.drop_ended();
+        let urgent = Urgent::begin();
+        let mut tries = 0;
+        let (began, mut frozen, zombies) = loop {
+            self.drop_ended();
+            let mut sleepers = self.before_stop()?;
+            let began = Instant::now();
+            let mut frozen = Vec::new();
+            let zombies = self.freeze_all(&mut sleepers, &mut frozen);
+            let named = frozen.iter().all(|p| !p.nameless) || tries == NAMING_TRIES;
+            match zombies {
+                Ok(zombies) if named => break (began, frozen, zombies),
+                // It had not fallen asleep yet when it was looked at: by now it will have.
+                Ok(_) => self.let_go(frozen)?,
+                Err(e) => {
+                    self.let_go(frozen)?;
+                    return Err(e);
+                }
+            }
+            tries += 1;
+            std::thread::sleep(A_MOMENT);
+        };
+        match self.capture(&mut frozen, zombies) {
+            Ok(captured) => {
+                let stopped = Stopped {
+                    tracked: self,
+                    frozen,
+                    began,
+                    _urgent: urgent,
+                };
+                Ok((stopped, captured))
+            }
+            Err(e) => {
+                self.let_go(frozen)?;
+                Err(e)
+            }
+        }
+    }
+
+    fn before_stop(&mut self) -> Result<BTreeMap<u32, Sleepers>, ProcessError> {
         let mut sleepers = BTreeMap::new();
         for (pid, member) in &mut self.members {
             match member.before_stop() {
@@ -212,27 +257,7 @@ impl Tracked {
                 Err(e) => return Err(e),
             }
         }
-        let urgent = Urgent::begin();
-        let began = Instant::now();
-        let mut frozen = Vec::new();
-        let captured = self
-            .freeze_all(&mut sleepers, &mut frozen)
-            .and_then(|zombies| self.capture(&mut frozen, zombies));
-        match captured {
-            Ok(captured) => Ok((
-                Stopped {
-                    tracked: self,
-                    frozen,
-                    began,
-                    _urgent: urgent,
-                },
-                captured,
-            )),
-            Err(e) => {
-                self.let_go(frozen)?;
-                Err(e)
-            }
-        }
+        Ok(sleepers)
     }
 
     /// Stops processes, parents before their children, until a listing shows no new one: then none
@@ -271,11 +296,13 @@ impl Tracked {
         let timeout = self.options.stop_timeout;
         if let Some(member) = self.members.get_mut(&kin.pid) {
             let mut threads = freeze(&member.target, timeout)?;
+            let nameless = member.has_nameless(&threads, &sleepers);
             return match member.look(&mut threads, &sleepers) {
                 Ok(seen) => Ok(Frozen {
                     kin,
                     threads,
                     seen,
+                    nameless,
                     stranger: None,
                 }),
                 Err(e) => {
@@ -287,11 +314,13 @@ impl Tracked {
         let target = Target::open(kin.pid)?;
         let mut waits = WaitBook::default();
         let mut threads = freeze(&target, timeout)?;
+        let nameless = threads.iter().any(|t| waits.is_nameless(t, &sleepers));
         match member::look(&target, &mut waits, &mut threads, &sleepers) {
             Ok(seen) => Ok(Frozen {
                 kin,
                 threads,
                 seen,
+                nameless,
                 stranger: Some((target, waits)),
             }),
             Err(e) => {

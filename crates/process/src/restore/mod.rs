@@ -317,6 +317,13 @@ impl Ready {
         self.stubs.first().map_or(0, |s| s.target.pid)
     }
 
+    /// Working memory that lies in each process until it runs: process, address, length.
+    #[must_use]
+    pub fn working_memory(&self) -> Vec<(u32, u64, u64)> {
+        let range = |s: &Stub| (s.target.pid, s.arena.range().0, s.arena.range().1);
+        self.stubs.iter().map(range).collect()
+    }
+
     /// Things the user should know: connections that were reset, file tails kept aside.
     #[must_use]
     pub fn notices(&self) -> &[String] {
