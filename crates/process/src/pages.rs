@@ -29,7 +29,7 @@ use outlive_linux::Errno;
 use outlive_linux::memory::{self, RANGES};
 use outlive_linux::pagemap::{self, Pagemap, Query};
 use outlive_linux::userfault::WriteTracker;
-use std::collections::HashSet;
+use std::collections::{BTreeSet, HashSet};
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 
@@ -103,8 +103,9 @@ pub struct PageTracker {
     stored: IntervalSet,
     /// Areas without large holes and guards, which the quick scan serves.
     dense: HashSet<Span>,
-    /// Areas with guards, which protecting hides from the scans for written pages.
-    guarded: HashSet<Span>,
+    /// Addresses of guards, which protecting hides from the scans for written pages: an area that
+    /// holds one is asked for them. By address, since the kernel joins neighbouring areas.
+    guarded: BTreeSet<u64>,
     /// Addresses that could not be read although they were reported as written.
     doubtful: Vec<u64>,
     spans: Vec<Span>,
@@ -132,7 +133,7 @@ impl PageTracker {
             tracker,
             stored: IntervalSet::default(),
             dense: HashSet::new(),
-            guarded: HashSet::new(),
+            guarded: BTreeSet::new(),
             doubtful: Vec::new(),
             spans: Vec::new(),
             buffer: Vec::new(),
@@ -188,15 +189,14 @@ impl PageTracker {
 
     fn scan(&mut self, area: &PrivateArea, changes: &mut Changes) -> Result<(), Errno> {
         let (start, end) = area.span;
-        if self.doubtful.iter().any(|&at| (start..end).contains(&at)) {
-            self.guarded.insert(area.span);
-        }
+        let doubtful = self.doubtful.iter().filter(|&at| (start..end).contains(at));
+        self.guarded.extend(doubtful);
         if self.tracker.is_none() {
             self.scan_sorts(area.span, area, changes)?;
         } else {
             self.scan_tracked(area, changes)?;
         }
-        if !self.guarded.contains(&area.span) {
+        if !self.is_guarded(area.span) {
             return Ok(());
         }
         let guards = Query {
@@ -205,21 +205,26 @@ impl PageTracker {
             ..Query::default()
         };
         let Self {
-            pagemap, stored, ..
+            pagemap,
+            stored,
+            guarded,
+            ..
         } = self;
-        let before = changes.guards.len();
+        guarded.retain(|at| !(start..end).contains(at));
         pagemap.scan(start, end, guards, |r| {
             drop_stored(stored, (r.start, r.end), changes);
+            guarded.insert(r.start);
             push_span(&mut changes.guards, (r.start, r.end));
         })?;
-        if changes.guards.len() == before {
-            self.guarded.remove(&area.span);
-        }
         Ok(())
     }
 
+    fn is_guarded(&self, (start, end): Span) -> bool {
+        self.guarded.range(start..end).next().is_some()
+    }
+
     fn scan_tracked(&mut self, area: &PrivateArea, changes: &mut Changes) -> Result<(), Errno> {
-        let known = if self.dense.contains(&area.span) && !self.guarded.contains(&area.span) {
+        let known = if self.dense.contains(&area.span) && !self.is_guarded(area.span) {
             self.scan_dense(area, changes)
         } else {
             self.scan_sparse(area, changes)
@@ -309,7 +314,10 @@ impl PageTracker {
             0
         };
         let Self {
-            pagemap, stored, ..
+            pagemap,
+            stored,
+            guarded,
+            ..
         } = self;
         let exists = Query {
             all_of: written,
@@ -318,13 +326,14 @@ impl PageTracker {
             protect: written != 0,
             ..Query::default()
         };
-        let mut guarded = false;
         pagemap.scan(span.0, span.1, exists, |r| {
             let span = (r.start, r.end);
             if r.categories != 0 {
                 // A guard, a page of the file below, the zero page: no contents of its own.
                 drop_stored(stored, span, changes);
-                guarded |= r.categories & pagemap::GUARD != 0;
+                if r.categories & pagemap::GUARD != 0 {
+                    guarded.insert(r.start);
+                }
             } else if area.readable {
                 push_span(&mut changes.written, span);
             } else {
@@ -341,9 +350,6 @@ impl PageTracker {
             bytes += r.end - r.start;
             drop_stored(stored, (r.start, r.end), changes);
         })?;
-        if guarded {
-            self.guarded.insert(area.span);
-        }
         Ok(bytes)
     }
 

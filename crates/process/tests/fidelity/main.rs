@@ -8,6 +8,7 @@
 //! They need root: tracing alone does not, but process IDs can only be chosen with privilege.
 //! `OUTLIVE_LONG=1` does everything many more times.
 
+mod deaths;
 mod eintr;
 mod registers;
 mod stand;

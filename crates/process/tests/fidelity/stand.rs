@@ -19,29 +19,31 @@ pub struct Thread {
     pub mask: u64,
 }
 
-/// `fs_base` and `gs_base` in `user_regs_struct`.
-pub const FS_BASE: usize = 21;
-pub const GS_BASE: usize = 22;
-
 fn ptrace(request: libc::c_uint, tid: u32, address: usize, data: usize) -> i64 {
     // SAFETY: see the module heading.
     unsafe { libc::ptrace(request, tid as i32, address as *mut u8, data as *mut u8) }
 }
 
-/// Stops every thread of a program, one after the other, looks at it and lets it go.
-pub fn look(program: &Program) -> BTreeMap<u32, Thread> {
-    let pid = program.pid;
-    tids(pid)
+/// Stops the threads of a program whose names begin with `name`, one after the other, looks at each
+/// and lets it go. A stop like this one interrupts calls that do not restart by themselves.
+pub fn look(program: &Program, name: &str) -> BTreeMap<u32, Thread> {
+    let comm = |tid: &u32| {
+        let path = format!("/proc/{}/task/{tid}/comm", program.pid);
+        std::fs::read_to_string(path).is_ok_and(|c| c.starts_with(name))
+    };
+    tids(program.pid)
         .into_iter()
+        .filter(comm)
         .filter_map(|tid| Some((tid, look_at(program, tid)?)))
         .collect()
 }
 
 fn look_at(program: &Program, tid: u32) -> Option<Thread> {
+    let must = |r| assert_eq!(r, 0, "thread {tid}; {}", program.story());
     if ptrace(libc::PTRACE_SEIZE, tid, 0, 0) != 0 {
         return None;
     }
-    assert_eq!(ptrace(libc::PTRACE_INTERRUPT, tid, 0, 0), 0);
+    must(ptrace(libc::PTRACE_INTERRUPT, tid, 0, 0));
     let mut status = 0;
     // SAFETY: status is live.
     while unsafe { libc::waitpid(tid as i32, &raw mut status, libc::__WALL) } != tid as i32 {}
@@ -58,27 +60,21 @@ fn look_at(program: &Program, tid: u32) -> Option<Thread> {
         mask: 0,
     };
     let registers = thread.registers.as_mut_ptr() as usize;
-    assert_eq!(ptrace(libc::PTRACE_GETREGS, tid, 0, registers), 0);
+    must(ptrace(libc::PTRACE_GETREGS, tid, 0, registers));
     let mut room = libc::iovec {
         iov_base: thread.xstate.as_mut_ptr().cast(),
         iov_len: thread.xstate.len(),
     };
-    assert_eq!(
-        ptrace(libc::PTRACE_GETREGSET, tid, 0x202, &raw mut room as usize),
-        0
-    );
+    must(ptrace(libc::PTRACE_GETREGSET, tid, 0x202, &raw mut room as usize));
     thread.xstate.truncate(room.iov_len);
-    assert_eq!(
-        ptrace(
+    must(ptrace(
             libc::PTRACE_GETSIGMASK,
             tid,
             8,
             &raw mut thread.mask as usize
-        ),
-        0
-    );
+        ));
     let event = status >> 16 == libc::PTRACE_EVENT_STOP;
     let signal = if event { 0 } else { libc::WSTOPSIG(status) };
-    assert_eq!(ptrace(libc::PTRACE_DETACH, tid, 0, signal as usize), 0);
+    must(ptrace(libc::PTRACE_DETACH, tid, 0, signal as usize));
     Some(thread)
 }

@@ -10,7 +10,7 @@ use crate::view::View;
 use outlive_epoch::{EpochReader, EpochWriter};
 use outlive_process::image::{self, ThreadsState, group, kinds};
 use outlive_process::{ProcessError, Ready, RestoreOptions, TrackOptions, Tracked, restore};
-use std::fs::{File, OpenOptions};
+use std::fs::OpenOptions;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -185,6 +185,11 @@ impl Program {
         unsafe { libc::kill(self.pid as i32, signal) };
     }
 
+    /// Its `maps`.
+    pub fn mappings(&self) -> String {
+        std::fs::read_to_string(format!("/proc/{}/maps", self.pid)).expect("its mappings")
+    }
+
     /// Pages of it that are in memory.
     pub fn resident_pages(&self) -> u64 {
         let text = std::fs::read_to_string(format!("/proc/{}/statm", self.pid));
@@ -350,9 +355,4 @@ pub fn descriptors(pid: u32) -> Vec<(String, PathBuf)> {
         .collect();
     all.sort();
     all
-}
-
-/// Opens a file below `/proc/PID`.
-pub fn proc_file(pid: u32, name: &str) -> Option<File> {
-    File::open(format!("/proc/{pid}/{name}")).ok()
 }

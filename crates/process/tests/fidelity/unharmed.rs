@@ -6,7 +6,7 @@ use crate::view::tids;
 use outlive_process::{ProcessError, TrackOptions, Tracked};
 
 /// Fails if any thread is still traced or stopped.
-fn must_be_free(program: &Program) {
+pub fn must_be_free(program: &Program) {
     for tid in tids(program.pid) {
         let path = format!("/proc/{}/task/{tid}/status", program.pid);
         let status = std::fs::read_to_string(path).expect("its status");
@@ -19,10 +19,6 @@ fn must_be_free(program: &Program) {
             "thread {tid} stands:\n{status}"
         );
     }
-}
-
-fn mappings(program: &Program) -> String {
-    std::fs::read_to_string(format!("/proc/{}/maps", program.pid)).expect("its mappings")
 }
 
 const KINDS: [(&str, &str); 7] = [
@@ -57,13 +53,13 @@ fn what_cannot_be_saved_is_refused_at_the_attach() {
     }
     for (kind, word) in KINDS {
         let program = Program::start("refused", &[kind]);
-        let (maps, fds) = (mappings(&program), descriptors(program.pid));
+        let (maps, fds) = (program.mappings(), descriptors(program.pid));
         match Tracked::attach(program.pid, TrackOptions::default()) {
             Err(e) => must_name(&e, &program, word),
             Ok(_) => panic!("{kind} was not refused"),
         }
         must_be_free(&program);
-        assert_eq!((maps, fds), (mappings(&program), descriptors(program.pid)));
+        assert_eq!((maps, fds), (program.mappings(), descriptors(program.pid)));
         program.must_report();
     }
 }
@@ -100,7 +96,7 @@ fn tracking_leaves_no_trace() {
     }
     for kind in ["nothing"] {
         let program = Program::start("refused", &[kind]);
-        let (maps, fds) = (mappings(&program), descriptors(program.pid));
+        let (maps, fds) = (program.mappings(), descriptors(program.pid));
         for _ in 0..10 {
             let mut tracked = track(&program);
             let mut store = Store::default();
@@ -110,7 +106,7 @@ fn tracking_leaves_no_trace() {
             }
             tracked.detach().expect("detaching");
             must_be_free(&program);
-            assert_eq!(maps, mappings(&program));
+            assert_eq!(maps, program.mappings());
             assert_eq!(fds, descriptors(program.pid));
         }
         program.must_report();

@@ -5,9 +5,11 @@
 //! - Inode numbers of pipes, sockets and anonymous objects: the kernel gives new ones. What is the
 //!   same object stays the same object: each is named after the lowest descriptor that has it.
 //! - `mnt_id`, `eventfd-id`, and inodes in epoll's lists: numbers of the kernel's own, as above.
-//! - `it_value` of a timerfd and the tick of its clock: time runs while it is looked at.
+//! - `it_value` and `ticks` of a timerfd: time runs while it is looked at.
+//! - A pending SIGALRM: an interval timer may fire while the program stands.
 //! - Memory flags `uw` (registered for write tracking, by us) and `ac` (pages count as committed:
-//!   memory that once was writable keeps the flag).
+//!   memory that once was writable keeps the flag), `gu` (it may have guards: the flag spreads to
+//!   mappings that were one with it; the guards themselves are compared).
 //! - The mappings of working memory, and the contents of `[vvar]`, which change all the time.
 //! - Blocked signals, registers and wait channels: the capture has calls made by the threads. The
 //!   tests compare these with a look of their own while nobody else holds the program ([`crate::stand`]).
@@ -30,6 +32,8 @@ use std::path::Path;
 const PAGE: u64 = 4096;
 /// What is read at once, bytes.
 const PIECE: u64 = 1 << 20;
+/// Bit 58 of an entry of the page map, in its last byte.
+const GUARD: u8 = 1 << 2;
 
 /// A mapping; neighbours that the kernel may or may not have joined are one.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -161,7 +165,7 @@ fn areas(pid: u32) -> Vec<Area> {
         if let Some(codes) = line.strip_prefix("VmFlags:") {
             let kept = codes
                 .split_whitespace()
-                .filter(|c| !matches!(*c, "uw" | "ac"));
+                .filter(|c| !matches!(*c, "uw" | "ac" | "gu"));
             list.last_mut().expect("flags follow a mapping").flags =
                 kept.map(str::to_owned).collect();
         } else if line
@@ -247,6 +251,9 @@ fn pages(pid: u32, areas: &[Area], blanks: &[(u64, u64)]) -> BTreeMap<u64, Vec<u
             let entries = &mut entries[..(len / PAGE * 8) as usize];
             map.read_exact_at(entries, at / PAGE * 8)
                 .expect("its page map");
+            for i in (0..entries.len() / 8).filter(|i| entries[i * 8 + 7] & GUARD != 0) {
+                pages.insert(at + i as u64 * PAGE, b"a guard ".repeat(PAGE as usize / 8));
+            }
             // What is neither is zero, unless a file lies below.
             let exists = |i: usize| area.file || entries[i * 8 + 7] & kept != 0;
             if (0..entries.len() / 8).any(exists) {
@@ -386,7 +393,11 @@ fn thread_facts(pid: u32, tid: u32, facts: &mut BTreeMap<String, String>) {
             continue;
         };
         if STATUS.contains(&key) || STATUS_TOO.contains(&key) {
-            facts.insert(format!("thread {tid} {key}"), value.trim().into());
+            let value = match key {
+                "SigPnd" | "ShdPnd" => without_alarm(value.trim()),
+                _ => value.trim().into(),
+            };
+            facts.insert(format!("thread {tid} {key}"), value);
         }
     }
     let slack = text(format!("/proc/{tid}/timerslack_ns"));
@@ -417,6 +428,12 @@ fn thread_facts(pid: u32, tid: u32, facts: &mut BTreeMap<String, String>) {
         format!("thread {tid} asked"),
         format!("{answers:?} scheduling {attributes:x?} robust list {head:x} {length}"),
     );
+}
+
+/// A set of signals without SIGALRM.
+fn without_alarm(set: &str) -> String {
+    let set = u64::from_str_radix(set, 16).expect("a set of signals");
+    format!("{:x}", set & !(1 << (libc::SIGALRM - 1)))
 }
 
 pub fn tids(pid: u32) -> Vec<u32> {
@@ -465,7 +482,7 @@ fn stable(info: &str) -> String {
     let mut lines: Vec<String> = info
         .lines()
         .filter(|l| {
-            !["ino:", "mnt_id:", "eventfd-id:", "it_value:"]
+            !["ino:", "mnt_id:", "eventfd-id:", "it_value:", "ticks:"]
                 .iter()
                 .any(|p| l.starts_with(p))
         })

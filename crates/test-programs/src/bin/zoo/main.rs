@@ -1,5 +1,6 @@
 //! One of each: `zoo DIR` holds as many kinds of state as it can, changes part of it all the time,
-//! and checks all of it every few milliseconds.
+//! and checks all of it every few milliseconds. `zoo DIR memory` has private memory alone, so that
+//! it depends on no file.
 //!
 //! Each module makes its kinds and returns checks. A check is called again and again and fails
 //! loudly when what it looks after is not as it left it.
@@ -38,10 +39,13 @@ fn main() {
     };
     // The alarm is for the worker alone: a wait for a signal is not restarted by any handler.
     block(&[libc::SIGUSR1, libc::SIGALRM, process::QUEUED, process::READ]);
-    let mut checks = memory::all(&dir);
-    checks.extend(descriptors::all(&dir));
-    checks.extend(process::all());
-    checks.extend(threads::all());
+    let mut checks = memory::private();
+    if std::env::args().nth(2).as_deref() != Some("memory") {
+        checks.extend(memory::of_files(&dir));
+        checks.extend(descriptors::all(&dir));
+        checks.extend(process::all());
+        checks.extend(threads::all());
+    }
     let worker = std::thread::Builder::new().name("worker".into()).stack_size(1 << 20);
     let worker = worker.spawn(move || work(checks));
     let Ok(worker) = worker else { fail("no thread") };

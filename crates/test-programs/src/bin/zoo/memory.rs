@@ -70,8 +70,8 @@ impl Pages {
     }
 }
 
-/// All of them.
-pub(crate) fn all(dir: &Path) -> Vec<Check> {
+/// Everything that lies over no file.
+pub(crate) fn private() -> Vec<Check> {
     vec![
         hidden(),
         locked(),
@@ -81,13 +81,16 @@ pub(crate) fn all(dir: &Path) -> Vec<Check> {
         forgotten(),
         replaced(),
         moved(),
-        private_file(dir),
-        shared_file(dir),
         heap(),
         sparse(),
         guarded(),
         deep(),
     ]
+}
+
+/// Mappings of files.
+pub(crate) fn of_files(dir: &Path) -> Vec<Check> {
+    vec![private_file(dir), shared_file(dir)]
 }
 
 /// Data behind PROT_NONE, looked at now and then.
