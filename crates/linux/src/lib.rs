@@ -11,6 +11,7 @@ compile_error!("outlive runs on x86-64 Linux only");
 pub mod clock;
 pub mod descriptors;
 pub mod inherited;
+pub mod inotify;
 pub mod kcmp;
 pub mod maps;
 pub mod memory;

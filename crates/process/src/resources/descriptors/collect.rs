@@ -183,6 +183,7 @@ pub(crate) fn collect_views(
         files: FilesToSync::default(),
         memory,
         pairs: HashMap::new(),
+        memfds: HashSet::new(),
     };
     let mut descriptions = Vec::with_capacity(groups.len());
     let mut refusals: Vec<Refusal> = Vec::new();

@@ -2,6 +2,7 @@
 
 use super::collect::{FilesToSync, Memory};
 use super::file_action::FileAction;
+use super::inotify::InotifyState;
 use super::pipe::{PipeEnds, PipeState};
 use super::probe::Probe;
 use super::restore::CheckRequest;
@@ -107,6 +108,8 @@ pub struct CollectContext<'a> {
     pub pipes: Vec<PipeState>,
     /// By inode: the place of a pipe in `pipes`.
     pub pipe_places: HashMap<u64, u32>,
+    /// Inodes of memory files found so far.
+    pub memfds: HashSet<u64>,
     /// Files whose contents must be durable before the epoch is.
     pub files: FilesToSync,
     /// What was learned at earlier epochs.
@@ -188,6 +191,15 @@ pub struct Reconnect {
     pub what: String,
 }
 
+/// An inotify instance whose watches are added last.
+#[derive(Debug)]
+pub struct Rewatch {
+    /// A duplicate of it.
+    pub instance: OwnedFd,
+    /// Its watches.
+    pub state: InotifyState,
+}
+
 /// What a kind may use while it recreates.
 pub struct RecreateContext {
     /// The process that is restored.
@@ -198,6 +210,8 @@ pub struct RecreateContext {
     pub pipes: Vec<PipeEnds>,
     /// The ends of connections within the subject.
     pub pairs: HashMap<(u32, PairSide), OwnedFd>,
+    /// Inotify instances whose watches are added last.
+    pub rewatches: Vec<Rewatch>,
     /// What is connected once all sockets have their names.
     pub reconnects: Vec<Reconnect>,
     /// What the user should know.

@@ -8,7 +8,8 @@
 //!           recreate_table  makes one descriptor per open file description, in this process
 //!           (the caller installs them at their numbers in the restored processes)
 //!           finish_calls    calls for those processes themselves, all numbers being in place
-//!           Made::apply_files  the only step that changes files; last, then Made::keep
+//!           Made::apply_files  the only step that changes files, and then watches them; last, then
+//!                           Made::keep
 //! ```
 //!
 //! # Rules
@@ -36,7 +37,9 @@ mod eventfd;
 mod file;
 mod file_action;
 mod inet;
+mod inotify;
 mod locks;
+mod memfd;
 mod pipe;
 mod probe;
 mod refuse;
@@ -190,9 +193,11 @@ macro_rules! registry {
     };
 }
 
-// The order matters in one place: a stream is claimed before what else it may be.
+// The order matters: a stream is claimed before what else it may be, a memory file before other
+// files, connections within the subject before those to the outside.
 registry! {
     Stream(stream::StreamState),
+    Memfd(memfd::MemfdState),
     File(file::FileState),
     Directory(directory::DirectoryState),
     Device(device::DeviceState),
@@ -201,6 +206,7 @@ registry! {
     TimerFd(timerfd::TimerFdState),
     SignalFd(signalfd::SignalFdState),
     Epoll(epoll::EpollState),
+    Inotify(inotify::InotifyState),
     TcpListen(tcp_listen::TcpListenState),
     TcpFresh(tcp_fresh::TcpFreshState),
     TcpReset(tcp_reset::TcpResetState),

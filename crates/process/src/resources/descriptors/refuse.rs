@@ -8,11 +8,6 @@ use rustix::net::{AddressFamily, SocketType};
 /// Links of objects without a path: how the link begins, the usual name, what the user can do.
 const ANONYMOUS: &[(&str, &str, &str)] = &[
     (
-        "anon_inode:inotify",
-        "inotify",
-        "run the program without watching files",
-    ),
-    (
         "anon_inode:[fanotify]",
         "fanotify",
         "run the program without watching files",

@@ -1,7 +1,7 @@
 //! The steps of a restore: check everything, make everything, change files last.
 
 use super::Description;
-use super::context::{CheckContext, RecreateContext, RemoteCall};
+use super::context::{CheckContext, RecreateContext, RemoteCall, Rewatch};
 use super::file_action::FileAction;
 use super::locks;
 use super::probe::failed;
@@ -142,6 +142,7 @@ pub struct Made {
     descriptors: Vec<(OwnedFd, Vec<Holder>)>,
     actions: Vec<FileAction>,
     notices: Vec<String>,
+    rewatches: Vec<Rewatch>,
     created: Vec<PathBuf>,
 }
 
@@ -154,7 +155,7 @@ impl Made {
         })
     }
 
-    /// Cuts files that grew since the epoch back. Says so, and what else the user should know of
+    /// Cuts files that grew since the epoch back, then watches files again. Says so, and what else the user should know of
     /// what was made. The last step that may fail before the program runs.
     ///
     /// # Errors
@@ -163,6 +164,9 @@ impl Made {
         let mut notices = std::mem::take(&mut self.notices);
         for action in self.actions.drain(..) {
             notices.push(action.apply(self.pid)?);
+        }
+        for rewatch in self.rewatches.drain(..) {
+            rewatch.state.watch(&rewatch.instance, self.pid)?;
         }
         Ok(notices)
     }
@@ -193,6 +197,7 @@ pub fn recreate_table(table: &FdTable, checked: Checked) -> Result<Made, Process
         descriptors: Vec::with_capacity(table.descriptions.len()),
         actions: checked.actions,
         notices: Vec::new(),
+        rewatches: Vec::new(),
         created: Vec::new(),
     };
     let mut pipes = Vec::with_capacity(table.pipes.len());
@@ -206,6 +211,7 @@ pub fn recreate_table(table: &FdTable, checked: Checked) -> Result<Made, Process
         pipes,
         pairs,
         reconnects: Vec::new(),
+        rewatches: Vec::new(),
         notices: Vec::new(),
         created: Vec::new(),
     };
@@ -220,6 +226,7 @@ pub fn recreate_table(table: &FdTable, checked: Checked) -> Result<Made, Process
         made.descriptors.push((fd, description.holders.clone()));
     }
     made.notices = cx.notices;
+    made.rewatches = cx.rewatches;
     for reconnect in cx.reconnects {
         if let Err(errno) = connect(&reconnect.socket, &reconnect.address) {
             made.notices.push(format!("{}: {errno}", reconnect.what));

@@ -278,3 +278,79 @@ fn locks_of_the_process_are_left_to_it() {
     assert_eq!(calls.len(), 1);
     assert_eq!((calls[0].process, calls[0].number), (me(), libc::SYS_fcntl));
 }
+
+#[test]
+fn watched_files_are_watched_again_under_the_same_numbers() {
+    use rustix::fs::inotify;
+    let _quiet = no_child_starts();
+    let fixture = Fixture::new();
+    let path = fixture.file("a log", b"abc");
+    let link = fixture.dir.path().join("link");
+    std::os::unix::fs::symlink(&path, &link).unwrap();
+    let instance = inotify::init(inotify::CreateFlags::CLOEXEC).unwrap();
+    let add = |path: &Path, flags| inotify::add_watch(&instance, path, flags).unwrap();
+    let gone = add(&path, inotify::WatchFlags::OPEN);
+    inotify::remove_watch(&instance, gone).unwrap();
+    rustix::io::read(&instance, &mut [0; 64]).unwrap();
+    add(&link, inotify::WatchFlags::MODIFY);
+    let flags = inotify::WatchFlags::CREATE | inotify::WatchFlags::ONESHOT;
+    add(fixture.dir.path(), flags);
+    let writer = writable(&path);
+    let table = collect(&[number(&instance), number(&writer)]);
+    let watches = info(&instance).rest;
+    append(&path, b"tail");
+    assert!(
+        refused(&[number(&instance)])[0]
+            .what
+            .contains("not read yet")
+    );
+    let mut made = recreate(&table);
+    assert_eq!(made.apply_files().unwrap().len(), 1);
+    let again = made_for(&made, number(&instance));
+    assert_eq!(info(&again).rest, watches);
+    assert_eq!(
+        rustix::io::ioctl_fionread(&again),
+        Ok(0),
+        "nothing is told of the restore"
+    );
+    append(&path, b"news");
+    assert_eq!(rustix::io::ioctl_fionread(&again), Ok(16));
+    std::fs::remove_file(&path).unwrap();
+    assert!(
+        check_refused(&table)
+            .iter()
+            .any(|r| r.what.contains("inotify watches"))
+    );
+}
+
+#[test]
+fn memory_files_keep_contents_and_seals() {
+    use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, fcntl_get_seals, memfd_create};
+    let _quiet = no_child_starts();
+    let plain = memfd_create("plain", MemfdFlags::CLOEXEC).unwrap();
+    let sealed = memfd_create(
+        "a (deleted)",
+        MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING,
+    )
+    .unwrap();
+    let seals = SealFlags::WRITE | SealFlags::GROW;
+    for file in [&plain, &sealed] {
+        rustix::io::write(file, b"contents").unwrap();
+        rustix::fs::ftruncate(file, 10_000).unwrap();
+    }
+    fcntl_add_seals(&sealed, seals).unwrap();
+    let table = collect(&[number(&plain), number(&sealed)]);
+    let made = recreate(&table);
+    for file in [&plain, &sealed] {
+        let again = made_for(&made, number(file));
+        assert_same(file, &again);
+        assert_eq!(fcntl_get_seals(&again), fcntl_get_seals(file));
+        let link = |fd: &OwnedFd| std::fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd()));
+        assert_eq!(link(&again).unwrap(), link(file).unwrap());
+        let mut out = vec![1; 10_001];
+        assert_eq!(rustix::io::pread(&again, &mut out, 0), Ok(10_000));
+        assert!(out.starts_with(b"contents\0") && out[8..10_000].iter().all(|&b| b == 0));
+    }
+    let again = made_for(&made, number(&sealed));
+    assert_eq!(rustix::io::pwrite(&again, b"x", 0), Err(Errno::PERM));
+}

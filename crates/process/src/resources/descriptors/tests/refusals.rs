@@ -1,7 +1,7 @@
 //! What is refused, by its usual name.
 
 use super::*;
-use rustix::fs::{MemfdFlags, Mode, OFlags, inotify};
+use rustix::fs::{MemfdFlags, Mode, OFlags};
 use rustix::net::{AddressFamily, SocketType, socket};
 use std::fs::File;
 
@@ -21,12 +21,17 @@ fn skip(what: &str, why: impl std::fmt::Display) {
 
 #[test]
 fn objects_without_a_path() {
-    assert_refused(
-        &inotify::init(inotify::CreateFlags::CLOEXEC).unwrap(),
-        "inotify",
-    );
     let memory = rustix::fs::memfd_create("x", MemfdFlags::CLOEXEC).unwrap();
-    assert_refused(&memory, "memfd");
+    let path = format!("/proc/self/fd/{}", memory.as_raw_fd());
+    let again = File::open(path).unwrap();
+    let refusals = refused(&[number(&memory), number(&again)]);
+    assert!(refusals[0].what.starts_with("memfd that was opened again"));
+    rustix::fs::ftruncate(&memory, (1 << 20) + 1).unwrap();
+    assert_refused(&memory, "memfd of 1048577 bytes");
+    match rustix::fs::memfd_create("x", MemfdFlags::CLOEXEC | MemfdFlags::HUGETLB) {
+        Ok(memory) => assert_refused(&memory, "memfd of a special kind"),
+        Err(e) => skip("memfd on huge pages", e),
+    }
     let pidfd = pidfd_open(Pid::INIT, PidfdFlags::empty()).unwrap();
     assert_refused(&pidfd, "pidfd");
     let (r, _w) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).unwrap();
@@ -158,8 +163,8 @@ fn attributes_that_would_be_lost() {
 
 #[test]
 fn all_refusals_are_found_at_once() {
-    let a = rustix::fs::memfd_create("a", MemfdFlags::CLOEXEC).unwrap();
-    let b = rustix::fs::inotify::init(inotify::CreateFlags::CLOEXEC).unwrap();
+    let a = File::open("/proc/self/ns/net").unwrap();
+    let b = pidfd_open(Pid::INIT, PidfdFlags::empty()).unwrap();
     let c = File::open("/dev/null").unwrap();
     assert_eq!(refused(&[number(&a), number(&b), number(&c)]).len(), 2);
 }
