@@ -10,8 +10,8 @@ use outlive_linux::remote::{Arg, Batch, CallId, Results};
 use outlive_state_tree::{StateNode, StateValue};
 use std::fs::File;
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{FileExt, MetadataExt};
-use std::path::Path;
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt, PermissionsExt};
+use std::path::{Path, PathBuf};
 
 /// An address space.
 #[derive(StateNode, Clone, Debug, PartialEq, Eq)]
@@ -97,6 +97,10 @@ pub struct MappedFile {
     pub build_id: Option<Vec<u8>>,
     /// It is mapped shared, and may be written through the mapping.
     pub writable: bool,
+    /// The space that holds its contents, where the epoch does.
+    pub contents: Option<u32>,
+    /// Its mode, owner and group, with which it is made again.
+    pub access: Vec<u32>,
 }
 
 impl Area {
@@ -205,7 +209,9 @@ pub fn collect(
             );
         }
         let file = match kind {
-            AreaKind::PrivateFile | AreaKind::SharedFile => Some(files.index_of(m, *flags)?),
+            AreaKind::PrivateFile | AreaKind::SharedFile => {
+                Some(files.index_of(m, *flags, shared)?)
+            }
             _ => None,
         };
         let space = match kind {
@@ -266,7 +272,12 @@ struct Files<'a> {
 }
 
 impl Files<'_> {
-    fn index_of(&mut self, m: &Mapping, flags: VmFlags) -> Result<u32, ProcessError> {
+    fn index_of(
+        &mut self,
+        m: &Mapping,
+        flags: VmFlags,
+        shared: &mut SharedObjects,
+    ) -> Result<u32, ProcessError> {
         let writable = m.shared && flags.has(VmFlags::MAY_WRITE);
         if let Some(at) = self
             .list
@@ -274,11 +285,27 @@ impl Files<'_> {
             .position(|f| f.path == m.name && f.inode == m.inode)
         {
             self.list[at].writable |= writable;
+            self.keep_contents(at, m, shared)?;
             return Ok(at as u32);
         }
         let file = self.describe(m, writable)?;
         self.list.push(file);
-        Ok(self.list.len() as u32 - 1)
+        let at = self.list.len() - 1;
+        self.keep_contents(at, m, shared)?;
+        Ok(at as u32)
+    }
+
+    fn keep_contents(
+        &mut self,
+        at: usize,
+        m: &Mapping,
+        shared: &mut SharedObjects,
+    ) -> Result<(), ProcessError> {
+        let file = &mut self.list[at];
+        if file.writable && file.size <= shared::MAX_FILE {
+            file.contents = Some(shared.space_of(self.target, m)?);
+        }
+        Ok(())
     }
 
     fn describe(&mut self, m: &Mapping, writable: bool) -> Result<MappedFile, ProcessError> {
@@ -307,6 +334,8 @@ impl Files<'_> {
             modified_ns,
             build_id,
             writable,
+            contents: None,
+            access: vec![meta.mode() & 0o7777, meta.uid(), meta.gid()],
         })
     }
 }
@@ -320,14 +349,20 @@ pub fn modified_ns(meta: &std::fs::Metadata) -> i64 {
 }
 
 /// Whether the file that lies at the recorded path now can stand for the one that was mapped.
-/// Returns it opened.
-pub fn reopen(file: &MappedFile, keep: bool) -> Result<File, String> {
+/// Returns it opened. A file whose contents the epoch holds may look like anything, and is made
+/// again where it is gone; its path is then added to `made`.
+pub fn reopen(file: &MappedFile, keep: bool, made: &mut Vec<PathBuf>) -> Result<File, String> {
     let shown = String::from_utf8_lossy(&file.path).into_owned();
     let path = Path::new(std::ffi::OsStr::from_bytes(&file.path));
-    let opened = std::fs::OpenOptions::new()
-        .read(true)
-        .write(file.writable)
-        .open(path);
+    let mut options = std::fs::OpenOptions::new();
+    options.read(true).write(file.writable);
+    let opened = match options.open(path) {
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound && file.contents.is_some() => {
+            let new = make_again(file, path, options.create_new(true).mode(0o600));
+            new.inspect(|_| made.push(path.to_owned()))
+        }
+        opened => opened,
+    };
     let opened = opened.map_err(|e| format!("the mapped file {shown} cannot be opened: {e}"))?;
     let meta = opened.metadata().map_err(|e| format!("{shown}: {e}"))?;
     if !meta.is_file() {
@@ -335,13 +370,28 @@ pub fn reopen(file: &MappedFile, keep: bool) -> Result<File, String> {
     }
     let same_build = file.build_id.is_some() && file.build_id == build_id(path);
     let same = meta.size() == file.size && modified_ns(&meta) == file.modified_ns;
-    if same || same_build || (keep && meta.size() >= file.size) {
+    let contents = file.contents.is_some() && !keep;
+    if same || same_build || contents || (keep && meta.size() >= file.size) {
         Ok(opened)
     } else {
         Err(format!(
             "the mapped file {shown} is not the one that was mapped (length, time and build ID differ)"
         ))
     }
+}
+
+fn make_again(
+    file: &MappedFile,
+    path: &Path,
+    options: &std::fs::OpenOptions,
+) -> std::io::Result<File> {
+    let new = options.open(path)?;
+    if let [mode, owner, group] = file.access[..] {
+        // Without the right to give files away it stays ours.
+        let _ = std::os::unix::fs::fchown(&new, Some(owner), Some(group));
+        new.set_permissions(std::fs::Permissions::from_mode(mode & 0o7777))?;
+    }
+    Ok(new)
 }
 
 /// The GNU build ID of a 64-bit little-endian ELF file: the `NT_GNU_BUILD_ID` note in one of its

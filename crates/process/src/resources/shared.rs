@@ -1,8 +1,11 @@
-//! Memory that several processes share: anonymous shared mappings (`MAP_SHARED | MAP_ANONYMOUS`).
+//! Memory that several processes share: anonymous shared mappings (`MAP_SHARED | MAP_ANONYMOUS`),
+//! and files that are mapped shared and writable.
 //!
-//! Each such memory is a file of the kernel's own that has no name. It is read through
+//! Anonymous shared memory is a file of the kernel's own that has no name. It is read through
 //! `/proc/PID/map_files`, and made again as a memfd, which differs only in the name that `maps`
-//! shows.
+//! shows. A mapped file is used as memory: stores to it happen all the time and leave no trace but
+//! its contents. So these are kept in the epoch, up to [`MAX_FILE`], and put back at a restore,
+//! whatever has become of the file since; it is made again where it is gone.
 //!
 //! # How changes are found
 //! Any process may write to it, by any mapping, and end before the next epoch: page tables do not
@@ -21,14 +24,19 @@ use outlive_linux::maps::Mapping;
 use outlive_state_tree::StateNode;
 use rustix::fs::{MemfdFlags, SeekFrom, ftruncate, memfd_create, seek};
 use std::collections::HashMap;
+use std::ffi::OsStr;
 use std::fs::File;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::FileExt;
+use std::path::PathBuf;
 use xxhash_rust::xxh3::xxh3_128;
 
 /// The name of the memfds that stand for shared memory in a restored program.
 const NAME: &str = "outlive-shared";
 /// Spaces of shared memory have this bit, those of processes have not.
 const SHARED_SPACE: u32 = 1 << 31;
+/// The largest mapped file whose contents are kept, bytes. A larger one must not have changed.
+pub const MAX_FILE: u64 = 256 << 20;
 /// Bytes looked at in one go.
 const PIECE: usize = 1 << 20;
 
@@ -43,12 +51,14 @@ pub struct SharedState {
 
 /// One memory that several processes may share.
 #[derive(StateNode, Clone, Debug, PartialEq, Eq)]
-#[state(compatible = "outlive,shared-anonymous-v1")]
+#[state(compatible = "outlive,shared-contents-v1")]
 pub struct SharedMemory {
     /// The space of its pages, by which areas refer to it.
     pub space: u32,
     /// Its length, bytes.
     pub size: u64,
+    /// It is a mapped file, described with the mappings.
+    pub is_file: bool,
 }
 
 /// Whether a shared mapping is of this sort.
@@ -64,6 +74,7 @@ pub fn is_anonymous(m: &Mapping) -> bool {
 struct Known {
     space: u32,
     file: File,
+    is_file: bool,
     /// Hashes of the pages that the epochs so far hold.
     pages: HashMap<u64, u128>,
     /// Somebody maps it at this epoch.
@@ -115,13 +126,20 @@ impl SharedObjects {
 
     /// The space of the memory that lies below a mapping.
     pub fn space_of(&mut self, target: &Target, m: &Mapping) -> Result<u32, ProcessError> {
+        let is_file = !is_anonymous(m);
         let key = (m.device, m.inode);
         if let Some(known) = self.known.get_mut(&key) {
             known.mapped = true;
             return Ok(known.space);
         }
-        let path = format!("/proc/{}/map_files/{:x}-{:x}", target.pid, m.start, m.end);
-        let file = File::open(&path).map_err(|e| target.kernel(format!("opening {path}"), e))?;
+        let path = if is_file {
+            OsStr::from_bytes(&m.name).into()
+        } else {
+            let name = format!("/proc/{}/map_files/{:x}-{:x}", target.pid, m.start, m.end);
+            PathBuf::from(name)
+        };
+        let file = File::open(&path)
+            .map_err(|e| target.kernel(format!("opening {}", path.display()), e))?;
         let space = SHARED_SPACE | self.made;
         self.made += 1;
         self.known.insert(
@@ -129,6 +147,7 @@ impl SharedObjects {
             Known {
                 space,
                 file,
+                is_file,
                 pages: HashMap::new(),
                 mapped: true,
             },
@@ -155,6 +174,7 @@ impl SharedObjects {
                 memories.push(SharedMemory {
                     space: known.space,
                     size: known.size()?,
+                    is_file: known.is_file,
                 });
             } else {
                 known.drop_all(&mut residue)?;
@@ -259,7 +279,7 @@ impl Known {
 /// never those of processes.
 pub fn recreate(state: &SharedState) -> Result<HashMap<u32, (File, u64)>, ProcessError> {
     let mut made = HashMap::new();
-    for memory in &state.memories {
+    for memory in state.memories.iter().filter(|m| !m.is_file) {
         let twice = made.contains_key(&memory.space);
         if memory.space & SHARED_SPACE == 0 || twice || memory.size > i64::MAX as u64 {
             return Err(ProcessError::Image(format!(
@@ -279,6 +299,60 @@ pub fn recreate(state: &SharedState) -> Result<HashMap<u32, (File, u64)>, Proces
     Ok(made)
 }
 
+/// A mapped file with the contents that it is to have. Nothing is written before
+/// [`FileContents::apply`].
+#[derive(Debug)]
+pub struct FileContents {
+    file: File,
+    size: u64,
+    pages: HashMap<u64, Vec<u8>>,
+}
+
+impl FileContents {
+    /// A file that is to be all zero, as yet.
+    pub fn new(file: File, size: u64) -> Result<Self, ProcessError> {
+        if size > MAX_FILE {
+            return Err(ProcessError::Image(format!(
+                "a mapped file of {size} bytes"
+            )));
+        }
+        Ok(Self {
+            file,
+            size,
+            pages: HashMap::new(),
+        })
+    }
+
+    /// Notes contents, whole pages from this offset on.
+    pub fn note(&mut self, at: u64, bytes: &[u8]) {
+        for (i, page) in bytes.chunks(PAGE_SIZE).enumerate() {
+            let index = at / PAGE_SIZE as u64 + i as u64;
+            if index * (PAGE_SIZE as u64) < self.size {
+                self.pages.insert(index, page.to_vec());
+            }
+        }
+    }
+
+    /// Gives the file its contents; what is right already is not written.
+    pub fn apply(&self) -> std::io::Result<()> {
+        self.file.set_len(self.size)?;
+        let (zeros, mut now) = ([0u8; PAGE_SIZE], [0u8; PAGE_SIZE]);
+        for at in (0..self.size).step_by(PAGE_SIZE) {
+            let len = PAGE_SIZE.min((self.size - at) as usize);
+            let wanted = self
+                .pages
+                .get(&(at / PAGE_SIZE as u64))
+                .map_or(&zeros[..], Vec::as_slice);
+            self.file.read_exact_at(&mut now[..len], at)?;
+            if now[..len] != wanted[..len.min(wanted.len())] {
+                self.file
+                    .write_all_at(&wanted[..len.min(wanted.len())], at)?;
+            }
+        }
+        Ok(())
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -287,6 +361,7 @@ mod tests {
         Known {
             space: SHARED_SPACE,
             file,
+            is_file: false,
             pages: HashMap::new(),
             mapped: true,
         }
@@ -305,6 +380,7 @@ mod tests {
             memories: vec![SharedMemory {
                 space: SHARED_SPACE,
                 size: 10 * 4096,
+                is_file: false,
             }],
         };
         let (file, _) = recreate(&state).unwrap().remove(&SHARED_SPACE).unwrap();
@@ -320,8 +396,30 @@ mod tests {
     }
 
     #[test]
+    fn a_file_gets_its_contents_back() {
+        let mut file = tempfile();
+        file.write_all_at(b"changed since, and longer than it was", 0)
+            .unwrap();
+        let mut contents = FileContents::new(file.try_clone().unwrap(), 5000).unwrap();
+        contents.note(4096, &[7; PAGE_SIZE]);
+        contents.apply().unwrap();
+        let mut text = Vec::new();
+        std::io::Read::read_to_end(&mut file, &mut text).unwrap();
+        assert_eq!(text, [[0; 4096].to_vec(), [7; 904].to_vec()].concat());
+        assert!(FileContents::new(file, MAX_FILE + 1).is_err());
+    }
+
+    fn tempfile() -> File {
+        File::from(memfd_create("test", MemfdFlags::CLOEXEC).unwrap())
+    }
+
+    #[test]
     fn hostile_spaces_are_refused() {
-        let one = |space, size| SharedMemory { space, size };
+        let one = |space, size| SharedMemory {
+            space,
+            size,
+            is_file: false,
+        };
         for memories in [
             vec![one(1, 4096)],
             vec![one(SHARED_SPACE, 1), one(SHARED_SPACE, 2)],

@@ -20,7 +20,8 @@ mod tree;
 
 use crate::image::{SubjectState, ThreadsState};
 use crate::laps::Laps;
-use crate::resources::{attributes, descriptors, shared};
+use crate::resources::shared::{self, FileContents};
+use crate::resources::{attributes, descriptors};
 use crate::target::gone_or;
 use crate::{ProcessError, Refusal};
 use outlive_epoch::EpochReader;
@@ -29,7 +30,7 @@ use outlive_linux::maps;
 use outlive_linux::remote::Batch;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use rustix::time::ClockId;
-use saved::{Files, Saved};
+use saved::{Files, MadeFiles, Saved};
 use std::collections::HashMap;
 use std::fs::File;
 use std::os::fd::AsRawFd;
@@ -61,6 +62,8 @@ pub struct Ready {
     /// Results of interrupted calls that ended while they were entered again.
     ended: Vec<Vec<Option<u64>>>,
     made: descriptors::Made,
+    made_files: MadeFiles,
+    contents: HashMap<u32, FileContents>,
     notices: Vec<String>,
     began: Instant,
     restore_us: u64,
@@ -99,7 +102,7 @@ pub fn restore(reader: &dyn EpochReader, options: &RestoreOptions) -> Result<Rea
     let saved = Saved::read(reader)?;
     laps.lap("trees");
     let ours = maps::read(std::process::id()).map_err(|e| internal("reading own mappings", e))?;
-    let (files, checked) = saved.check(&ours, reader, options)?;
+    let (files, made_files, checked) = saved.check(&ours, reader, options)?;
     raise_file_limit();
     let mut notices = checked.notices().to_vec();
     // From here on the program's clocks run: before any timer is set that runs with them.
@@ -107,9 +110,13 @@ pub fn restore(reader: &dyn EpochReader, options: &RestoreOptions) -> Result<Rea
     let made = descriptors::recreate_table(&saved.table, checked)?;
     laps.lap("check and descriptors");
     let shared = shared::recreate(&saved.shared)?;
+    let mut contents = match options.files {
+        FilesPolicy::Reconcile => contents(&saved, &files)?,
+        FilesPolicy::Keep => HashMap::new(),
+    };
     let mut stubs = tree::make(&saved, &ours, offsets)?;
     laps.lap("processes");
-    memory(&mut stubs, &saved, &files, &shared, reader)?;
+    memory(&mut stubs, &saved, &files, (&shared, &mut contents), reader)?;
     drop((files, shared));
     laps.lap("memory");
     for (stub, saved) in stubs.iter_mut().zip(&saved.processes) {
@@ -134,10 +141,35 @@ pub fn restore(reader: &dyn EpochReader, options: &RestoreOptions) -> Result<Rea
         threads: saved.processes.into_iter().map(|p| p.threads).collect(),
         ended,
         made,
+        made_files,
+        contents,
         notices,
         began,
         restore_us,
     })
+}
+
+/// The mapped files whose contents the epoch holds, by their spaces.
+fn contents(saved: &Saved, files: &[Files]) -> Result<HashMap<u32, FileContents>, ProcessError> {
+    let failed = |e| internal("duplicating a descriptor", e);
+    let mut all = HashMap::new();
+    for (process, files) in saved.processes.iter().zip(files) {
+        for (file, opened) in process.memory.files.iter().zip(&files.mapped) {
+            if let Some(space) = file.contents {
+                let memory = saved
+                    .shared
+                    .memories
+                    .iter()
+                    .find(|m| m.space == space && m.is_file);
+                let size = memory.map(|m| m.size).ok_or_else(|| {
+                    ProcessError::Image(format!("the contents {space:x} of a file are missing"))
+                })?;
+                let opened = opened.try_clone().map_err(failed)?;
+                all.insert(space, FileContents::new(opened, size)?);
+            }
+        }
+    }
+    Ok(all)
 }
 
 /// Makes all address spaces.
@@ -145,7 +177,7 @@ fn memory(
     stubs: &mut [Stub],
     saved: &Saved,
     files: &[Files],
-    shared: &HashMap<u32, (File, u64)>,
+    (shared, contents): (&HashMap<u32, (File, u64)>, &mut HashMap<u32, FileContents>),
     reader: &dyn EpochReader,
 ) -> Result<(), ProcessError> {
     let mut flights = Vec::with_capacity(stubs.len());
@@ -157,7 +189,7 @@ fn memory(
     let filled = {
         let spaces = stubs.iter().zip(&saved.processes);
         let spaces: Vec<_> = spaces.map(|(stub, p)| (&stub.target, &p.memory)).collect();
-        space::fill(&spaces, shared, reader)
+        space::fill(&spaces, shared, contents, reader)
     };
     for (stub, flight) in stubs.iter_mut().zip(flights) {
         stub.finish(flight)?;
@@ -333,6 +365,11 @@ impl Ready {
     /// Lets the program run.
     pub fn go(mut self) -> Result<Restored, ProcessError> {
         let pid = self.pid();
+        for contents in self.contents.values() {
+            contents
+                .apply()
+                .map_err(|e| internal("putting the contents of a file back", e))?;
+        }
         let more = self.made.apply_files()?;
         self.notices.extend(more);
         for ((stub, threads), ended) in self.stubs.iter_mut().zip(&self.threads).zip(&self.ended) {
@@ -353,6 +390,7 @@ impl Ready {
             }
         }
         self.made.keep();
+        self.made_files.0.clear();
         Ok(Restored {
             pid,
             restore_us: self.restore_us,

@@ -10,7 +10,7 @@ use outlive_linux::maps::Mapping;
 use std::collections::BTreeSet;
 use std::fs::File;
 use std::os::unix::ffi::OsStrExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// Processes in one epoch, at most: far more than any machine runs.
 const MAX_PROCESSES: usize = 1 << 16;
@@ -37,6 +37,19 @@ pub struct Saved {
     pub table: descriptors::FdTable,
     /// Memory that processes share.
     pub shared: SharedState,
+}
+
+/// Files that were made because they were gone. They go again with the restore, unless it succeeds.
+#[derive(Debug, Default)]
+pub struct MadeFiles(pub Vec<PathBuf>);
+
+impl Drop for MadeFiles {
+    fn drop(&mut self) {
+        for path in &self.0 {
+            // Best effort on a path that leads to an error already.
+            let _ = std::fs::remove_file(path);
+        }
+    }
 }
 
 /// Files that were opened for one new process to inherit.
@@ -91,9 +104,9 @@ impl SavedProcess {
     }
 
     /// Opens its files; every one that is missing or not the right one is a refusal.
-    fn open(&self, keep: bool, refusals: &mut Vec<Refusal>) -> Option<Files> {
+    fn open(&self, keep: bool, made: &mut MadeFiles, refusals: &mut Vec<Refusal>) -> Option<Files> {
         let remedy = "put the original file back, or restore with --files keep";
-        let mapped = space::open_files(&self.memory.files, keep);
+        let mapped = space::open_files(&self.memory.files, keep, &mut made.0);
         let path = Path::new(std::ffi::OsStr::from_bytes(&self.process.executable));
         let executable = File::open(path);
         if let Err(wrong) = &mapped {
@@ -177,7 +190,7 @@ impl Saved {
         ours: &[Mapping],
         reader: &dyn EpochReader,
         options: &RestoreOptions,
-    ) -> Result<(Vec<Files>, descriptors::Checked), ProcessError> {
+    ) -> Result<(Vec<Files>, MadeFiles, descriptors::Checked), ProcessError> {
         if let Some(id) = self
             .ids()
             .find(|id| Path::new(&format!("/proc/{id}")).exists())
@@ -188,11 +201,12 @@ impl Saved {
         }
         let mut refusals = Vec::new();
         let mut files = Vec::with_capacity(self.processes.len());
+        let mut made = MadeFiles::default();
         for saved in &self.processes {
             if let Err(what) = space::check_kernel(&saved.memory, ours) {
                 refusals.push(saved.refusal(what, "restore it under that kernel"));
             }
-            files.extend(saved.open(options.files == FilesPolicy::Keep, &mut refusals));
+            files.extend(saved.open(options.files == FilesPolicy::Keep, &mut made, &mut refusals));
         }
         let program = self
             .processes
@@ -206,7 +220,7 @@ impl Saved {
             files: options.files,
         };
         match descriptors::check_table(&self.table, &request) {
-            Ok(checked) if refusals.is_empty() => return Ok((files, checked)),
+            Ok(checked) if refusals.is_empty() => return Ok((files, made, checked)),
             Ok(_) => {}
             Err(ProcessError::Refused(more)) => refusals.extend(more),
             Err(e) => return Err(e),

@@ -3,6 +3,7 @@
 use super::stub::{Step, Stub, step};
 use crate::ProcessError;
 use crate::resources::memory::{Area, AreaKind, MappedFile, MemoryState};
+use crate::resources::shared::FileContents;
 use crate::target::Target;
 use outlive_epoch::{Content, EpochReader, PAGE_SIZE, Run, VisitError};
 use outlive_linux::maps::{self, Mapping, VmFlags};
@@ -12,6 +13,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
+use std::path::PathBuf;
 
 const PAGE: u64 = PAGE_SIZE as u64;
 /// Highest address of user space with four-level page tables.
@@ -337,6 +339,7 @@ fn map_area(
 pub fn fill(
     spaces: &[(&Target, &MemoryState)],
     shared: &HashMap<u32, (File, u64)>,
+    contents: &mut HashMap<u32, FileContents>,
     reader: &dyn EpochReader,
 ) -> Result<(), ProcessError> {
     let clips: BTreeMap<u32, (&Target, Clip<'_>)> = spaces
@@ -347,6 +350,12 @@ pub fn fill(
     let walked = reader.pages(&mut |run, content| {
         if let Some((file, size)) = shared.get(&run.space().0) {
             return write_shared(file, *size, run, content);
+        }
+        if let Some(file) = contents.get_mut(&run.space().0) {
+            if let Content::Bytes(bytes) = content {
+                file.note(run.address(), bytes);
+            }
+            return Ok(());
         }
         let Some((target, clip)) = clips.get(&run.space().0) else {
             return Ok(());
@@ -529,10 +538,14 @@ fn exe_fd(exe: &File) -> u32 {
 }
 
 /// Opens the files that are mapped, and judges whether they are the right ones.
-pub fn open_files(files: &[MappedFile], keep: bool) -> Result<Vec<File>, Vec<String>> {
+pub fn open_files(
+    files: &[MappedFile],
+    keep: bool,
+    made: &mut Vec<PathBuf>,
+) -> Result<Vec<File>, Vec<String>> {
     let (opened, wrong): (Vec<_>, Vec<_>) = files
         .iter()
-        .map(|f| crate::resources::memory::reopen(f, keep))
+        .map(|f| crate::resources::memory::reopen(f, keep, made))
         .partition(Result::is_ok);
     let wrong: Vec<String> = wrong.into_iter().filter_map(Result::err).collect();
     if wrong.is_empty() {

@@ -176,9 +176,25 @@ fn areas(pid: u32) -> Vec<Area> {
             list.push(area(line));
         }
     }
-    // Working memory is shared and anonymous, which nothing in the test programs is.
-    list.retain(|a| !a.what.contains("/dev/zero (deleted)") && !a.what.contains("[vsyscall]"));
+    without_working_memory(pid, &mut list);
+    list.retain(|a| !a.what.contains("[vsyscall]"));
     list
+}
+
+/// Working memory is one page of code with a stamp at its end, and the data behind it.
+fn without_working_memory(pid: u32, list: &mut Vec<Area>) {
+    use std::os::unix::fs::FileExt;
+    let mem = std::fs::File::open(format!("/proc/{pid}/mem")).expect("memory");
+    let code = list.iter().position(|a| {
+        let mut stamp = [0u8; 16];
+        a.end - a.start == 4096
+            && a.what.starts_with("r-x")
+            && mem.read_exact_at(&mut stamp, a.end - 16).is_ok()
+            && &stamp == b"outlive-arena-v1"
+    });
+    if let Some(code) = code {
+        list.drain(code..=code + 1);
+    }
 }
 
 fn area(line: &str) -> Area {
