@@ -11,12 +11,15 @@ use outlive_keeper::keep::{Ending, Keeper, SIGNALS, Settings, now_ns};
 use outlive_keeper::procfs;
 use outlive_keeper::subject::{CARD_VERSION, Card, Lock, Root, Subject};
 use outlive_linux::signals::SignalQueue;
-use outlive_process::{TrackOptions, Tracked};
+use outlive_process::{ProcessError, TrackOptions, Tracked};
 use serde_json::json;
 use std::io::ErrorKind;
 use std::path::PathBuf;
 use std::process::Command;
-use std::time::Duration;
+use std::time::{Duration, Instant};
+
+/// How long `attach` waits for a program that an earlier keeper left in the middle of a stop.
+const HELPING_ITSELF: Duration = Duration::from_secs(10);
 
 /// `outlive run`
 pub fn run(root: &Root, args: &RunArgs, json: bool) -> Result<u8, KeeperError> {
@@ -86,7 +89,7 @@ pub fn attach(root: &Root, args: &AttachArgs, json: bool) -> Result<u8, KeeperEr
     let mut signals = queue()?;
     let options = options(&args.pace);
     let mut attach = || Tracked::attach(pid, options.clone());
-    let program = attach()?;
+    let program = patiently(&mut attach)?;
     let lock = claim(&subject)?;
     let mut log = match subject.card() {
         Ok(card) if card.pid == pid && card.runs() => reopened_log(&subject)?,
@@ -108,6 +111,25 @@ pub fn attach(root: &Root, args: &AttachArgs, json: bool) -> Result<u8, KeeperEr
         .with_program(program)
         .run(&mut signals, &mut control)?;
     finish(&subject, &lock, &log, &ending, json)
+}
+
+/// Begins to track. A program whose keeper died in the middle of a stop needs a few seconds to
+/// help itself, and is refused until then with the advice to try again: which is done here.
+fn patiently(
+    attach: &mut dyn FnMut() -> Result<Tracked, ProcessError>,
+) -> Result<Tracked, ProcessError> {
+    let began = Instant::now();
+    loop {
+        match attach() {
+            Err(ProcessError::Refused(all))
+                if began.elapsed() < HELPING_ITSELF
+                    && all.iter().all(|one| one.remedy.starts_with("try again")) =>
+            {
+                std::thread::sleep(Duration::from_millis(100));
+            }
+            other => return other,
+        }
+    }
 }
 
 /// Keeps what could not be restored from programs that this process starts.
