@@ -2,6 +2,7 @@
 
 use crate::cli::{AttachArgs, Pace, RunArgs};
 use crate::out;
+use crate::terminal::Modes;
 use outlive_epoch::StoreError;
 use outlive_keeper::KeeperError;
 use outlive_keeper::control::Control;
@@ -47,6 +48,7 @@ pub fn run(root: &Root, args: &RunArgs, json: bool) -> Result<u8, KeeperError> {
     // Whoever sees the program sees that it is kept: the socket and the card are there first.
     subject.write_card(&lock, &blank_card(command, every))?;
     let mut control = Control::open(subject.dir())?;
+    let modes = Modes::note();
     let mut child = match signals
         .release_in(Command::new(program).args(words))
         .spawn()
@@ -73,6 +75,9 @@ pub fn run(root: &Root, args: &RunArgs, json: bool) -> Result<u8, KeeperError> {
     let mut tell = |text: &str| out::say(&format!("{name}: {text}"));
     let ending =
         Keeper::new(settings, &mut log, &mut attach, &mut tell)?.run(&mut signals, &mut control)?;
+    if let Some(modes) = modes {
+        modes.after(&ending);
+    }
     finish(&subject, &lock, &log, &ending, json)
 }
 
@@ -242,6 +247,13 @@ pub fn introduce(subject: &Subject, lock: &Lock, pid: u32) -> Result<(), KeeperE
     subject.write_card(lock, &card)
 }
 
+/// Whether standard error is a file.
+fn says_to_file() -> bool {
+    use rustix::fs::{FileType, fstat};
+    let stat = fstat(rustix::stdio::stderr());
+    stat.is_ok_and(|stat| FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile)
+}
+
 /// Records how the program ended, says what can be done now, and passes its status on.
 pub fn finish(
     subject: &Subject,
@@ -264,7 +276,11 @@ pub fn finish(
         Ending::Killed(signal) if newest > 0 => {
             out::say(&format!("{name}: ended by signal {signal}; {remedy}"));
         }
-        Ending::Planned(_) => out::say(&format!("{name}: stopped; {remedy}")),
+        // Whoever asked for it is told as well. In a file that the program has, too, these words
+        // would count as its own, written after the epoch.
+        Ending::Planned(_) if !says_to_file() => {
+            out::say(&format!("{name}: stopped; {remedy}"));
+        }
         Ending::Detached => out::say(&format!("{name}: no longer kept; the program runs on")),
         _ => {}
     }
