@@ -47,6 +47,11 @@ pub enum Tracking {
     FullCopy(String),
 }
 
+/// How often a stop is tried again because of a call that goes by no name …
+const NAMING_TRIES: u32 = 5;
+/// … and how long the program runs in between.
+const A_MOMENT: Duration = Duration::from_millis(2);
+
 /// Pre-copying ends when a pass finds less than this, bytes …
 const SMALL_PASS: u64 = 1 << 20;
 /// … or after so many passes.
@@ -185,10 +190,20 @@ impl Tracked {
     /// runs on as before.
     pub fn stop(&mut self) -> Result<(Stopped<'_>, Captured), ProcessError> {
         self.flags.refresh(&self.target)?;
-        let sleepers = self.waits.look(&self.target);
+        let mut sleepers = self.waits.look(&self.target);
         let urgent = Urgent::begin();
-        let began = Instant::now();
+        let mut began = Instant::now();
         let mut threads = freeze(&self.target, self.options.stop_timeout)?;
+        for _ in 0..NAMING_TRIES {
+            if !threads.iter().any(|t| self.waits.is_nameless(t, &sleepers)) {
+                break;
+            }
+            // It had not fallen asleep yet when it was looked at: by now it will have.
+            self.go_on_for_a_moment(threads, &sleepers)?;
+            sleepers = self.waits.look(&self.target);
+            began = Instant::now();
+            threads = freeze(&self.target, self.options.stop_timeout)?;
+        }
         let captured = self.capture(&mut threads, &sleepers);
         match captured {
             Ok(captured) => Ok((
@@ -205,6 +220,19 @@ impl Tracked {
                 Err(e)
             }
         }
+    }
+
+    fn go_on_for_a_moment(
+        &mut self,
+        mut threads: Vec<Held>,
+        sleepers: &Sleepers,
+    ) -> Result<(), ProcessError> {
+        for held in &mut threads {
+            prepare(&self.target, &mut self.waits, held, sleepers)?;
+        }
+        let_go(&self.target, &mut self.waits, threads)?;
+        std::thread::sleep(A_MOMENT);
+        Ok(())
     }
 
     /// Call when an epoch was not committed: what it took as saved is not; the next one is full.

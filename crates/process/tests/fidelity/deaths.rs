@@ -31,7 +31,10 @@ fn a_program_that_is_killed_is_gone() {
             }
             store.epochs.clear();
         };
-        assert!(matches!(error, ProcessError::Gone { .. }), "round {round}: {error:?}");
+        assert!(
+            matches!(error, ProcessError::Gone { .. }),
+            "round {round}: {error:?}"
+        );
         killer.join().expect("the killer").expect("the kill");
         drop(tracked);
         // No thread of it is left as a zombie that only its tracer could reap.
@@ -78,7 +81,10 @@ fn a_dead_tracer_leaves_the_program_running() {
             .spawn()
             .expect("the tracer starts");
         std::thread::sleep(Duration::from_micros(60_000 + round as u64 * 7919 % 90_000));
-        assert!(tracer.try_wait().expect("its state").is_none(), "the tracer ended of itself");
+        assert!(
+            tracer.try_wait().expect("its state").is_none(),
+            "the tracer ended of itself"
+        );
         tracer.kill().expect("killing the tracer");
         tracer.wait().expect("the tracer's end");
         must_be_free(&program);

@@ -50,7 +50,10 @@ fn reserved_memory_costs_nothing() {
     for _ in 0..3 {
         epoch(&mut tracked, &mut store).expect("an epoch");
         let (held, resident) = (store.newest().pages.len(), program.resident_pages());
-        assert!(held as u64 <= resident, "{held} pages are held, {resident} are resident");
+        assert!(
+            held as u64 <= resident,
+            "{held} pages are held, {resident} are resident"
+        );
     }
     drop(tracked);
     program.must_report();

@@ -47,10 +47,14 @@ fn look_at(program: &Program, tid: u32) -> Option<Thread> {
     let mut status = 0;
     // SAFETY: status is live.
     while unsafe { libc::waitpid(tid as i32, &raw mut status, libc::__WALL) } != tid as i32 {}
-    assert!(libc::WIFSTOPPED(status), "thread {tid} ended: {status:#x}; {}",
-        program.story());
+    assert!(
+        libc::WIFSTOPPED(status),
+        "thread {tid} ended: {status:#x}; {}",
+        program.story()
+    );
     let mut thread = Thread {
-        name: std::fs::read_to_string(format!("/proc/{}/task/{tid}/comm", program.pid)).unwrap_or_default(),
+        name: std::fs::read_to_string(format!("/proc/{}/task/{tid}/comm", program.pid))
+            .unwrap_or_default(),
         registers: [0; 27],
         xstate: vec![0; 16384],
         mask: 0,
@@ -61,14 +65,19 @@ fn look_at(program: &Program, tid: u32) -> Option<Thread> {
         iov_base: thread.xstate.as_mut_ptr().cast(),
         iov_len: thread.xstate.len(),
     };
-    must(ptrace(libc::PTRACE_GETREGSET, tid, 0x202, &raw mut room as usize));
+    must(ptrace(
+        libc::PTRACE_GETREGSET,
+        tid,
+        0x202,
+        &raw mut room as usize,
+    ));
     thread.xstate.truncate(room.iov_len);
     must(ptrace(
-            libc::PTRACE_GETSIGMASK,
-            tid,
-            8,
-            &raw mut thread.mask as usize
-        ));
+        libc::PTRACE_GETSIGMASK,
+        tid,
+        8,
+        &raw mut thread.mask as usize,
+    ));
     let event = status >> 16 == libc::PTRACE_EVENT_STOP;
     let signal = if event { 0 } else { libc::WSTOPSIG(status) };
     must(ptrace(libc::PTRACE_DETACH, tid, 0, signal as usize));

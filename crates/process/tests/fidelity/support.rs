@@ -194,7 +194,10 @@ impl Program {
     pub fn resident_pages(&self) -> u64 {
         let text = std::fs::read_to_string(format!("/proc/{}/statm", self.pid));
         let text = text.expect("its statm");
-        text.split(' ').nth(1).and_then(|w| w.parse().ok()).expect("a number")
+        text.split(' ')
+            .nth(1)
+            .and_then(|w| w.parse().ok())
+            .expect("a number")
     }
 
     /// Takes note that it was ended and waited for by somebody else.

@@ -90,7 +90,10 @@ impl View {
             found.push(format!("after only:  {area:x?}"));
         }
         for page in different(&self.pages, &other.pages) {
-            found.push(format!("page {page:x}{}", differing(self.pages.get(page), other.pages.get(page))));
+            found.push(format!(
+                "page {page:x}{}",
+                differing(self.pages.get(page), other.pages.get(page))
+            ));
         }
         for key in different(&self.facts, &other.facts) {
             found.push(format!(
@@ -127,8 +130,15 @@ fn differing(a: Option<&Vec<u8>>, b: Option<&Vec<u8>>) -> String {
     if a.is_empty() || b.is_empty() {
         return " can be read once only".into();
     }
-    let words = a.chunks(8).zip(b.chunks(8)).enumerate().filter(|(_, (a, b))| a != b);
-    words.take(8).map(|(i, (a, b))| format!(" +{:x}: {a:02x?} then {b:02x?}", i * 8)).collect()
+    let words = a
+        .chunks(8)
+        .zip(b.chunks(8))
+        .enumerate()
+        .filter(|(_, (a, b))| a != b);
+    words
+        .take(8)
+        .map(|(i, (a, b))| format!(" +{:x}: {a:02x?} then {b:02x?}", i * 8))
+        .collect()
 }
 
 fn different<'a, K: Ord, V: PartialEq>(a: &'a BTreeMap<K, V>, b: &'a BTreeMap<K, V>) -> Vec<&'a K> {
