@@ -7,13 +7,16 @@
 //! # Rules
 //! - Only a terminal whose foreground is ours is lent; a program restored by a background job
 //!   stays in the background.
+//! - Where a program is ended from outside, the modes of the terminal become again what they were
+//!   before it.
 //! - After a restore the program is told that its window changed (`SIGWINCH`, which nobody heeds
 //!   who does not draw): it draws itself on a screen that shows something else.
 
+use outlive_keeper::keep::Ending;
 use outlive_linux::signals::SignalQueue;
 use rustix::fs::{Mode, OFlags};
 use rustix::process::{Pid, Signal, getpgid, getpgrp};
-use rustix::termios::{tcgetpgrp, tcsetpgrp};
+use rustix::termios::{OptionalActions, Termios, tcgetattr, tcgetpgrp, tcsetattr, tcsetpgrp};
 use std::os::fd::OwnedFd;
 
 /// The controlling terminal while a program has it.
@@ -45,6 +48,34 @@ impl Drop for Lent {
         };
         // The terminal may be gone, which is no harm.
         let _ = tcsetpgrp(&self.terminal, getpgrp());
+    }
+}
+
+/// The modes of the terminal on standard input before a program had it.
+pub struct Modes {
+    terminal: OwnedFd,
+    before: Termios,
+}
+
+impl Modes {
+    /// Notes them; `None` where standard input is no terminal.
+    pub fn note() -> Option<Self> {
+        let before = tcgetattr(rustix::stdio::stdin()).ok()?;
+        let terminal = rustix::io::fcntl_dupfd_cloexec(rustix::stdio::stdin(), 3).ok()?;
+        Some(Self { terminal, before })
+    }
+
+    /// Brings them back after a program that was ended and could not do so itself. One that ended
+    /// of itself leaves them as it wanted them.
+    pub fn after(self, ending: &Ending) {
+        if !matches!(ending, Ending::Killed(_) | Ending::Planned(_)) {
+            return;
+        }
+        // Who is not in the foreground is stopped for setting them, unless the signal is blocked.
+        let Ok(_blocked) = SignalQueue::open(&[Signal::TTOU.as_raw()]) else {
+            return;
+        };
+        let _ = tcsetattr(&self.terminal, OptionalActions::Drain, &self.before);
     }
 }
 

@@ -4,7 +4,7 @@
 use crate::freeze::Held;
 use crate::resources::thread::{call_of, interruption_of, limit_of};
 use crate::target::{Status, Target};
-use crate::waits::{Again, Call, Interruption, Limit, again, has_limit, restarts, timespec};
+use crate::waits::{self, Again, Call, Interruption, Limit, again, has_limit, restarts, timespec};
 use outlive_linux::clock::now_ns;
 use outlive_linux::memory;
 use outlive_linux::ptrace::Registers;
@@ -24,6 +24,8 @@ struct Known {
     rip: u64,
     /// CLOCK_MONOTONIC of the host, nanoseconds; `None` where the call ends at a moment of its own.
     deadline_ns: Option<u64>,
+    /// The kernel resumes it by its restart block.
+    restarts: bool,
     /// Voluntary context switches of the thread when it went on.
     switches: u64,
 }
@@ -44,6 +46,8 @@ struct Sleeper {
     rip: u64,
     since_ns: u64,
     switches: u64,
+    /// Its limit, where that lies in memory, nanoseconds.
+    limit_ns: Option<u64>,
 }
 
 impl WaitBook {
@@ -77,6 +81,7 @@ impl WaitBook {
                     rip,
                     since_ns,
                     switches,
+                    limit_ns: limit_in_memory(target, &call),
                 },
             );
         }
@@ -118,13 +123,15 @@ impl WaitBook {
         let call = call_of(&held.registers);
         let limit = limit_of(interruption);
         let now = u64::try_from(now_ns(ClockId::Monotonic)).unwrap_or(0);
+        let remaining_ns = remaining_ns(target, &call, interruption);
         let sleeper = sleepers
             .0
             .get(&held.tid)
             .filter(|s| s.call == call && s.rip == held.registers.rip)
             // It slept until the stop, which is the one switch since it was looked at: else this
             // may be a later call of the same form.
-            .filter(|s| status.voluntary_switches == s.switches + 1);
+            .filter(|s| status.voluntary_switches == s.switches + 1)
+            .filter(|s| s.limit_ns == limit_in_memory(target, &call) || remaining_ns.is_some());
         // A call that fell asleep after the deadline is a later one of the same form: at its
         // deadline a call that is made again does not sleep any more.
         let continued = before.filter(|k| {
@@ -132,16 +139,22 @@ impl WaitBook {
                 s.switches == k.switches + 1 && k.deadline_ns.is_none_or(|d| s.since_ns < d)
             };
             let same = k.call == call && k.rip == held.registers.rip;
-            same && (resumed || sleeper.is_some_and(still))
+            // What the kernel resumed shows as such, and what does not is a later call.
+            same && if k.restarts {
+                resumed
+            } else {
+                sleeper.is_some_and(still)
+            }
         });
-        let remaining_ns = remaining_ns(target, &call, interruption);
         let deadline_ns = match (remaining_ns, continued) {
             (Some(ns), _) => Some(now.saturating_add(ns)),
             (None, Some(k)) => k.deadline_ns,
             (None, None) => limit_ns(target, &call, limit).map(|ns| {
-                sleeper
-                    .map_or(now, |s| s.since_ns.min(now))
-                    .saturating_add(ns)
+                let whole = now.saturating_add(ns);
+                // What has ended cannot have been interrupted: it was an earlier call that slept.
+                let rest = sleeper.map(|s| s.since_ns.saturating_add(ns));
+                rest.filter(|end| (now + 1..=whole).contains(end))
+                    .unwrap_or(whole)
             }),
         };
         let left = deadline_ns.map(|d| d.saturating_sub(now));
@@ -161,6 +174,7 @@ impl WaitBook {
                     call,
                     rip,
                     deadline_ns,
+                    restarts,
                     switches: u64::MAX,
                 },
             );
@@ -202,21 +216,17 @@ fn name_restarted(
 }
 
 /// Which call a thread resumes that sleeps in `restart_syscall`: where it sleeps tells the sort
-/// (`/proc/TID/wchan`), and the two that sleep in the same place have no argument in common: one
-/// begins with an address, one with the number of a clock.
+/// (`/proc/TID/wchan`). Sleeps proper go by no name there, and the two of them have no argument in
+/// common: one begins with an address, one with the number of a clock.
 fn restarted_call(pid: u32, tid: u32, args: &[u64; 6]) -> Option<i64> {
     const CLOCKS: u64 = 16;
     let place = std::fs::read_to_string(format!("/proc/{pid}/task/{tid}/wchan")).ok()?;
-    if place.contains("poll") {
-        Some(libc::SYS_poll)
-    } else if place.contains("futex") {
-        Some(libc::SYS_futex)
-    } else if place.contains("nanosleep") && args[0] < CLOCKS {
-        Some(libc::SYS_clock_nanosleep)
-    } else if place.contains("nanosleep") {
-        Some(libc::SYS_nanosleep)
-    } else {
-        None
+    match place.as_str() {
+        "" | "0" => None,
+        place if place.contains("poll") => Some(libc::SYS_poll),
+        place if place.contains("futex") => Some(libc::SYS_futex),
+        _ if args[0] < CLOCKS => Some(libc::SYS_clock_nanosleep),
+        _ => Some(libc::SYS_nanosleep),
     }
 }
 
@@ -330,6 +340,14 @@ fn remaining_ns(target: &Target, call: &Call, interruption: Interruption) -> Opt
         _ => 0,
     };
     (address != 0).then(|| read_timespec(target, address))?
+}
+
+/// The limit of a call, where that lies in memory.
+fn limit_in_memory(target: &Target, call: &Call) -> Option<u64> {
+    match waits::limit(call) {
+        limit @ Limit::Timespec(_) => limit_ns(target, call, limit),
+        _ => None,
+    }
 }
 
 fn read_timespec(target: &Target, address: u64) -> Option<u64> {

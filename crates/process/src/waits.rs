@@ -106,6 +106,12 @@ pub fn interruption(call: &Call, result: i64, deliverable: bool) -> Option<Inter
     }
 }
 
+/// The limit of a call.
+#[must_use]
+pub fn limit(call: &Call) -> Limit {
+    returning(call).unwrap_or_else(|| restarting(call))
+}
+
 /// Whether a sleeping thread's call is one whose begin must be known if a stop comes.
 #[must_use]
 pub fn has_limit(call: &Call) -> bool {

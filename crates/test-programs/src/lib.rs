@@ -144,7 +144,14 @@ pub fn unblock(list: &[i32]) {
     let r = unsafe {
         sys(
             libc::SYS_rt_sigprocmask,
-            [libc::SIG_UNBLOCK as usize, &raw const set as usize, 0, 8, 0, 0],
+            [
+                libc::SIG_UNBLOCK as usize,
+                &raw const set as usize,
+                0,
+                8,
+                0,
+                0,
+            ],
         )
     };
     expect("rt_sigprocmask", r, 0);

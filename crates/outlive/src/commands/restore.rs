@@ -11,7 +11,7 @@ use super::run::{claim, finish, introduce, queue};
 use crate::cli::{Files, RestoreArgs};
 use crate::out;
 use crate::progress::Watched;
-use crate::terminal::{self, Lent};
+use crate::terminal::{self, Lent, Modes};
 use outlive_epoch::EpochReader;
 use outlive_keeper::control::Control;
 use outlive_keeper::images::{Image, Log};
@@ -99,12 +99,17 @@ fn from_image(dir: &Path, args: &RestoreArgs, teller: &mut Teller) -> Result<u8,
         teller.tell(ready.go()?, epoch);
         return Ok(0);
     }
+    let modes = Modes::note();
     let _lent = Lent::to(ready.pid());
     let restored = ready.go()?;
     let pid = restored.pid;
     terminal::redraw(pid);
     teller.tell(restored, epoch);
-    Ok(Companion::of(pid, true)?.run(&mut signals)?.code())
+    let ending = Companion::of(pid, true)?.run(&mut signals)?;
+    if let Some(modes) = modes {
+        modes.after(&ending);
+    }
+    Ok(ending.code())
 }
 
 fn subject(
@@ -123,6 +128,7 @@ fn subject(
     // Until `go`, an early return drops `ready`, which removes every trace of the program.
     not_interrupted(&mut signals)?;
     let mut control = Control::open(subject.dir())?;
+    let modes = Modes::note();
     let _lent = Lent::to(ready.pid());
     let mut restored = ready.go()?;
     let pid = restored.pid;
@@ -154,6 +160,9 @@ fn subject(
     let mut tell = |text: &str| out::say(&format!("{name}: {text}"));
     let ending =
         Keeper::new(settings, &mut log, &mut attach, &mut tell)?.run(&mut signals, &mut control)?;
+    if let Some(modes) = modes {
+        modes.after(&ending);
+    }
     finish(&subject, &lock, &log, &ending, false)
 }
 

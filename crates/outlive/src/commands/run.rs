@@ -2,6 +2,7 @@
 
 use crate::cli::{AttachArgs, Pace, RunArgs};
 use crate::out;
+use crate::terminal::Modes;
 use outlive_epoch::StoreError;
 use outlive_keeper::KeeperError;
 use outlive_keeper::control::Control;
@@ -11,12 +12,15 @@ use outlive_keeper::keep::{Ending, Keeper, SIGNALS, Settings, now_ns};
 use outlive_keeper::procfs;
 use outlive_keeper::subject::{CARD_VERSION, Card, Lock, Root, Subject};
 use outlive_linux::signals::SignalQueue;
-use outlive_process::{TrackOptions, Tracked};
+use outlive_process::{ProcessError, TrackOptions, Tracked};
 use serde_json::json;
 use std::io::ErrorKind;
 use std::path::PathBuf;
 use std::process::Command;
-use std::time::Duration;
+use std::time::{Duration, Instant};
+
+/// How long `attach` waits for a program that an earlier keeper left in the middle of a stop.
+const HELPING_ITSELF: Duration = Duration::from_secs(10);
 
 /// `outlive run`
 pub fn run(root: &Root, args: &RunArgs, json: bool) -> Result<u8, KeeperError> {
@@ -44,6 +48,7 @@ pub fn run(root: &Root, args: &RunArgs, json: bool) -> Result<u8, KeeperError> {
     // Whoever sees the program sees that it is kept: the socket and the card are there first.
     subject.write_card(&lock, &blank_card(command, every))?;
     let mut control = Control::open(subject.dir())?;
+    let modes = Modes::note();
     let mut child = match signals
         .release_in(Command::new(program).args(words))
         .spawn()
@@ -70,6 +75,9 @@ pub fn run(root: &Root, args: &RunArgs, json: bool) -> Result<u8, KeeperError> {
     let mut tell = |text: &str| out::say(&format!("{name}: {text}"));
     let ending =
         Keeper::new(settings, &mut log, &mut attach, &mut tell)?.run(&mut signals, &mut control)?;
+    if let Some(modes) = modes {
+        modes.after(&ending);
+    }
     finish(&subject, &lock, &log, &ending, json)
 }
 
@@ -86,7 +94,7 @@ pub fn attach(root: &Root, args: &AttachArgs, json: bool) -> Result<u8, KeeperEr
     let mut signals = queue()?;
     let options = options(&args.pace);
     let mut attach = || Tracked::attach(pid, options.clone());
-    let program = attach()?;
+    let program = patiently(&mut attach)?;
     let lock = claim(&subject)?;
     let mut log = match subject.card() {
         Ok(card) if card.pid == pid && card.runs() => reopened_log(&subject)?,
@@ -108,6 +116,25 @@ pub fn attach(root: &Root, args: &AttachArgs, json: bool) -> Result<u8, KeeperEr
         .with_program(program)
         .run(&mut signals, &mut control)?;
     finish(&subject, &lock, &log, &ending, json)
+}
+
+/// Begins to track. A program whose keeper died in the middle of a stop needs a few seconds to
+/// help itself, and is refused until then with the advice to try again: which is done here.
+fn patiently(
+    attach: &mut dyn FnMut() -> Result<Tracked, ProcessError>,
+) -> Result<Tracked, ProcessError> {
+    let began = Instant::now();
+    loop {
+        match attach() {
+            Err(ProcessError::Refused(all))
+                if began.elapsed() < HELPING_ITSELF
+                    && all.iter().all(|one| one.remedy.starts_with("try again")) =>
+            {
+                std::thread::sleep(Duration::from_millis(100));
+            }
+            other => return other,
+        }
+    }
 }
 
 /// Keeps what could not be restored from programs that this process starts.
@@ -220,6 +247,13 @@ pub fn introduce(subject: &Subject, lock: &Lock, pid: u32) -> Result<(), KeeperE
     subject.write_card(lock, &card)
 }
 
+/// Whether standard error is a file.
+fn says_to_file() -> bool {
+    use rustix::fs::{FileType, fstat};
+    let stat = fstat(rustix::stdio::stderr());
+    stat.is_ok_and(|stat| FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile)
+}
+
 /// Records how the program ended, says what can be done now, and passes its status on.
 pub fn finish(
     subject: &Subject,
@@ -242,7 +276,11 @@ pub fn finish(
         Ending::Killed(signal) if newest > 0 => {
             out::say(&format!("{name}: ended by signal {signal}; {remedy}"));
         }
-        Ending::Planned(_) => out::say(&format!("{name}: stopped; {remedy}")),
+        // Whoever asked for it is told as well. In a file that the program has, too, these words
+        // would count as its own, written after the epoch.
+        Ending::Planned(_) if !says_to_file() => {
+            out::say(&format!("{name}: stopped; {remedy}"));
+        }
         Ending::Detached => out::say(&format!("{name}: no longer kept; the program runs on")),
         _ => {}
     }

@@ -285,6 +285,12 @@ pub fn end(pid: u32) {
     });
 }
 
+/// How a process ended whose keeper is dead, so that it is ours to reap.
+pub fn reap(pid: u32) -> Option<String> {
+    let reaped = waitpid(Some(number(pid)), WaitOptions::NOHANG);
+    reaped.ok()?.map(|(_, status)| format!("{status:?}"))
+}
+
 pub fn is_free(pid: u32) -> bool {
     !Path::new(&format!("/proc/{pid}")).exists()
 }

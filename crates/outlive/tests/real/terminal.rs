@@ -262,3 +262,23 @@ fn a_program_restored_in_the_background_writes_to_its_log() {
     place.call(&["stop", "a"]).succeeds();
     end(pid);
 }
+
+#[test]
+fn a_terminal_is_left_as_it_was_found() {
+    use rustix::termios::{LocalModes, tcgetattr};
+    if !may_run("a_terminal_is_left_as_it_was_found") {
+        return;
+    }
+    let (_alone, place) = (alone(), Place::new());
+    let script = "stty -icanon -echo; echo raw; while :; do read x; done";
+    let words = ["run", "--name", "a", "--", "sh", "-c", script];
+    let mut terminal = Terminal::start(&place, &words);
+    let cooked = LocalModes::ICANON | LocalModes::ECHO;
+    let modes = |terminal: &Terminal| tcgetattr(&terminal.master).unwrap().local_modes & cooked;
+    terminal.shows("raw");
+    assert!(modes(&terminal).is_empty());
+    place.epoch_after("a", place.newest("a"));
+    place.call(&["stop", "a"]).succeeds();
+    let ended = terminal.code();
+    assert_eq!((ended, modes(&terminal)), (0, cooked));
+}

@@ -31,7 +31,11 @@ pub(crate) fn all(dir: &Path) -> Vec<Check> {
 /// A log that is only appended to.
 fn log(dir: &Path) -> Check {
     let path = dir.join("log");
-    let opened = std::fs::OpenOptions::new().create(true).append(true).read(true).open(path);
+    let opened = std::fs::OpenOptions::new()
+        .create(true)
+        .append(true)
+        .read(true)
+        .open(path);
     let Ok(mut file) = opened else { fail("no log") };
     let mut length = 0;
     check("log", move |round| {
@@ -52,16 +56,25 @@ fn position(dir: &Path) -> Check {
     if std::fs::write(&path, bytes).is_err() {
         fail("no file");
     }
-    let Ok(mut file) = std::fs::File::open(path) else { fail("no file") };
+    let Ok(mut file) = std::fs::File::open(path) else {
+        fail("no file")
+    };
     // SAFETY: only numbers are passed; the duplicate belongs to the new File alone.
     let mut twin = unsafe {
-        let fd = good("dup", libc::fcntl(file.as_raw_fd(), libc::F_DUPFD, 100).into());
+        let fd = good(
+            "dup",
+            libc::fcntl(file.as_raw_fd(), libc::F_DUPFD, 100).into(),
+        );
         std::fs::File::from_raw_fd(fd as i32)
     };
     let mut next = 0u32;
     check("file position", move |_| {
         let mut word = [0u8; 4];
-        let which = if next.is_multiple_of(2) { &mut file } else { &mut twin };
+        let which = if next.is_multiple_of(2) {
+            &mut file
+        } else {
+            &mut twin
+        };
         if which.read_exact(&mut word).is_err() || u32::from_ne_bytes(word) != next {
             fail("a shared position was lost");
         }
@@ -85,7 +98,10 @@ fn position(dir: &Path) -> Check {
 fn make_pipe(flags: i32) -> [i32; 2] {
     let mut ends = [0; 2];
     // SAFETY: ends has room for two.
-    let _ = good("pipe2", unsafe { libc::pipe2(ends.as_mut_ptr(), flags) }.into());
+    let _ = good(
+        "pipe2",
+        unsafe { libc::pipe2(ends.as_mut_ptr(), flags) }.into(),
+    );
     ends
 }
 
@@ -103,7 +119,9 @@ fn pipe() -> Check {
         // SAFETY: n is live and 8 bytes long.
         let r = unsafe { libc::read(from, (&raw mut n).cast(), 8) };
         if r != 8 || n != round {
-            fail(&format!("the pipe gave {r} bytes and {n} instead of {round}"));
+            fail(&format!(
+                "the pipe gave {r} bytes and {n} instead of {round}"
+            ));
         }
         put(round + 5);
     })
@@ -114,7 +132,10 @@ fn full_pipe() -> Check {
     let [_, to] = make_pipe(libc::O_NONBLOCK);
     // SAFETY: the bytes are live.
     unsafe {
-        let _ = good("F_SETPIPE_SZ", libc::fcntl(to, libc::F_SETPIPE_SZ, 8192).into());
+        let _ = good(
+            "F_SETPIPE_SZ",
+            libc::fcntl(to, libc::F_SETPIPE_SZ, 8192).into(),
+        );
         let bytes = [7u8; 8192];
         let r = libc::write(to, bytes.as_ptr().cast(), bytes.len());
         if r != 8192 {
@@ -135,7 +156,12 @@ fn full_pipe() -> Check {
 fn read_word(fd: i32) -> i64 {
     let mut n = 0u64;
     // SAFETY: n is live and 8 bytes long.
-    let r = unsafe { sys(libc::SYS_read, [fd as usize, &raw mut n as usize, 8, 0, 0, 0]) };
+    let r = unsafe {
+        sys(
+            libc::SYS_read,
+            [fd as usize, &raw mut n as usize, 8, 0, 0, 0],
+        )
+    };
     if r < 0 { r } else { n as i64 }
 }
 
@@ -151,15 +177,24 @@ fn event() -> Check {
         }
         let n = round + 1 + 7;
         // SAFETY: n is live and 8 bytes long.
-        let _ = good("write", unsafe { libc::write(fd, (&raw const n).cast(), 8) } as i64);
+        let _ = good(
+            "write",
+            unsafe { libc::write(fd, (&raw const n).cast(), 8) } as i64,
+        );
     })
 }
 
 /// A periodic timer; its ticks are never more than time has passed.
 fn timer() -> Check {
     const PERIOD: i64 = 25_000_000;
-    let every = libc::timespec { tv_sec: 0, tv_nsec: PERIOD };
-    let spec = libc::itimerspec { it_interval: every, it_value: every };
+    let every = libc::timespec {
+        tv_sec: 0,
+        tv_nsec: PERIOD,
+    };
+    let spec = libc::itimerspec {
+        it_interval: every,
+        it_value: every,
+    };
     // SAFETY: spec is live.
     let fd = unsafe {
         let fd = libc::timerfd_create(libc::CLOCK_MONOTONIC, libc::TFD_NONBLOCK);
@@ -188,7 +223,10 @@ fn epoll() -> Check {
         let level = libc::eventfd(1, 0);
         let edge = make_pipe(0);
         let add = |fd, events: i32, data: u64| {
-            let mut event = libc::epoll_event { events: events as u32, u64: data };
+            let mut event = libc::epoll_event {
+                events: events as u32,
+                u64: data,
+            };
             let r = libc::epoll_ctl(ep, libc::EPOLL_CTL_ADD, fd, &raw mut event);
             let _ = good("epoll_ctl", r.into());
         };
@@ -220,7 +258,9 @@ fn signal() -> Check {
     let fd = good("signalfd4", fd) as i32;
     check("signalfd", move |round| {
         if round % 8 == 0 {
-            let value = libc::sigval { sival_ptr: (round as usize) as *mut _ };
+            let value = libc::sigval {
+                sival_ptr: (round as usize) as *mut _,
+            };
             // SAFETY: only numbers are passed.
             let r = unsafe { libc::sigqueue(libc::getpid(), process::READ, value) };
             let _ = good("sigqueue", r.into());
@@ -238,10 +278,16 @@ fn signal() -> Check {
 
 /// Listening sockets keep their addresses.
 fn listening(dir: &Path) -> Check {
-    let Ok(tcp) = std::net::TcpListener::bind("127.0.0.1:0") else { fail("no listener") };
-    let Ok(v6) = std::net::TcpListener::bind("[::1]:0") else { fail("no listener") };
+    let Ok(tcp) = std::net::TcpListener::bind("127.0.0.1:0") else {
+        fail("no listener")
+    };
+    let Ok(v6) = std::net::TcpListener::bind("[::1]:0") else {
+        fail("no listener")
+    };
     let path = dir.join("socket");
-    let Ok(unix) = std::os::unix::net::UnixListener::bind(&path) else { fail("no listener") };
+    let Ok(unix) = std::os::unix::net::UnixListener::bind(&path) else {
+        fail("no listener")
+    };
     let port = tcp.local_addr().ok();
     check("listening", move |round| {
         if round % 32 == 0 {
@@ -256,7 +302,9 @@ fn listening(dir: &Path) -> Check {
 
 /// Devices that hold nothing, a directory, a path only.
 fn devices(dir: &Path) -> Check {
-    let Ok(dir) = CString::new(dir.as_os_str().as_bytes()) else { fail("a zero in a path") };
+    let Ok(dir) = CString::new(dir.as_os_str().as_bytes()) else {
+        fail("a zero in a path")
+    };
     // SAFETY: literals and live strings are passed.
     let fds = unsafe {
         [

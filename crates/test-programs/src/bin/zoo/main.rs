@@ -24,7 +24,10 @@ pub(crate) struct Check {
 
 /// Makes a check.
 pub(crate) fn check(name: &'static str, look: impl FnMut(u64) + Send + 'static) -> Check {
-    Check { name, look: Box::new(look) }
+    Check {
+        name,
+        look: Box::new(look),
+    }
 }
 
 /// Longer than this no check may take, nanoseconds, however busy the machine is.
@@ -46,9 +49,13 @@ fn main() {
         checks.extend(process::all());
         checks.extend(threads::all());
     }
-    let worker = std::thread::Builder::new().name("worker".into()).stack_size(1 << 20);
+    let worker = std::thread::Builder::new()
+        .name("worker".into())
+        .stack_size(1 << 20);
     let worker = worker.spawn(move || work(checks));
-    let Ok(worker) = worker else { fail("no thread") };
+    let Ok(worker) = worker else {
+        fail("no thread")
+    };
     say("ready");
     await_signal(libc::SIGUSR1);
     ENDING.store(true, Ordering::SeqCst);
@@ -71,7 +78,11 @@ fn work(mut checks: Vec<Check>) {
             (check.look)(round);
             // A program that only just gets on is not well.
             if now() - begun > STUCK {
-                fail(&format!("the check of {} took {} ns", check.name, now() - begun));
+                fail(&format!(
+                    "the check of {} took {} ns",
+                    check.name,
+                    now() - begun
+                ));
             }
         }
         ROUNDS.fetch_add(1, Ordering::SeqCst);

@@ -24,11 +24,13 @@ struct Pages {
 impl Pages {
     fn map(count: usize, protection: i32, flags: i32) -> Self {
         // SAFETY: a fresh mapping at a place of the kernel's choice.
-        let at = unsafe {
-            libc::mmap(std::ptr::null_mut(), count * PAGE, protection, flags, -1, 0)
-        };
+        let at =
+            unsafe { libc::mmap(std::ptr::null_mut(), count * PAGE, protection, flags, -1, 0) };
         let _ = good("mmap", at as i64);
-        Self { at: at as usize, count }
+        Self {
+            at: at as usize,
+            count,
+        }
     }
 
     fn words(self, page: usize) -> &'static mut [u64; PAGE / 8] {
@@ -110,7 +112,10 @@ fn hidden() -> Check {
 fn locked() -> Check {
     let pages = Pages::map(4, RW, PRIVATE);
     // SAFETY: a live mapping of ours.
-    let _ = good("mlock", unsafe { libc::mlock(pages.at as *const _, 4 * PAGE) }.into());
+    let _ = good(
+        "mlock",
+        unsafe { libc::mlock(pages.at as *const _, 4 * PAGE) }.into(),
+    );
     pages.fill(1, 7);
     check("mlock", move |_| {
         pages.must_hold(1, 7, "mlock");
@@ -119,8 +124,16 @@ fn locked() -> Check {
 }
 
 fn advised() -> Check {
-    let advice = [libc::MADV_DONTFORK, libc::MADV_SEQUENTIAL, libc::MADV_RANDOM];
-    let more = [libc::MADV_DONTDUMP, libc::MADV_NOHUGEPAGE, libc::MADV_WIPEONFORK];
+    let advice = [
+        libc::MADV_DONTFORK,
+        libc::MADV_SEQUENTIAL,
+        libc::MADV_RANDOM,
+    ];
+    let more = [
+        libc::MADV_DONTDUMP,
+        libc::MADV_NOHUGEPAGE,
+        libc::MADV_WIPEONFORK,
+    ];
     let list: Vec<Pages> = advice
         .into_iter()
         .chain(more)
@@ -131,7 +144,9 @@ fn advised() -> Check {
             pages
         })
         .collect();
-    check("madvise", move |_| list.iter().for_each(|p| p.must_hold(0, 9, "madvise")))
+    check("madvise", move |_| {
+        list.iter().for_each(|p| p.must_hold(0, 9, "madvise"))
+    })
 }
 
 /// Two huge pages, of which one is written all the time.
@@ -139,13 +154,20 @@ fn huge() -> Check {
     const HUGE: usize = 512;
     let room = Pages::map(3 * HUGE, RW, PRIVATE);
     let at = room.at.next_multiple_of(HUGE * PAGE);
-    let pages = Pages { at, count: 2 * HUGE };
+    let pages = Pages {
+        at,
+        count: 2 * HUGE,
+    };
     pages.advise(0, 2 * HUGE, libc::MADV_HUGEPAGE);
     pages.fill(3, 11);
     pages.fill(HUGE + 5, 12);
     check("huge pages", move |round| {
         pages.must_hold(3, 11, "a huge page");
-        pages.must_hold(HUGE + 5, if round == 0 { 12 } else { round - 1 }, "a huge page");
+        pages.must_hold(
+            HUGE + 5,
+            if round == 0 { 12 } else { round - 1 },
+            "a huge page",
+        );
         pages.fill(HUGE + 5, round);
         pages.must_be_zero(HUGE + 6, "a huge page");
     })
@@ -244,8 +266,12 @@ fn moved() -> Check {
 fn file(dir: &Path, name: &str) -> std::fs::File {
     let bytes: Vec<u8> = (0..8 * PAGE).map(|i| mix(i as u64 / 8) as u8).collect();
     let path = dir.join(name);
-    let opened = std::fs::write(&path, bytes)
-        .and_then(|()| std::fs::OpenOptions::new().read(true).write(true).open(path));
+    let opened = std::fs::write(&path, bytes).and_then(|()| {
+        std::fs::OpenOptions::new()
+            .read(true)
+            .write(true)
+            .open(path)
+    });
     let Ok(file) = opened else { fail("no file") };
     file
 }
@@ -253,10 +279,20 @@ fn file(dir: &Path, name: &str) -> std::fs::File {
 fn map_file(file: &std::fs::File, flags: i32) -> Pages {
     // SAFETY: a fresh mapping of a file that has 8 pages.
     let at = unsafe {
-        libc::mmap(std::ptr::null_mut(), 8 * PAGE, RW, flags, file.as_raw_fd(), 0)
+        libc::mmap(
+            std::ptr::null_mut(),
+            8 * PAGE,
+            RW,
+            flags,
+            file.as_raw_fd(),
+            0,
+        )
     };
     let _ = good("mmap of a file", at as i64);
-    Pages { at: at as usize, count: 8 }
+    Pages {
+        at: at as usize,
+        count: 8,
+    }
 }
 
 /// One page of our own over a file, the others the file's.
@@ -305,7 +341,9 @@ fn heap() -> Check {
 fn sparse() -> Check {
     let pages = Pages::map(262_144, RW, PRIVATE | libc::MAP_NORESERVE);
     pages.fill(100_000, 5);
-    check("sparse", move |_| pages.must_hold(100_000, 5, "a sparse mapping"))
+    check("sparse", move |_| {
+        pages.must_hold(100_000, 5, "a sparse mapping")
+    })
 }
 
 /// Guards in the midst of memory (`MADV_GUARD_INSTALL`), where the kernel has them.
@@ -321,7 +359,10 @@ fn guarded() -> Check {
     // SAFETY: ends has room for two.
     let ends = unsafe {
         let mut ends = [0; 2];
-        let _ = good("pipe2", libc::pipe2(ends.as_mut_ptr(), libc::O_NONBLOCK).into());
+        let _ = good(
+            "pipe2",
+            libc::pipe2(ends.as_mut_ptr(), libc::O_NONBLOCK).into(),
+        );
         ends
     };
     let _ = good("open", sink.into());
@@ -340,7 +381,11 @@ fn guarded() -> Check {
 fn deep() -> Check {
     fn down(n: u64) -> u64 {
         let room = std::hint::black_box([n; 64]);
-        if n == 0 { room[0] } else { down(n - 1) + u64::from(room[63] == n) }
+        if n == 0 {
+            room[0]
+        } else {
+            down(n - 1) + u64::from(room[63] == n)
+        }
     }
     check("stack", |round| {
         let depth = 10 + round * 4 % 600;

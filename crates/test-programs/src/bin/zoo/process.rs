@@ -19,10 +19,22 @@ pub(crate) fn all() -> Vec<Check> {
     // SAFETY: only numbers and literals are passed.
     unsafe {
         libc::umask(0o037);
-        let few = libc::rlimit { rlim_cur: 333, rlim_max: 4000 };
-        let _ = good("setrlimit", libc::setrlimit(libc::RLIMIT_NOFILE, &raw const few).into());
-        let core = libc::rlimit { rlim_cur: 0, rlim_max: 5 << 20 };
-        let _ = good("setrlimit", libc::setrlimit(libc::RLIMIT_CORE, &raw const core).into());
+        let few = libc::rlimit {
+            rlim_cur: 333,
+            rlim_max: 4000,
+        };
+        let _ = good(
+            "setrlimit",
+            libc::setrlimit(libc::RLIMIT_NOFILE, &raw const few).into(),
+        );
+        let core = libc::rlimit {
+            rlim_cur: 0,
+            rlim_max: 5 << 20,
+        };
+        let _ = good(
+            "setrlimit",
+            libc::setrlimit(libc::RLIMIT_CORE, &raw const core).into(),
+        );
         libc::prctl(libc::PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0);
         libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0);
         libc::prctl(libc::PR_SET_NAME, c"the (zoo) ".as_ptr());
@@ -34,7 +46,10 @@ pub(crate) fn all() -> Vec<Check> {
         }
         // SAFETY: limit is live; the umask is put back at once.
         unsafe {
-            let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+            let mut limit = libc::rlimit {
+                rlim_cur: 0,
+                rlim_max: 0,
+            };
             libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit);
             let umask = libc::umask(0o037);
             if limit.rlim_cur != 333 || limit.rlim_max != 4000 || umask != 0o037 {
@@ -52,7 +67,9 @@ pub(crate) fn all() -> Vec<Check> {
 /// Five real-time signals wait, blocked, with their numbers.
 fn queued() -> Check {
     for n in 0..5usize {
-        let value = libc::sigval { sival_ptr: (1000 + n) as *mut _ };
+        let value = libc::sigval {
+            sival_ptr: (1000 + n) as *mut _,
+        };
         // SAFETY: only numbers are passed.
         let r = unsafe { libc::sigqueue(libc::getpid(), QUEUED, value) };
         let _ = good("sigqueue", r.into());
@@ -71,7 +88,9 @@ fn queued() -> Check {
             if r != i64::from(QUEUED) || info[3] != 1000 + n as u64 {
                 fail(&format!("queued signal {n}: {r} with {}", info[3]));
             }
-            let value = libc::sigval { sival_ptr: (1000 + n) as *mut _ };
+            let value = libc::sigval {
+                sival_ptr: (1000 + n) as *mut _,
+            };
             // SAFETY: only numbers are passed.
             let r = unsafe { libc::sigqueue(libc::getpid(), QUEUED, value) };
             let _ = good("sigqueue", r.into());
@@ -113,8 +132,14 @@ fn dispositions() -> Check {
 
 /// An interval timer goes on firing.
 fn interval() -> Check {
-    let period = libc::timeval { tv_sec: 0, tv_usec: 40_000 };
-    let timer = libc::itimerval { it_interval: period, it_value: period };
+    let period = libc::timeval {
+        tv_sec: 0,
+        tv_usec: 40_000,
+    };
+    let timer = libc::itimerval {
+        it_interval: period,
+        it_value: period,
+    };
     // SAFETY: timer is live.
     let r = unsafe { libc::syscall(libc::SYS_setitimer, libc::ITIMER_REAL, &raw const timer, 0) };
     let _ = good("setitimer", r);
@@ -122,7 +147,10 @@ fn interval() -> Check {
         if round % 64 != 0 {
             return;
         }
-        let mut timer = libc::itimerval { it_interval: period, it_value: period };
+        let mut timer = libc::itimerval {
+            it_interval: period,
+            it_value: period,
+        };
         // SAFETY: timer is live.
         unsafe { libc::syscall(libc::SYS_getitimer, libc::ITIMER_REAL, &raw mut timer) };
         if timer.it_interval.tv_usec != 40_000 {

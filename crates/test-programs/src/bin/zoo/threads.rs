@@ -17,7 +17,9 @@ pub(crate) fn all() -> Vec<Check> {
 }
 
 fn spawn(name: &str, work: impl FnOnce() + Send + 'static) {
-    let builder = std::thread::Builder::new().name(name.into()).stack_size(64 * 1024);
+    let builder = std::thread::Builder::new()
+        .name(name.into())
+        .stack_size(64 * 1024);
     if builder.spawn(work).is_err() {
         fail("a thread could not be made");
     }
@@ -63,7 +65,10 @@ extern "C" fn on_own_stack(_: i32, info: *mut libc::siginfo_t, _: *mut libc::c_v
         }
         DEPTH.fetch_add(1, Ordering::SeqCst);
         // Blocked here for most of the time: captured inside a handler.
-        let pause = libc::timespec { tv_sec: 0, tv_nsec: 5_000_000 };
+        let pause = libc::timespec {
+            tv_sec: 0,
+            tv_nsec: 5_000_000,
+        };
         libc::nanosleep(&raw const pause, std::ptr::null_mut());
     }
 }
@@ -89,7 +94,10 @@ fn alternate_stack() -> Check {
         };
         // SAFETY: the stack is leaked; the signal is sent to this thread itself.
         unsafe {
-            let _ = good("sigaltstack", libc::sigaltstack(&raw const ss, std::ptr::null_mut()).into());
+            let _ = good(
+                "sigaltstack",
+                libc::sigaltstack(&raw const ss, std::ptr::null_mut()).into(),
+            );
             loop {
                 libc::raise(libc::SIGUSR2);
             }
