@@ -23,8 +23,9 @@ use std::path::PathBuf;
 pub struct Around {
     /// The process whose standard streams may be re-attached.
     pub root: u32,
-    /// By pipe inode: whether the subject holds a reading and a writing end.
-    pub pipes: HashMap<u64, (bool, bool)>,
+    /// Of everything that may be a pipe or a named one, by mount and inode: whether the subject
+    /// holds a reading and a writing end.
+    pub pipes: HashMap<(u64, u64), (bool, bool)>,
     /// Of descriptors 0 to 2 of the root process: the link and the access mode.
     pub streams: [Option<(Vec<u8>, u32)>; 3],
     /// By process and descriptor number: the inode, and whether it shares it with strangers.
@@ -53,13 +54,20 @@ impl Around {
         {
             *stream = Some((probe.link.clone(), probe.access()));
         }
-        if probe.link.starts_with(b"pipe:[") {
-            let ends = self.pipes.entry(probe.info.inode).or_default();
+        if probe.link.starts_with(b"pipe:[") || probe.has_path() && !probe.has(OFlags::PATH) {
+            let key = (probe.info.mount, probe.info.inode);
+            let ends = self.pipes.entry(key).or_default();
             ends.0 |= probe.access() != OFlags::WRONLY.bits();
             ends.1 |= probe.access() != OFlags::RDONLY.bits();
         } else if probe.link.starts_with(b"socket:[") {
             self.sockets.insert(probe.info.inode);
         }
+    }
+
+    /// Whether both ends of a pipe are in the subject.
+    pub(crate) fn both_ends(&self, probe: &Probe<'_>) -> bool {
+        let key = (probe.info.mount, probe.info.inode);
+        self.pipes.get(&key) == Some(&(true, true))
     }
 
     /// What the kernel knows of a unix socket; `None` of one in another network namespace.
@@ -106,8 +114,8 @@ pub struct CollectContext<'a> {
     pub holders: Vec<Holder>,
     /// Pipes found so far.
     pub pipes: Vec<PipeState>,
-    /// By inode: the place of a pipe in `pipes`.
-    pub pipe_places: HashMap<u64, u32>,
+    /// By mount and inode: the place of a pipe in `pipes`.
+    pub pipe_places: HashMap<(u64, u64), u32>,
     /// Inodes of memory files found so far.
     pub memfds: HashSet<u64>,
     /// Files whose contents must be durable before the epoch is.

@@ -34,6 +34,7 @@ mod device;
 mod directory;
 mod epoll;
 mod eventfd;
+mod fifo;
 mod file;
 mod file_action;
 mod inet;
@@ -202,6 +203,7 @@ registry! {
     Directory(directory::DirectoryState),
     Device(device::DeviceState),
     PipeEnd(pipe::PipeEndState),
+    Fifo(fifo::FifoState),
     EventFd(eventfd::EventFdState),
     TimerFd(timerfd::TimerFdState),
     SignalFd(signalfd::SignalFdState),

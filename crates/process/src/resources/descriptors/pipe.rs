@@ -1,12 +1,12 @@
-//! Pipes whose ends are all in the program.
+//! Pipes whose ends are all in the subject.
 //!
 //! The contents are read without taking them out (`tee(2)` through a duplicate of the reading
 //! end). A pipe is saved once; its ends refer to it. An end whose other end is closed everywhere
 //! is such a pipe too.
 //!
 //! # What it refuses
-//! A pipe to another process which is no standard stream, named pipes, pipes opened for reading
-//! and writing at once.
+//! A pipe to a process outside which is no standard stream, pipes opened for reading and writing at
+//! once.
 
 use super::Descriptor;
 use super::context::{About, Around, CheckContext, CollectContext, RecreateContext};
@@ -17,7 +17,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::OFlags;
 use rustix::io::Errno;
 use rustix::pipe::{
-    PipeFlags, SpliceFlags, fcntl_getpipe_size, fcntl_setpipe_size, pipe_with, tee,
+    PipeFlags, SpliceFlags, fcntl_getpipe_size, fcntl_setpipe_size, pipe_with, splice, tee,
 };
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 
@@ -83,6 +83,8 @@ impl PipeState {
                 write,
                 read_taken: false,
                 write_taken: false,
+                capacity: self.capacity as usize,
+                poured: false,
             })
         };
         make().map_err(|errno: Errno| {
@@ -103,6 +105,31 @@ pub struct PipeEnds {
     write: OwnedFd,
     read_taken: bool,
     write_taken: bool,
+    capacity: usize,
+    poured: bool,
+}
+
+impl PipeEnds {
+    /// Gives a named pipe the capacity and the contents of this one, the first time.
+    ///
+    /// # Errors
+    /// `EEXIST` when there is something in it already.
+    pub(crate) fn pour(&mut self, target: &OwnedFd) -> Result<(), Errno> {
+        if std::mem::replace(&mut self.poured, true) {
+            return Ok(());
+        }
+        if rustix::io::ioctl_fionread(target)? != 0 {
+            return Err(Errno::EXIST);
+        }
+        if fcntl_getpipe_size(target)? != self.capacity {
+            fcntl_setpipe_size(target, self.capacity)?;
+        }
+        while rustix::io::ioctl_fionread(&self.read)? != 0 {
+            let flags = SpliceFlags::NONBLOCK;
+            splice(&self.read, None, target, None, self.capacity, flags)?;
+        }
+        Ok(())
+    }
 }
 
 /// Which end.
@@ -139,12 +166,7 @@ impl Descriptor for PipeEndState {
         if !probe.link.starts_with(b"pipe:[") || probe.access() == OFlags::RDWR.bits() {
             return Ok(false);
         }
-        let ends = around
-            .pipes
-            .get(&probe.info.inode)
-            .copied()
-            .unwrap_or_default();
-        Ok(ends == (true, true) || is_abandoned(probe)?)
+        Ok(around.both_ends(probe) || is_abandoned(probe)?)
     }
 
     fn collect(probe: &Probe<'_>, cx: &mut CollectContext<'_>) -> Result<Self, ProcessError> {
@@ -153,30 +175,7 @@ impl Descriptor for PipeEndState {
         } else {
             PipeSide::Write
         };
-        let inode = probe.info.inode;
-        let pipe = match cx.pipe_places.get(&inode) {
-            Some(&place) => place,
-            None => {
-                let place = cx.pipes.len() as u32;
-                let capacity = capacity(probe)?;
-                cx.pipes.push(PipeState {
-                    capacity,
-                    data: Vec::new(),
-                    packets: Vec::new(),
-                });
-                cx.pipe_places.insert(inode, place);
-                place
-            }
-        };
-        let state = &mut cx.pipes[pipe as usize];
-        if side == PipeSide::Read && state.data.is_empty() {
-            let packets = contents(probe.duplicate()?, state.capacity)
-                .map_err(|errno| probe.failed("read without taking from", errno))?;
-            state.data = packets.concat();
-            if packets.len() > 1 || probe.has(OFlags::DIRECT) {
-                state.packets = packets.iter().map(|packet| packet.len() as u32).collect();
-            }
-        }
+        let pipe = save_contents(probe, cx)?;
         Ok(Self { pipe, side })
     }
 
@@ -213,6 +212,38 @@ impl Descriptor for PipeEndState {
         let access = OFlags::from_bits_retain(about.flags) & OFlags::ACCMODE;
         rustix::fs::open(path, access | OFlags::CLOEXEC, rustix::fs::Mode::empty()).map_err(fail)
     }
+}
+
+/// Saves a pipe, or a named pipe, once; its place in the list of pipes.
+pub(crate) fn save_contents(
+    probe: &Probe<'_>,
+    cx: &mut CollectContext<'_>,
+) -> Result<u32, ProcessError> {
+    let key = (probe.info.mount, probe.info.inode);
+    let pipe = match cx.pipe_places.get(&key) {
+        Some(&place) => place,
+        None => {
+            let place = cx.pipes.len() as u32;
+            let capacity = capacity(probe)?;
+            cx.pipes.push(PipeState {
+                capacity,
+                data: Vec::new(),
+                packets: Vec::new(),
+            });
+            cx.pipe_places.insert(key, place);
+            place
+        }
+    };
+    let state = &mut cx.pipes[pipe as usize];
+    if probe.access() != OFlags::WRONLY.bits() && state.data.is_empty() {
+        let packets = contents(probe.duplicate()?, state.capacity)
+            .map_err(|errno| probe.failed("read without taking from", errno))?;
+        state.data = packets.concat();
+        if packets.len() > 1 || probe.has(OFlags::DIRECT) {
+            state.packets = packets.iter().map(|packet| packet.len() as u32).collect();
+        }
+    }
+    Ok(pipe)
 }
 
 fn capacity(probe: &Probe<'_>) -> Result<u32, ProcessError> {

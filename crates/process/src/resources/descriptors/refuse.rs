@@ -183,7 +183,10 @@ pub(crate) fn by_name(probe: &Probe<'_>) -> Result<ProcessError, ProcessError> {
 fn by_type(probe: &Probe<'_>) -> Result<(&'static str, &'static str), ProcessError> {
     let stat = probe.stat()?;
     Ok(match probe.file_type()? {
-        FileType::Fifo => ("named pipe", "have the program close it"),
+        FileType::Fifo => (
+            "named pipe to another process",
+            "start both programs together, or have this one close it",
+        ),
         FileType::BlockDevice => ("block device", "have the program use a file"),
         FileType::Socket => (
             "path of a socket file (O_PATH)",

@@ -97,13 +97,8 @@ impl Descriptor for StreamState {
             return Ok(false);
         }
         if probe.link.starts_with(b"pipe:[") {
-            let ends = around
-                .pipes
-                .get(&probe.info.inode)
-                .copied()
-                .unwrap_or_default();
             // A pipe that nobody writes to any more is at its end, wherever it came from.
-            return Ok(ends != (true, true) && !pipe::is_abandoned(probe)?);
+            return Ok(!around.both_ends(probe) && !pipe::is_abandoned(probe)?);
         }
         if let Some(socket) = probe.socket()? {
             // A unix socket to a supervisor or a log; connected, and its peer is not ours.
@@ -112,7 +107,8 @@ impl Descriptor for StreamState {
                 && is_connected(probe)?
                 && !is_inside(probe, around));
         }
-        Ok(probe.has_path() && probe.file_type()? == FileType::Fifo)
+        let named = probe.has_path() && probe.file_type()? == FileType::Fifo;
+        Ok(named && !around.both_ends(probe))
     }
 
     fn collect(probe: &Probe<'_>, cx: &mut CollectContext<'_>) -> Result<Self, ProcessError> {

@@ -304,3 +304,45 @@ fn flags_that_can_be_set_are_set() {
         );
     }
 }
+
+#[test]
+fn a_named_pipe_with_both_ends_keeps_its_contents() {
+    let _quiet = no_child_starts();
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("fifo");
+    let make = || {
+        let mode = Mode::RUSR | Mode::WUSR;
+        rustix::fs::mkfifoat(rustix::fs::CWD, &path, mode).unwrap();
+    };
+    make();
+    let open = |flags| rustix::fs::open(&path, flags | OFlags::CLOEXEC, Mode::empty()).unwrap();
+    let both = open(OFlags::RDWR);
+    let r = open(OFlags::RDONLY | OFlags::NONBLOCK);
+    let w = open(OFlags::WRONLY);
+    fcntl_setpipe_size(&w, 8192).unwrap();
+    write(&w, b"contents").unwrap();
+    let numbers = [number(&r), number(&w), number(&both)];
+    let table = collect(&numbers);
+    assert_eq!(table.pipes.len(), 1);
+    let checked = check_table(&table, &request(FilesPolicy::Reconcile)).unwrap();
+    let full = recreate_table(&table, checked).unwrap_err().to_string();
+    assert!(full.contains("something waits already"), "{full}");
+    let original = [r, w, both].map(|fd| info(&fd).status());
+    let made = recreate(&table);
+    let again = numbers.map(|n| made_for(&made, n));
+    assert_eq!(
+        [&again[0], &again[1], &again[2]].map(|fd| info(fd).status()),
+        original
+    );
+    drop(made);
+    let [r, w, both] = again;
+    assert_eq!(fcntl_getpipe_size(&r).unwrap(), 8192);
+    let mut out = [0; 64];
+    assert_eq!(read(&r, &mut out), Ok(8));
+    assert_eq!(&out[..8], b"contents");
+    assert_eq!(read(&r, &mut out), Err(Errno::AGAIN));
+    drop((both, w));
+    assert_eq!(read(&r, &mut out), Ok(0));
+    std::fs::remove_file(&path).unwrap();
+    assert!(check_refused(&table)[0].what.contains("is gone"));
+}
