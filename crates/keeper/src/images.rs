@@ -12,6 +12,7 @@ use outlive_epoch::{
 };
 use outlive_epoch_store::{Access, Store};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 /// One committed epoch, as listings show it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -56,6 +57,9 @@ pub struct Verified {
     pub more: u64,
 }
 
+/// How often a store that seems damaged is opened.
+const OPEN_TRIES: u32 = 4;
+
 /// A store that is only read.
 pub struct Image {
     store: Store,
@@ -75,7 +79,7 @@ impl Image {
     /// What the store says.
     pub fn open(dir: &Path) -> Result<Self, StoreError> {
         Ok(Self {
-            store: Store::open(dir, Access::Read)?,
+            store: open(dir)?,
             dir: dir.into(),
             own: None,
         })
@@ -89,7 +93,7 @@ impl Image {
         let Some(own) = Own::check(dir)? else {
             return Ok(Self::open(dir)?);
         };
-        let store = Store::open(own.path(), Access::Read)
+        let store = open(&own.path())
             .map_err(|error| KeeperError::from(error).renamed(&own.path(), dir))?;
         Ok(Self {
             store,
@@ -137,6 +141,18 @@ impl Image {
     pub fn dir(&self) -> &Path {
         &self.dir
     }
+}
+
+/// Opens a store for reading. A keeper may be writing it, so that its parts are seen at different
+/// moments: only what is damaged again and again is damaged.
+fn open(dir: &Path) -> Result<Store, StoreError> {
+    for _ in 1..OPEN_TRIES {
+        match Store::open(dir, Access::Read) {
+            Err(StoreError::Damaged { .. }) => std::thread::sleep(Duration::from_millis(1)),
+            other => return other,
+        }
+    }
+    Store::open(dir, Access::Read)
 }
 
 /// Reads every byte of the store in `dir` and checks it; `progress` hears the bytes done and all.

@@ -8,6 +8,11 @@
 //! They need root: tracing alone does not, but process IDs can only be chosen with privilege.
 //! `OUTLIVE_LONG=1` does everything many more times.
 
+#![expect(
+    clippy::expect_used,
+    reason = "a test that finds what it relies on missing has failed"
+)]
+
 mod deaths;
 mod eintr;
 mod registers;

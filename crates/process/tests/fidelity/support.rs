@@ -83,6 +83,10 @@ pub struct Program {
 }
 
 impl Program {
+    #[expect(
+        clippy::zombie_processes,
+        reason = "waited for by its number, as is what it becomes after a restore"
+    )]
     /// Starts it and waits until it says that it is ready. `{dir}` in an argument is its directory.
     pub fn start(name: &str, arguments: &[&str]) -> Self {
         let dir = tempfile::Builder::new()
@@ -245,15 +249,17 @@ impl Drop for Program {
         let said = self.output();
         let words: Vec<&str> = said.lines().next().unwrap_or_default().split(' ').collect();
         for pair in words.windows(2) {
+            let Ok(id) = pair[1].parse::<i32>() else {
+                continue;
+            };
             // SAFETY: only numbers are passed, of objects that the program made and named.
-            match (pair[0], pair[1].parse::<i32>()) {
-                ("sem", Ok(id)) => drop(unsafe { libc::semctl(id, 0, libc::IPC_RMID) }),
-                // SAFETY: as above.
-                ("msg", Ok(id)) => {
-                    drop(unsafe { libc::msgctl(id, libc::IPC_RMID, std::ptr::null_mut()) })
+            let _ = unsafe {
+                match pair[0] {
+                    "sem" => libc::semctl(id, 0, libc::IPC_RMID),
+                    "msg" => libc::msgctl(id, libc::IPC_RMID, std::ptr::null_mut()),
+                    _ => 0,
                 }
-                _ => {}
-            }
+            };
         }
     }
 }

@@ -21,13 +21,12 @@ pub fn must_be_free(program: &Program) {
     }
 }
 
-const KINDS: [(&str, &str); 7] = [
+const KINDS: [(&str, &str); 6] = [
     ("posix-timer", "timer"),
-    ("shared-memory", "shared"),
-    ("memfd", "mem"),
-    ("inotify", "inotify"),
-    ("udp", "UDP"),
-    ("child", "child"),
+    ("system-v-memory", "System V"),
+    ("mapped-memfd", "memfd"),
+    ("netlink", "netlink"),
+    ("io-uring", "io_uring"),
     ("seccomp", "seccomp"),
 ];
 

@@ -43,29 +43,31 @@ fn hold(kind: &str) {
                 let r = libc::timer_create(libc::CLOCK_MONOTONIC, &raw mut event, &raw mut timer);
                 let _ = good("timer_create", r.into());
             }
-            "shared-memory" => {
-                let flags = libc::MAP_SHARED | libc::MAP_ANONYMOUS;
-                let at = libc::mmap(std::ptr::null_mut(), page, libc::PROT_READ, flags, -1, 0);
+            "system-v-memory" => {
+                let id = good(
+                    "shmget",
+                    libc::shmget(libc::IPC_PRIVATE, page, 0o600).into(),
+                );
+                let at = libc::shmat(id as i32, std::ptr::null(), 0);
+                let _ = good("shmat", at as i64);
+                let gone = libc::shmctl(id as i32, libc::IPC_RMID, std::ptr::null_mut());
+                let _ = good("shmctl", gone.into());
+            }
+            "mapped-memfd" => {
+                let fd = libc::memfd_create(c"x".as_ptr(), 0);
+                let _ = good("ftruncate", libc::ftruncate(fd, page as i64).into());
+                let (prot, flags) = (libc::PROT_READ, libc::MAP_SHARED);
+                let at = libc::mmap(std::ptr::null_mut(), page, prot, flags, fd, 0);
                 let _ = good("mmap", at as i64);
             }
-            "memfd" => {
-                let _ = good("memfd_create", libc::memfd_create(c"x".as_ptr(), 0).into());
-            }
-            "inotify" => {
-                let _ = good("inotify_init", libc::inotify_init1(0).into());
-            }
-            "udp" => {
-                let fd = libc::socket(libc::AF_INET, libc::SOCK_DGRAM, 0);
+            "netlink" => {
+                let fd = libc::socket(libc::AF_NETLINK, libc::SOCK_RAW, 0);
                 let _ = good("socket", fd.into());
             }
-            "child" => {
-                let child = good("fork", libc::fork().into());
-                if child == 0 {
-                    libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
-                    loop {
-                        libc::pause();
-                    }
-                }
+            "io-uring" => {
+                let mut parameters = [0u32; 30];
+                let r = libc::syscall(libc::SYS_io_uring_setup, 4, parameters.as_mut_ptr());
+                let _ = good("io_uring_setup", r);
             }
             "seccomp" => {
                 let allow = [libc::sock_filter {
