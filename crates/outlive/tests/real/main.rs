@@ -10,6 +10,7 @@ mod bad_images;
 mod kills;
 mod no_space;
 mod owners;
+mod programs;
 mod refusals;
 mod support;
 mod terminal;

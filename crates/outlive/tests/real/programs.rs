@@ -1,0 +1,148 @@
+//! Programs of several processes: killed with their keeper in the middle of their work, restored,
+//! and judged by what they compute.
+
+use crate::support::{Kept, Place, alone, end, installed, may_run, until};
+use std::process::Command;
+
+/// All processes below this one, and itself.
+fn family(root: u32) -> Vec<u32> {
+    let mut all = vec![root];
+    let mut at = 0;
+    while at < all.len() {
+        let tasks = std::fs::read_dir(format!("/proc/{}/task", all[at]));
+        for task in tasks.into_iter().flatten().flatten() {
+            let text = std::fs::read_to_string(task.path().join("children")).unwrap_or_default();
+            all.extend(text.split_whitespace().map(|w| w.parse::<u32>().unwrap()));
+        }
+        at += 1;
+    }
+    all
+}
+
+/// Kills the keeper and the whole program at once, and restores what is left: the newest epoch.
+fn die_and_come_back(place: &Place, mut kept: Kept, epochs: u64) -> Kept {
+    for _ in 0..epochs {
+        place.epoch_after("a", place.newest("a"));
+    }
+    let root = u32::try_from(place.status("a")["pid"].as_u64().unwrap()).unwrap();
+    let members = family(root);
+    kept.kill();
+    members.into_iter().for_each(end);
+    drop(kept);
+    place.start(&["restore", "a"])
+}
+
+#[test]
+fn a_pipeline_comes_out_byte_for_byte() {
+    if !may_run("a_pipeline_comes_out_byte_for_byte") {
+        return;
+    }
+    let (_alone, place) = (alone(), Place::new());
+    let script = "i=0; (while [ $i -lt 400 ]; do echo line $i; i=$((i+1)); sleep 0.005; done) \
+                  | (while read a; do echo \"$a x\"; done) | gzip -c | cat > packed";
+    let bash = installed("bash");
+    let mut kept = place.start(&[
+        "run", "--name", "a", "--every", "50ms", "--", &bash, "-c", script,
+    ]);
+    for epochs in [3, 2, 4] {
+        kept = die_and_come_back(&place, kept, epochs);
+    }
+    assert_eq!(kept.code(), 0, "{}", place.said());
+    let packed = place.path("packed");
+    let plain = Command::new(installed("gzip"))
+        .arg("-dc")
+        .arg(packed)
+        .output()
+        .unwrap();
+    let expected: String = (0..400).map(|i| format!("line {i} x\n")).collect();
+    assert!(
+        plain.stdout == expected.as_bytes(),
+        "{}",
+        String::from_utf8_lossy(&plain.stdout)
+    );
+}
+
+/// A parent and its child work in turns through memory that they share, and tell each other so
+/// through a pipe; another child has ended, and its exit status is asked for at the end.
+const FAMILY: &str = r#"
+import mmap, os, struct, sys, time
+shared = mmap.mmap(-1, 1 << 20)
+reader, writer = os.pipe()
+child = os.fork()
+if child == 0:
+    rounds = 0
+    while True:
+        assert struct.unpack_from("Q", shared, 8192)[0] == rounds
+        rounds += 1
+        struct.pack_into("Q", shared, 8192, rounds)
+        os.write(writer, b"x")
+        time.sleep(0.005)
+ended = os.fork()
+if ended == 0:
+    os._exit(7)
+for heard in range(1, 401):
+    os.read(reader, 1)
+    said = struct.unpack_from("Q", shared, 8192)[0]
+    assert heard <= said <= heard + 64, (heard, said)
+    struct.pack_into("Q", shared, 0, heard)
+assert os.WEXITSTATUS(os.waitpid(ended, 0)[1]) == 7
+assert os.getppid() != child
+os.kill(child, 9)
+assert os.waitpid(child, 0)[0] == child
+sys.exit(5)
+"#;
+
+#[test]
+fn a_family_goes_on_with_its_shared_memory_and_its_dead() {
+    if !may_run("a_family_goes_on_with_its_shared_memory_and_its_dead") {
+        return;
+    }
+    let (_alone, place) = (alone(), Place::new());
+    std::fs::write(place.path("family.py"), FAMILY).unwrap();
+    let (python, script) = (installed("python3"), place.text("family.py"));
+    let mut kept = place.start(&[
+        "run", "--name", "a", "--every", "50ms", "--", &python, &script,
+    ]);
+    for epochs in [4, 2, 3] {
+        kept = die_and_come_back(&place, kept, epochs);
+    }
+    assert_eq!(kept.code(), 5, "{}", place.said());
+}
+
+/// The contents of a file that is mapped shared go back to what they were, and a file that is gone
+/// is made again.
+#[test]
+fn a_mapped_file_goes_back_with_its_program() {
+    const COUNTER: &str = "import mmap, struct, sys, time\n\
+        m = mmap.mmap(open(sys.argv[1], 'r+b').fileno(), 4096)\n\
+        for n in range(600):\n\
+        \x20   assert struct.unpack_from('Q', m, 64)[0] == n, n\n\
+        \x20   struct.pack_into('Q', m, 64, n + 1)\n\
+        \x20   time.sleep(0.003)\n";
+    if !may_run("a_mapped_file_goes_back_with_its_program") {
+        return;
+    }
+    let (_alone, place) = (alone(), Place::new());
+    std::fs::write(place.path("counter.py"), COUNTER).unwrap();
+    std::fs::write(place.path("mapped"), [0; 4096]).unwrap();
+    let (python, script) = (installed("python3"), place.text("counter.py"));
+    let mapped = place.text("mapped");
+    let run = [
+        "run", "--name", "a", "--every", "50ms", "--", &python, &script, &mapped,
+    ];
+    let mut kept = place.start(&run);
+    kept = die_and_come_back(&place, kept, 4);
+    until("it runs again", || place.newest("a") > 0);
+    for _ in 0..2 {
+        place.epoch_after("a", place.newest("a"));
+    }
+    let root = u32::try_from(place.status("a")["pid"].as_u64().unwrap()).unwrap();
+    kept.kill();
+    end(root);
+    drop(kept);
+    std::fs::remove_file(&mapped).unwrap();
+    let mut kept = place.start(&["restore", "a"]);
+    assert_eq!(kept.code(), 0, "{}", place.said());
+    let bytes = std::fs::read(&mapped).unwrap();
+    assert_eq!(bytes[64..72], 600u64.to_ne_bytes());
+}
