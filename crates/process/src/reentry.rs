@@ -152,8 +152,10 @@ impl WaitBook {
             (None, None) => limit_ns(target, &call, limit).map(|ns| {
                 let whole = now.saturating_add(ns);
                 // What has ended cannot have been interrupted: it was an earlier call that slept.
+                // As good as ended counts too, as exactly as this is known: rather late than early.
                 let rest = sleeper.map(|s| s.since_ns.saturating_add(ns));
-                rest.filter(|end| (now + 1..=whole).contains(end))
+                let earliest = now.saturating_add(doubt_ns(limit));
+                rest.filter(|end| (earliest..=whole).contains(end))
                     .unwrap_or(whole)
             }),
         };
@@ -188,6 +190,15 @@ impl WaitBook {
             known.switches =
                 Status::read(target.pid, tid).map_or(u64::MAX, |s| s.voluntary_switches);
         }
+    }
+}
+
+/// How exactly the end of a call is known that was seen asleep, nanoseconds. Sockets count in ticks
+/// of up to 10 ms, of which the first is partly over.
+fn doubt_ns(limit: Limit) -> u64 {
+    match limit {
+        Limit::SocketReceive | Limit::SocketSend => 20_000_000,
+        _ => 5_000_000,
     }
 }
 

@@ -281,6 +281,8 @@ fn moving(epoch: &Epoch, pid: u32) -> Vec<(u64, u64)> {
         match r.orig_rax as i64 {
             libc::SYS_nanosleep => places.push((r.rsi, r.rsi + 16)),
             libc::SYS_clock_nanosleep => places.push((r.r10, r.r10 + 16)),
+            // Entered again, a poll whose event was there already has its result written.
+            libc::SYS_poll => places.push((r.rdi, r.rdi + r.rsi.min(1024) * 8)),
             _ => {}
         }
     }
