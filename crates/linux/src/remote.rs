@@ -537,6 +537,10 @@ pub fn single(
     loop {
         let running = thread.resume_to_syscall().map_err(kernel("resuming"))?;
         thread = running.wait(deadline).map_err(|(_, e)| e)?;
+        if let crate::ptrace::Stop::Signal(_) = thread.stop() {
+            // All signals are blocked: this is a fault, there is no such instruction there.
+            return Err(kernel("running a system call")(Errno::FAULT));
+        }
         if thread.stop() == crate::ptrace::Stop::Syscall {
             syscall_stops += 1;
             if syscall_stops == 2 {

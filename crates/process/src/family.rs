@@ -38,6 +38,11 @@ pub fn list(root: u32) -> Vec<Kin> {
     all
 }
 
+/// Whether a process has ended, and perhaps waits for its parent to ask for its exit status.
+pub fn has_ended(pid: u32) -> bool {
+    Status::read(pid, pid).map_or(true, |s| matches!(s.state, b'Z' | b'X'))
+}
+
 fn children(pid: u32) -> Vec<u32> {
     let Ok(tasks) = std::fs::read_dir(format!("/proc/{pid}/task")) else {
         return Vec::new();

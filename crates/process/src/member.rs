@@ -12,7 +12,7 @@ use crate::resources::shared::{self, SharedObjects};
 use crate::resources::{attributes, memory, signals, thread};
 use crate::target::Target;
 use crate::{ProcessError, Refusal, preflight};
-use outlive_epoch::PageSink;
+use outlive_epoch::{PageSink, Run};
 use outlive_linux::maps::{self, Mapping, VmFlags};
 use outlive_linux::remote::{Arena, Batch, CallId, Results};
 use outlive_linux::userfault::WriteTracker;
@@ -29,6 +29,27 @@ pub struct Member {
     flags: FlagsCache,
     /// The buffer of an earlier stop, to be used again: fresh memory is faulted in at the stop.
     pub spare: Vec<u8>,
+}
+
+/// A process in which no foothold could be gained, and why.
+pub struct NotAdopted {
+    /// The process.
+    pub target: Target,
+    /// What is known of its interrupted calls.
+    pub waits: WaitBook,
+    /// What went wrong.
+    pub error: ProcessError,
+}
+
+impl NotAdopted {
+    /// The same on the heap: it is large.
+    pub fn boxed(target: Target, waits: WaitBook, error: ProcessError) -> Box<Self> {
+        Box::new(Self {
+            target,
+            waits,
+            error,
+        })
+    }
 }
 
 /// What was seen of a stopped thread before any remote call, and the time left of its call.
@@ -97,10 +118,10 @@ impl Member {
         waits: WaitBook,
         threads: &mut [Held],
         incremental: bool,
-    ) -> Result<(Self, Result<(), String>), (Target, WaitBook, ProcessError)> {
+    ) -> Result<(Self, Result<(), String>), Box<NotAdopted>> {
         let (arena, syscall_at, tracker) = match foothold(&target, threads, incremental) {
             Ok(gained) => gained,
-            Err(e) => return Err((target, waits, e)),
+            Err(error) => return Err(NotAdopted::boxed(target, waits, error)),
         };
         let (tracker, tracking) = match tracker {
             Ok(tracker) => (Some(tracker), Ok(())),
@@ -108,7 +129,7 @@ impl Member {
         };
         let pages = match PageTracker::new(&target, tracker) {
             Ok(pages) => pages,
-            Err(e) => return Err((target, waits, e)),
+            Err(error) => return Err(NotAdopted::boxed(target, waits, error)),
         };
         let member = Self {
             target,
@@ -172,8 +193,24 @@ impl Member {
         }
     }
 
+    /// Whether the foothold is still there: a process that began another program (`execve(2)`) has
+    /// lost it, with all its memory.
+    #[must_use]
+    pub fn is_intact(&self) -> bool {
+        Arena::is_stamped(self.target.pid, self.arena.range().0)
+    }
+
+    /// The member is no more: the pages that the epochs so far hold of it.
+    #[must_use]
+    pub fn retire(self) -> Vec<Run> {
+        self.pages.retire()
+    }
+
     /// Removes the arena from the stopped process.
     pub fn remove_foothold(&self, threads: &mut [Held]) -> Result<(), ProcessError> {
+        if !self.is_intact() {
+            return Ok(());
+        }
         let range = self.arena.range();
         bootstrap::remove_arena(&self.target, &mut threads[0], self.syscall_at, range)
     }

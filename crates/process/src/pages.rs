@@ -140,6 +140,15 @@ impl PageTracker {
         })
     }
 
+    /// All pages that the epochs so far hold: they are no more, and nobody tracks them further.
+    #[must_use]
+    pub fn retire(mut self) -> Vec<Run> {
+        let all = self.stored.remove(0, u64::MAX);
+        all.into_iter()
+            .filter_map(|(s, e)| Run::new(self.space, s, e - s))
+            .collect()
+    }
+
     /// The epochs so far do not count: everything is reported as written by the next pass.
     pub fn forget(&mut self, areas: &[PrivateArea]) {
         if let Some(tracker) = &self.tracker {

@@ -10,14 +10,14 @@ use crate::family::{self, Kin};
 use crate::freeze::{Held, freeze};
 use crate::image::{self, SubjectState, ZombieState, group, kinds};
 use crate::laps::Laps;
-use crate::member::{self, Member, MemberState, Seen};
+use crate::member::{self, Member, MemberState, NotAdopted, Seen};
 use crate::pages::Residue;
 use crate::reentry::{Sleepers, WaitBook};
 use crate::resources::shared::{SharedObjects, SharedState};
 use crate::resources::{descriptors, memory};
 use crate::target::Target;
 use crate::{ProcessError, Refusal, preflight};
-use outlive_epoch::{EpochFacts, EpochWriter, PageSink};
+use outlive_epoch::{EpochFacts, EpochWriter, PageSink, Run};
 use outlive_linux::clock::{TimeOffsets, now_ns, realtime_ns};
 use outlive_linux::thread::Urgent;
 use rustix::fd::AsFd;
@@ -74,6 +74,8 @@ pub struct Tracked {
     members: BTreeMap<u32, Member>,
     descriptors: descriptors::Memory,
     shared: SharedObjects,
+    /// Pages of members that are no more, which the epochs so far hold.
+    retired: Vec<Run>,
     spare: Spare,
     detached: bool,
 }
@@ -101,6 +103,7 @@ impl Tracked {
             members: BTreeMap::new(),
             descriptors: descriptors::Memory::default(),
             shared: SharedObjects::default(),
+            retired: Vec::new(),
             spare: Spare::default(),
             detached: false,
         };
@@ -129,7 +132,7 @@ impl Tracked {
             }
             match self.adopt_running(kin) {
                 // A child may end at any time.
-                Err(ProcessError::Gone { pid, .. }) if pid != self.root => {}
+                Err(_) if kin.pid != self.root && family::has_ended(kin.pid) => {}
                 r => r?,
             }
         }
@@ -150,9 +153,14 @@ impl Tracked {
                 Some(member) => member.let_go(threads),
                 None => Ok(()),
             },
-            Err((target, mut waits, e)) => {
+            Err(not) => {
+                let NotAdopted {
+                    target,
+                    mut waits,
+                    error,
+                } = *not;
                 member::let_go(&target, &mut waits, threads)?;
-                Err(e)
+                Err(error)
             }
         }
     }
@@ -162,7 +170,7 @@ impl Tracked {
         target: Target,
         waits: WaitBook,
         threads: &mut [Held],
-    ) -> Result<u32, (Target, WaitBook, ProcessError)> {
+    ) -> Result<u32, Box<NotAdopted>> {
         let pid = target.pid;
         let (member, tracking) = Member::adopt(target, waits, threads, self.options.incremental)?;
         if let Err(why) = tracking {
@@ -172,9 +180,19 @@ impl Tracked {
         Ok(pid)
     }
 
-    /// Forgets members that have ended, lest another process gets their number.
+    /// Forgets members that have ended, lest another process gets their number, and those that
+    /// began another program, in which we have no foothold.
     fn drop_ended(&mut self) {
-        self.members.retain(|_, member| !member.target.has_ended());
+        let over = |m: &Member| m.target.has_ended() || !m.is_intact();
+        let gone: Vec<u32> = self
+            .members
+            .iter()
+            .filter(|(_, m)| over(m))
+            .map(|(pid, _)| *pid)
+            .collect();
+        for member in gone.iter().filter_map(|pid| self.members.remove(pid)) {
+            self.retired.extend(member.retire());
+        }
     }
 
     /// Copies what was written since the last pass into `sink` while the program runs, until a
@@ -185,14 +203,17 @@ impl Tracked {
             return Ok(());
         }
         self.adopt_all()?;
+        for run in self.retired.drain(..) {
+            sink.absent(run)?;
+        }
         let mut before = u64::MAX;
         for pass in 0..MAX_PASSES {
             let mut bytes = 0;
-            for member in self.members.values_mut() {
+            for (pid, member) in &mut self.members {
                 match member.precopy(sink, &mut self.shared) {
                     Ok(copied) => bytes += copied,
                     // A child may end at any time.
-                    Err(ProcessError::Gone { pid, .. }) if pid != self.root => {}
+                    Err(_) if *pid != self.root && family::has_ended(*pid) => {}
                     Err(e) => return Err(e),
                 }
             }
@@ -253,7 +274,7 @@ impl Tracked {
         for (pid, member) in &mut self.members {
             match member.before_stop() {
                 Ok(found) => drop(sleepers.insert(*pid, found)),
-                Err(ProcessError::Gone { pid, .. }) if pid != self.root => {}
+                Err(_) if *pid != self.root && family::has_ended(*pid) => {}
                 Err(e) => return Err(e),
             }
         }
@@ -285,7 +306,7 @@ impl Tracked {
                         frozen.push(process);
                     }
                     // A child may end at any time.
-                    Err(ProcessError::Gone { pid, .. }) if pid != self.root => {}
+                    Err(_) if kin.pid != self.root && family::has_ended(kin.pid) => {}
                     Err(e) => return Err(e),
                 }
             }
@@ -296,6 +317,14 @@ impl Tracked {
         let timeout = self.options.stop_timeout;
         if let Some(member) = self.members.get_mut(&kin.pid) {
             let mut threads = freeze(&member.target, timeout)?;
+            if !member.is_intact() {
+                // It began another program since it was looked at.
+                member.let_go(threads)?;
+                let member = self.members.remove(&kin.pid);
+                self.retired
+                    .extend(member.into_iter().flat_map(Member::retire));
+                return self.freeze_one(kin, Sleepers::default());
+            }
             let nameless = member.has_nameless(&threads, &sleepers);
             return match member.look(&mut threads, &sleepers) {
                 Ok(seen) => Ok(Frozen {
@@ -407,6 +436,7 @@ impl Tracked {
             table: collected.table,
             shared,
             shared_residue,
+            retired: std::mem::take(&mut self.retired),
             files,
             spare: self.spare.clone(),
         })
@@ -427,11 +457,15 @@ impl Tracked {
             let adopted = if refusals.is_empty() {
                 self.adopt(target, waits, &mut process.threads)
             } else {
-                Err((target, waits, ProcessError::Refused(refusals)))
+                Err(NotAdopted::boxed(
+                    target,
+                    waits,
+                    ProcessError::Refused(refusals),
+                ))
             };
-            if let Err((target, waits, e)) = adopted {
-                process.stranger = Some((target, waits));
-                return Err(e);
+            if let Err(not) = adopted {
+                process.stranger = Some((not.target, not.waits));
+                return Err(not.error);
             }
         }
         Ok(())
@@ -523,7 +557,7 @@ fn refuse_early(root: u32) -> Result<(), ProcessError> {
     for target in &targets {
         match member::refusals(target) {
             Ok(found) => refusals.extend(found),
-            Err(ProcessError::Gone { pid, .. }) if pid != root => {}
+            Err(_) if target.pid != root && target.has_ended() => {}
             Err(e) => return Err(e),
         }
     }
@@ -674,6 +708,7 @@ pub struct Captured {
     table: descriptors::FdTable,
     shared: SharedState,
     shared_residue: Residue,
+    retired: Vec<Run>,
     files: FilesToSync,
     spare: Spare,
 }
@@ -684,6 +719,9 @@ impl Captured {
         image::put(writer, image::SUBJECT, &self.subject)?;
         image::put(writer, image::DESCRIPTORS, &self.table)?;
         image::put(writer, image::SHARED, &self.shared)?;
+        for &run in &self.retired {
+            writer.absent(run)?;
+        }
         self.shared_residue.write(writer)?;
         for s in &self.states {
             let pid = s.process.pid;

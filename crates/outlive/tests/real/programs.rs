@@ -109,12 +109,34 @@ fn a_family_goes_on_with_its_shared_memory_and_its_dead() {
     assert_eq!(kept.code(), 5, "{}", place.said());
 }
 
+#[test]
+fn a_program_that_becomes_another_one_goes_on() {
+    if !may_run("a_program_that_becomes_another_one_goes_on") {
+        return;
+    }
+    let (_alone, place) = (alone(), Place::new());
+    let python = installed("python3");
+    let count = "import time\nfor n in range(300):\n time.sleep(0.005)\nraise SystemExit(n % 256)";
+    // Epochs are taken of the shell, of its short-lived children, and of what it becomes.
+    let script =
+        format!("for i in $(seq 25); do /bin/sleep 0.01; done; exec {python} -c '{count}'");
+    let mut kept = place.start(&[
+        "run", "--name", "a", "--every", "20ms", "--", "sh", "-c", &script,
+    ]);
+    for epochs in [2, 12, 8] {
+        kept = die_and_come_back(&place, kept, epochs);
+    }
+    assert_eq!(kept.code(), 299 % 256, "{}", place.said());
+}
+
 /// The contents of a file that is mapped shared go back to what they were, and a file that is gone
 /// is made again.
 #[test]
 fn a_mapped_file_goes_back_with_its_program() {
     const COUNTER: &str = "import mmap, struct, sys, time\n\
-        m = mmap.mmap(open(sys.argv[1], 'r+b').fileno(), 4096)\n\
+        f = open(sys.argv[1], 'r+b')\n\
+        m = mmap.mmap(f.fileno(), 4096)\n\
+        f.close()\n\
         for n in range(600):\n\
         \x20   assert struct.unpack_from('Q', m, 64)[0] == n, n\n\
         \x20   struct.pack_into('Q', m, 64, n + 1)\n\

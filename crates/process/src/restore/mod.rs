@@ -149,6 +149,9 @@ pub fn restore(reader: &dyn EpochReader, options: &RestoreOptions) -> Result<Rea
     })
 }
 
+/// Shared memories and their lengths, by their spaces.
+type SharedFiles = HashMap<u32, (File, u64)>;
+
 /// The mapped files whose contents the epoch holds, by their spaces.
 fn contents(saved: &Saved, files: &[Files]) -> Result<HashMap<u32, FileContents>, ProcessError> {
     let failed = |e| internal("duplicating a descriptor", e);
@@ -177,7 +180,7 @@ fn memory(
     stubs: &mut [Stub],
     saved: &Saved,
     files: &[Files],
-    (shared, contents): (&HashMap<u32, (File, u64)>, &mut HashMap<u32, FileContents>),
+    (shared, contents): (&SharedFiles, &mut HashMap<u32, FileContents>),
     reader: &dyn EpochReader,
 ) -> Result<(), ProcessError> {
     let mut flights = Vec::with_capacity(stubs.len());

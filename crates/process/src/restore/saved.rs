@@ -213,7 +213,13 @@ impl Saved {
             .first()
             .map(SavedProcess::program)
             .unwrap_or_default();
+        let mapped = self.processes.iter().flat_map(|p| &p.memory.files);
+        let contents: Vec<Vec<u8>> = mapped
+            .filter(|f| f.contents.is_some())
+            .map(|f| f.path.clone())
+            .collect();
         let request = descriptors::CheckRequest {
+            contents: &contents,
             pid: self.subject.root_process,
             program: &program,
             epoch: reader.id().0,

@@ -316,7 +316,8 @@ impl Descriptor for FileState {
             let remedy = "put the file back where it was at the epoch";
             return Err(cx.refuse(about, format!("{path} is no regular file any more"), remedy));
         }
-        if !self.made_up && cx.request.files == FilesPolicy::Reconcile {
+        let kept = cx.request.contents.contains(&self.path);
+        if !self.made_up && !kept && cx.request.files == FilesPolicy::Reconcile {
             self.reconcile(about, cx, &held, &now, &path)?;
         }
         cx.hold(about, held);

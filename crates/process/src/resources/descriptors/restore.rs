@@ -36,6 +36,8 @@ pub struct CheckRequest<'a> {
     pub epoch: u64,
     /// What to do with files that are not as they were.
     pub files: FilesPolicy,
+    /// Paths of files whose contents the epoch holds, so that they may look like anything.
+    pub contents: &'a [Vec<u8>],
 }
 
 /// A table that can be restored here, with what was opened and bound to find that out.

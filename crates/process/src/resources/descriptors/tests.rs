@@ -92,6 +92,7 @@ fn request(files: FilesPolicy) -> CheckRequest<'static> {
         program: "test",
         epoch: 9,
         files,
+        contents: &[],
     }
 }
 
