@@ -417,6 +417,9 @@ impl Companion {
 
     /// How the program ended, where it did.
     fn ended(&self) -> Result<Option<Ending>, KeeperError> {
+        if self.child {
+            reap_strays(self.pid);
+        }
         if !self.gone() {
             return Ok(None);
         }
@@ -450,6 +453,19 @@ impl Companion {
     fn same_group(&self) -> bool {
         let pid = Pid::from_raw(i32::try_from(self.pid).unwrap_or(0));
         rustix::process::getpgid(pid).is_ok_and(|group| group == rustix::process::getpgrp())
+    }
+}
+
+/// Reaps children of ours that are not the program itself: processes of it whose parents ended, and
+/// which have ended too.
+fn reap_strays(program: u32) {
+    for child in crate::procfs::children() {
+        if child != program
+            && let Some(pid) = i32::try_from(child).ok().and_then(Pid::from_raw)
+        {
+            // One that lives is left alone by this.
+            let _ = waitpid(Some(pid), WaitOptions::NOHANG);
+        }
     }
 }
 

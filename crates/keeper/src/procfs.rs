@@ -56,6 +56,24 @@ fn parse_stat(stat: &[u8]) -> Option<u64> {
     fields.nth(18)?.parse().ok()
 }
 
+/// The children of this process, however they became that.
+#[must_use]
+pub fn children() -> Vec<u32> {
+    let mut all = Vec::new();
+    for task in std::fs::read_dir("/proc/self/task")
+        .into_iter()
+        .flatten()
+        .flatten()
+    {
+        let text = std::fs::read_to_string(task.path().join("children")).unwrap_or_default();
+        all.extend(
+            text.split_whitespace()
+                .filter_map(|word| word.parse::<u32>().ok()),
+        );
+    }
+    all
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

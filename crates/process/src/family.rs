@@ -9,20 +9,31 @@ use outlive_linux::kcmp;
 pub struct Kin {
     /// Its process ID.
     pub pid: u32,
-    /// Its parent; 0 for the root.
+    /// Its parent; 0 for the root, and for a process whose parent has ended.
     pub parent: u32,
     /// It has ended and waits for its parent to ask for its exit status.
     pub zombie: bool,
 }
 
 /// All members as they are now, parents before their children. A tree that is not frozen may
-/// change meanwhile.
-pub fn list(root: u32) -> Vec<Kin> {
+/// change meanwhile. With `strays`, all children of this process and what descends from them.
+pub fn list(root: u32, strays: bool) -> Vec<Kin> {
     let mut all = vec![Kin {
         pid: root,
         parent: 0,
         zombie: false,
     }];
+    if strays {
+        let ours = children(std::process::id()).into_iter();
+        all.extend(
+            ours.filter(|&pid| pid != root && !has_ended(pid))
+                .map(|pid| Kin {
+                    pid,
+                    parent: 0,
+                    zombie: false,
+                }),
+        );
+    }
     let mut at = 0;
     while at < all.len() {
         let Kin { pid, zombie, .. } = all[at];
@@ -90,7 +101,7 @@ mod tests {
             .spawn()
             .unwrap();
         let found = |pid| {
-            list(std::process::id())
+            list(std::process::id(), false)
                 .into_iter()
                 .find(|k| k.pid == pid)
                 .unwrap()

@@ -33,6 +33,9 @@ pub struct TrackOptions {
     pub stop_timeout: Duration,
     /// Whether to track written pages between epochs (an epoch taken once can do without).
     pub incremental: bool,
+    /// Whether all children of the calling process belong to the program: then a process whose
+    /// parent has ended belongs to it too, if the caller is a subreaper (`PR_SET_CHILD_SUBREAPER`).
+    pub strays: bool,
 }
 
 impl Default for TrackOptions {
@@ -40,6 +43,7 @@ impl Default for TrackOptions {
         Self {
             stop_timeout: Duration::from_secs(5),
             incremental: true,
+            strays: false,
         }
     }
 }
@@ -95,7 +99,7 @@ impl Tracked {
     /// Begins to track process `pid` and what descends from it. Refuses, before any harm, state
     /// that could not be restored.
     pub fn attach(pid: u32, options: TrackOptions) -> Result<Self, ProcessError> {
-        refuse_early(pid)?;
+        refuse_early(pid, options.strays)?;
         let mut tracked = Self {
             root: pid,
             options,
@@ -126,7 +130,7 @@ impl Tracked {
     /// Gains a foothold in every process that is not a member yet, one after the other.
     fn adopt_all(&mut self) -> Result<(), ProcessError> {
         self.drop_ended();
-        for kin in family::list(self.root) {
+        for kin in family::list(self.root, self.options.strays) {
             if kin.zombie || self.members.contains_key(&kin.pid) {
                 continue;
             }
@@ -290,7 +294,7 @@ impl Tracked {
     ) -> Result<Vec<Kin>, ProcessError> {
         let mut done = BTreeSet::new();
         loop {
-            let kin = family::list(self.root);
+            let kin = family::list(self.root, self.options.strays);
             let new: Vec<Kin> = kin
                 .iter()
                 .copied()
@@ -543,10 +547,14 @@ impl Drop for Tracked {
     }
 }
 
-fn refuse_early(root: u32) -> Result<(), ProcessError> {
+fn refuse_early(root: u32, strays: bool) -> Result<(), ProcessError> {
     let mut refusals: Vec<Refusal> = Vec::new();
     let mut targets = vec![Target::open(root)?];
-    for kin in family::list(root).into_iter().skip(1).filter(|k| !k.zombie) {
+    for kin in family::list(root, strays)
+        .into_iter()
+        .skip(1)
+        .filter(|k| !k.zombie)
+    {
         // A child may end at any time.
         let Ok(target) = Target::open(kin.pid) else {
             continue;

@@ -205,6 +205,7 @@ fn tracking() -> Finding {
         let options = TrackOptions {
             stop_timeout: Duration::from_secs(1),
             incremental: true,
+            strays: false,
         };
         let program = Tracked::attach(child.0.id(), options).map_err(|e| e.to_string())?;
         let full = program.full_copy_because();

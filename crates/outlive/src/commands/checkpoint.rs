@@ -151,6 +151,7 @@ fn to_image(args: &CheckpointArgs, pid: u32, image: &Path) -> Result<Taken, Keep
     let options = TrackOptions {
         stop_timeout,
         incremental: true,
+        strays: false,
     };
     let began = Instant::now();
     let mut program = Tracked::attach(pid, options)?;

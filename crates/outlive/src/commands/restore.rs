@@ -7,7 +7,7 @@
 //! standard input. The process in the background restores, reports over the socket, and stays as
 //! the keeper (or ends, for an image); this one passes the report on.
 
-use super::run::{claim, finish, introduce, queue};
+use super::run::{adopt_strays, claim, finish, introduce, queue};
 use crate::cli::{Files, RestoreArgs};
 use crate::out;
 use crate::progress::Watched;
@@ -124,6 +124,7 @@ fn subject(
     let known = subject.card()?;
     must_not_run(&subject, &known)?;
     let mut signals = queue()?;
+    adopt_strays()?;
     let (ready, epoch) = prepare(&subject.epochs_dir(), args)?;
     // Until `go`, an early return drops `ready`, which removes every trace of the program.
     not_interrupted(&mut signals)?;
@@ -155,6 +156,7 @@ fn subject(
     let options = TrackOptions {
         stop_timeout: STOP_TIMEOUT,
         incremental: true,
+        strays: true,
     };
     let mut attach = || Tracked::attach(pid, options.clone());
     let mut tell = |text: &str| out::say(&format!("{name}: {text}"));

@@ -49,6 +49,7 @@ pub fn run(root: &Root, args: &RunArgs, json: bool) -> Result<u8, KeeperError> {
     subject.write_card(&lock, &blank_card(command, every))?;
     let mut control = Control::open(subject.dir())?;
     let modes = Modes::note();
+    adopt_strays()?;
     let mut child = match signals
         .release_in(Command::new(program).args(words))
         .spawn()
@@ -70,7 +71,7 @@ pub fn run(root: &Root, args: &RunArgs, json: bool) -> Result<u8, KeeperError> {
     }
     let child = true;
     let settings = Settings { pid, every, child };
-    let options = options(&args.pace);
+    let options = options(&args.pace, true);
     let mut attach = || Tracked::attach(pid, options.clone());
     let mut tell = |text: &str| out::say(&format!("{name}: {text}"));
     let ending =
@@ -92,7 +93,7 @@ pub fn attach(root: &Root, args: &AttachArgs, json: bool) -> Result<u8, KeeperEr
     };
     let subject = root.subject(&name)?;
     let mut signals = queue()?;
-    let options = options(&args.pace);
+    let options = options(&args.pace, false);
     let mut attach = || Tracked::attach(pid, options.clone());
     let program = patiently(&mut attach)?;
     let lock = claim(&subject)?;
@@ -159,10 +160,18 @@ pub fn queue() -> Result<SignalQueue, KeeperError> {
     SignalQueue::open(&SIGNALS).map_err(KeeperError::io("open a queue of signals"))
 }
 
-fn options(pace: &Pace) -> TrackOptions {
+/// Processes of the program whose parents have ended become children of this process, and stay with
+/// the program.
+pub fn adopt_strays() -> Result<(), KeeperError> {
+    rustix::process::set_child_subreaper(Some(rustix::process::getpid()))
+        .map_err(|e| KeeperError::io("become the parent of strays")(e))
+}
+
+fn options(pace: &Pace, strays: bool) -> TrackOptions {
     TrackOptions {
         stop_timeout: pace.timeout,
         incremental: true,
+        strays,
     }
 }
 

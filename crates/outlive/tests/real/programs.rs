@@ -24,8 +24,8 @@ fn die_and_come_back(place: &Place, mut kept: Kept, epochs: u64) -> Kept {
     for _ in 0..epochs {
         place.epoch_after("a", place.newest("a"));
     }
-    let root = u32::try_from(place.status("a")["pid"].as_u64().unwrap()).unwrap();
-    let members = family(root);
+    // Strays are children of the keeper.
+    let members = family(kept.pid()).split_off(1);
     kept.kill();
     members.into_iter().for_each(end);
     drop(kept);
@@ -127,6 +127,39 @@ fn a_program_that_becomes_another_one_goes_on() {
         kept = die_and_come_back(&place, kept, epochs);
     }
     assert_eq!(kept.code(), 299 % 256, "{}", place.said());
+}
+
+/// A process whose parent has ended stays with the program, and is asked for by nobody.
+#[test]
+fn a_stray_stays_with_its_program() {
+    const STRAY: &str = "import os, sys, time\n\
+        r, w = os.pipe()\n\
+        if os.fork() == 0:\n\
+        \x20   if os.fork() == 0:\n\
+        \x20       for n in range(200):\n\
+        \x20           os.write(w, b'x')\n\
+        \x20           time.sleep(0.005)\n\
+        \x20       os._exit(3)\n\
+        \x20   os._exit(0)\n\
+        os.wait()\n\
+        os.close(w)\n\
+        heard = 0\n\
+        while data := os.read(r, 1):\n\
+        \x20   heard += 1\n\
+        sys.exit(9 if heard == 200 else 1)\n";
+    if !may_run("a_stray_stays_with_its_program") {
+        return;
+    }
+    let (_alone, place) = (alone(), Place::new());
+    std::fs::write(place.path("stray.py"), STRAY).unwrap();
+    let (python, script) = (installed("python3"), place.text("stray.py"));
+    let mut kept = place.start(&[
+        "run", "--name", "a", "--every", "50ms", "--", &python, &script,
+    ]);
+    for epochs in [3, 2, 3] {
+        kept = die_and_come_back(&place, kept, epochs);
+    }
+    assert_eq!(kept.code(), 9, "{}", place.said());
 }
 
 /// The contents of a file that is mapped shared go back to what they were, and a file that is gone

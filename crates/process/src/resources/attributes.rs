@@ -12,7 +12,7 @@ use outlive_state_tree::StateNode;
 pub struct ProcessState {
     /// Process ID.
     pub pid: u32,
-    /// Parent within the subject, 0 for the root.
+    /// Parent within the subject; 0 for the root, and where the parent has ended.
     pub parent: u32,
     /// Process group.
     pub pgid: u32,

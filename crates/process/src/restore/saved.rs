@@ -157,7 +157,7 @@ impl Saved {
         for (pid, saved) in self.subject.processes.iter().zip(&self.processes) {
             saved.validate(*pid)?;
             let parent = saved.process.parent;
-            if (*pid == root) != (parent == 0) || (parent != 0 && !pids.contains(&parent)) {
+            if parent != 0 && (*pid == root || !pids.contains(&parent)) {
                 return bad(format!("process {pid} has no parent"));
             }
             pids.insert(*pid);

@@ -22,9 +22,11 @@ const ASIDE: u64 = 8 << 20;
 pub fn make(saved: &Saved, ours: &[Mapping], time: TimeOffsets) -> Result<Vec<Stub>, ProcessError> {
     let memories: Vec<_> = saved.processes.iter().map(|p| &p.memory).collect();
     let hole = space::find_hole(&memories, ours, Stub::arena_length() + ASIDE)?;
-    let root = saved.subject.root_process;
     let mut stubs = BTreeMap::new();
-    stubs.insert(root, Stub::new(root, time, hole)?);
+    for parentless in saved.processes.iter().filter(|p| p.process.parent == 0) {
+        let pid = parentless.process.pid;
+        stubs.insert(pid, Stub::new(pid, time, hole)?);
+    }
     // Parents stand before their children, so each is there when its turn comes.
     for process in &saved.processes {
         children(saved, process, &mut stubs)?;
