@@ -65,7 +65,7 @@ const A_MOMENT: Duration = Duration::from_millis(2);
 /// Pre-copying ends when a pass finds less than this, bytes …
 const SMALL_PASS: u64 = 1 << 20;
 /// … or after so many passes.
-const MAX_PASSES: u32 = 4;
+const MAX_PASSES: u32 = 8;
 
 /// Buffers of earlier stops by process, to be used again: fresh memory is faulted in at the stop.
 type Spare = Arc<Mutex<BTreeMap<u32, Vec<u8>>>>;
@@ -224,7 +224,7 @@ impl Tracked {
             if pass == 0 {
                 self.shared.copy(sink)?;
             }
-            if bytes < SMALL_PASS || bytes > before / 2 {
+            if bytes < SMALL_PASS || bytes > before / 4 * 3 {
                 break;
             }
             before = bytes;
