@@ -13,6 +13,7 @@
 //! 6. If any of this failed: [`Tracked::forget_progress`], so that the next epoch is a full one.
 
 mod bootstrap;
+mod captured;
 pub mod error;
 mod family;
 mod flags;
@@ -30,6 +31,7 @@ mod target;
 pub mod track;
 mod waits;
 
+pub use captured::Captured;
 pub use error::{ProcessError, Refusal};
 pub use restore::{FilesPolicy, Ready, RestoreOptions, Restored, restore};
-pub use track::{Captured, Stopped, TrackOptions, Tracked, Tracking};
+pub use track::{Stopped, TrackOptions, Tracked, Tracking};

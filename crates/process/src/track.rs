@@ -6,24 +6,21 @@
 //! - A process that is found for the first time at the stop is adopted there.
 //! - Whatever fails, all of them go on as before.
 
+use crate::captured::{Captured, Clocks, FilesToSync, Spare};
 use crate::family::{self, Kin};
 use crate::freeze::{Held, freeze};
-use crate::image::{self, SubjectState, ZombieState, group, kinds};
+use crate::image::ZombieState;
 use crate::laps::Laps;
-use crate::member::{self, Member, MemberState, NotAdopted, Seen};
-use crate::pages::Residue;
+use crate::member::{self, Member, NotAdopted, Seen};
 use crate::reentry::{Sleepers, WaitBook};
-use crate::resources::shared::{SharedObjects, SharedState};
-use crate::resources::{descriptors, memory};
+use crate::resources::descriptors;
+use crate::resources::shared::SharedObjects;
 use crate::target::Target;
 use crate::{ProcessError, Refusal, preflight};
-use outlive_epoch::{EpochFacts, EpochWriter, PageSink, Run};
-use outlive_linux::clock::{TimeOffsets, now_ns, realtime_ns};
+use outlive_epoch::{EpochFacts, PageSink, Run};
 use outlive_linux::thread::Urgent;
 use rustix::fd::AsFd;
-use rustix::time::ClockId;
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 /// How a program is tracked.
@@ -66,9 +63,6 @@ const A_MOMENT: Duration = Duration::from_millis(2);
 const SMALL_PASS: u64 = 1 << 20;
 /// … or after so many passes.
 const MAX_PASSES: u32 = 8;
-
-/// Buffers of earlier stops by process, to be used again: fresh memory is faulted in at the stop.
-type Spare = Arc<Mutex<BTreeMap<u32, Vec<u8>>>>;
 
 /// A running program under tracking. Between epochs nothing is attached to it.
 pub struct Tracked {
@@ -583,58 +577,6 @@ fn refuse_early(root: u32, strays: bool) -> Result<(), ProcessError> {
     }
 }
 
-/// The time of a stop.
-struct Clocks {
-    realtime_ns: u64,
-    monotonic_ns: u64,
-    boottime_ns: u64,
-}
-
-impl Clocks {
-    fn of(target: &Target) -> Result<Self, ProcessError> {
-        let offsets =
-            |pid| TimeOffsets::of(pid).map_err(|e| target.kernel("reading its clocks", e));
-        let (theirs, ours) = (offsets(target.pid)?, offsets(std::process::id())?);
-        let seen = |clock, theirs: i64, ours: i64| {
-            u64::try_from(now_ns(clock).saturating_add(theirs).saturating_sub(ours)).unwrap_or(0)
-        };
-        Ok(Self {
-            realtime_ns: realtime_ns(),
-            monotonic_ns: seen(ClockId::Monotonic, theirs.monotonic_ns, ours.monotonic_ns),
-            boottime_ns: seen(ClockId::Boottime, theirs.boottime_ns, ours.boottime_ns),
-        })
-    }
-
-    fn subject(
-        &self,
-        states: &[MemberState],
-        zombies: Vec<ZombieState>,
-        threads: u32,
-    ) -> SubjectState {
-        let text = |path: &str| {
-            std::fs::read_to_string(path)
-                .map(|t| t.trim().to_owned())
-                .unwrap_or_default()
-        };
-        let processes: Vec<u32> = states.iter().map(|s| s.process.pid).collect();
-        SubjectState {
-            root_process: processes.first().copied().unwrap_or(0),
-            processes,
-            threads,
-            command_line: states
-                .first()
-                .map(|s| s.process.command_line.clone())
-                .unwrap_or_default(),
-            realtime_ns: self.realtime_ns,
-            monotonic_ns: self.monotonic_ns,
-            boottime_ns: self.boottime_ns,
-            kernel: text("/proc/sys/kernel/osrelease"),
-            boot_id: text("/proc/sys/kernel/random/boot_id"),
-            zombies,
-        }
-    }
-}
-
 /// A frozen program. Dropping it lets the program run on.
 pub struct Stopped<'a> {
     tracked: &'a mut Tracked,
@@ -700,104 +642,5 @@ impl Drop for Stopped<'_> {
     fn drop(&mut self) {
         let frozen = std::mem::take(&mut self.frozen);
         let _ = self.tracked.let_go(frozen);
-    }
-}
-
-/// What the stop took: state trees and the pages that had not been copied before.
-pub struct Captured {
-    /// Number of processes.
-    pub processes: u32,
-    /// Number of threads.
-    pub threads: u32,
-    /// Time of the stop; `stop_us` is for the caller to fill in after the resume.
-    pub facts: EpochFacts,
-    subject: SubjectState,
-    states: Vec<MemberState>,
-    table: descriptors::FdTable,
-    shared: SharedState,
-    shared_residue: Residue,
-    retired: Vec<Run>,
-    files: FilesToSync,
-    spare: Spare,
-}
-
-impl Captured {
-    /// Writes trees and pages into the epoch.
-    pub fn write(&self, writer: &mut dyn EpochWriter) -> Result<(), ProcessError> {
-        image::put(writer, image::SUBJECT, &self.subject)?;
-        image::put(writer, image::DESCRIPTORS, &self.table)?;
-        image::put(writer, image::SHARED, &self.shared)?;
-        for &run in &self.retired {
-            writer.absent(run)?;
-        }
-        self.shared_residue.write(writer)?;
-        for s in &self.states {
-            let pid = s.process.pid;
-            s.residue.write(writer)?;
-            image::put(writer, &group(kinds::ATTRIBUTES, pid), &s.process)?;
-            image::put(writer, &group(kinds::SIGNALS, pid), &s.signals)?;
-            image::put(writer, &group(kinds::THREADS, pid), &s.threads)?;
-            image::put(writer, &group(kinds::MEMORY, pid), &s.memory)?;
-        }
-        Ok(())
-    }
-
-    /// Makes what the program had written to its files by the stop durable (`fsync`). Must have
-    /// succeeded before the epoch is committed.
-    pub fn sync_files(&self) -> Result<(), ProcessError> {
-        self.files.sync(self.subject.root_process)
-    }
-
-    /// Number of pages that were taken at the stop itself.
-    #[must_use]
-    pub fn residue_pages(&self) -> u64 {
-        self.states.iter().map(|s| s.residue.pages()).sum::<u64>() + self.shared_residue.pages()
-    }
-}
-
-impl Drop for Captured {
-    fn drop(&mut self) {
-        if let Ok(mut spare) = self.spare.lock() {
-            for state in &mut self.states {
-                spare.insert(state.process.pid, std::mem::take(&mut state.residue.buffer));
-            }
-        }
-    }
-}
-
-/// Files whose contents must be durable before the epoch is: those open for writing, and those
-/// mapped shared and writable.
-struct FilesToSync {
-    open: descriptors::FilesToSync,
-    mapped: BTreeSet<Vec<u8>>,
-}
-
-impl FilesToSync {
-    fn new(open: descriptors::FilesToSync, states: &[MemberState]) -> Self {
-        let files = |memory: &memory::MemoryState| memory.files.clone();
-        let mapped: BTreeSet<Vec<u8>> = states
-            .iter()
-            .flat_map(|s| files(&s.memory))
-            .filter(|f| f.writable)
-            .map(|f| f.path)
-            .collect();
-        Self { open, mapped }
-    }
-
-    fn sync(&self, pid: u32) -> Result<(), ProcessError> {
-        use std::os::unix::ffi::OsStrExt;
-        self.open.sync(pid)?;
-        for path in &self.mapped {
-            let shown = std::path::Path::new(std::ffi::OsStr::from_bytes(path));
-            let what = || format!("writing back {}", shown.display());
-            std::fs::File::open(shown)
-                .and_then(|file| file.sync_all())
-                .map_err(|e| ProcessError::Kernel {
-                    pid,
-                    what: what(),
-                    source: e,
-                })?;
-        }
-        Ok(())
     }
 }
