@@ -35,7 +35,11 @@ struct Cli {
 #[derive(Subcommand)]
 enum Command {
     /// Installs what the tests need, builds everything, runs every test, counts what was skipped.
-    Test,
+    Test {
+        /// The long form: 10,000 stops, 500 deaths, 200 random kills.
+        #[arg(long)]
+        long: bool,
+    },
     /// Kills a real Redis at random moments, restores it, and compares every key.
     Demo(demo::Options),
     /// Measures, side by side with what it is compared to.
@@ -60,7 +64,7 @@ fn run(cli: Cli) -> Result<()> {
     inherited::close()?;
     cleanup::install()?;
     match cli.command {
-        Command::Test => test::run(),
+        Command::Test { long } => test::run(long),
         Command::Demo(options) => demo::run(&options),
         Command::Bench(command) => bench::run(&command),
     }

@@ -17,12 +17,12 @@ use std::{
     time::Instant,
 };
 
-/// Runs the command.
-pub fn run() -> Result<()> {
+/// Runs the command; `long` as the tests understand it (`OUTLIVE_LONG`).
+pub fn run(long: bool) -> Result<()> {
     let begun = Instant::now();
     tools::ensure_all()?;
     build()?;
-    let (summary, passed) = test()?;
+    let (summary, passed) = test(long)?;
     summary.print(begun.elapsed().as_secs());
     if !passed {
         bail!("tests failed");
@@ -41,8 +41,12 @@ fn build() -> Result<()> {
     Ok(())
 }
 
-fn test() -> Result<(Summary, bool)> {
-    let mut child = workspace::cargo()
+fn test(long: bool) -> Result<(Summary, bool)> {
+    let mut cargo = workspace::cargo();
+    if long {
+        cargo.env("OUTLIVE_LONG", "1");
+    }
+    let mut child = cargo
         .args([
             "test",
             "--workspace",

@@ -90,7 +90,9 @@ pub(crate) fn pid_taken(pid: u32) -> Refusal {
         program: holder.trim().to_owned(),
         place: String::new(),
         what: "the process ID that the restored program needs is taken by this process".into(),
-        remedy: "end it, or restore with --new-pid-ns".into(),
+        remedy:
+            "end it, then restore again (--new-pid-ns, which will do without, is not offered yet)"
+                .into(),
     }
 }
 

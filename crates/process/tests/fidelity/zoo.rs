@@ -7,6 +7,7 @@ use crate::support::{
     Program, alone, bring_back, epoch, last_epoch, look, may_run, prepare, stop_and_resume, times,
     track,
 };
+use outlive_process::{TrackOptions, Tracked, Tracking};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -37,6 +38,29 @@ fn a_zoo_survives_death_again_and_again() {
         std::thread::sleep(Duration::from_millis(round as u64 % 50));
         program.must_be_well();
     }
+    program.must_report();
+}
+
+/// As on a kernel that cannot tell which pages were written.
+#[test]
+fn without_tracking_everything_is_copied() {
+    let _alone = alone();
+    if !may_run("without_tracking_everything_is_copied") {
+        return;
+    }
+    let mut program = zoo();
+    let options = TrackOptions {
+        incremental: false,
+        ..TrackOptions::default()
+    };
+    let mut tracked = Tracked::attach(program.pid, options).expect("attaching");
+    assert!(matches!(tracked.tracking(), Tracking::FullCopy(_)));
+    let mut store = Store::default();
+    for _ in 0..2 {
+        epoch(&mut tracked, &mut store).expect("an epoch");
+    }
+    let seen = last_epoch(&mut program, tracked, &mut store);
+    bring_back(&mut program, store.newest(), &seen);
     program.must_report();
 }
 
