@@ -129,6 +129,40 @@ fn a_program_that_becomes_another_one_goes_on() {
     assert_eq!(kept.code(), 299 % 256, "{}", place.said());
 }
 
+/// Users, groups and privileges are those of the program, not of whoever restores it.
+#[test]
+fn a_program_of_another_user_stays_that() {
+    const JUDGE: &str = "import os, time\n\
+        def me():\n\
+        \x20   lines = open('/proc/self/status').read().splitlines()\n\
+        \x20   kept = ('Uid', 'Gid', 'Groups', 'Cap', 'NoNewPrivs')\n\
+        \x20   return [line for line in lines if line.startswith(kept)]\n\
+        before = me()\n\
+        assert os.getresuid() == (65534, 65534, 65534) and os.getgroups() == [12, 13]\n\
+        for n in range(200):\n\
+        \x20   time.sleep(0.005)\n\
+        \x20   assert me() == before, me()\n\
+        raise SystemExit(11)\n";
+    if !may_run("a_program_of_another_user_stays_that") {
+        return;
+    }
+    let (_alone, place) = (alone(), Place::new());
+    let (setpriv, python) = (installed("setpriv"), installed("python3"));
+    let mut run = vec!["run", "--name", "a", "--every", "50ms", "--", &setpriv];
+    run.extend([
+        "--reuid=65534",
+        "--regid=65534",
+        "--groups=12,13",
+        "--no-new-privs",
+    ]);
+    run.extend([&python, "-c", JUDGE]);
+    let mut kept = place.start(&run);
+    for epochs in [3, 2] {
+        kept = die_and_come_back(&place, kept, epochs);
+    }
+    assert_eq!(kept.code(), 11, "{}", place.said());
+}
+
 /// A process whose parent has ended stays with the program, and is asked for by nobody.
 #[test]
 fn a_stray_stays_with_its_program() {
