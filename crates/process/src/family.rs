@@ -51,7 +51,7 @@ pub fn list(root: u32, strays: bool) -> Vec<Kin> {
 
 /// Whether a process has ended, and perhaps waits for its parent to ask for its exit status.
 pub fn has_ended(pid: u32) -> bool {
-    Status::read(pid, pid).map_or(true, |s| matches!(s.state, b'Z' | b'X'))
+    Status::tells_end(pid, pid)
 }
 
 fn children(pid: u32) -> Vec<u32> {

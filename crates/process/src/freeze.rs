@@ -6,7 +6,7 @@
 //! - Nobody stays seized: seize, work, detach.
 
 use crate::ProcessError;
-use crate::target::Target;
+use crate::target::{Status, Target};
 use outlive_linux::Errno;
 use outlive_linux::ptrace::{Halted, Registers, Running, Stop, WaitError};
 use outlive_linux::remote::{Arena, Batch, InFlight, RemoteError, Rescue, Results, single};
@@ -230,7 +230,7 @@ fn seize(target: &Target, tid: u32) -> Result<Option<Running>, ProcessError> {
         Ok(running) => running,
         // The thread ended between the listing and now, or is a zombie.
         Err(Errno::SRCH) => return Ok(None),
-        Err(Errno::PERM) if already_ended(target.pid, tid) => return Ok(None),
+        Err(Errno::PERM) if Status::tells_end(target.pid, tid) => return Ok(None),
         Err(e) => return Err(target.kernel(format!("tracing thread {tid}"), e)),
     };
     match running.interrupt() {
@@ -238,10 +238,6 @@ fn seize(target: &Target, tid: u32) -> Result<Option<Running>, ProcessError> {
         Err(Errno::SRCH) => Ok(None),
         Err(e) => Err(target.kernel(format!("stopping thread {tid}"), e)),
     }
-}
-
-fn already_ended(pid: u32, tid: u32) -> bool {
-    crate::target::Status::read(pid, tid).map_or(true, |s| matches!(s.state, b'Z' | b'X'))
 }
 
 fn refuse_group_stop(target: &Target, halted: &Halted) -> Result<(), ProcessError> {

@@ -27,40 +27,50 @@ pub fn of_process(target: &Target) -> Result<Vec<Refusal>, ProcessError> {
     Ok(found)
 }
 
-/// Refusals that concern timers and threads; also looked for at each stop, since a
-/// program may make them at any time.
+/// Refusals that concern timers and threads of a process that runs.
 pub fn of_threads(target: &Target) -> Result<Vec<Refusal>, ProcessError> {
-    let mut found = Vec::new();
-    let timers = target.proc_file("timers").unwrap_or_default();
-    if !timers.is_empty() {
-        let what = "POSIX timers (timer_create)";
-        found.push(target.refusal("", what, "they cannot be saved yet"));
+    let mut found = of_timers(target);
+    for tid in target.threads()? {
+        if let Ok(status) = Status::read(target.pid, tid) {
+            found.extend(of_thread(target, tid, &status));
+        }
     }
+    Ok(found)
+}
+
+/// Refusals that concern timers; also looked for at each stop, since a program may make them at
+/// any time.
+pub fn of_timers(target: &Target) -> Vec<Refusal> {
+    if target.proc_file("timers").unwrap_or_default().is_empty() {
+        return Vec::new();
+    }
+    let what = "POSIX timers (timer_create)";
+    vec![target.refusal("", what, "they cannot be saved yet")]
+}
+
+/// Refusals that concern one thread; also looked for at each stop.
+pub fn of_thread(target: &Target, tid: u32, status: &Status) -> Vec<Refusal> {
+    let mut found = Vec::new();
     // The kernel names the tracing thread, and ours is whichever thread calls this.
     let me = rustix::thread::gettid()
         .as_raw_nonzero()
         .get()
         .cast_unsigned();
-    for tid in target.threads()? {
-        let Ok(status) = Status::read(target.pid, tid) else {
-            continue;
-        };
-        let place = format!("thread {tid}");
-        if status.tracer != 0 && status.tracer != me {
-            found.push(target.refusal(
-                place.clone(),
-                format!("it is traced by process {}", status.tracer),
-                "end the debugger or strace first",
-            ));
-        }
-        if status.seccomp != 0 {
-            let what = "system calls are filtered (seccomp)";
-            found.push(target.refusal(place.clone(), what, "filters cannot be saved yet"));
-        }
-        if tid == target.pid && matches!(status.state, b'Z' | b'X') {
-            let what = "the leading thread has ended while others run";
-            found.push(target.refusal(place.clone(), what, "this cannot be saved yet"));
-        }
+    let place = format!("thread {tid}");
+    if status.tracer != 0 && status.tracer != me {
+        found.push(target.refusal(
+            place.clone(),
+            format!("it is traced by process {}", status.tracer),
+            "end the debugger or strace first",
+        ));
     }
-    Ok(found)
+    if status.seccomp != 0 {
+        let what = "system calls are filtered (seccomp)";
+        found.push(target.refusal(place.clone(), what, "filters cannot be saved yet"));
+    }
+    if tid == target.pid && matches!(status.state, b'Z' | b'X') {
+        let what = "the leading thread has ended while others run";
+        found.push(target.refusal(place.clone(), what, "this cannot be saved yet"));
+    }
+    found
 }

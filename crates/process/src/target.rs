@@ -181,6 +181,12 @@ pub struct Status {
 }
 
 impl Status {
+    /// Whether a thread has ended: it is gone, or waits for somebody to ask for its exit status.
+    #[must_use]
+    pub fn tells_end(pid: u32, tid: u32) -> bool {
+        Self::read(pid, tid).map_or(true, |s| matches!(s.state, b'Z' | b'X'))
+    }
+
     /// Reads the status of a thread.
     pub fn read(pid: u32, tid: u32) -> io::Result<Self> {
         Ok(Self::parse(&std::fs::read(format!(

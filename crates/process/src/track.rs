@@ -381,9 +381,11 @@ impl Tracked {
         self.adopt_strangers(frozen)?;
         let mut refusals = Vec::new();
         for process in frozen.iter() {
-            refusals.extend(preflight::of_threads(
-                &self.member(process.kin.pid)?.target,
-            )?);
+            let target = &self.member(process.kin.pid)?.target;
+            refusals.extend(preflight::of_timers(target));
+            for (held, (sight, _)) in process.threads.iter().zip(&process.seen) {
+                refusals.extend(preflight::of_thread(target, held.tid, &sight.status));
+            }
         }
         if !refusals.is_empty() {
             return Err(ProcessError::Refused(refusals));

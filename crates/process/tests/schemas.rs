@@ -20,8 +20,9 @@ fn the_published_schemas_are_up_to_date() {
 const HEADING: &str = "# State trees
 
 What an epoch says of a program besides the contents of its pages. An epoch holds one flattened
-device tree (DTB version 17) for each group: `subject`, and for each process `process-PID/…` with
-`attributes`, `signals`, `threads`, `memory` and `descriptors`. `outlive inspect IMAGE --dts` prints
+device tree (DTB version 17) for each group: `subject`, `descriptors` and `shared-memory` for the
+program as a whole, and for each of its processes `process-PID/…` with `attributes`, `signals`,
+`threads` and `memory`. `outlive inspect IMAGE --dts` prints
 them, `outlive inspect IMAGE --check` holds them against what follows.
 
 This page is generated from the types that read and write the trees. A kind never changes once it

@@ -9,8 +9,8 @@
 //!
 //! # How changes are found
 //! Any process may write to it, by any mapping, and end before the next epoch: page tables do not
-//! tell. So every page is compared, by a 128-bit hash, with what the epochs so far hold. That costs
-//! about 0.2 ms a MiB at each look, also at the stop.
+//! tell. So every page is compared, by a 128-bit hash, with what the epochs so far hold. That
+//! reads all of it at each look, also at the stop.
 //!
 //! # What is not known
 //! Whether a process outside the subject has mapped it too. If so, they share it no more after a
