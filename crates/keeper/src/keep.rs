@@ -16,6 +16,7 @@ use crate::KeeperError;
 use crate::control::{Asker, Control, Reply, Request, Status, failed};
 use crate::epoch::{self, EpochLog, Program, Taken};
 use crate::plan::{Begin, Plan};
+use crate::procfs;
 use crate::stats::Stops;
 use outlive_linux::signals::{Received, SignalQueue};
 use outlive_process::ProcessError;
@@ -451,15 +452,19 @@ impl Companion {
     }
 
     fn same_group(&self) -> bool {
-        let pid = Pid::from_raw(i32::try_from(self.pid).unwrap_or(0));
-        rustix::process::getpgid(pid).is_ok_and(|group| group == rustix::process::getpgrp())
+        let group = procfs::group(self.pid);
+        group.is_some() && group == procfs::group(std::process::id())
     }
 }
 
 /// Reaps children of ours that are not the program itself: processes of it whose parents ended, and
-/// which have ended too.
+/// which have ended too. Only a process that adopted strays on purpose does so: elsewhere a child may
+/// be somebody else's, who waits for it.
 fn reap_strays(program: u32) {
-    for child in crate::procfs::children() {
+    if !matches!(rustix::process::child_subreaper(), Ok(Some(_))) {
+        return;
+    }
+    for child in procfs::children() {
         if child != program
             && let Some(pid) = i32::try_from(child).ok().and_then(Pid::from_raw)
         {

@@ -8,6 +8,16 @@ pub fn start_time(pid: u32) -> Option<u64> {
     parse_stat(&fs::read(format!("/proc/{pid}/stat")).ok()?)
 }
 
+/// The process group of a process; 0 where it is one that this PID namespace does not know, `None`
+/// where the process is gone.
+#[must_use]
+pub fn group(pid: u32) -> Option<u32> {
+    let stat = fs::read(format!("/proc/{pid}/stat")).ok()?;
+    let after = stat.iter().rposition(|b| *b == b')')? + 1;
+    let text = std::str::from_utf8(stat.get(after..)?).ok()?;
+    text.split_ascii_whitespace().nth(2)?.parse().ok()
+}
+
 /// Whether a process has ended and was not reaped yet, so that its number is still taken.
 #[must_use]
 pub fn lingers(pid: u32) -> bool {

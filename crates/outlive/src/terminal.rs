@@ -13,9 +13,10 @@
 //!   who does not draw): it draws itself on a screen that shows something else.
 
 use outlive_keeper::keep::Ending;
+use outlive_keeper::procfs;
 use outlive_linux::signals::SignalQueue;
 use rustix::fs::{Mode, OFlags};
-use rustix::process::{Pid, Signal, getpgid, getpgrp};
+use rustix::process::{Pid, Signal};
 use rustix::termios::{OptionalActions, Termios, tcgetattr, tcgetpgrp, tcsetattr, tcsetpgrp};
 use std::os::fd::OwnedFd;
 
@@ -28,10 +29,10 @@ impl Lent {
     /// Gives the terminal to a program with a group of its own; `None` where there is nothing to
     /// give, or no need to.
     pub fn to(pid: u32) -> Option<Self> {
-        let group = getpgid(Pid::from_raw(i32::try_from(pid).ok()?)).ok()?;
+        let group = group_of(pid)?;
         let flags = OFlags::RDWR | OFlags::NOCTTY | OFlags::CLOEXEC;
         let terminal = rustix::fs::open("/dev/tty", flags, Mode::empty()).ok()?;
-        let ours = getpgrp();
+        let ours = group_of(std::process::id())?;
         if group == ours || tcgetpgrp(&terminal).ok()? != ours {
             return None;
         }
@@ -46,9 +47,16 @@ impl Drop for Lent {
         let Ok(_blocked) = SignalQueue::open(&[Signal::TTOU.as_raw()]) else {
             return;
         };
-        // The terminal may be gone, which is no harm.
-        let _ = tcsetpgrp(&self.terminal, getpgrp());
+        if let Some(ours) = group_of(std::process::id()) {
+            // The terminal may be gone, which is no harm.
+            let _ = tcsetpgrp(&self.terminal, ours);
+        }
     }
+}
+
+/// The process group of a process; `None` also where it is of an outer PID namespace.
+fn group_of(pid: u32) -> Option<Pid> {
+    Pid::from_raw(i32::try_from(procfs::group(pid)?).ok()?)
 }
 
 /// The modes of the terminal on standard input before a program had it.
