@@ -42,6 +42,11 @@ pub const ALL: &[Tool] = &[
         service: None,
     },
     Tool {
+        program: "nginx",
+        package: "nginx-light",
+        service: Some("nginx"),
+    },
+    Tool {
         program: "python3",
         package: "python3",
         service: None,

@@ -1,5 +1,5 @@
 //! Descriptors of kinds that `rustix` does not make: `signalfd4(2)`, expirations of a
-//! `timerfd`, locks that belong to an open file description.
+//! `timerfd`, locks that belong to an open file description, who gets a descriptor's signals.
 //!
 //! # Safety
 //! Pointers go to live locals whose size the kernel knows or is told.
@@ -79,6 +79,84 @@ pub fn lock_description(
     }
 }
 
+/// `fcntl(2)`: sets who gets signals, by a [`owner_argument`].
+pub const F_SETOWN_EX: i32 = 15;
+const F_GETOWN_EX: i32 = 16;
+/// `fcntl(2)`: sets which signal is sent.
+pub const F_SETSIG: i32 = 10;
+const F_GETSIG: i32 = 11;
+/// Needs a kernel with checkpoint support.
+const F_GETOWNER_UIDS: i32 = 17;
+
+/// What gets signals of a descriptor (`F_OWNER_…`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OwnerKind {
+    /// A thread.
+    Thread,
+    /// A process.
+    Process,
+    /// A process group.
+    Group,
+}
+
+/// Who gets signals of a descriptor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SignalOwner {
+    /// What it is.
+    pub kind: OwnerKind,
+    /// Its ID as this process sees it; 0 where there is none, or not any more.
+    pub id: u32,
+    /// The signal, 0 for the usual one.
+    pub signal: u32,
+    /// Real and effective user on whose authority signals are sent.
+    pub users: [u32; 2],
+}
+
+/// `struct f_owner_ex` for [`F_SETOWN_EX`].
+#[must_use]
+pub fn owner_argument(kind: OwnerKind, id: u32) -> [u8; 8] {
+    let kind: u32 = match kind {
+        OwnerKind::Thread => 0,
+        OwnerKind::Process => 1,
+        OwnerKind::Group => 2,
+    };
+    let mut bytes = [0; 8];
+    bytes[..4].copy_from_slice(&kind.to_ne_bytes());
+    bytes[4..].copy_from_slice(&id.to_ne_bytes());
+    bytes
+}
+
+/// Asks who gets the signals of a descriptor.
+///
+/// # Errors
+/// What `fcntl(2)` says; `EINVAL` on a kernel without checkpoint support.
+pub fn signal_owner(fd: BorrowedFd<'_>) -> Result<SignalOwner, Errno> {
+    let (mut owner, mut users) = ([0u32; 2], [0u32; 2]);
+    // SAFETY: both commands write eight bytes to live locals of that size; the third takes a
+    // number.
+    let answers = unsafe {
+        let fd = fd.as_raw_fd();
+        [
+            libc::fcntl(fd, F_GETOWN_EX, owner.as_mut_ptr()),
+            libc::fcntl(fd, F_GETOWNER_UIDS, users.as_mut_ptr()),
+            libc::fcntl(fd, F_GETSIG, 0),
+        ]
+    };
+    if answers.iter().any(|&a| a < 0) {
+        return Err(last_error());
+    }
+    Ok(SignalOwner {
+        kind: match owner[0] {
+            0 => OwnerKind::Thread,
+            2 => OwnerKind::Group,
+            _ => OwnerKind::Process,
+        },
+        id: owner[1],
+        signal: answers[2] as u32,
+        users,
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -93,6 +171,28 @@ mod tests {
         rustix::io::read(&timer, &mut bytes).unwrap();
         assert_eq!(u64::from_ne_bytes(bytes), 3);
         assert_eq!(timerfd_set_ticks(timer.as_fd(), 0), Err(Errno::INVAL));
+    }
+
+    #[test]
+    fn the_owner_that_was_set_is_told() {
+        let (socket, _peer) = std::os::unix::net::UnixStream::pair().unwrap();
+        let nobody = signal_owner(socket.as_fd()).unwrap();
+        assert_eq!((nobody.id, nobody.signal), (0, 0));
+        let argument = owner_argument(OwnerKind::Process, std::process::id());
+        // SAFETY: the argument is live and eight bytes long; the second takes a number.
+        unsafe {
+            let fd = socket.as_raw_fd();
+            assert_eq!(libc::fcntl(fd, F_SETOWN_EX, argument.as_ptr()), 0);
+            assert_eq!(libc::fcntl(fd, F_SETSIG, libc::SIGUSR2), 0);
+        }
+        let owner = signal_owner(socket.as_fd()).unwrap();
+        let expected = SignalOwner {
+            kind: OwnerKind::Process,
+            id: std::process::id(),
+            signal: libc::SIGUSR2 as u32,
+            users: [rustix::process::getuid(), rustix::process::geteuid()].map(|u| u.as_raw()),
+        };
+        assert_eq!(owner, expected);
     }
 
     #[test]

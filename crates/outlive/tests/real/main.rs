@@ -12,6 +12,7 @@ mod no_space;
 mod owners;
 mod programs;
 mod refusals;
+mod servers;
 mod support;
 mod terminal;
 mod trees;

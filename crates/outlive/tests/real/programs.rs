@@ -1,23 +1,8 @@
 //! Programs of several processes: killed with their keeper in the middle of their work, restored,
 //! and judged by what they compute.
 
-use crate::support::{Kept, Place, alone, end, installed, may_run, until};
+use crate::support::{Kept, Place, alone, end, family, installed, may_run, until};
 use std::process::Command;
-
-/// All processes below this one, and itself.
-fn family(root: u32) -> Vec<u32> {
-    let mut all = vec![root];
-    let mut at = 0;
-    while at < all.len() {
-        let tasks = std::fs::read_dir(format!("/proc/{}/task", all[at]));
-        for task in tasks.into_iter().flatten().flatten() {
-            let text = std::fs::read_to_string(task.path().join("children")).unwrap_or_default();
-            all.extend(text.split_whitespace().map(|w| w.parse::<u32>().unwrap()));
-        }
-        at += 1;
-    }
-    all
-}
 
 /// Kills the keeper and the whole program at once, and restores what is left: the newest epoch.
 fn die_and_come_back(place: &Place, mut kept: Kept, epochs: u64) -> Kept {

@@ -219,6 +219,7 @@ fn state_that_cannot_be_saved_is_named_and_the_program_runs_on() {
         ("system-v-memory", &["address", "System V"][..]),
         ("netlink", &["fd ", "netlink"]),
         ("io-uring", &["fd ", "io_uring"]),
+        ("stranger-owns", &["fd ", "which is not of this program"]),
     ] {
         let mut program = place.program(&refused, &[kind]);
         let pid = program.pid();

@@ -336,6 +336,21 @@ pub fn installed(program: &str) -> String {
         .unwrap_or_else(|| panic!("{program} is not installed: `cargo xtask test` installs it"))
 }
 
+/// All processes below this one, and itself.
+pub fn family(root: u32) -> Vec<u32> {
+    let mut all = vec![root];
+    let mut at = 0;
+    while at < all.len() {
+        let tasks = std::fs::read_dir(format!("/proc/{}/task", all[at]));
+        for task in tasks.into_iter().flatten().flatten() {
+            let text = std::fs::read_to_string(task.path().join("children")).unwrap_or_default();
+            all.extend(text.split_whitespace().map(|w| w.parse::<u32>().unwrap()));
+        }
+        at += 1;
+    }
+    all
+}
+
 /// A pipe with a name, on which a shell can wait without starting a program.
 pub fn make_fifo(path: &Path) {
     use rustix::fs::{CWD, FileType, Mode, mknodat};

@@ -298,8 +298,9 @@ pub fn recreate_late(state: &ProcessState, batch: &mut Batch) -> Vec<String> {
     let set = [
         (libc::PR_SET_SECUREBITS, state.secure_bits, 0),
         (libc::PR_SET_KEEPCAPS, state.keep_caps, 0),
-        // 2 can only come from a privileged change of credentials, and is made by it.
-        (libc::PR_SET_DUMPABLE, state.dumpable.min(1), 1),
+        // 2 can only come from a privileged change of credentials, and is made by it. Any change
+        // of users has reset it.
+        (libc::PR_SET_DUMPABLE, state.dumpable.min(1), u64::MAX),
         (
             libc::PR_SET_PDEATHSIG,
             u64::from(state.parent_death_signal),

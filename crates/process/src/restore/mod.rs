@@ -125,11 +125,15 @@ pub fn restore(reader: &dyn EpochReader, options: &RestoreOptions) -> Result<Rea
         attributes_of_process(stub, &saved.process, &mut notices)?;
         install_descriptors(stub, &made)?;
     }
-    finish_descriptors(&mut stubs, &saved.table)?;
+    call(&mut stubs, descriptors::finish_calls(&saved.table))?;
     laps.lap("attributes");
     let mut ended = Vec::with_capacity(stubs.len());
     for (stub, saved) in stubs.iter_mut().zip(&saved.processes) {
         limits(stub, &saved.process)?;
+        threads::make(stub, &saved.threads.threads)?;
+    }
+    call(&mut stubs, descriptors::owner_calls(&saved.table))?;
+    for (stub, saved) in stubs.iter_mut().zip(&saved.processes) {
         let threads = &saved.threads.threads;
         notices.extend(threads::recreate(stub, threads, &saved.signals)?);
         late_attributes(stub, &saved.process)?;
@@ -310,12 +314,9 @@ fn install_descriptors(stub: &mut Stub, made: &descriptors::Made) -> Result<(), 
     stub.steps(steps).map(drop)
 }
 
-/// What needs the processes themselves, once all numbers are in place.
-fn finish_descriptors(
-    stubs: &mut [Stub],
-    table: &descriptors::FdTable,
-) -> Result<(), ProcessError> {
-    for call in descriptors::finish_calls(table) {
+/// What needs the processes themselves.
+fn call(stubs: &mut [Stub], calls: Vec<descriptors::RemoteCall>) -> Result<(), ProcessError> {
+    for call in calls {
         let stub = stubs.iter_mut().find(|s| s.target.pid == call.process);
         let stub = stub.ok_or_else(|| {
             ProcessError::Image(format!("descriptors refer to process {}", call.process))

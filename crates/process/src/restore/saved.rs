@@ -171,7 +171,7 @@ impl Saved {
                 return bad(format!("the ended process {} makes no sense", zombie.pid));
             }
         }
-        Ok(())
+        descriptors::validate_owners(&self.table, &pids, &ids)
     }
 
     /// The IDs of all threads and ended processes.

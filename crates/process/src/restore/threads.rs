@@ -47,16 +47,20 @@ pub fn validate(threads: &[ThreadState], pid: u32) -> Result<(), ProcessError> {
     Ok(())
 }
 
-/// Makes all threads but the leading one, and gives every thread its state but for registers.
-/// Returns what could not be restored and does no harm.
+/// Makes all threads but the leading one.
+pub fn make(stub: &mut Stub, threads: &[ThreadState]) -> Result<(), ProcessError> {
+    threads[1..]
+        .chunks(GROUP)
+        .try_for_each(|group| make_group(stub, group))
+}
+
+/// Gives every thread its state but for registers. Returns what could not be restored and does no
+/// harm.
 pub fn recreate(
     stub: &mut Stub,
     threads: &[ThreadState],
     signals: &SignalsState,
 ) -> Result<Vec<String>, ProcessError> {
-    for group in threads[1..].chunks(GROUP) {
-        make(stub, group)?;
-    }
     let mut batch = Batch::new();
     signals::recreate(signals, &mut batch)?;
     stub.run_named(batch, &[])?;
@@ -93,7 +97,7 @@ pub fn recreate(
     Ok(notices)
 }
 
-fn make(stub: &mut Stub, threads: &[ThreadState]) -> Result<(), ProcessError> {
+fn make_group(stub: &mut Stub, threads: &[ThreadState]) -> Result<(), ProcessError> {
     let tids: Vec<u8> = threads.iter().flat_map(|t| t.tid.to_ne_bytes()).collect();
     let at = stub.scratch(&tids)?;
     let steps = threads.iter().enumerate().map(|(i, t)| {

@@ -64,6 +64,12 @@ fn hold(kind: &str) {
                 let fd = libc::socket(libc::AF_NETLINK, libc::SOCK_RAW, 0);
                 let _ = good("socket", fd.into());
             }
+            "stranger-owns" => {
+                let mut ends = [0; 2];
+                let _ = good("pipe", libc::pipe(ends.as_mut_ptr()).into());
+                let r = libc::fcntl(ends[0], libc::F_SETOWN, libc::getppid());
+                let _ = good("F_SETOWN", r.into());
+            }
             "io-uring" => {
                 let mut parameters = [0u32; 30];
                 let r = libc::syscall(libc::SYS_io_uring_setup, 4, parameters.as_mut_ptr());

@@ -6,13 +6,14 @@
 
 use super::context::{Around, CollectContext};
 use super::locks;
+use super::owner;
 use super::probe::{InfoReader, Probe, ProcDirs, Target, failed};
 use super::stream;
 use super::table::{FdTable, Holder, OpenDescription};
 use super::{Description, probe};
 use crate::error::{ProcessError, Refusal};
 use outlive_linux::kcmp;
-use rustix::fs::{Dir, OFlags};
+use rustix::fs::Dir;
 use rustix::io::Errno;
 use std::cmp::Ordering;
 use std::collections::{HashMap, HashSet};
@@ -187,8 +188,9 @@ pub(crate) fn collect_views(
     };
     let mut descriptions = Vec::with_capacity(groups.len());
     let mut refusals: Vec<Refusal> = Vec::new();
+    let targets: Vec<&Target<'_>> = views.iter().map(|view| view.target).collect();
     for group in groups {
-        match describe(&group, &mut cx) {
+        match describe(&group, &targets, &mut cx) {
             Ok(description) => stream::split(description, root, &mut descriptions),
             Err(ProcessError::Refused(more)) => refusals.extend(more),
             Err(error) => return Err(error),
@@ -337,21 +339,17 @@ fn search(
 
 fn describe(
     group: &Group<'_>,
+    targets: &[&Target<'_>],
     cx: &mut CollectContext<'_>,
 ) -> Result<OpenDescription, ProcessError> {
     let probe = &group.probe;
     cx.holders.clone_from(&group.holders);
     let around = cx.around;
     let object = Description::collect(probe, around, cx)?;
-    if probe.info.flags & OFlags::from_bits_retain(libc::O_ASYNC as u32).bits() != 0 {
-        return Err(probe.refuse(
-            format!("signal-driven I/O (O_ASYNC) on {}", probe.shown()),
-            "have the program wait with poll or epoll instead",
-        ));
-    }
     Ok(OpenDescription {
         holders: group.holders.clone(),
         flags: probe.info.status(),
+        owner: owner::collect(probe, &object, targets)?,
         locks: locks::collect_all(std::iter::once(probe).chain(&group.others))?,
         object,
     })

@@ -337,6 +337,7 @@ mod tests {
         OpenDescription {
             holders: vec![holder(1, 5), holder(2, 8)],
             flags: 2,
+            owner: None,
             locks: Vec::new(),
             object: Description::SignalFd(SignalFdState { mask: 0 }),
         }

@@ -8,6 +8,7 @@
 //!           recreate_table  makes one descriptor per open file description, in this process
 //!           (the caller installs them at their numbers in the restored processes)
 //!           finish_calls    calls for those processes themselves, all numbers being in place
+//!           owner_calls     the same, all threads being there
 //!           Made::apply_files  the only step that changes files, and then watches them; last, then
 //!                           Made::keep
 //! ```
@@ -21,7 +22,7 @@
 //!   description, so its flags, its position and its options are never set.
 //! - A kind claims a descriptor by what the kernel says it is. What no kind claims is refused by
 //!   its usual name ([`refuse`]); so is any attribute that would be lost silently: a lease,
-//!   signal-driven I/O, a socket filter.
+//!   a socket filter.
 //! - State read from an image is hostile: numbers, lengths and references are checked before use.
 //!
 //! # Adding a kind
@@ -41,6 +42,7 @@ mod inet;
 mod inotify;
 mod locks;
 mod memfd;
+mod owner;
 mod pipe;
 mod probe;
 mod refuse;
@@ -69,6 +71,8 @@ mod tests;
 pub use collect::{Collected, FilesToSync, Memory, collect_table, preflight};
 pub use context::{About, Around, CheckContext, CollectContext, RecreateContext, RemoteCall};
 pub use locks::{LockKind, LockState};
+pub(crate) use owner::validate as validate_owners;
+pub use owner::{OwnerSort, OwnerState, owner_calls};
 pub use pipe::PipeState;
 pub use probe::{FdInfo, Probe, Target};
 pub use restore::{

@@ -215,6 +215,7 @@ pub(crate) fn split(description: OpenDescription, root: u32, list: &mut Vec<Open
                 .filter(|holder| role(holder) == number)
                 .collect(),
             flags: description.flags,
+            owner: description.owner.clone(),
             locks: description.locks.clone(),
             object: Description::Stream(StreamState {
                 stream,
@@ -245,6 +246,7 @@ mod tests {
                 })
                 .collect(),
             flags: 2,
+            owner: None,
             locks: vec![],
             object: Description::Stream(state),
         }

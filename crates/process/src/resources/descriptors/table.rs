@@ -2,6 +2,7 @@
 
 use super::context::About;
 use super::locks::LockState;
+use super::owner::OwnerState;
 use super::pipe::PipeState;
 use super::{Description, unix_pair};
 use crate::ProcessError;
@@ -32,6 +33,9 @@ pub struct OpenDescription {
     pub holders: Vec<Holder>,
     /// Access mode and status flags (`O_…` of x86-64 Linux).
     pub flags: u32,
+    /// Who gets its signals, where that was ever set.
+    #[state(child)]
+    pub owner: Option<OwnerState>,
     /// Advisory locks that were taken through it.
     #[state(children)]
     pub locks: Vec<LockState>,

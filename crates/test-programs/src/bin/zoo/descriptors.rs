@@ -23,6 +23,7 @@ pub(crate) fn all(dir: &Path) -> Vec<Check> {
         timer(),
         epoll(),
         signal(),
+        driven(),
         listening(dir),
         devices(dir),
     ]
@@ -274,6 +275,64 @@ fn signal() -> Check {
             }
         }
     })
+}
+
+/// A pipe that tells of what is written by a signal of the program's choice, and a socket with an
+/// owner that is told nothing.
+fn driven() -> Check {
+    const SETOWN_EX: i32 = 15;
+    const GETOWN_EX: i32 = 16;
+    const SETSIG: i32 = 10;
+    let [from, to] = make_pipe(libc::O_CLOEXEC | libc::O_NONBLOCK);
+    let [quiet, _peer] = make_pair();
+    let process = [1, std::process::id() as i32];
+    // SAFETY: numbers and a live pair of numbers are passed.
+    unsafe {
+        for fd in [from, quiet] {
+            let r = libc::fcntl(fd, SETOWN_EX, process.as_ptr());
+            let _ = good("F_SETOWN_EX", r.into());
+        }
+        let _ = good(
+            "F_SETSIG",
+            libc::fcntl(from, SETSIG, process::DRIVEN).into(),
+        );
+        let flags = libc::O_ASYNC | libc::O_NONBLOCK;
+        let _ = good("F_SETFL", libc::fcntl(from, libc::F_SETFL, flags).into());
+    }
+    check("signal-driven", move |round| {
+        let (set, mut info, second) = (signals(&[process::DRIVEN]), [0u32; 32], [1u64, 0]);
+        let info_at = info.as_mut_ptr() as usize;
+        let (set, second) = (&raw const set as usize, second.as_ptr() as usize);
+        // SAFETY: set, info and the limit are live and of the lengths that are taken.
+        let r = unsafe {
+            let _ = good(
+                "write",
+                libc::write(to, [round as u8].as_ptr().cast(), 1) as i64,
+            );
+            sys(libc::SYS_rt_sigtimedwait, [set, info_at, second, 8, 0, 0])
+        };
+        let (mut byte, mut owner) = ([0u8], [0i32; 2]);
+        // SAFETY: one byte and two numbers are live.
+        unsafe {
+            libc::read(from, byte.as_mut_ptr().cast(), 1);
+            libc::fcntl(quiet, GETOWN_EX, owner.as_mut_ptr());
+        }
+        // si_fd lies behind the eight bytes of si_band.
+        if r != i64::from(process::DRIVEN) || info[6] != from as u32 || byte != [round as u8] {
+            fail(&format!("told by {r} of fd {} instead of {from}", info[6]));
+        }
+        if owner != process {
+            fail(&format!("a socket belongs to {owner:?}"));
+        }
+    })
+}
+
+fn make_pair() -> [i32; 2] {
+    let mut ends = [0; 2];
+    // SAFETY: ends has room for two.
+    let r = unsafe { libc::socketpair(libc::AF_UNIX, libc::SOCK_STREAM, 0, ends.as_mut_ptr()) };
+    let _ = good("socketpair", r.into());
+    ends
 }
 
 /// Listening sockets keep their addresses.

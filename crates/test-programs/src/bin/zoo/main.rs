@@ -41,7 +41,9 @@ fn main() {
         fail("usage: zoo DIR")
     };
     // The alarm is for the worker alone: a wait for a signal is not restarted by any handler.
-    block(&[libc::SIGUSR1, libc::SIGALRM, process::QUEUED, process::READ]);
+    let blocked = [process::QUEUED, process::READ, process::DRIVEN];
+    block(&[libc::SIGUSR1, libc::SIGALRM]);
+    block(&blocked);
     let mut checks = memory::private();
     if std::env::args().nth(2).as_deref() != Some("memory") {
         checks.extend(memory::of_files(&dir));

@@ -13,6 +13,9 @@ pub(crate) const QUEUED: i32 = 44;
 /// Read by a signalfd.
 pub(crate) const READ: i32 = 45;
 
+/// Tells of a pipe.
+pub(crate) const DRIVEN: i32 = 47;
+
 /// All of them.
 pub(crate) fn all() -> Vec<Check> {
     let mut list = vec![queued(), dispositions(), interval(), clocks()];

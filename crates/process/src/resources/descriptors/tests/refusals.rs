@@ -153,15 +153,6 @@ fn devices_that_are_not_saved() {
 }
 
 #[test]
-fn attributes_that_would_be_lost() {
-    let (r, w) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).unwrap();
-    rustix::fs::fcntl_setfl(&r, OFlags::from_bits_retain(libc::O_ASYNC as u32)).unwrap();
-    let refusals = refused(&[number(&r), number(&w)]);
-    assert_eq!(refusals.len(), 1);
-    assert!(refusals[0].what.contains("O_ASYNC"), "{}", refusals[0]);
-}
-
-#[test]
 fn all_refusals_are_found_at_once() {
     let a = File::open("/proc/self/ns/net").unwrap();
     let b = pidfd_open(Pid::INIT, PidfdFlags::empty()).unwrap();

@@ -113,6 +113,7 @@ fn one(object: Description) -> FdTable {
     let description = OpenDescription {
         holders: vec![held(7, 5)],
         flags: 0,
+        owner: None,
         locks: vec![],
         object,
     };
