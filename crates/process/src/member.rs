@@ -9,7 +9,7 @@ use crate::laps::Laps;
 use crate::pages::{Changes, PageTracker, PrivateArea, Residue, World};
 use crate::reentry::{Sleepers, WaitBook};
 use crate::resources::shared::{self, SharedObjects};
-use crate::resources::{attributes, memory, signals, thread};
+use crate::resources::{attributes, memory, signals, thread, timers};
 use crate::target::Target;
 use crate::{ProcessError, Refusal, preflight};
 use outlive_epoch::{PageSink, Run};
@@ -237,7 +237,9 @@ impl Member {
         laps.lap("copy");
         let process =
             attributes::collect(&self.target, &leader_status, &asked.process, &answers[0])?;
-        let signals = signals::collect(&self.target, &threads[0], &asked.signals, &answers[0])?;
+        let timers = timers::collect(&self.target, &self.arena, threads)?;
+        let (leader, signals) = (&threads[0], &asked.signals);
+        let signals = signals::collect(&self.target, leader, signals, &answers[0], timers)?;
         let memory = memory::collect(
             &self.target,
             &mappings,

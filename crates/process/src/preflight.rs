@@ -1,5 +1,6 @@
 //! What is refused before any harm: everything about a process that could not be made again.
 
+use crate::resources::timers;
 use crate::target::{Status, Target};
 use crate::{ProcessError, Refusal};
 use std::os::unix::fs::MetadataExt;
@@ -29,23 +30,13 @@ pub fn of_process(target: &Target) -> Result<Vec<Refusal>, ProcessError> {
 
 /// Refusals that concern timers and threads of a process that runs.
 pub fn of_threads(target: &Target) -> Result<Vec<Refusal>, ProcessError> {
-    let mut found = of_timers(target);
+    let mut found = timers::refusals(target)?;
     for tid in target.threads()? {
         if let Ok(status) = Status::read(target.pid, tid) {
             found.extend(of_thread(target, tid, &status));
         }
     }
     Ok(found)
-}
-
-/// Refusals that concern timers; also looked for at each stop, since a program may make them at
-/// any time.
-pub fn of_timers(target: &Target) -> Vec<Refusal> {
-    if target.proc_file("timers").unwrap_or_default().is_empty() {
-        return Vec::new();
-    }
-    let what = "POSIX timers (timer_create)";
-    vec![target.refusal("", what, "they cannot be saved yet")]
 }
 
 /// Refusals that concern one thread; also looked for at each stop.

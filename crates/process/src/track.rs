@@ -382,7 +382,6 @@ impl Tracked {
         let mut refusals = Vec::new();
         for process in frozen.iter() {
             let target = &self.member(process.kin.pid)?.target;
-            refusals.extend(preflight::of_timers(target));
             for (held, (sight, _)) in process.threads.iter().zip(&process.seen) {
                 refusals.extend(preflight::of_thread(target, held.tid, &sight.status));
             }

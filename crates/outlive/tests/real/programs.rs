@@ -148,6 +148,23 @@ fn a_program_of_another_user_stays_that() {
     assert_eq!(kept.code(), 11, "{}", place.said());
 }
 
+/// A program that does nothing but wait for a timer of its own to end another one.
+#[test]
+fn a_timeout_comes_to_its_end() {
+    if !may_run("a_timeout_comes_to_its_end") {
+        return;
+    }
+    let (_alone, place) = (alone(), Place::new());
+    let timeout = installed("timeout");
+    let mut kept = place.start(&[
+        "run", "--name", "a", "--every", "50ms", "--", &timeout, "1.5", "sleep", "1000",
+    ]);
+    for epochs in [3, 2] {
+        kept = die_and_come_back(&place, kept, epochs);
+    }
+    assert_eq!(kept.code(), 124, "{}", place.said());
+}
+
 /// A process whose parent has ended stays with the program, and is asked for by nobody.
 #[test]
 fn a_stray_stays_with_its_program() {

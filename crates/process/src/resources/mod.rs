@@ -7,3 +7,4 @@ pub mod memory;
 pub mod shared;
 pub mod signals;
 pub mod thread;
+pub mod timers;

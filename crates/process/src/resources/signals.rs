@@ -1,10 +1,12 @@
-//! Signal dispositions and the signals queued for a whole process.
+//! Signal dispositions, the signals queued for a whole process, and what queues them: its timers.
 
 use crate::ProcessError;
 use crate::freeze::Held;
+use crate::resources::timers::{self, TimerState};
 use crate::target::Target;
 use outlive_linux::remote::{Arg, Batch, CallId, Results};
 use outlive_state_tree::StateNode;
+use std::collections::BTreeSet;
 
 /// Number of signals.
 const SIGNALS: u64 = 64;
@@ -21,6 +23,9 @@ pub struct SignalsState {
     pub actions: Vec<u64>,
     /// Signals queued for the process, 128 bytes each.
     pub pending: Vec<u8>,
+    /// Timers that send signals (`timer_create(2)`), by rising ID.
+    #[state(children)]
+    pub timers: Vec<TimerState>,
 }
 
 fn is_fixed(signal: u64) -> bool {
@@ -48,6 +53,7 @@ pub fn collect(
     leader: &Held,
     asked: &[CallId],
     answers: &Results,
+    timers: Vec<TimerState>,
 ) -> Result<SignalsState, ProcessError> {
     let mut actions = Vec::with_capacity(asked.len() * ACTION_WORDS);
     for &id in asked {
@@ -66,6 +72,7 @@ pub fn collect(
     Ok(SignalsState {
         actions,
         pending: pending.concat(),
+        timers,
     })
 }
 
@@ -106,7 +113,11 @@ pub fn requeue(
             "signals: a queue of a wrong size".into(),
         ));
     }
+    let mut of_timers = BTreeSet::new();
     for info in infos {
+        if timers::is_repeated(info, &mut of_timers) {
+            continue;
+        }
         let signal = u64::from(u32::from_ne_bytes([info[0], info[1], info[2], info[3]]));
         let (v, info) = (|n: u32| Arg::Value(u64::from(n)), Arg::In(info.to_vec()));
         match tid {

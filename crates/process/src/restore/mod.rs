@@ -21,6 +21,7 @@ mod tree;
 use crate::image::{SubjectState, ThreadsState};
 use crate::laps::Laps;
 use crate::resources::shared::{self, FileContents};
+use crate::resources::timers::{self, TimerState};
 use crate::resources::{attributes, descriptors};
 use crate::target::gone_or;
 use crate::{ProcessError, Refusal};
@@ -136,6 +137,7 @@ pub fn restore(reader: &dyn EpochReader, options: &RestoreOptions) -> Result<Rea
     for (stub, saved) in stubs.iter_mut().zip(&saved.processes) {
         let threads = &saved.threads.threads;
         notices.extend(threads::recreate(stub, threads, &saved.signals)?);
+        timers(stub, &saved.signals.timers)?;
         late_attributes(stub, &saved.process)?;
         ended.push(threads::rearm(stub, threads)?);
     }
@@ -250,7 +252,7 @@ fn attributes_of_process(
     let pid = stub.target.pid;
     let mut batch = Batch::new();
     let what = attributes::recreate(saved, &mut batch);
-    stub.run_named(batch, &what)?;
+    stub.run_named(0, batch, &what)?;
     if saved.led_terminal_session {
         // A terminal belongs to one session, here the restorer's.
         notices
@@ -339,13 +341,42 @@ fn limits(stub: &mut Stub, saved: &attributes::ProcessState) -> Result<(), Proce
         .iter()
         .map(|n| format!("setting the limit {n:?}"))
         .collect();
-    stub.run_named(batch, &what)
+    stub.run_named(0, batch, &what)
+}
+
+/// How many timers' calls fit into the working memory.
+const TIMERS_AT_ONCE: usize = 1000;
+
+/// Makes the timers of a process, by the threads that have to.
+fn timers(stub: &mut Stub, saved: &[TimerState]) -> Result<(), ProcessError> {
+    let leader = stub.target.pid;
+    if saved.is_empty() {
+        return Ok(());
+    }
+    let mut batch = Batch::new();
+    timers::ask_for_choice(&mut batch);
+    let choice = stub.run(0, batch)?.first_error().is_none();
+    // Where IDs come in order, all are made at once.
+    let group = if choice { TIMERS_AT_ONCE } else { saved.len() };
+    for group in saved.chunks(group) {
+        for tid in timers::makers(group, leader) {
+            let mut batch = Batch::new();
+            let what = timers::recreate(group, (leader, tid), choice, &mut batch)?;
+            let thread = stub.threads.iter().position(|t| t.tid == tid);
+            stub.run_named(thread.unwrap_or(0), batch, &what)?;
+        }
+    }
+    if timers::are_there(&stub.target, saved)? {
+        return Ok(());
+    }
+    let other = std::io::Error::other("the kernel lists other ones");
+    Err(stub.target.kernel("making its timers", other))
 }
 
 fn late_attributes(stub: &mut Stub, saved: &attributes::ProcessState) -> Result<(), ProcessError> {
     let mut batch = Batch::new();
     let what = attributes::recreate_late(saved, &mut batch);
-    stub.run_named(batch, &what)
+    stub.run_named(0, batch, &what)
 }
 
 impl Ready {

@@ -3,7 +3,7 @@
 use super::{FilesPolicy, RestoreOptions, pid_taken, space, threads};
 use crate::image::{self, SubjectState, ThreadsState, group, kinds};
 use crate::resources::shared::SharedState;
-use crate::resources::{attributes, descriptors, memory, signals};
+use crate::resources::{attributes, descriptors, memory, signals, timers};
 use crate::{ProcessError, Refusal};
 use outlive_epoch::EpochReader;
 use outlive_linux::maps::Mapping;
@@ -170,6 +170,10 @@ impl Saved {
             if !in_range || !ids.insert(zombie.pid) || !pids.contains(&zombie.parent) {
                 return bad(format!("the ended process {} makes no sense", zombie.pid));
             }
+        }
+        for saved in &self.processes {
+            let threads = saved.threads.threads.iter().map(|t| t.tid).collect();
+            timers::validate(&saved.signals.timers, &pids, &threads)?;
         }
         descriptors::validate_owners(&self.table, &pids, &ids)
     }

@@ -189,9 +189,14 @@ impl Stub {
             .map_err(|e| remote_failed(target, e))
     }
 
-    /// Runs a batch in the leading thread, of which every call must succeed.
-    pub fn run_named(&mut self, batch: Batch, what: &[String]) -> Result<(), ProcessError> {
-        let results = self.run(0, batch)?;
+    /// Runs a batch in one thread, of which every call must succeed.
+    pub fn run_named(
+        &mut self,
+        thread: usize,
+        batch: Batch,
+        what: &[String],
+    ) -> Result<(), ProcessError> {
+        let results = self.run(thread, batch)?;
         match results.first_error() {
             None => Ok(()),
             Some((at, errno)) => {

@@ -63,7 +63,7 @@ pub fn recreate(
 ) -> Result<Vec<String>, ProcessError> {
     let mut batch = Batch::new();
     signals::recreate(signals, &mut batch)?;
-    stub.run_named(batch, &[])?;
+    stub.run_named(0, batch, &[])?;
     let pid = stub.target.pid;
     let mut notices = Vec::new();
     for t in threads {

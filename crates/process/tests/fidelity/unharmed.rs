@@ -22,7 +22,7 @@ pub fn must_be_free(program: &Program) {
 }
 
 const KINDS: [(&str, &str); 6] = [
-    ("posix-timer", "timer"),
+    ("timer-of-some-thread", "timer"),
     ("system-v-memory", "System V"),
     ("mapped-memfd", "memfd"),
     ("netlink", "netlink"),

@@ -6,7 +6,7 @@
 //!   same object stays the same object: each is named after the lowest descriptor that has it.
 //! - `mnt_id`, `eventfd-id`, and inodes in epoll's lists: numbers of the kernel's own, as above.
 //! - `it_value` and `ticks` of a timerfd: time runs while it is looked at.
-//! - A pending SIGALRM: an interval timer may fire while the program stands.
+//! - A pending SIGALRM or signal 48: timers of the zoo may fire while it stands.
 //! - Memory flags `uw` (registered for write tracking, by us) and `ac` (pages count as committed:
 //!   memory that once was writable keeps the flag), `gu` (it may have guards: the flag spreads to
 //!   mappings that were one with it; the guards themselves are compared).
@@ -17,6 +17,7 @@
 //!   is made again is written there, and becomes less. The kernel writes what is left of a sleep
 //!   to the place that the program gave for it.
 //! - The processor numbers in the restartable-sequences area, which the kernel writes.
+//! - The order in which POSIX timers are listed: that in which they were made.
 //! - Counters: faults, context switches, CPU time, resident pages, start time, the parent.
 //!
 //! # Safety
@@ -317,7 +318,6 @@ fn process_facts(pid: u32, facts: &mut BTreeMap<String, String>) {
         "environ",
         "comm",
         "limits",
-        "timers",
         "personality",
         "oom_score_adj",
         "coredump_filter",
@@ -327,6 +327,10 @@ fn process_facts(pid: u32, facts: &mut BTreeMap<String, String>) {
     ] {
         facts.insert(name.into(), text(format!("{here}/{name}")));
     }
+    let timers = text(format!("{here}/timers"));
+    let mut timers: Vec<&str> = timers.split("ID: ").collect();
+    timers.sort_unstable();
+    facts.insert("timers".into(), format!("{timers:?}"));
     let auxv = std::fs::read(format!("{here}/auxv")).expect("its auxiliary vector");
     facts.insert("auxv".into(), format!("{auxv:x?}"));
     for link in ["cwd", "root", "exe"] {
@@ -446,10 +450,10 @@ fn thread_facts(pid: u32, tid: u32, facts: &mut BTreeMap<String, String>) {
     );
 }
 
-/// A set of signals without SIGALRM.
+/// A set of signals without those of timers.
 fn without_alarm(set: &str) -> String {
     let set = u64::from_str_radix(set, 16).expect("a set of signals");
-    format!("{:x}", set & !(1 << (libc::SIGALRM - 1)))
+    format!("{:x}", set & !(1 << (libc::SIGALRM - 1)) & !(1 << 47))
 }
 
 pub fn tids(pid: u32) -> Vec<u32> {

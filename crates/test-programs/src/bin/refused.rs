@@ -36,11 +36,12 @@ fn hold(kind: &str) {
     // SAFETY: see the module heading; what is made is never accessed.
     unsafe {
         match kind {
-            "posix-timer" => {
+            "timer-of-some-thread" => {
                 let mut timer: libc::timer_t = std::mem::zeroed();
                 let mut event: libc::sigevent = std::mem::zeroed();
                 event.sigev_notify = libc::SIGEV_NONE;
-                let r = libc::timer_create(libc::CLOCK_MONOTONIC, &raw mut event, &raw mut timer);
+                let clock = libc::CLOCK_THREAD_CPUTIME_ID;
+                let r = libc::timer_create(clock, &raw mut event, &raw mut timer);
                 let _ = good("timer_create", r.into());
             }
             "system-v-memory" => {

@@ -108,7 +108,7 @@ pub(crate) fn collect(
         let listed = |target: &&Target<'_>| {
             std::path::Path::new(&format!("/proc/{}/task/{id}", target.pid)).exists()
         };
-        targets.iter().any(|target| listed(&target))
+        targets.iter().any(listed)
     };
     let inside = match sort {
         OwnerSort::Nobody => true,

@@ -41,7 +41,12 @@ fn main() {
         fail("usage: zoo DIR")
     };
     // The alarm is for the worker alone: a wait for a signal is not restarted by any handler.
-    let blocked = [process::QUEUED, process::READ, process::DRIVEN];
+    let blocked = [
+        process::QUEUED,
+        process::READ,
+        process::DRIVEN,
+        process::TIMED,
+    ];
     block(&[libc::SIGUSR1, libc::SIGALRM]);
     block(&blocked);
     let mut checks = memory::private();

@@ -15,10 +15,18 @@ pub(crate) const READ: i32 = 45;
 
 /// Tells of a pipe.
 pub(crate) const DRIVEN: i32 = 47;
+/// Comes from a timer.
+pub(crate) const TIMED: i32 = 48;
 
 /// All of them.
 pub(crate) fn all() -> Vec<Check> {
-    let mut list = vec![queued(), dispositions(), interval(), clocks()];
+    let mut list = vec![
+        queued(),
+        dispositions(),
+        interval(),
+        posix_timers(),
+        clocks(),
+    ];
     // SAFETY: only numbers and literals are passed.
     unsafe {
         libc::umask(0o037);
@@ -158,6 +166,104 @@ fn interval() -> Check {
         unsafe { libc::syscall(libc::SYS_getitimer, libc::ITIMER_REAL, &raw mut timer) };
         if timer.it_interval.tv_usec != 40_000 {
             fail("the interval timer was lost");
+        }
+    })
+}
+
+fn timer(clock: i32, notify: i32, first: i64, period: i64) -> usize {
+    let mut event = [0u32; 16];
+    event[0] = 0xfeed;
+    event[2] = TIMED as u32;
+    event[3] = notify as u32;
+    // SAFETY: takes no argument.
+    event[4] = unsafe { libc::syscall(libc::SYS_gettid) } as u32;
+    let times = [0, period, 0, first];
+    let mut id = 0u32;
+    let id_at = &raw mut id as usize;
+    let times = times.as_ptr() as usize;
+    // SAFETY: the event, the ID and the times are live and of the lengths that are taken.
+    unsafe {
+        let event = event.as_ptr() as usize;
+        let args = [clock as usize, event, id_at, 0, 0, 0];
+        let _ = good("timer_create", sys(libc::SYS_timer_create, args));
+        let args = [id as usize, 0, times, 0, 0, 0];
+        let _ = good("timer_settime", sys(libc::SYS_timer_settime, args));
+    }
+    id as usize
+}
+
+/// What is left of a timer and its period, both below a second.
+fn left_of(id: usize) -> (i64, i64) {
+    let mut times = [0i64; 4];
+    // SAFETY: times has the 32 bytes that are written.
+    let r = unsafe {
+        let args = [id, times.as_mut_ptr() as usize, 0, 0, 0, 0];
+        sys(libc::SYS_timer_gettime, args)
+    };
+    let _ = good("timer_gettime", r);
+    (times[2] * 1_000_000_000 + times[3], times[1])
+}
+
+/// Timers with and without signals, by clocks of time and of processors, with a gap in their IDs.
+fn posix_timers() -> Check {
+    const PERIOD: i64 = 15_000_000;
+    const LONG: i64 = 999_000_000;
+    let gap = timer(libc::CLOCK_REALTIME, libc::SIGEV_NONE, 0, 0);
+    let silent = timer(libc::CLOCK_BOOTTIME, libc::SIGEV_NONE, LONG, LONG);
+    let periodic = timer(libc::CLOCK_MONOTONIC, libc::SIGEV_SIGNAL, PERIOD, PERIOD);
+    // Made by the thread whose time it counts.
+    let (tell, told) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        let clock = libc::CLOCK_THREAD_CPUTIME_ID;
+        let _ = tell.send(timer(clock, libc::SIGEV_THREAD_ID, LONG, 0));
+        loop {
+            std::thread::park();
+        }
+    });
+    let Ok(thread) = told.recv() else {
+        fail("no thread")
+    };
+    let whole = timer(libc::CLOCK_PROCESS_CPUTIME_ID, libc::SIGEV_NONE, LONG, LONG);
+    // SAFETY: only a number is passed.
+    let r = unsafe { sys(libc::SYS_timer_delete, [gap, 0, 0, 0, 0, 0]) };
+    let _ = good("timer_delete", r);
+    let (begun, mut ticks, mut last) = (now(), 0, LONG);
+    check("POSIX timers", move |round| {
+        let (set, mut info, none) = (signals(&[TIMED]), [0i32; 32], [0u64; 2]);
+        let info_at = info.as_mut_ptr() as usize;
+        let (set, none) = (&raw const set as usize, none.as_ptr() as usize);
+        // SAFETY: set, info and the limit are live and of the lengths that are taken.
+        let r = unsafe { sys(libc::SYS_rt_sigtimedwait, [set, info_at, none, 8, 0, 0]) };
+        // siginfo_t: signal, errno, code, padding, ID of the timer, overrun, value.
+        if r == i64::from(TIMED) {
+            if info[2] != -2 || info[6] != 0xfeed || info[4] != periodic as i32 {
+                fail(&format!("signal of a timer: {:x?}", &info[..8]));
+            }
+            ticks += 1 + i64::from(info[5]);
+        }
+        let passed = now() - begun;
+        if ticks * PERIOD > passed + PERIOD {
+            fail(&format!("{ticks} ticks of a timer in {passed} ns"));
+        }
+        if round % 16 != 0 {
+            return;
+        }
+        let (left, period) = left_of(silent);
+        if period != LONG || left == 0 || left > LONG || left_of(periodic).1 != PERIOD {
+            fail("a periodic timer was lost");
+        }
+        if left_of(whole).1 != LONG {
+            fail("a timer of processor time was lost");
+        }
+        let (left, _) = left_of(thread);
+        if left > last {
+            fail(&format!(
+                "a timer of a thread's time went from {last} to {left}"
+            ));
+        }
+        last = left;
+        if round % 256 == 255 && ticks == 0 {
+            fail("a timer does not tick");
         }
     })
 }
