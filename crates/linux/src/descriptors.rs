@@ -1,5 +1,5 @@
 //! Descriptors of kinds that `rustix` does not make: `signalfd4(2)`, expirations of a
-//! `timerfd`, locks that belong to an open file description, who gets a descriptor's signals.
+//! `timerfd`, locks that belong to an open file description, who gets a descriptor's signals, how a process ended.
 //!
 //! # Safety
 //! Pointers go to live locals whose size the kernel knows or is told.
@@ -77,6 +77,22 @@ pub fn lock_description(
     } else {
         Ok(())
     }
+}
+
+/// `_IOWR(0xFF, 11, struct pidfd_info)`, whose first version has 64 bytes.
+const PIDFD_GET_INFO: libc::Ioctl = 0xc040_ff0b_u32 as libc::Ioctl;
+const PIDFD_INFO_EXIT: u64 = 1 << 3;
+
+/// The exit status, as `wait(2)` gives it, of a process that is gone; `None` where the kernel does
+/// not tell.
+#[must_use]
+pub fn pidfd_exit_status(pidfd: BorrowedFd<'_>) -> Option<u32> {
+    // mask, control group, eleven numbers, exit status.
+    let mut info = [0u32; 16];
+    info[0] = PIDFD_INFO_EXIT as u32;
+    // SAFETY: info is live and has the 64 bytes that the command's number names.
+    let answer = unsafe { libc::ioctl(pidfd.as_raw_fd(), PIDFD_GET_INFO, info.as_mut_ptr()) };
+    (answer >= 0 && u64::from(info[0]) & PIDFD_INFO_EXIT != 0).then_some(info[15])
 }
 
 /// `fcntl(2)`: sets who gets signals, by a [`owner_argument`].

@@ -148,6 +148,71 @@ fn a_program_of_another_user_stays_that() {
     assert_eq!(kept.code(), 11, "{}", place.said());
 }
 
+/// A parent holds descriptors of a child that runs, of one that waits to be asked for, and of one
+/// that is gone; the child has inherited one of its parent, which both of them hold as one.
+const PIDFDS: &str = r#"
+import errno, fcntl, os, select, signal, sys, time
+def ended(fd):
+    return select.select([fd], [], [], 0)[0] == [fd]
+parent = os.pidfd_open(os.getpid())
+child = os.fork()
+if child == 0:
+    while not ended(parent):
+        time.sleep(0.005)
+        assert os.read(os.open(f'/proc/self/fdinfo/{parent}', os.O_RDONLY | os.O_CLOEXEC), 400)             .decode().split('Pid:')[1].split()[0] == str(os.getppid())
+        os.closerange(parent + 1, 40)
+    os._exit(1)
+def waits(code):
+    pid = os.fork()
+    if pid == 0:
+        os._exit(code)
+    fd = os.pidfd_open(pid)
+    while not ended(fd):
+        time.sleep(0.005)
+    return pid, fd
+running = os.pidfd_open(child, os.O_NONBLOCK)
+asked_later, late = waits(7)
+gone, dead = waits(9)
+os.waitpid(gone, 0)
+poll = select.epoll()
+for fd in (running, late, dead):
+    poll.register(fd, select.EPOLLIN)
+for n in range(200):
+    assert sorted(fd for fd, _ in poll.poll(0)) == sorted([late, dead]), n
+    signal.pidfd_send_signal(running, 0)
+    try:
+        signal.pidfd_send_signal(dead, 0)
+        sys.exit(f'{n}: the dead take signals')
+    except ProcessLookupError:
+        pass
+    assert fcntl.fcntl(running, fcntl.F_GETFL) & os.O_NONBLOCK
+    assert not fcntl.fcntl(late, fcntl.F_GETFL) & os.O_NONBLOCK
+    time.sleep(0.005)
+status = os.waitid(os.P_PIDFD, late, os.WEXITED)
+assert (status.si_pid, status.si_status) == (asked_later, 7), status
+signal.pidfd_send_signal(running, signal.SIGTERM)
+assert os.waitpid(child, 0) == (child, signal.SIGTERM)
+assert ended(running)
+sys.exit(6)
+"#;
+
+#[test]
+fn processes_are_held_by_descriptors() {
+    if !may_run("processes_are_held_by_descriptors") {
+        return;
+    }
+    let (_alone, place) = (alone(), Place::new());
+    std::fs::write(place.path("pidfds.py"), PIDFDS).unwrap();
+    let (python, script) = (installed("python3"), place.text("pidfds.py"));
+    let mut kept = place.start(&[
+        "run", "--name", "a", "--every", "50ms", "--", &python, &script,
+    ]);
+    for epochs in [3, 2, 3] {
+        kept = die_and_come_back(&place, kept, epochs);
+    }
+    assert_eq!(kept.code(), 6, "{}", place.said());
+}
+
 /// A program that does nothing but wait for a timer of its own to end another one.
 #[test]
 fn a_timeout_comes_to_its_end() {

@@ -12,6 +12,7 @@
 //!
 //! The caller becomes the parent of the restored process and has to wait for it.
 
+mod late;
 mod saved;
 mod space;
 mod stub;
@@ -118,6 +119,7 @@ pub fn restore(reader: &dyn EpochReader, options: &RestoreOptions) -> Result<Rea
         FilesPolicy::Keep => HashMap::new(),
     };
     let mut stubs = tree::make(&saved, &ours, offsets)?;
+    late::bring(&mut stubs, &saved, &made)?;
     laps.lap("processes");
     memory(&mut stubs, &saved, &files, (&shared, &mut contents), reader)?;
     drop((files, shared));

@@ -175,7 +175,8 @@ impl Saved {
             let threads = saved.threads.threads.iter().map(|t| t.tid).collect();
             timers::validate(&saved.signals.timers, &pids, &threads)?;
         }
-        descriptors::validate_owners(&self.table, &pids, &ids)
+        let ended = self.subject.zombies.iter().map(|z| z.pid).collect();
+        descriptors::validate_ids(&self.table, &pids, &ended, &ids)
     }
 
     /// The IDs of all threads and ended processes.

@@ -161,7 +161,7 @@ pub(crate) fn collect_views(
     memory.found.retain(|(pid, _), _| processes.contains(pid));
     let root = views.first().map_or(0, |view| view.target.pid);
     let mut probes = Vec::new();
-    let mut around = Around::new(root);
+    let mut around = Around::new(root, processes);
     for view in views {
         for &number in &view.numbers {
             if view.target.ignore.contains(&number) {

@@ -15,7 +15,7 @@ use rustix::fs::OFlags;
 use rustix::net::SocketAddrUnix;
 use std::cell::RefCell;
 use std::collections::{HashMap, HashSet};
-use std::os::fd::OwnedFd;
+use std::os::fd::{OwnedFd, RawFd};
 use std::path::PathBuf;
 
 /// Everything that one descriptor may need to know of the others.
@@ -30,6 +30,8 @@ pub struct Around {
     pub streams: [Option<(Vec<u8>, u32)>; 3],
     /// By process and descriptor number: the inode, and whether it shares it with strangers.
     pub inodes: HashMap<(u32, u32), (u64, bool)>,
+    /// The processes of the subject.
+    pub processes: HashSet<u32>,
     /// Inodes of all sockets.
     pub sockets: HashSet<u64>,
     unix: RefCell<UnixDiag>,
@@ -37,9 +39,10 @@ pub struct Around {
 
 impl Around {
     /// Of a subject with this root process.
-    pub(crate) fn new(root: u32) -> Self {
+    pub(crate) fn new(root: u32, processes: HashSet<u32>) -> Self {
         Self {
             root,
+            processes,
             ..Self::default()
         }
     }
@@ -208,6 +211,28 @@ pub struct Rewatch {
     pub state: InotifyState,
 }
 
+/// A descriptor of a process that is restored, which can be made once that process is there.
+#[derive(Debug)]
+pub struct Late {
+    /// Its description's place in the table.
+    pub index: usize,
+    /// The number, in this process, of what keeps its place.
+    pub place: RawFd,
+    /// The process.
+    pub process: u32,
+    /// How it is opened (`PIDFD_…`).
+    pub flags: u32,
+}
+
+/// Two ends of a socket, both of which new processes inherit, to send them what is made late.
+#[derive(Debug)]
+pub struct Channel {
+    /// Where this process sends.
+    pub ours: OwnedFd,
+    /// Where they receive.
+    pub theirs: OwnedFd,
+}
+
 /// What a kind may use while it recreates.
 pub struct RecreateContext {
     /// The process that is restored.
@@ -220,6 +245,8 @@ pub struct RecreateContext {
     pub pairs: HashMap<(u32, PairSide), OwnedFd>,
     /// Inotify instances whose watches are added last.
     pub rewatches: Vec<Rewatch>,
+    /// What can be made once the processes are there.
+    pub late: Vec<Late>,
     /// What is connected once all sockets have their names.
     pub reconnects: Vec<Reconnect>,
     /// What the user should know.

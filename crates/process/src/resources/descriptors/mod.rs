@@ -6,7 +6,8 @@
 //!           FilesToSync     after the resume, before the commit
 //! restore   check_table     looks only: every reason not to restore is found before any harm
 //!           recreate_table  makes one descriptor per open file description, in this process
-//!           (the caller installs them at their numbers in the restored processes)
+//!           (the caller brings what can only be made once the processes are there to its place,
+//!           Made::late, and installs them at their numbers in the restored processes)
 //!           finish_calls    calls for those processes themselves, all numbers being in place
 //!           owner_calls     the same, all threads being there
 //!           Made::apply_files  the only step that changes files, and then watches them; last, then
@@ -43,6 +44,7 @@ mod inotify;
 mod locks;
 mod memfd;
 mod owner;
+mod pidfd;
 mod pipe;
 mod probe;
 mod refuse;
@@ -69,9 +71,10 @@ mod unix_queue;
 mod tests;
 
 pub use collect::{Collected, FilesToSync, Memory, collect_table, preflight};
-pub use context::{About, Around, CheckContext, CollectContext, RecreateContext, RemoteCall};
+pub use context::{
+    About, Around, Channel, CheckContext, CollectContext, Late, RecreateContext, RemoteCall,
+};
 pub use locks::{LockKind, LockState};
-pub(crate) use owner::validate as validate_owners;
 pub use owner::{OwnerSort, OwnerState, owner_calls};
 pub use pipe::PipeState;
 pub use probe::{FdInfo, Probe, Target};
@@ -82,7 +85,23 @@ pub use table::{FdTable, Holder, OpenDescription};
 
 use crate::ProcessError;
 use outlive_state_tree::StateNode;
+use std::collections::BTreeSet;
 use std::os::fd::OwnedFd;
+
+/// Whether the processes that a table names are those of the image: `processes` run, `ended` wait
+/// to be asked for their exit status, `threads` are all threads.
+///
+/// # Errors
+/// [`ProcessError::Image`] says which is not.
+pub(crate) fn validate_ids(
+    table: &FdTable,
+    processes: &BTreeSet<u32>,
+    ended: &BTreeSet<u32>,
+    threads: &BTreeSet<u32>,
+) -> Result<(), ProcessError> {
+    owner::validate(table, processes, threads)?;
+    pidfd::validate(table, &(processes | ended))
+}
 
 /// One kind of open file description; the implementing type is its saved state.
 pub trait Descriptor: StateNode {
@@ -213,6 +232,7 @@ registry! {
     SignalFd(signalfd::SignalFdState),
     Epoll(epoll::EpollState),
     Inotify(inotify::InotifyState),
+    Pidfd(pidfd::PidfdState),
     TcpListen(tcp_listen::TcpListenState),
     TcpFresh(tcp_fresh::TcpFreshState),
     TcpReset(tcp_reset::TcpResetState),

@@ -18,12 +18,6 @@ const ANONYMOUS: &[(&str, &str, &str)] = &[
         "have the program use another I/O method",
     ),
     (
-        "anon_inode:[pidfd]",
-        "pidfd",
-        "have the program close its pidfds",
-    ),
-    ("pidfd:", "pidfd", "have the program close its pidfds"),
-    (
         "anon_inode:[userfaultfd]",
         "userfaultfd",
         "run the program without userfaultfd",

@@ -1,7 +1,7 @@
 //! The steps of a restore: check everything, make everything, change files last.
 
 use super::Description;
-use super::context::{CheckContext, RecreateContext, RemoteCall, Rewatch};
+use super::context::{Channel, CheckContext, Late, RecreateContext, RemoteCall, Rewatch};
 use super::file_action::FileAction;
 use super::locks;
 use super::probe::failed;
@@ -10,7 +10,7 @@ use super::unix_pair;
 use crate::error::{ProcessError, Refusal};
 use crate::restore::FilesPolicy;
 use rustix::fs::OFlags;
-use rustix::net::connect;
+use rustix::net::{AddressFamily, SocketFlags, SocketType, connect, socketpair};
 use rustix::process::{Resource, getrlimit, setrlimit};
 use std::collections::HashMap;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -145,6 +145,8 @@ pub struct Made {
     actions: Vec<FileAction>,
     notices: Vec<String>,
     rewatches: Vec<Rewatch>,
+    late: Vec<Late>,
+    channel: Option<Channel>,
     created: Vec<PathBuf>,
 }
 
@@ -155,6 +157,18 @@ impl Made {
             fd: fd.as_fd(),
             holders,
         })
+    }
+
+    /// What is still to be made, once the processes are there.
+    #[must_use]
+    pub fn late(&self) -> &[Late] {
+        &self.late
+    }
+
+    /// The way to send it to them, where there is any.
+    #[must_use]
+    pub fn channel(&self) -> Option<&Channel> {
+        self.channel.as_ref()
     }
 
     /// Cuts files that grew since the epoch back, then watches files again. Says so, and what else the user should know of
@@ -200,6 +214,8 @@ pub fn recreate_table(table: &FdTable, checked: Checked) -> Result<Made, Process
         actions: checked.actions,
         notices: Vec::new(),
         rewatches: Vec::new(),
+        late: Vec::new(),
+        channel: None,
         created: Vec::new(),
     };
     let mut pipes = Vec::with_capacity(table.pipes.len());
@@ -212,6 +228,7 @@ pub fn recreate_table(table: &FdTable, checked: Checked) -> Result<Made, Process
         held: checked.held,
         pipes,
         pairs,
+        late: Vec::new(),
         reconnects: Vec::new(),
         rewatches: Vec::new(),
         notices: Vec::new(),
@@ -229,6 +246,17 @@ pub fn recreate_table(table: &FdTable, checked: Checked) -> Result<Made, Process
     }
     made.notices = cx.notices;
     made.rewatches = cx.rewatches;
+    made.late = cx.late;
+    if !made.late.is_empty() {
+        let (ours, theirs) = socketpair(
+            AddressFamily::UNIX,
+            SocketType::STREAM,
+            SocketFlags::CLOEXEC,
+            None,
+        )
+        .map_err(|e| failed(pid, "make a socket for descriptors", e))?;
+        made.channel = Some(Channel { ours, theirs });
+    }
     for reconnect in cx.reconnects {
         if let Err(errno) = connect(&reconnect.socket, &reconnect.address) {
             made.notices.push(format!("{}: {errno}", reconnect.what));
