@@ -88,6 +88,8 @@ vm_flags! {
     SYNC = 18, b"sf", "`MAP_SYNC`.";
     DROPPABLE = 19, b"dp", "`MAP_DROPPABLE`.";
     MAY_WRITE = 21, b"mw", "It may be made writable.";
+    SHARED = 23, b"sh", "It was shared through a descriptor that may write.";
+    MAY_READ = 22, b"mr", "It may be made readable: true of all that was looked at.";
     MIXED = 20, b"mm", "Mixed page frames and pages.";
 }
 
@@ -105,6 +107,12 @@ impl VmFlags {
             let one = Self::of_code(code.as_bytes());
             (one != Self::default()).then_some(Self(all.0 | one.0))
         })
+    }
+
+    /// These flags and those of `other`.
+    #[must_use]
+    pub fn with(self, other: Self) -> Self {
+        Self(self.0 | other.0)
     }
 
     /// These flags without those of `other`.

@@ -151,8 +151,9 @@ impl Member {
         shared: &mut SharedObjects,
     ) -> Result<u64, ProcessError> {
         let mappings = bootstrap::mappings_without(&self.target, Some(self.arena.range()))?;
-        for m in mappings.iter().filter(|m| shared::is_anonymous(m)) {
-            shared.space_of(&self.target, m)?;
+        for m in mappings.iter().filter(|m| shared::Sort::of(m).is_some()) {
+            // What goes away meanwhile, or is to be refused, is left to the stop.
+            let _ = shared.space_of(&self.target, m, VmFlags::MAY_WRITE);
         }
         let areas = private_areas(&mappings);
         let changes = self.pages.pass(&self.target, &areas, World::Runs)?;

@@ -390,9 +390,9 @@ impl Tracked {
             return Err(ProcessError::Refused(refusals));
         }
         laps.lap("preflight");
+        self.shared.begin();
         let collected = self.collect_descriptors(frozen)?;
         laps.lap("descriptors");
-        self.shared.begin();
         let mut states = Vec::with_capacity(frozen.len());
         for process in frozen.iter_mut() {
             let spare = self
@@ -479,7 +479,7 @@ impl Tracked {
             .filter_map(|p| self.members.get(&p.kin.pid))
             .map(|m| view(&m.target))
             .collect();
-        descriptors::collect_table(&targets, &mut self.descriptors)
+        descriptors::collect_table(&targets, &mut self.descriptors, &mut self.shared)
     }
 
     /// Call when an epoch was not committed: what it took as saved is not; the next one is full.

@@ -302,3 +302,71 @@ fn a_mapped_file_goes_back_with_its_program() {
     let bytes = std::fs::read(&mapped).unwrap();
     assert_eq!(bytes[64..72], 600u64.to_ne_bytes());
 }
+
+/// Memory by a name of its own (`shm_open`), which a reboot takes away while its program has it
+/// open and mapped.
+#[test]
+fn memory_with_a_name_is_made_again_when_it_is_gone() {
+    const COUNTER: &str = "import mmap, os, struct, sys, time\n\
+        fd = os.open(sys.argv[1], os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o640)\n\
+        os.ftruncate(fd, 3 << 20)\n\
+        m = mmap.mmap(fd, 3 << 20)\n\
+        for n in range(400):\n\
+        \x20   assert struct.unpack('Q', os.pread(fd, 8, 2 << 20))[0] == n, n\n\
+        \x20   struct.pack_into('Q', m, 2 << 20, n + 1)\n\
+        \x20   time.sleep(0.003)\n\
+        os.unlink(sys.argv[1])\n";
+    if !may_run("memory_with_a_name_is_made_again_when_it_is_gone") {
+        return;
+    }
+    let (_alone, place) = (alone(), Place::new());
+    std::fs::write(place.path("counter.py"), COUNTER).unwrap();
+    let name = format!("/dev/shm/outlive-test-{}", std::process::id());
+    let (python, script) = (installed("python3"), place.text("counter.py"));
+    let run = [
+        "run", "--name", "a", "--every", "50ms", "--", &python, &script, &name,
+    ];
+    let kept = place.start(&run);
+    let mut kept = die_and_come_back(&place, kept, 3);
+    for _ in 0..2 {
+        place.epoch_after("a", place.newest("a"));
+    }
+    let members = family(kept.pid()).split_off(1);
+    kept.kill();
+    members.into_iter().for_each(end);
+    std::fs::remove_file(&name).unwrap();
+    let mut kept = place.start(&["restore", "a"]);
+    assert_eq!(kept.code(), 0, "{}", place.said());
+    assert!(!std::path::Path::new(&name).exists());
+}
+
+/// A pool of workers with locks and counters in files that were deleted at once.
+#[test]
+fn workers_share_locks_and_counters_without_a_name() {
+    const POOL: &str = "import multiprocessing as mp, sys, time\n\
+        def work(lock, counter, quota):\n\
+        \x20   for n in range(quota):\n\
+        \x20       with lock:\n\
+        \x20           was = counter.value\n\
+        \x20           time.sleep(0.001)\n\
+        \x20           counter.value = was + 1\n\
+        mp.set_start_method('fork')\n\
+        lock, counter = mp.Lock(), mp.Value('Q', 0, lock=False)\n\
+        crowd = [mp.Process(target=work, args=(lock, counter, 200)) for _ in range(4)]\n\
+        [p.start() for p in crowd]\n\
+        [p.join() for p in crowd]\n\
+        sys.exit(6 if counter.value == 800 else 1)\n";
+    if !may_run("workers_share_locks_and_counters_without_a_name") {
+        return;
+    }
+    let (_alone, place) = (alone(), Place::new());
+    std::fs::write(place.path("pool.py"), POOL).unwrap();
+    let (python, script) = (installed("python3"), place.text("pool.py"));
+    let mut kept = place.start(&[
+        "run", "--name", "a", "--every", "50ms", "--", &python, &script,
+    ]);
+    for epochs in [3, 2, 3] {
+        kept = die_and_come_back(&place, kept, epochs);
+    }
+    assert_eq!(kept.code(), 6, "{}", place.said());
+}

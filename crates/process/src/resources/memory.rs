@@ -71,6 +71,8 @@ pub enum AreaKind {
     SharedFile,
     /// Memory that several processes may share.
     SharedMemory,
+    /// The same, private: pages that were written are our own.
+    PrivateMemory,
     /// Code that the kernel gives.
     Vdso,
     /// Data that the kernel gives to that code.
@@ -107,7 +109,10 @@ impl Area {
     /// Whether its own pages belong into the epoch.
     #[must_use]
     pub fn has_pages(&self) -> bool {
-        matches!(self.kind, AreaKind::Anonymous | AreaKind::PrivateFile)
+        matches!(
+            self.kind,
+            AreaKind::Anonymous | AreaKind::PrivateFile | AreaKind::PrivateMemory
+        )
     }
 
     /// Length in bytes.
@@ -156,13 +161,11 @@ pub fn kind_of(m: &Mapping, flags: VmFlags) -> Result<AreaKind, &'static str> {
     let starts = |prefix: &[u8]| m.name.starts_with(prefix);
     match m.shared {
         _ if m.inode == 0 && !m.shared => Ok(AreaKind::Anonymous),
-        true if shared::is_anonymous(m) => Ok(AreaKind::SharedMemory),
+        true if shared::Sort::of(m).is_some() => Ok(AreaKind::SharedMemory),
+        false if shared::Sort::of(m).is_some() => Ok(AreaKind::PrivateMemory),
         true if starts(b"/SYSV") => Err("System V shared memory"),
-        true if starts(b"/memfd:") => Err("memory shared through a memfd"),
-        true if starts(b"/dev/zero") => Err("memory shared in an unknown way"),
         _ if starts(b"/[aio]") => Err("an asynchronous I/O context"),
         _ if starts(b"anon_inode:") => Err("memory of a kernel object"),
-        _ if m.name.ends_with(b" (deleted)") => Err("a mapped file that was deleted"),
         _ if !starts(b"/") => Err("memory of an unknown sort"),
         true => Ok(AreaKind::SharedFile),
         false => Ok(AreaKind::PrivateFile),
@@ -200,7 +203,8 @@ pub fn collect(
     let mut areas = Vec::with_capacity(mappings.len());
     let mut vdso_checksum = None;
     for (m, flags) in mappings {
-        let kind = kind_of(m, *flags)
+        let flags = known_or_writable(m, *flags);
+        let kind = kind_of(m, flags)
             .map_err(|what| ProcessError::Refused(vec![refusal(target, m, what)]))?;
         if kind == AreaKind::Vdso {
             vdso_checksum = Some(
@@ -209,13 +213,13 @@ pub fn collect(
             );
         }
         let file = match kind {
-            AreaKind::PrivateFile | AreaKind::SharedFile => {
-                Some(files.index_of(m, *flags, shared)?)
-            }
+            AreaKind::PrivateFile | AreaKind::SharedFile => Some(files.index_of(m, flags, shared)?),
             _ => None,
         };
         let space = match kind {
-            AreaKind::SharedMemory => Some(shared.space_of(target, m)?),
+            AreaKind::SharedMemory | AreaKind::PrivateMemory => {
+                Some(shared.space_of(target, m, flags)?)
+            }
             _ => None,
         };
         let label = m
@@ -227,7 +231,9 @@ pub fn collect(
             end: m.end,
             protection: m.prot,
             kind,
-            flags: flags.without(VmFlags::WRITE_PROTECT).codes(),
+            flags: flags
+                .without(VmFlags::WRITE_PROTECT.with(VmFlags::MAY_READ))
+                .codes(),
             file,
             space,
             offset: m.offset,
@@ -243,6 +249,15 @@ pub fn collect(
         files: files.list,
         areas,
     })
+}
+
+/// A new mapping of shared memory, of which no flags are known yet, may be made writable.
+fn known_or_writable(m: &Mapping, flags: VmFlags) -> VmFlags {
+    if flags.has(VmFlags::MAY_READ) || shared::Sort::of(m).is_none() {
+        flags
+    } else {
+        flags.with(VmFlags::MAY_WRITE.with(VmFlags::SHARED))
+    }
 }
 
 /// A refusal that names a mapping.
@@ -303,7 +318,7 @@ impl Files<'_> {
     ) -> Result<(), ProcessError> {
         let file = &mut self.list[at];
         if file.writable && file.size <= shared::MAX_FILE {
-            file.contents = Some(shared.space_of(self.target, m)?);
+            file.contents = Some(shared.space_of(self.target, m, VmFlags::default())?);
         }
         Ok(())
     }

@@ -21,7 +21,7 @@ mod tree;
 
 use crate::image::{SubjectState, ThreadsState};
 use crate::laps::Laps;
-use crate::resources::shared::{self, FileContents};
+use crate::resources::shared::{self, FileContents, Memories, Origin};
 use crate::resources::timers::{self, TimerState};
 use crate::resources::{attributes, descriptors};
 use crate::target::gone_or;
@@ -34,8 +34,8 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use rustix::time::ClockId;
 use saved::{Files, MadeFiles, Saved};
 use std::collections::HashMap;
-use std::fs::File;
 use std::os::fd::AsRawFd;
+use std::rc::Rc;
 use std::time::Instant;
 use stub::{Stub, step};
 
@@ -106,14 +106,17 @@ pub fn restore(reader: &dyn EpochReader, options: &RestoreOptions) -> Result<Rea
     let saved = Saved::read(reader)?;
     laps.lap("trees");
     let ours = maps::read(std::process::id()).map_err(|e| internal("reading own mappings", e))?;
-    let (files, made_files, checked) = saved.check(&ours, reader, options)?;
+    let (files, made_files, mut checked) = saved.check(&ours, reader, options)?;
     raise_file_limit();
     let mut notices = checked.notices().to_vec();
     // From here on the program's clocks run: before any timer is set that runs with them.
     let offsets = time_offsets(&saved.subject)?;
+    let shared = Rc::new(shared::recreate(&saved.shared, &|what, remedy| {
+        saved.refusal(what, remedy)
+    })?);
+    checked.set_memories(shared.clone());
     let made = descriptors::recreate_table(&saved.table, checked)?;
     laps.lap("check and descriptors");
-    let shared = shared::recreate(&saved.shared)?;
     let mut contents = match options.files {
         FilesPolicy::Reconcile => contents(&saved, &files)?,
         FilesPolicy::Keep => HashMap::new(),
@@ -159,9 +162,6 @@ pub fn restore(reader: &dyn EpochReader, options: &RestoreOptions) -> Result<Rea
     })
 }
 
-/// Shared memories and their lengths, by their spaces.
-type SharedFiles = HashMap<u32, (File, u64)>;
-
 /// The mapped files whose contents the epoch holds, by their spaces.
 fn contents(saved: &Saved, files: &[Files]) -> Result<HashMap<u32, FileContents>, ProcessError> {
     let failed = |e| internal("duplicating a descriptor", e);
@@ -173,7 +173,7 @@ fn contents(saved: &Saved, files: &[Files]) -> Result<HashMap<u32, FileContents>
                     .shared
                     .memories
                     .iter()
-                    .find(|m| m.space == space && m.is_file);
+                    .find(|m| m.space == space && matches!(m.origin, Origin::MappedFile(_)));
                 let size = memory.map(|m| m.size).ok_or_else(|| {
                     ProcessError::Image(format!("the contents {space:x} of a file are missing"))
                 })?;
@@ -190,7 +190,7 @@ fn memory(
     stubs: &mut [Stub],
     saved: &Saved,
     files: &[Files],
-    (shared, contents): (&SharedFiles, &mut HashMap<u32, FileContents>),
+    (shared, contents): (&Memories, &mut HashMap<u32, FileContents>),
     reader: &dyn EpochReader,
 ) -> Result<(), ProcessError> {
     let mut flights = Vec::with_capacity(stubs.len());
@@ -208,7 +208,9 @@ fn memory(
         stub.finish(flight)?;
     }
     filled?;
+    shared::seal(&saved.shared, shared)?;
     for ((stub, saved), files) in stubs.iter_mut().zip(&saved.processes).zip(files) {
+        space::map_sealed(stub, &saved.memory, shared)?;
         space::finish(stub, &saved.memory)?;
         space::set_layout(stub, &saved.memory, &files.executable)?;
     }

@@ -189,6 +189,18 @@ impl Saved {
         threads.chain(self.subject.zombies.iter().map(|z| z.pid))
     }
 
+    /// A refusal that names the root process.
+    pub fn refusal(&self, what: String, remedy: &str) -> Refusal {
+        let program = self.processes.first().map(SavedProcess::program);
+        Refusal {
+            pid: self.subject.root_process,
+            program: program.unwrap_or_default(),
+            place: String::new(),
+            what,
+            remedy: remedy.into(),
+        }
+    }
+
     /// Judges everything that can be judged beforehand, and opens what is needed.
     pub fn check(
         &self,
@@ -223,7 +235,9 @@ impl Saved {
             .filter(|f| f.contents.is_some())
             .map(|f| f.path.clone())
             .collect();
+        let spaces: Vec<u32> = self.shared.memories.iter().map(|m| m.space).collect();
         let request = descriptors::CheckRequest {
+            spaces: &spaces,
             contents: &contents,
             pid: self.subject.root_process,
             program: &program,

@@ -3,7 +3,7 @@
 use super::stub::{Step, Stub, step};
 use crate::ProcessError;
 use crate::resources::memory::{Area, AreaKind, MappedFile, MemoryState};
-use crate::resources::shared::FileContents;
+use crate::resources::shared::{FileContents, Memories, Memory};
 use crate::target::Target;
 use outlive_epoch::{Content, EpochReader, PAGE_SIZE, Run, VisitError};
 use outlive_linux::maps::{self, Mapping, VmFlags};
@@ -223,7 +223,7 @@ pub fn map(
     stub: &mut Stub,
     state: &MemoryState,
     files: &[File],
-    shared: &HashMap<u32, (File, u64)>,
+    shared: &Memories,
     reader: &dyn EpochReader,
 ) -> Result<Batch, ProcessError> {
     let clip = Clip::new(state);
@@ -239,7 +239,7 @@ pub fn map(
         })
         .collect();
     let mut steps = Vec::new();
-    for area in &state.areas {
+    for area in state.areas.iter().filter(|a| !is_last(a, shared)) {
         let filled = runs.partition_point(|r| r.1 <= area.start);
         let filled = runs.get(filled).is_some_and(|r| r.0 < area.end);
         steps.extend(map_area(area, files, shared, filled)?);
@@ -250,6 +250,25 @@ pub fn map(
     }
     stub.steps(steps)?;
     Ok(populating(&runs))
+}
+
+/// Whether an area is mapped only once what lies below it is sealed.
+fn is_last(area: &Area, shared: &Memories) -> bool {
+    let memory = area.space.and_then(|s| shared.get(&s));
+    area.kind == AreaKind::SharedMemory && memory.is_some_and(|m| m.is_mapped_last(area.vm_flags()))
+}
+
+/// Makes the mappings of sealed memory.
+pub fn map_sealed(
+    stub: &mut Stub,
+    state: &MemoryState,
+    shared: &Memories,
+) -> Result<(), ProcessError> {
+    let mut steps = Vec::new();
+    for area in state.areas.iter().filter(|a| is_last(a, shared)) {
+        steps.extend(map_area(area, &[], shared, false)?);
+    }
+    stub.steps(steps).map(drop)
 }
 
 /// Calls that populate the largest runs, to go on while their contents are read: only to be faster.
@@ -284,7 +303,7 @@ fn huge_page_advice(flags: VmFlags) -> Option<u64> {
 fn map_area(
     area: &Area,
     files: &[File],
-    shared: &HashMap<u32, (File, u64)>,
+    shared: &Memories,
     filled: bool,
 ) -> Result<Option<Step>, ProcessError> {
     let flags = area.vm_flags();
@@ -292,13 +311,14 @@ fn map_area(
     let memory = || {
         area.space
             .and_then(|s| shared.get(&s))
-            .map(|(file, _)| file)
+            .map(|memory| memory.mapped(flags))
     };
     let (sort, file) = match area.kind {
         AreaKind::Anonymous => (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, None),
         AreaKind::PrivateFile => (libc::MAP_PRIVATE, file()),
         AreaKind::SharedFile => (libc::MAP_SHARED, file()),
         AreaKind::SharedMemory => (libc::MAP_SHARED, memory()),
+        AreaKind::PrivateMemory => (libc::MAP_PRIVATE, memory()),
         AreaKind::Vdso | AreaKind::Vvar | AreaKind::VvarVclock => return Ok(None),
     };
     let mut map = sort | libc::MAP_FIXED_NOREPLACE;
@@ -338,7 +358,7 @@ fn map_area(
 /// Writes the contents of all pages of these processes.
 pub fn fill(
     spaces: &[(&Target, &MemoryState)],
-    shared: &HashMap<u32, (File, u64)>,
+    shared: &Memories,
     contents: &mut HashMap<u32, FileContents>,
     reader: &dyn EpochReader,
 ) -> Result<(), ProcessError> {
@@ -348,8 +368,8 @@ pub fn fill(
         .collect();
     let zeros = vec![0u8; 1 << 20];
     let walked = reader.pages(&mut |run, content| {
-        if let Some((file, size)) = shared.get(&run.space().0) {
-            return write_shared(file, *size, run, content);
+        if let Some(memory) = shared.get(&run.space().0) {
+            return write_shared(memory, run, content);
         }
         if let Some(file) = contents.get_mut(&run.space().0) {
             if let Content::Bytes(bytes) = content {
@@ -394,12 +414,15 @@ pub fn fill(
 }
 
 /// Zeros need not be written: the memory is new.
-fn write_shared(file: &File, size: u64, run: Run, content: Content<'_>) -> Result<(), VisitError> {
+fn write_shared(memory: &Memory, run: Run, content: Content<'_>) -> Result<(), VisitError> {
     let Content::Bytes(bytes) = content else {
         return Ok(());
     };
-    let fits = size.saturating_sub(run.address()).min(bytes.len() as u64);
-    file.write_all_at(&bytes[..fits as usize], run.address())
+    let rest = memory.size.saturating_sub(run.address());
+    let fits = rest.min(bytes.len() as u64);
+    memory
+        .file
+        .write_all_at(&bytes[..fits as usize], run.address())
         .map_err(|source| {
             let what = "writing shared memory".into();
             VisitError::Visitor(Box::new(ProcessError::Kernel {

@@ -21,10 +21,9 @@ pub fn must_be_free(program: &Program) {
     }
 }
 
-const KINDS: [(&str, &str); 6] = [
+const KINDS: [(&str, &str); 5] = [
     ("timer-of-some-thread", "timer"),
     ("system-v-memory", "System V"),
-    ("mapped-memfd", "memfd"),
     ("netlink", "netlink"),
     ("io-uring", "io_uring"),
     ("seccomp", "seccomp"),

@@ -178,8 +178,21 @@ fn areas(pid: u32) -> Vec<Area> {
         }
     }
     without_working_memory(pid, &mut list);
+    name_nameless(&mut list);
     list.retain(|a| !a.what.contains("[vsyscall]"));
     list
+}
+
+/// A file without a name has a new inode after a restore: it is named after the first area that
+/// has it.
+fn name_nameless(list: &mut [Area]) {
+    let mut first: BTreeMap<String, u64> = BTreeMap::new();
+    for area in list.iter_mut().filter(|a| a.what.ends_with("(deleted)")) {
+        let words: Vec<&str> = area.what.splitn(4, ' ').collect();
+        let file = words[1..3].join(" ");
+        let known = *first.entry(file).or_insert(area.start);
+        area.what = format!("{} nameless of {known:x} {}", words[0], words[3]);
+    }
 }
 
 /// Working memory is one page of code with a stamp at its end, and the data behind it.

@@ -54,13 +54,6 @@ fn hold(kind: &str) {
                 let gone = libc::shmctl(id as i32, libc::IPC_RMID, std::ptr::null_mut());
                 let _ = good("shmctl", gone.into());
             }
-            "mapped-memfd" => {
-                let fd = libc::memfd_create(c"x".as_ptr(), 0);
-                let _ = good("ftruncate", libc::ftruncate(fd, page as i64).into());
-                let (prot, flags) = (libc::PROT_READ, libc::MAP_SHARED);
-                let at = libc::mmap(std::ptr::null_mut(), page, prot, flags, fd, 0);
-                let _ = good("mmap", at as i64);
-            }
             "netlink" => {
                 let fd = libc::socket(libc::AF_NETLINK, libc::SOCK_RAW, 0);
                 let _ = good("socket", fd.into());

@@ -12,6 +12,7 @@ use super::stream;
 use super::table::{FdTable, Holder, OpenDescription};
 use super::{Description, probe};
 use crate::error::{ProcessError, Refusal};
+use crate::resources::shared::SharedObjects;
 use outlive_linux::kcmp;
 use rustix::fs::Dir;
 use rustix::io::Errno;
@@ -93,9 +94,10 @@ const LOOKS: usize = 5;
 /// [`ProcessError::Refused`] with all of them.
 pub fn preflight(targets: &[Target<'_>]) -> Result<(), ProcessError> {
     let mut memory = Memory::default();
+    let mut shared = SharedObjects::default();
     let mut look = || {
         let views = views(targets)?;
-        collect_views(&views, &mut memory, false).map(|_| ())
+        collect_views(&views, &mut memory, &mut shared, false).map(|_| ())
     };
     let mut last = look();
     for _ in 1..LOOKS {
@@ -119,15 +121,16 @@ pub fn preflight(targets: &[Target<'_>]) -> Result<(), ProcessError> {
 }
 
 /// Collects all descriptors of a subject that is stopped. `targets` are its processes, the root
-/// first: standard streams are those of the root.
+/// first: standard streams are those of the root. Files without a name go among the shared memories.
 ///
 /// # Errors
 /// [`ProcessError::Refused`] with everything that cannot be saved.
 pub fn collect_table(
     targets: &[Target<'_>],
     memory: &mut Memory,
+    shared: &mut SharedObjects,
 ) -> Result<Collected, ProcessError> {
-    collect_views(&views(targets)?, memory, true)
+    collect_views(&views(targets)?, memory, shared, true)
 }
 
 /// A process with the numbers that are looked at.
@@ -154,6 +157,7 @@ fn views<'a>(targets: &'a [Target<'a>]) -> Result<Vec<View<'a>>, ProcessError> {
 pub(crate) fn collect_views(
     views: &[View<'_>],
     memory: &mut Memory,
+    shared: &mut SharedObjects,
     stopped: bool,
 ) -> Result<Collected, ProcessError> {
     let processes: HashSet<u32> = views.iter().map(|view| view.target.pid).collect();
@@ -184,7 +188,7 @@ pub(crate) fn collect_views(
         files: FilesToSync::default(),
         memory,
         pairs: HashMap::new(),
-        memfds: HashSet::new(),
+        shared,
     };
     let mut descriptions = Vec::with_capacity(groups.len());
     let mut refusals: Vec<Refusal> = Vec::new();

@@ -10,6 +10,7 @@ use super::table::{FdTable, Holder};
 use super::unix_diag::{UnixDiag, UnixFacts};
 use super::unix_pair::PairSide;
 use crate::error::{ProcessError, Refusal};
+use crate::resources::shared::{Memories, SharedObjects};
 use outlive_linux::remote::Arg;
 use rustix::fs::OFlags;
 use rustix::net::SocketAddrUnix;
@@ -17,6 +18,7 @@ use std::cell::RefCell;
 use std::collections::{HashMap, HashSet};
 use std::os::fd::{OwnedFd, RawFd};
 use std::path::PathBuf;
+use std::rc::Rc;
 
 /// Everything that one descriptor may need to know of the others.
 #[derive(Debug, Default)]
@@ -119,8 +121,8 @@ pub struct CollectContext<'a> {
     pub pipes: Vec<PipeState>,
     /// By mount and inode: the place of a pipe in `pipes`.
     pub pipe_places: HashMap<(u64, u64), u32>,
-    /// Inodes of memory files found so far.
-    pub memfds: HashSet<u64>,
+    /// Memory that may be shared with mappings.
+    pub shared: &'a mut SharedObjects,
     /// Files whose contents must be durable before the epoch is.
     pub files: FilesToSync,
     /// What was learned at earlier epochs.
@@ -239,6 +241,8 @@ pub struct RecreateContext {
     pub pid: u32,
     /// What the checks kept, by place in the table.
     pub held: HashMap<usize, OwnedFd>,
+    /// The shared memories by their spaces.
+    pub memories: Rc<Memories>,
     /// The pipes.
     pub pipes: Vec<PipeEnds>,
     /// The ends of connections within the subject.

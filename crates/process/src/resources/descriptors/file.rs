@@ -114,7 +114,7 @@ impl FileState {
     }
 
     /// The flags to open it with again.
-    fn open_flags(flags: u32) -> OFlags {
+    pub(crate) fn open_flags(flags: u32) -> OFlags {
         let lost = OFlags::NOFOLLOW | OFlags::CREATE | OFlags::EXCL | OFlags::TRUNC;
         (OFlags::from_bits_retain(flags) - lost) | OFlags::CLOEXEC | OFlags::NOCTTY
     }
@@ -211,9 +211,6 @@ pub(crate) fn refuse_lost(probe: &Probe<'_>, memory: &mut Memory) -> Result<(), 
     }
     let link = probe.shown();
     let named = |what: &str, remedy: &str| Err(probe.refuse(format!("{what} ({link})"), remedy));
-    if probe.link.starts_with(b"/memfd:") {
-        return named("memfd", "run the program without memory files");
-    }
     if probe.link.starts_with(b"/SYSV") || probe.link == b"/dev/zero (deleted)" {
         return named("shared memory", "run the program without shared memory");
     }

@@ -42,7 +42,7 @@ mod file_action;
 mod inet;
 mod inotify;
 mod locks;
-mod memfd;
+mod nameless;
 mod owner;
 mod pidfd;
 mod pipe;
@@ -217,11 +217,11 @@ macro_rules! registry {
     };
 }
 
-// The order matters: a stream is claimed before what else it may be, a memory file before other
+// The order matters: a stream is claimed before what else it may be, a file without a name before other
 // files, connections within the subject before those to the outside.
 registry! {
     Stream(stream::StreamState),
-    Memfd(memfd::MemfdState),
+    Nameless(nameless::NamelessState),
     File(file::FileState),
     Directory(directory::DirectoryState),
     Device(device::DeviceState),

@@ -8,6 +8,7 @@ use super::probe::failed;
 use super::table::{FdTable, Holder};
 use super::unix_pair;
 use crate::error::{ProcessError, Refusal};
+use crate::resources::shared::Memories;
 use crate::restore::FilesPolicy;
 use rustix::fs::OFlags;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, connect, socketpair};
@@ -15,6 +16,7 @@ use rustix::process::{Resource, getrlimit, setrlimit};
 use std::collections::HashMap;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
+use std::rc::Rc;
 
 /// The flags that `F_SETFL` can set.
 const SETTABLE: OFlags = OFlags::APPEND
@@ -36,6 +38,8 @@ pub struct CheckRequest<'a> {
     pub epoch: u64,
     /// What to do with files that are not as they were.
     pub files: FilesPolicy,
+    /// Spaces of shared memories.
+    pub spaces: &'a [u32],
     /// Paths of files whose contents the epoch holds, so that they may look like anything.
     pub contents: &'a [Vec<u8>],
 }
@@ -47,9 +51,15 @@ pub struct Checked {
     notices: Vec<String>,
     held: HashMap<usize, OwnedFd>,
     actions: Vec<FileAction>,
+    memories: Rc<Memories>,
 }
 
 impl Checked {
+    /// Gives it the shared memories, by now made.
+    pub fn set_memories(&mut self, memories: Rc<Memories>) {
+        self.memories = memories;
+    }
+
     /// What the user should know.
     #[must_use]
     pub fn notices(&self) -> &[String] {
@@ -110,6 +120,7 @@ pub fn check_table(table: &FdTable, request: &CheckRequest<'_>) -> Result<Checke
         notices,
         held: cx.held,
         actions,
+        memories: Rc::default(),
     })
 }
 
@@ -226,6 +237,7 @@ pub fn recreate_table(table: &FdTable, checked: Checked) -> Result<Made, Process
     let mut cx = RecreateContext {
         pid,
         held: checked.held,
+        memories: checked.memories,
         pipes,
         pairs,
         late: Vec::new(),

@@ -19,6 +19,7 @@ use super::{
     recreate_table,
 };
 use crate::error::{ProcessError, Refusal};
+use crate::resources::shared::SharedObjects;
 use crate::restore::FilesPolicy;
 use outlive_state_tree::{from_fdt, to_fdt};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
@@ -51,6 +52,24 @@ fn collect_result(numbers: &[u32]) -> Result<Collected, ProcessError> {
     collect_numbers(&target, numbers, &mut Memory::default())
 }
 
+/// Collects these descriptors of this process, with what files without a name contain.
+fn collect_shared(numbers: &[u32], shared: &mut SharedObjects) -> Result<Collected, ProcessError> {
+    let pid = std::process::id();
+    let pidfd = pidfd_open(Pid::from_raw(pid as i32).unwrap(), PidfdFlags::empty()).unwrap();
+    let target = Target {
+        pid,
+        program: "test",
+        pidfd: pidfd.as_fd(),
+        ignore: &[],
+    };
+    let view = View {
+        target: &target,
+        dirs: ProcDirs::open(pid).unwrap(),
+        numbers: numbers.to_vec(),
+    };
+    collect_views(&[view], &mut Memory::default(), shared, true)
+}
+
 /// Collects these descriptors of one process, as if there were no others.
 fn collect_numbers(
     target: &Target<'_>,
@@ -62,7 +81,7 @@ fn collect_numbers(
         dirs: ProcDirs::open(target.pid).unwrap(),
         numbers: numbers.to_vec(),
     };
-    collect_views(&[view], memory, true)
+    collect_views(&[view], memory, &mut SharedObjects::default(), true)
 }
 
 /// This process.
@@ -92,6 +111,7 @@ fn request(files: FilesPolicy) -> CheckRequest<'static> {
         program: "test",
         epoch: 9,
         files,
+        spaces: &[],
         contents: &[],
     }
 }

@@ -8,6 +8,7 @@
 
 mod descriptors;
 mod memory;
+mod nameless;
 mod process;
 mod threads;
 
@@ -53,6 +54,7 @@ fn main() {
     if std::env::args().nth(2).as_deref() != Some("memory") {
         checks.extend(memory::of_files(&dir));
         checks.extend(descriptors::all(&dir));
+        checks.extend(nameless::all(&dir));
         checks.extend(process::all());
         checks.extend(threads::all());
     }

@@ -240,11 +240,9 @@ fn a_name_that_ends_like_a_deleted_one_is_just_a_name() {
         &made_for(&recreate(&collect(&[number(&file)])), number(&file)),
     );
     std::fs::remove_file(&path).unwrap();
-    assert!(
-        refused(&[number(&file)])[0]
-            .what
-            .starts_with("deleted file")
-    );
+    let table = collect(&[number(&file)]);
+    let object = &table.descriptions[0].object;
+    assert_eq!(object.name(), "file without a name");
 }
 
 #[test]
@@ -323,34 +321,78 @@ fn watched_files_are_watched_again_under_the_same_numbers() {
     );
 }
 
+/// Files without a name are made again with their contents, from the bytes of the epoch.
 #[test]
-fn memory_files_keep_contents_and_seals() {
-    use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, fcntl_get_seals, memfd_create};
+fn nameless_files_keep_contents_modes_and_seals() {
+    use crate::resources::shared::{self, SharedState};
+    use rustix::fs::{MemfdFlags, Mode, OFlags, SealFlags, fcntl_add_seals, fcntl_get_seals};
+    use rustix::fs::{fchmod, memfd_create};
+    use std::os::unix::fs::FileExt;
     let _quiet = no_child_starts();
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("x");
+    let flags = OFlags::CREATE | OFlags::RDWR | OFlags::CLOEXEC;
+    let deleted = rustix::fs::open(&path, flags, Mode::RWXU).unwrap();
+    std::fs::remove_file(&path).unwrap();
     let plain = memfd_create("plain", MemfdFlags::CLOEXEC).unwrap();
-    let sealed = memfd_create(
-        "a (deleted)",
-        MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING,
-    )
-    .unwrap();
-    let seals = SealFlags::WRITE | SealFlags::GROW;
-    for file in [&plain, &sealed] {
+    let sealable = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+    let sealed = memfd_create("a (deleted)", sealable).unwrap();
+    let files = [&plain, &sealed, &deleted];
+    for file in files {
         rustix::io::write(file, b"contents").unwrap();
-        rustix::fs::ftruncate(file, 10_000).unwrap();
+        rustix::fs::ftruncate(file, 2_000_000).unwrap();
+        rustix::io::pwrite(file, b"far", 1_500_000).unwrap();
+        fchmod(file, Mode::RUSR).unwrap();
     }
-    fcntl_add_seals(&sealed, seals).unwrap();
-    let table = collect(&[number(&plain), number(&sealed)]);
-    let made = recreate(&table);
-    for file in [&plain, &sealed] {
-        let again = made_for(&made, number(file));
-        assert_same(file, &again);
-        assert_eq!(fcntl_get_seals(&again), fcntl_get_seals(file));
+    fcntl_add_seals(&sealed, SealFlags::WRITE | SealFlags::GROW).unwrap();
+    let again = shared::reopen(&plain, OFlags::RDONLY).unwrap();
+    let mut objects = SharedObjects::default();
+    let numbers = [&plain, &sealed, &deleted, &again].map(number);
+    let table = collect_shared(&numbers, &mut objects).unwrap().table;
+    let (state, residue) = objects.take().unwrap();
+    let state: SharedState = from_fdt(&to_fdt(&state).unwrap()).unwrap();
+    assert_eq!(state.memories.len(), 3);
+    let memories = shared::recreate(&state, &|_, _| panic!("refused")).unwrap();
+    let pages = residue.buffer.chunks(4096);
+    for (run, page) in residue.runs.iter().zip(pages) {
+        let memory = &memories[&run.space().0];
+        let length = page.len().min((memory.size - run.address()) as usize);
+        let written = memory.file.write_all_at(&page[..length], run.address());
+        written.unwrap();
+    }
+    let spaces: Vec<u32> = state.memories.iter().map(|m| m.space).collect();
+    let request = CheckRequest {
+        spaces: &spaces,
+        ..request(FilesPolicy::Reconcile)
+    };
+    let mut checked = check_table(&table, &request).unwrap();
+    let memories = std::rc::Rc::new(memories);
+    checked.set_memories(memories.clone());
+    let made = recreate_table(&table, checked).unwrap();
+    shared::seal(&state, &memories).unwrap();
+    for file in files {
+        let copy = made_for(&made, number(file));
+        assert_same(file, &copy);
+        assert_eq!(fcntl_get_seals(&copy), fcntl_get_seals(file));
+        let mode = |fd: &OwnedFd| rustix::fs::fstat(fd).unwrap().st_mode;
+        assert_eq!(mode(&copy), mode(file));
+        let mut out = vec![1; 2_000_001];
+        assert_eq!(rustix::io::pread(&copy, &mut out, 0), Ok(2_000_000));
+        assert!(out.starts_with(b"contents\0") && out[1_500_000..].starts_with(b"far\0"));
+        assert_eq!(out.iter().filter(|&&b| b != 0).count(), 8 + 3 + 1);
+    }
+    for file in files {
         let link = |fd: &OwnedFd| std::fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd()));
-        assert_eq!(link(&again).unwrap(), link(file).unwrap());
-        let mut out = vec![1; 10_001];
-        assert_eq!(rustix::io::pread(&again, &mut out, 0), Ok(10_000));
-        assert!(out.starts_with(b"contents\0") && out[8..10_000].iter().all(|&b| b == 0));
+        let copy = made_for(&made, number(file));
+        assert_eq!(link(&copy).unwrap(), link(file).unwrap());
     }
-    let again = made_for(&made, number(&sealed));
-    assert_eq!(rustix::io::pwrite(&again, b"x", 0), Err(Errno::PERM));
+    let copy = made_for(&made, number(&sealed));
+    assert_eq!(rustix::io::pwrite(&copy, b"x", 0), Err(Errno::PERM));
+    let (first, second) = (made_for(&made, numbers[0]), made_for(&made, numbers[3]));
+    rustix::io::pwrite(&first, b"C", 0).unwrap();
+    let mut seen = [0];
+    rustix::io::pread(&second, &mut seen, 0).unwrap();
+    assert_eq!(&seen, b"C", "what was one file is one file");
+    let missing = check_table(&table, &self::request(FilesPolicy::Reconcile));
+    assert!(matches!(missing, Err(ProcessError::Image(_))));
 }

@@ -73,9 +73,13 @@ impl Waiting {
             ignore: &inherited,
         };
         preflight(&[target]).unwrap();
-        collect_table(&[target], &mut Memory::default())
-            .unwrap()
-            .table
+        collect_table(
+            &[target],
+            &mut Memory::default(),
+            &mut SharedObjects::default(),
+        )
+        .unwrap()
+        .table
     }
 }
 

@@ -31,7 +31,13 @@ fn collect_both(mine: &[u32], child: &Waiting, theirs: &[u32]) -> Result<FdTable
             numbers: numbers.to_vec(),
         })
         .collect();
-    let table = collect_views(&views, &mut Memory::default(), true)?.table;
+    let table = collect_views(
+        &views,
+        &mut Memory::default(),
+        &mut SharedObjects::default(),
+        true,
+    )?
+    .table;
     let back: FdTable = from_fdt(&to_fdt(&table).unwrap()).unwrap();
     assert_eq!(back, table);
     Ok(back)

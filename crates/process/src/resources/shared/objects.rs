@@ -1,0 +1,409 @@
+//! Shared memory from epoch to epoch: which there is, and what of it changed.
+//!
+//! # How changes are found
+//! Any process may write to it, by any mapping, and end before the next epoch: page tables do not
+//! tell. So every page is compared, by a 128-bit hash, with what the epochs so far hold. That
+//! reads all of it at each look, also at the stop. Only a deleted file that nobody in the subject
+//! can write to is looked at once.
+
+use super::nameless::{self, DeletedState, MemfdState};
+use super::{
+    AnonymousState, MappedFileState, Origin, SHARED_SPACE, SharedMemory, SharedState, Sort,
+};
+use crate::pages::Residue;
+use crate::resources::descriptors::Probe;
+use crate::resources::memory;
+use crate::target::Target;
+use crate::{ProcessError, Refusal};
+use outlive_epoch::{PAGE_SIZE, PageSink, Run, SpaceId};
+use outlive_linux::maps::{Mapping, VmFlags};
+use rustix::fs::{OFlags, SeekFrom, seek};
+use std::collections::HashMap;
+use std::ffi::OsStr;
+use std::fs::{File, Metadata};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::PathBuf;
+use xxhash_rust::xxh3::xxh3_128;
+
+/// Bytes looked at in one go.
+const PIECE: usize = 1 << 20;
+
+/// What to do about memory that is not saved.
+const REMEDY: &str = "have the program close and unmap it, or use a file with a name";
+
+/// Device and inode, as the kernel prints them, and the sort: inode numbers of the kernel's own
+/// files mean nothing beyond it.
+type Key = ((u32, u32), u64, Sort);
+
+/// What is known of one memory from epoch to epoch.
+#[derive(Debug)]
+struct Known {
+    space: u32,
+    file: File,
+    sort: Sort,
+    /// The name that the kernel shows.
+    name: Vec<u8>,
+    /// Hashes of the pages that the epochs so far hold.
+    pages: HashMap<u64, u128>,
+    /// Somebody has it at this epoch …
+    used: bool,
+    /// … and can write to it.
+    writable: bool,
+    /// Size and time of the last change when it was looked at last.
+    looked_at: Option<(u64, i64)>,
+}
+
+/// All shared memory of a tracked program.
+#[derive(Debug, Default)]
+pub struct SharedObjects {
+    known: HashMap<Key, Known>,
+    /// Where a mapping and a descriptor name the same file by different devices.
+    aliases: HashMap<Key, Key>,
+    made: u32,
+    buffer: Vec<u8>,
+}
+
+/// Takes changed pages.
+trait Changes {
+    fn changed(&mut self, run: Run, bytes: &[u8]) -> Result<(), ProcessError>;
+    fn gone(&mut self, run: Run) -> Result<(), ProcessError>;
+}
+
+impl Changes for &mut dyn PageSink {
+    fn changed(&mut self, run: Run, bytes: &[u8]) -> Result<(), ProcessError> {
+        Ok(self.put(run, bytes)?)
+    }
+
+    fn gone(&mut self, run: Run) -> Result<(), ProcessError> {
+        Ok(self.absent(run)?)
+    }
+}
+
+impl Changes for Residue {
+    fn changed(&mut self, run: Run, bytes: &[u8]) -> Result<(), ProcessError> {
+        self.runs.push(run);
+        self.buffer.extend_from_slice(bytes);
+        Ok(())
+    }
+
+    fn gone(&mut self, run: Run) -> Result<(), ProcessError> {
+        self.absent.push(run);
+        Ok(())
+    }
+}
+
+impl SharedObjects {
+    /// A new round: what nobody names until its end is in use no more.
+    pub fn begin(&mut self) {
+        for known in self.known.values_mut() {
+            (known.used, known.writable) = (false, false);
+        }
+    }
+
+    /// The space of the memory that lies below a mapping.
+    pub fn space_of(
+        &mut self,
+        target: &Target,
+        m: &Mapping,
+        flags: VmFlags,
+    ) -> Result<u32, ProcessError> {
+        let sort = Sort::of(m).unwrap_or(Sort::MappedFile);
+        let writable = m.shared && (flags.has(VmFlags::MAY_WRITE) || m.prot & 2 != 0);
+        let key = (m.device, m.inode, sort);
+        if let Some(space) = self.known_space(key, writable) {
+            return Ok(space);
+        }
+        let path = if sort == Sort::MappedFile {
+            OsStr::from_bytes(&m.name).into()
+        } else {
+            let name = format!("/proc/{}/map_files/{:x}-{:x}", target.pid, m.start, m.end);
+            PathBuf::from(name)
+        };
+        let failed = |e| target.kernel(format!("opening {}", path.display()), e);
+        let file = File::open(&path).map_err(failed)?;
+        let meta = file.metadata().map_err(failed)?;
+        self.add(key, (file, meta), &m.name, writable, &|what| {
+            memory::refusal(target, m, what)
+        })
+    }
+
+    /// The space of the memory that a descriptor leads to.
+    pub(crate) fn space_of_descriptor(
+        &mut self,
+        probe: &Probe<'_>,
+        sort: Sort,
+    ) -> Result<u32, ProcessError> {
+        let stat = probe.stat()?;
+        let writable = !probe.has(OFlags::PATH) && probe.access() != OFlags::RDONLY.bits();
+        let device = (stat.stx_dev_major, stat.stx_dev_minor);
+        let key = (device, stat.stx_ino, sort);
+        if let Some(space) = self.known_space(key, writable) {
+            return Ok(space);
+        }
+        let file = probe.reopen(OFlags::RDONLY).map(File::from);
+        let file = file.map_err(|e| probe.failed("open", e))?;
+        let meta = file.metadata().map_err(|e| {
+            let errno = rustix::io::Errno::from_io_error(&e).unwrap_or(rustix::io::Errno::IO);
+            probe.failed("look at", errno)
+        })?;
+        self.add(key, (file, meta), &probe.link, writable, &|what| Refusal {
+            pid: probe.target.pid,
+            program: probe.target.program.to_owned(),
+            place: format!("fd {}", probe.number),
+            what: format!("{what} ({})", probe.shown()),
+            remedy: REMEDY.into(),
+        })
+    }
+
+    fn known_space(&mut self, key: Key, writable: bool) -> Option<u32> {
+        let key = self.aliases.get(&key).unwrap_or(&key);
+        let known = self.known.get_mut(key)?;
+        known.used = true;
+        known.writable |= writable;
+        Some(known.space)
+    }
+
+    fn add(
+        &mut self,
+        key: Key,
+        (file, meta): (File, Metadata),
+        name: &[u8],
+        writable: bool,
+        refuse: &dyn Fn(&str) -> Refusal,
+    ) -> Result<u32, ProcessError> {
+        if matches!(key.2, Sort::Memfd | Sort::Deleted) {
+            nameless::judge(name, &meta)
+                .map_err(|what| ProcessError::Refused(vec![refuse(what)]))?;
+        }
+        let device = (rustix::fs::major(meta.dev()), rustix::fs::minor(meta.dev()));
+        let true_key = (device, meta.ino(), key.2);
+        if true_key != key {
+            self.aliases.insert(key, true_key);
+            if let Some(space) = self.known_space(true_key, writable) {
+                return Ok(space);
+            }
+        }
+        let space = SHARED_SPACE | self.made;
+        self.made += 1;
+        let known = Known {
+            space,
+            file,
+            sort: key.2,
+            name: name.to_vec(),
+            pages: HashMap::new(),
+            used: true,
+            writable,
+            looked_at: None,
+        };
+        self.known.insert(true_key, known);
+        Ok(space)
+    }
+
+    /// Hands changed pages to a sink while the program runs.
+    pub fn copy(&mut self, mut sink: &mut dyn PageSink) -> Result<(), ProcessError> {
+        let buffer = &mut self.buffer;
+        self.known
+            .values_mut()
+            .try_for_each(|k| k.look(buffer, &mut sink))
+    }
+
+    /// Takes changed pages, and describes what is in use, while the program stands still.
+    pub fn take(&mut self) -> Result<(SharedState, Residue), ProcessError> {
+        let mut residue = Residue::default();
+        let buffer = &mut self.buffer;
+        let mut memories = Vec::new();
+        for known in self.known.values_mut() {
+            if known.used {
+                known.look(buffer, &mut residue)?;
+                memories.push(SharedMemory {
+                    space: known.space,
+                    size: known.size()?,
+                    origin: known.origin().map_err(|e| known.failed("describing", e))?,
+                });
+            } else {
+                known.drop_all(&mut residue)?;
+            }
+        }
+        self.known.retain(|_, k| k.used);
+        let known = &self.known;
+        self.aliases.retain(|_, to| known.contains_key(to));
+        memories.sort_by_key(|m| m.space);
+        Ok((SharedState { memories }, residue))
+    }
+
+    /// What was taken as saved is not.
+    pub fn forget(&mut self) {
+        for known in self.known.values_mut() {
+            known.pages.clear();
+            known.looked_at = None;
+        }
+    }
+}
+
+impl Known {
+    fn failed(&self, what: &str, source: std::io::Error) -> ProcessError {
+        let what = format!("{what} shared memory ({})", self.name.escape_ascii());
+        super::failed(&what, source)
+    }
+
+    fn size(&self) -> Result<u64, ProcessError> {
+        Ok(self.looks()?.0)
+    }
+
+    fn looks(&self) -> Result<(u64, i64), ProcessError> {
+        let meta = self.file.metadata();
+        let meta = meta.map_err(|e| self.failed("asking for the length of", e))?;
+        Ok((meta.size(), memory::modified_ns(&meta)))
+    }
+
+    fn origin(&self) -> std::io::Result<Origin> {
+        Ok(match self.sort {
+            Sort::Anonymous => Origin::Anonymous(AnonymousState {}),
+            Sort::MappedFile => Origin::MappedFile(MappedFileState {}),
+            Sort::Memfd => Origin::Memfd(MemfdState::collect(&self.name, &self.file)?),
+            Sort::Deleted => Origin::Deleted(DeletedState::collect(&self.name, &self.file)?),
+        })
+    }
+
+    fn run(&self, first: u64, count: u64) -> Result<Run, ProcessError> {
+        Run::new(SpaceId(self.space), first, count)
+            .ok_or_else(|| ProcessError::Image(format!("page {first} of shared memory")))
+    }
+
+    /// Compares every page that exists with what is known, and hands on what differs.
+    fn look(
+        &mut self,
+        buffer: &mut Vec<u8>,
+        changes: &mut impl Changes,
+    ) -> Result<(), ProcessError> {
+        let looks = self.looks()?;
+        if self.sort == Sort::Deleted && !self.writable && self.looked_at == Some(looks) {
+            return Ok(());
+        }
+        self.looked_at = Some(looks);
+        buffer.resize(PIECE, 0);
+        let size = looks.0;
+        let mut seen = HashMap::with_capacity(self.pages.len());
+        let mut at = 0;
+        while let Some((start, end)) = self.next_data(at, size)? {
+            at = start;
+            while at < end {
+                let want = buffer.len().min((end - at) as usize);
+                let piece = &mut buffer[..want];
+                self.read(piece, at)
+                    .map_err(|e| self.failed("reading", e))?;
+                for (i, page) in piece.chunks_exact(PAGE_SIZE).enumerate() {
+                    let index = at / PAGE_SIZE as u64 + i as u64;
+                    let hash = xxh3_128(page);
+                    if self.pages.remove(&index) != Some(hash) {
+                        changes.changed(self.run(index, 1)?, page)?;
+                    }
+                    seen.insert(index, hash);
+                }
+                at += want as u64;
+            }
+        }
+        // What is left was there before and is not any more.
+        let gone = std::mem::replace(&mut self.pages, seen);
+        gone.keys()
+            .try_for_each(|&index| changes.gone(self.run(index, 1)?))
+    }
+
+    /// Fills the buffer; beyond the end of the file there are zeros.
+    fn read(&self, mut buffer: &mut [u8], mut at: u64) -> std::io::Result<()> {
+        while !buffer.is_empty() {
+            match self.file.read_at(buffer, at) {
+                Ok(0) => {
+                    buffer.fill(0);
+                    break;
+                }
+                Ok(n) => {
+                    buffer = &mut buffer[n..];
+                    at += n as u64;
+                }
+                Err(e) if e.kind() == std::io::ErrorKind::Interrupted => {}
+                Err(e) => return Err(e),
+            }
+        }
+        Ok(())
+    }
+
+    fn drop_all(&mut self, changes: &mut impl Changes) -> Result<(), ProcessError> {
+        let gone = std::mem::take(&mut self.pages);
+        gone.keys()
+            .try_for_each(|&index| changes.gone(self.run(index, 1)?))
+    }
+
+    /// The next range, whole pages, that is no hole.
+    fn next_data(&self, from: u64, size: u64) -> Result<Option<(u64, u64)>, ProcessError> {
+        if from >= size {
+            return Ok(None);
+        }
+        let page = PAGE_SIZE as u64;
+        let start = match seek(&self.file, SeekFrom::Data(from)) {
+            Ok(start) => start / page * page,
+            Err(rustix::io::Errno::NXIO) => return Ok(None),
+            Err(e) => return Err(self.failed("looking through", e.into())),
+        };
+        let end = seek(&self.file, SeekFrom::Hole(start))
+            .map_err(|e| self.failed("looking through", e.into()))?;
+        Ok(Some((
+            start,
+            end.next_multiple_of(page).min(size.next_multiple_of(page)),
+        )))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rustix::fs::{MemfdFlags, memfd_create};
+
+    fn object() -> Known {
+        Known {
+            space: SHARED_SPACE,
+            file: File::from(memfd_create("test", MemfdFlags::CLOEXEC).unwrap()),
+            sort: Sort::Anonymous,
+            name: b"test".to_vec(),
+            pages: HashMap::new(),
+            used: true,
+            writable: true,
+            looked_at: None,
+        }
+    }
+
+    fn changes(known: &mut Known) -> (Vec<u64>, Vec<u64>) {
+        let mut residue = Residue::default();
+        known.look(&mut Vec::new(), &mut residue).unwrap();
+        let firsts = |runs: &[Run]| runs.iter().map(Run::first).collect();
+        (firsts(&residue.runs), firsts(&residue.absent))
+    }
+
+    #[test]
+    fn only_what_changed_is_taken() {
+        let mut known = object();
+        known.file.set_len(10 * 4096 + 5).unwrap();
+        known.file.write_all_at(&[1; 2 * 4096], 3 * 4096).unwrap();
+        assert_eq!(changes(&mut known), (vec![3, 4], vec![]));
+        assert_eq!(changes(&mut known), (vec![], vec![]));
+        known.file.write_all_at(&[2], 4 * 4096 + 7).unwrap();
+        known.file.write_all_at(&[2], 10 * 4096 + 3).unwrap();
+        assert_eq!(changes(&mut known), (vec![4, 10], vec![]));
+        let punch = rustix::fs::FallocateFlags::PUNCH_HOLE | rustix::fs::FallocateFlags::KEEP_SIZE;
+        rustix::fs::fallocate(&known.file, punch, 3 * 4096, 4096).unwrap();
+        assert_eq!(changes(&mut known), (vec![], vec![3]));
+    }
+
+    #[test]
+    fn a_deleted_file_is_looked_at_again_when_somebody_can_write_to_it() {
+        let mut known = object();
+        (known.sort, known.writable) = (Sort::Deleted, false);
+        known.file.write_all_at(&[1; 4096], 0).unwrap();
+        assert_eq!(changes(&mut known), (vec![0], vec![]));
+        known.pages.clear();
+        assert_eq!(changes(&mut known), (vec![], vec![]));
+        known.writable = true;
+        assert_eq!(changes(&mut known), (vec![0], vec![]));
+    }
+}
