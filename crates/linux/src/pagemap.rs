@@ -97,8 +97,8 @@ impl Pagemap {
         })
     }
 
-    /// Hands out the regions of `start..end` that match, in order. A region may come in several
-    /// parts.
+    /// Hands out the regions of `start..end` that match, in order and each once. A region may come
+    /// in several parts.
     pub fn scan(
         &mut self,
         start: u64,
@@ -139,11 +139,16 @@ impl Pagemap {
                     e => return Err(e),
                 }
             }
-            self.found.iter().take(n as usize).for_each(|r| visit(*r));
-            if arg.walk_end <= from {
+            let found = &self.found[..n as usize];
+            // The kernel says where it stopped first, also where it went on afterwards: what it
+            // reported last may lie further on.
+            let reached = found.last().map_or(0, |r| r.end);
+            found.iter().for_each(|r| visit(*r));
+            let reached = reached.max(arg.walk_end);
+            if reached <= from {
                 break;
             }
-            from = arg.walk_end;
+            from = reached;
         }
         Ok(())
     }
@@ -224,6 +229,32 @@ mod tests {
         })
         .unwrap();
         all
+    }
+
+    /// More regions than the kernel hands on at once come in order, and each once.
+    #[test]
+    fn many_regions_come_in_order_and_once() {
+        let mut memory = vec![0u8; 16 << 20];
+        for page in (0..memory.len()).step_by(2 * 4096) {
+            memory[page] = 1;
+        }
+        let start = (memory.as_ptr() as u64).next_multiple_of(PAGE);
+        let end = start + (15 << 20);
+        let exists = Query {
+            any_of: PRESENT | SWAPPED,
+            ..Query::default()
+        };
+        let mut map = Pagemap::open(std::process::id()).unwrap();
+        let mut reached = start;
+        let mut pages = 0;
+        map.scan(start, end, exists, |r| {
+            let (from, to) = (r.start, r.end);
+            assert!(from >= reached, "{from:x}-{to:x} after {reached:x}");
+            reached = to;
+            pages += (to - from) / PAGE;
+        })
+        .unwrap();
+        assert!(pages >= (15 << 20) / PAGE / 2 - 1, "{pages}");
     }
 
     #[test]
