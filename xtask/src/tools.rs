@@ -51,6 +51,51 @@ pub const ALL: &[Tool] = &[
         package: "python3",
         service: None,
     },
+    Tool {
+        program: "bash",
+        package: "bash",
+        service: None,
+    },
+    Tool {
+        program: "perl",
+        package: "perl",
+        service: None,
+    },
+    Tool {
+        program: "busybox",
+        package: "busybox-static",
+        service: None,
+    },
+    Tool {
+        program: "make",
+        package: "make",
+        service: None,
+    },
+    Tool {
+        program: "node",
+        package: "nodejs",
+        service: None,
+    },
+    Tool {
+        program: "java",
+        package: "default-jdk-headless",
+        service: None,
+    },
+    Tool {
+        program: "javac",
+        package: "default-jdk-headless",
+        service: None,
+    },
+    Tool {
+        program: "memcached",
+        package: "memcached",
+        service: Some("memcached"),
+    },
+    Tool {
+        program: "nginx",
+        package: "nginx",
+        service: Some("nginx"),
+    },
 ];
 
 /// One program.

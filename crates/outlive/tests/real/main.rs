@@ -6,6 +6,7 @@
     reason = "all of this is test code"
 )]
 
+mod all_sorts;
 mod bad_images;
 mod kills;
 mod no_space;
