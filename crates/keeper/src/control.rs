@@ -12,6 +12,7 @@
 
 use crate::KeeperError;
 use crate::epoch::Taken;
+use crate::procfs::Pids;
 use rustix::event::{PollFd, PollFlags};
 use rustix::fs::{Mode, OFlags};
 use serde::{Deserialize, Serialize};
@@ -55,7 +56,8 @@ pub enum Reply {
         /// Its figures.
         epoch: Taken,
         /// The process.
-        pid: u32,
+        #[serde(flatten)]
+        pids: Pids,
     },
     /// It could not be done.
     Failed {
@@ -70,7 +72,8 @@ pub enum Reply {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Status {
     /// The process.
-    pub pid: u32,
+    #[serde(flatten)]
+    pub pids: Pids,
     /// The keeper.
     pub keeper_pid: u32,
     /// Number of the newest committed epoch; 0 where there is none.

@@ -16,7 +16,7 @@ use crate::KeeperError;
 use crate::control::{Asker, Control, Reply, Request, Status, failed};
 use crate::epoch::{self, EpochLog, Program, Taken};
 use crate::plan::{Begin, Plan};
-use crate::procfs;
+use crate::procfs::{self, Pids};
 use crate::stats::Stops;
 use outlive_linux::signals::{Received, SignalQueue};
 use outlive_process::ProcessError;
@@ -121,7 +121,7 @@ impl<'a, P: Program> Keeper<'a, P> {
         let companion = Companion::of(pid, settings.child)?;
         let every_ns = u64::try_from(settings.every.as_nanos()).unwrap_or(u64::MAX);
         let status = Status {
-            pid,
+            pids: Pids::of(pid),
             keeper_pid: std::process::id(),
             epoch: log.newest(),
             committed: 0,
@@ -244,10 +244,9 @@ impl<'a, P: Program> Keeper<'a, P> {
         };
         match self.take(end) {
             Ok(taken) => {
-                let pid = self.settings.pid;
                 asker.answer(&Reply::Taken {
                     epoch: taken.clone(),
-                    pid,
+                    pids: self.status.pids,
                 });
                 end.then_some(Ending::Planned(taken))
             }

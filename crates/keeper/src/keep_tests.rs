@@ -102,16 +102,20 @@ fn epochs_are_taken_until_the_planned_end_and_the_first_is_no_base() {
     assert_eq!(before.failures, 0);
     assert_eq!(before.tracking, "write-protect");
     assert_eq!(before.median_stop_us, Some(500));
-    let Some(Reply::Taken { epoch, pid, .. }) = reply else {
+    let Some(Reply::Taken { epoch, pids }) = reply else {
         panic!("{reply:?}")
     };
-    assert_eq!(pid, before.pid);
+    assert_eq!(pids, before.pids);
     assert_eq!(outcome.ending, Ending::Planned(epoch.clone()));
     assert_eq!(epoch.epoch, outcome.log.committed);
     assert!(epoch.epoch > before.epoch);
     assert_eq!(outcome.log.bases, 0);
     assert_eq!(outcome.trace.last(), Some(&"end"));
-    assert_eq!(crate::procfs::start_time(pid), None, "the program is gone");
+    assert_eq!(
+        crate::procfs::start_time(pids.pid),
+        None,
+        "the program is gone"
+    );
 }
 
 #[test]
@@ -123,8 +127,8 @@ fn failures_are_counted_said_once_and_never_end_the_program() {
         }
         let status = status(dir);
         let signal = Signal::KILL;
-        let pid = Pid::from_raw(i32::try_from(status.pid).unwrap()).unwrap();
-        let alive = crate::procfs::start_time(status.pid).is_some();
+        let pid = Pid::from_raw(i32::try_from(status.pids.pid).unwrap()).unwrap();
+        let alive = crate::procfs::start_time(status.pids.pid).is_some();
         rustix::process::kill_process(pid, signal).unwrap();
         (first, status, alive)
     };

@@ -1,6 +1,47 @@
 //! The few facts of `/proc` that tell one process from another.
 
+use serde::{Deserialize, Serialize};
+use std::fmt;
 use std::fs;
+
+/// The number of a process here, and the one that it sees itself: they differ where it lives in a
+/// PID namespace of its own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Pids {
+    /// Here.
+    pub pid: u32,
+    /// There.
+    pub ns_pid: u32,
+}
+
+impl Pids {
+    /// Of a process with this number here; of one that is gone they are taken to be equal.
+    #[must_use]
+    pub fn of(pid: u32) -> Self {
+        let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+        let ns_pid = innermost(&status).unwrap_or(pid);
+        Self { pid, ns_pid }
+    }
+}
+
+impl fmt::Display for Pids {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.pid)?;
+        if self.pid != self.ns_pid {
+            write!(f, " ({} in its PID namespace)", self.ns_pid)?;
+        }
+        Ok(())
+    }
+}
+
+/// The last field of the line `NSpid`, which tells the numbers of a process from the namespace of
+/// this `/proc` inwards.
+fn innermost(status: &str) -> Option<u32> {
+    let line = status
+        .lines()
+        .find_map(|line| line.strip_prefix("NSpid:"))?;
+    line.split_ascii_whitespace().next_back()?.parse().ok()
+}
 
 /// Start time of a process in clock ticks since boot; `None` where it is gone or a zombie.
 #[must_use]
@@ -97,6 +138,20 @@ mod tests {
         assert_eq!(parse_stat(b"17 (a"), None);
         assert_eq!(parse_stat(b"17 (a) S 1 1"), None);
         assert!(start_time(std::process::id()).is_some());
+    }
+
+    #[test]
+    fn both_numbers_are_told_where_they_differ() {
+        let status = "Name:\tx\nNStgid:\t700\t7\nNSpid:\t700\t7\n";
+        assert_eq!(innermost(status), Some(7));
+        assert_eq!(innermost("Name:\tx\n"), None);
+        let me = Pids::of(std::process::id());
+        assert_eq!(me.to_string(), std::process::id().to_string());
+        let other = Pids { ns_pid: 7, ..me };
+        assert!(
+            other.to_string().ends_with(" (7 in its PID namespace)"),
+            "{other}"
+        );
     }
 
     #[test]

@@ -16,6 +16,7 @@ pub mod kcmp;
 pub mod maps;
 pub mod memory;
 pub mod pagemap;
+pub mod pid_namespace;
 pub mod ptrace;
 pub mod remote;
 pub mod signals;

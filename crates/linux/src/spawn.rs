@@ -10,7 +10,7 @@
 
 use crate::clock::TimeOffsets;
 use crate::{Errno, last_error};
-use rustix::fd::{AsRawFd, FromRawFd, OwnedFd};
+use rustix::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::fs::File;
 use std::io::Read;
 
@@ -25,6 +25,14 @@ pub enum SpawnError {
     Clone {
         /// The process ID.
         pid: u32,
+        /// What the kernel said.
+        source: Errno,
+    },
+    /// The PID namespace could not be made or joined.
+    #[error("creating a PID namespace: {what}: {source}")]
+    PidNamespace {
+        /// What was done.
+        what: &'static str,
         /// What the kernel said.
         source: Errno,
     },
@@ -139,19 +147,104 @@ fn end(status: u32) -> ! {
     }
 }
 
-const STEP_UNSHARE: u8 = 1;
-const STEP_OFFSETS: u8 = 2;
-const STEP_CLONE: u8 = 3;
+/// How far a midwife came, and what came of it.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Report {
+    step: Step,
+    errno: i32,
+    /// The process that was made, as the midwife sees it.
+    pid: u32,
+}
 
-/// Creates the waiting process. With `time`, in a new time namespace with these offsets.
-pub fn waiting_process(pid: u32, time: Option<TimeOffsets>) -> Result<(), SpawnError> {
+/// What a midwife does, in this order.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub(crate) enum Step {
+    /// Making a time namespace.
+    Unshare,
+    /// Setting the offsets of its clocks.
+    Offsets,
+    /// Making PID and mount namespaces.
+    Contain,
+    /// Joining namespaces.
+    Join,
+    /// Making the process.
+    Clone,
+}
+
+const STEPS: [Step; 5] = [
+    Step::Unshare,
+    Step::Offsets,
+    Step::Contain,
+    Step::Join,
+    Step::Clone,
+];
+
+impl Report {
+    const LENGTH: usize = 9;
+
+    pub(crate) fn failed(step: Step, errno: Errno) -> Self {
+        let errno = errno.raw_os_error();
+        Self {
+            step,
+            errno,
+            pid: 0,
+        }
+    }
+
+    fn to_bytes(self) -> [u8; Self::LENGTH] {
+        let mut raw = [0; Self::LENGTH];
+        raw[0] = self.step as u8;
+        raw[1..5].copy_from_slice(&self.errno.to_ne_bytes());
+        raw[5..].copy_from_slice(&self.pid.to_ne_bytes());
+        raw
+    }
+
+    fn from_bytes(raw: [u8; Self::LENGTH]) -> Option<Self> {
+        let [step, e0, e1, e2, e3, p0, p1, p2, p3] = raw;
+        Some(Self {
+            step: *STEPS.get(usize::from(step))?,
+            errno: i32::from_ne_bytes([e0, e1, e2, e3]),
+            pid: u32::from_ne_bytes([p0, p1, p2, p3]),
+        })
+    }
+
+    /// The process that was made for `wanted`.
+    pub(crate) fn made(self, wanted: u32) -> Result<u32, SpawnError> {
+        if self.errno == 0 {
+            return Ok(self.pid);
+        }
+        let source = Errno::from_raw_os_error(self.errno);
+        match self.step {
+            Step::Unshare | Step::Offsets => Err(SpawnError::TimeNamespace(source)),
+            Step::Contain => Err(SpawnError::PidNamespace {
+                what: "new PID and mount namespaces",
+                source,
+            }),
+            Step::Join => Err(SpawnError::PidNamespace {
+                what: "joining it",
+                source,
+            }),
+            Step::Clone => Err(SpawnError::Clone {
+                pid: wanted,
+                source,
+            }),
+        }
+    }
+}
+
+/// Runs `work` in a child of this process that ends then: a midwife, which changes its own
+/// namespaces and makes a process that becomes our child.
+///
+/// # Safety
+/// `work` obeys the rule in the module heading: system calls only.
+pub(crate) unsafe fn by_midwife(work: impl FnOnce() -> Report) -> Result<Report, SpawnError> {
     let (reader, writer) =
         rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).map_err(SpawnError::Other)?;
-    let offsets = time.map(|t| t.render());
-    // SAFETY: the child only runs `midwife`, which obeys the rule in the module heading.
+    // SAFETY: the child only runs `work`, which obeys the rule by the contract of this function.
     let child = unsafe { libc::fork() };
     if child == 0 {
-        let report = midwife(pid, offsets.as_deref().map(str::as_bytes));
+        let report = work().to_bytes();
         // SAFETY: report is live; _exit does not return.
         unsafe {
             libc::write(writer.as_raw_fd(), report.as_ptr().cast(), report.len());
@@ -166,71 +259,158 @@ pub fn waiting_process(pid: u32, time: Option<TimeOffsets>) -> Result<(), SpawnE
     let mut status = 0;
     // SAFETY: status is live; the child is ours and about to exit.
     while unsafe { libc::waitpid(child, &raw mut status, 0) } < 0 && last_error() == Errno::INTR {}
-    let (step, errno) = report.map_err(SpawnError::Other)?;
-    match (step, errno) {
-        (_, 0) => Ok(()),
-        (STEP_UNSHARE | STEP_OFFSETS, e) => {
-            Err(SpawnError::TimeNamespace(Errno::from_raw_os_error(e)))
-        }
-        (_, e) => Err(SpawnError::Clone {
-            pid,
-            source: Errno::from_raw_os_error(e),
-        }),
-    }
+    report.map_err(SpawnError::Other)
 }
 
-fn read_report(reader: OwnedFd) -> Result<(u8, i32), Errno> {
-    let mut raw = [0u8; 5];
+fn read_report(reader: OwnedFd) -> Result<Report, Errno> {
+    let mut raw = [0u8; Report::LENGTH];
     File::from(reader)
         .read_exact(&mut raw)
         .map_err(|_| Errno::CHILD)?;
-    Ok((raw[0], i32::from_ne_bytes([raw[1], raw[2], raw[3], raw[4]])))
+    Report::from_bytes(raw).ok_or(Errno::PROTO)
 }
 
-/// Runs in the child: makes the namespace, then the process as a sibling of itself.
-fn midwife(pid: u32, offsets: Option<&[u8]>) -> [u8; 5] {
-    let report = |step: u8, errno: Errno| {
-        let e = errno.raw_os_error().to_ne_bytes();
-        [step, e[0], e[1], e[2], e[3]]
+/// Creates the waiting process. With `time`, in a new time namespace with these offsets.
+pub fn waiting_process(pid: u32, time: Option<TimeOffsets>) -> Result<(), SpawnError> {
+    let offsets = time.map(|t| t.render());
+    let offsets = offsets.as_deref().map(str::as_bytes);
+    // SAFETY: only system calls are made, on memory that is there already.
+    let report = unsafe {
+        by_midwife(|| match offsets.map(enter_time) {
+            Some(Err(report)) => report,
+            _ => waiting_sibling(pid),
+        })
     };
-    if let Some(text) = offsets {
-        // SAFETY: only numbers and pointers to live memory are passed.
-        unsafe {
-            if libc::unshare(libc::CLONE_NEWTIME) < 0 {
-                return report(STEP_UNSHARE, last_error());
-            }
-            let fd = libc::open(
-                c"/proc/self/timens_offsets".as_ptr(),
-                libc::O_WRONLY | libc::O_CLOEXEC,
-            );
-            if fd < 0 || libc::write(fd, text.as_ptr().cast(), text.len()) != text.len() as isize {
-                return report(STEP_OFFSETS, last_error());
-            }
-            libc::close(fd);
+    report?.made(pid).map(drop)
+}
+
+/// In a midwife: makes the time namespace of its children.
+pub(crate) fn enter_time(offsets: &[u8]) -> Result<(), Report> {
+    // SAFETY: only numbers and pointers to live memory are passed.
+    unsafe {
+        if libc::unshare(libc::CLONE_NEWTIME) < 0 {
+            return Err(Report::failed(Step::Unshare, last_error()));
         }
+        let fd = libc::open(
+            c"/proc/self/timens_offsets".as_ptr(),
+            libc::O_WRONLY | libc::O_CLOEXEC,
+        );
+        if fd < 0
+            || libc::write(fd, offsets.as_ptr().cast(), offsets.len()) != offsets.len() as isize
+        {
+            return Err(Report::failed(Step::Offsets, last_error()));
+        }
+        libc::close(fd);
     }
-    let set_tid = [pid as i32];
+    Ok(())
+}
+
+/// In a midwife: makes a sibling of itself that waits, with this process ID in its namespace, and
+/// ends with their common parent.
+pub(crate) fn waiting_sibling(pid: u32) -> Report {
+    // The exit signal of a sibling is that of its maker: SIGCHLD, from the fork.
+    match clone_with(libc::CLONE_PARENT, 0, Some(pid)) {
+        Err(e) => Report::failed(Step::Clone, e),
+        Ok(0) => {
+            // SAFETY: only numbers are passed.
+            unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) };
+            wait_for_ever()
+        }
+        Ok(made) => Report {
+            step: Step::Clone,
+            errno: 0,
+            pid: made,
+        },
+    }
+}
+
+/// In a midwife: makes a process that waits, with this process ID in the namespace that was joined.
+/// Its parent ends at once, so that it becomes a child of the namespace's init, and ends with that.
+pub(crate) fn waiting_orphan(pid: u32) -> Report {
+    let parent = match clone_with(0, libc::SIGCHLD, None) {
+        Err(e) => return Report::failed(Step::Clone, e),
+        Ok(0) => {
+            let error = match clone_with(0, libc::SIGCHLD, Some(pid)) {
+                Ok(0) => wait_for_ever(),
+                Ok(_) => 0,
+                Err(e) => e.raw_os_error(),
+            };
+            // SAFETY: only a number is passed.
+            unsafe { libc::_exit(error) }
+        }
+        Ok(parent) => parent.cast_signed(),
+    };
+    let mut status = 0;
+    // SAFETY: status is live; the process is a child of this one and about to exit.
+    while unsafe { libc::waitpid(parent, &raw mut status, 0) } < 0 && last_error() == Errno::INTR {}
+    Report {
+        step: Step::Clone,
+        // Error numbers are small enough for an exit status.
+        errno: status >> 8 & 0xff,
+        pid,
+    }
+}
+
+/// In a new process: waits until it is changed from outside.
+fn wait_for_ever() -> ! {
+    loop {
+        // SAFETY: nothing is passed.
+        unsafe { libc::pause() };
+    }
+}
+
+/// Makes a process in a copy of this one's memory; `Ok(0)` in the new one.
+fn clone_with(
+    flags: libc::c_int,
+    exit_signal: libc::c_int,
+    pid: Option<u32>,
+) -> Result<u32, Errno> {
+    let set_tid = [pid.unwrap_or(0) as i32];
     let args = CloneArgs {
-        // The exit signal of a sibling is that of its maker: SIGCHLD, from the fork.
-        flags: libc::CLONE_PARENT as u64,
-        set_tid: set_tid.as_ptr() as u64,
-        set_tid_size: 1,
+        flags: flags as u64,
+        exit_signal: exit_signal as u64,
+        set_tid: pid.map_or(0, |_| set_tid.as_ptr() as u64),
+        set_tid_size: u64::from(pid.is_some()),
         ..CloneArgs::default()
     };
-    // SAFETY: args and set_tid are live; the new process only waits and dies with its parent.
-    unsafe {
-        let r = libc::syscall(libc::SYS_clone3, &raw const args, size_of::<CloneArgs>());
-        if r == 0 {
-            libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
-            loop {
-                libc::pause();
-            }
+    // SAFETY: args and set_tid are live; without CLONE_VM the new process has its own copy.
+    let made = unsafe { libc::syscall(libc::SYS_clone3, &raw const args, size_of::<CloneArgs>()) };
+    u32::try_from(made).map_err(|_| last_error())
+}
+
+/// In a midwife: makes the PID and mount namespaces of its children.
+pub(crate) fn contain() -> Result<(), Report> {
+    // SAFETY: only numbers are passed.
+    if unsafe { libc::unshare(libc::CLONE_NEWPID | libc::CLONE_NEWNS) } < 0 {
+        return Err(Report::failed(Step::Contain, last_error()));
+    }
+    Ok(())
+}
+
+/// In a midwife: joins the PID, mount and time namespaces of a process.
+pub(crate) fn join(pidfd: RawFd) -> Result<(), Report> {
+    let all = libc::CLONE_NEWPID | libc::CLONE_NEWNS | libc::CLONE_NEWTIME;
+    // SAFETY: only numbers are passed.
+    if unsafe { libc::setns(pidfd, all) } < 0 {
+        return Err(Report::failed(Step::Join, last_error()));
+    }
+    Ok(())
+}
+
+/// In a midwife: a sibling of itself that runs this, which must obey the module's rule.
+pub(crate) fn running_sibling(run: impl FnOnce()) -> Report {
+    match clone_with(libc::CLONE_PARENT, 0, None) {
+        Err(e) => Report::failed(Step::Clone, e),
+        Ok(0) => {
+            run();
+            // SAFETY: only a number is passed.
+            unsafe { libc::_exit(0) }
         }
-        if r < 0 {
-            report(STEP_CLONE, last_error())
-        } else {
-            [STEP_CLONE, 0, 0, 0, 0]
-        }
+        Ok(made) => Report {
+            step: Step::Clone,
+            errno: 0,
+            pid: made,
+        },
     }
 }
 

@@ -213,8 +213,9 @@ pub struct RestoreArgs {
     /// Bring memory in when it is needed (not offered yet)
     #[arg(long, hide = true)]
     pub lazy: bool,
-    /// Restore into a new PID namespace (not offered yet)
-    #[arg(long, hide = true)]
+    /// Make a PID namespace for the program, in which its process IDs are free; it has others
+    /// outside
+    #[arg(long)]
     pub new_pid_ns: bool,
     /// Connections to outside peers: they are reset (keeping them is not offered yet)
     #[arg(long, default_value = "reset", value_name = "HOW", hide = true)]
@@ -290,11 +291,7 @@ impl Pace {
 
 impl RestoreArgs {
     fn missing(&self) -> Option<&'static str> {
-        let flags = [
-            (self.lazy, "--lazy"),
-            (self.new_pid_ns, "--new-pid-ns"),
-            (self.tcp == Tcp::Keep, "--tcp keep"),
-        ];
+        let flags = [(self.lazy, "--lazy"), (self.tcp == Tcp::Keep, "--tcp keep")];
         flags.iter().find_map(|(used, flag)| used.then_some(*flag))
     }
 }
@@ -375,7 +372,6 @@ mod tests {
             "run --strategy cow -- a",
             "attach --pid 1 --strategy redundant",
             "restore a --lazy",
-            "restore a --new-pid-ns",
             "restore a --tcp keep",
         ] {
             let error = parse(line).unwrap().offered().unwrap_err();
@@ -384,7 +380,7 @@ mod tests {
         }
         for line in [
             "run -- a",
-            "restore a --tcp reset --files keep",
+            "restore a --tcp reset --files keep --new-pid-ns",
             "checkpoint a",
             "checkpoint a --image d --leave-running",
         ] {

@@ -16,23 +16,22 @@ pub struct Kin {
 }
 
 /// All members as they are now, parents before their children. A tree that is not frozen may
-/// change meanwhile. With `strays`, all children of this process and what descends from them.
-pub fn list(root: u32, strays: bool) -> Vec<Kin> {
+/// change meanwhile. All other children of the adopters belong to it too, and what descends from
+/// them: processes whose parents have ended.
+pub fn list(root: u32, adopters: &[u32]) -> Vec<Kin> {
     let mut all = vec![Kin {
         pid: root,
         parent: 0,
         zombie: false,
     }];
-    if strays {
-        let ours = children(std::process::id()).into_iter();
-        all.extend(
-            ours.filter(|&pid| pid != root && !has_ended(pid))
-                .map(|pid| Kin {
-                    pid,
-                    parent: 0,
-                    zombie: false,
-                }),
-        );
+    for &adopter in adopters {
+        let adopted = children(adopter).into_iter();
+        let strays = adopted.filter(|p| *p != root && !adopters.contains(p) && !has_ended(*p));
+        all.extend(strays.map(|pid| Kin {
+            pid,
+            parent: 0,
+            zombie: false,
+        }));
     }
     let mut at = 0;
     while at < all.len() {
@@ -54,7 +53,14 @@ pub fn has_ended(pid: u32) -> bool {
     Status::tells_end(pid, pid)
 }
 
-fn children(pid: u32) -> Vec<u32> {
+/// The child of a process that sees itself with this ID.
+pub fn child_with_id(parent: u32, id: u32) -> Option<u32> {
+    let is = |pid: &u32| Status::read(*pid, *pid).is_ok_and(|s| s.inner.pid == id);
+    children(parent).into_iter().find(is)
+}
+
+/// All children, those that wait to be reaped as well.
+pub fn children(pid: u32) -> Vec<u32> {
     let Ok(tasks) = std::fs::read_dir(format!("/proc/{pid}/task")) else {
         return Vec::new();
     };
@@ -101,7 +107,7 @@ mod tests {
             .spawn()
             .unwrap();
         let found = |pid| {
-            list(std::process::id(), false)
+            list(std::process::id(), &[])
                 .into_iter()
                 .find(|k| k.pid == pid)
                 .unwrap()

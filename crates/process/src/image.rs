@@ -45,15 +45,15 @@ pub struct ZombieState {
 }
 
 impl ZombieState {
-    /// Reads the exit status of a zombie.
-    pub fn of(kin: Kin) -> Result<Self, ProcessError> {
-        let status = crate::target::Stat::read(kin.pid)
-            .map_err(|e| crate::target::gone_or(kin.pid, "reading its exit status", e))?
-            .exit_status;
+    /// Reads the exit status of a zombie whose parent sees itself with the ID `parent`.
+    pub fn of(kin: Kin, parent: u32) -> Result<Self, ProcessError> {
+        let failed = |e| crate::target::gone_or(kin.pid, "reading its exit status", e);
+        let status = crate::target::Stat::read(kin.pid).map_err(failed)?;
+        let seen = crate::target::Status::read(kin.pid, kin.pid).map_err(failed)?;
         Ok(Self {
-            pid: kin.pid,
-            parent: kin.parent,
-            status,
+            pid: seen.inner.pid,
+            parent,
+            status: status.exit_status,
         })
     }
 }

@@ -22,6 +22,7 @@ pub mod image;
 mod interval;
 mod laps;
 mod member;
+mod namespaces;
 mod pages;
 mod preflight;
 mod reentry;

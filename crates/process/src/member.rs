@@ -345,9 +345,10 @@ fn foothold(
     }
 }
 
-/// Everything of one process that would be refused later, as far as it can be seen before.
-pub fn refusals(target: &Target) -> Result<Vec<Refusal>, ProcessError> {
-    let mut refusals: Vec<Refusal> = preflight::of_process(target)?;
+/// Everything of one process that would be refused later, as far as it can be seen before; of a
+/// program with this root.
+pub fn refusals(target: &Target, root: u32) -> Result<Vec<Refusal>, ProcessError> {
+    let mut refusals: Vec<Refusal> = preflight::of_process(target, root)?;
     let mappings =
         maps::read_with_flags(target.pid).map_err(|e| target.kernel("reading its mappings", e))?;
     for (at, (m, flags)) in mappings.iter().enumerate() {

@@ -128,7 +128,7 @@ impl PageTracker {
             Pagemap::open(target.pid).map_err(|e| target.kernel("opening its page map", e))?;
         Ok(Self {
             pid: target.pid,
-            space: SpaceId(target.pid),
+            space: SpaceId(target.id),
             pagemap,
             tracker,
             stored: IntervalSet::default(),

@@ -1,29 +1,14 @@
 //! What is refused before any harm: everything about a process that could not be made again.
 
+use crate::namespaces;
 use crate::resources::timers;
 use crate::target::{Status, Target};
 use crate::{ProcessError, Refusal};
-use std::os::unix::fs::MetadataExt;
 
-/// Namespaces that must be those of the restorer.
-const NAMESPACES: [&str; 7] = ["cgroup", "ipc", "mnt", "net", "pid", "user", "uts"];
-
-/// Everything that would be refused later, as far as it can be seen while the program runs.
-pub fn of_process(target: &Target) -> Result<Vec<Refusal>, ProcessError> {
-    let mut found = Vec::new();
-    let pid = target.pid;
-    for name in NAMESPACES {
-        let id = |who: &str| std::fs::metadata(format!("/proc/{who}/ns/{name}")).map(|m| m.ino());
-        let theirs = id(&pid.to_string())
-            .map_err(|e| target.kernel(format!("reading its {name} namespace"), e))?;
-        if id("self").ok() != Some(theirs) {
-            found.push(target.refusal(
-                "",
-                format!("it lives in another {name} namespace"),
-                "run outlive inside that namespace",
-            ));
-        }
-    }
+/// Everything that would be refused later, as far as it can be seen while the program runs, of a
+/// process of the program with this root.
+pub fn of_process(target: &Target, root: u32) -> Result<Vec<Refusal>, ProcessError> {
+    let mut found = namespaces::refusals(target, root)?;
     found.extend(of_threads(target)?);
     Ok(found)
 }

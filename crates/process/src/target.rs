@@ -11,6 +11,9 @@ use std::os::unix::ffi::OsStrExt;
 pub struct Target {
     /// Its process ID, as this process sees it.
     pub pid: u32,
+    /// Its process ID as it sees itself: another one in a PID namespace below ours. It is what is
+    /// saved.
+    pub id: u32,
     /// Its name.
     pub program: String,
     /// A descriptor for it.
@@ -46,6 +49,7 @@ impl Target {
         let own_child = status.ppid == std::process::id();
         Ok(Self {
             pid,
+            id: status.inner.pid,
             program: status.name,
             pidfd,
             own_child,
@@ -143,6 +147,19 @@ pub fn gone_or(pid: u32, what: &str, source: io::Error) -> ProcessError {
     }
 }
 
+/// IDs of a thread in the PID namespace in which it lives.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct InnerIds {
+    /// The thread.
+    pub tid: u32,
+    /// The process.
+    pub pid: u32,
+    /// Process group, 0 where it is one of an outer namespace.
+    pub pgid: u32,
+    /// Session, 0 where it is one of an outer namespace.
+    pub sid: u32,
+}
+
 /// What `/proc/PID/task/TID/status` tells (`proc_pid_status(5)`).
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Status {
@@ -156,6 +173,8 @@ pub struct Status {
     pub ppid: u32,
     /// Tracer, 0 where there is none.
     pub tracer: u32,
+    /// The IDs that it sees itself.
+    pub inner: InnerIds,
     /// Real, effective, saved and file system user.
     pub uid: [u32; 4],
     /// Real, effective, saved and file system group.
@@ -189,9 +208,19 @@ impl Status {
 
     /// Reads the status of a thread.
     pub fn read(pid: u32, tid: u32) -> io::Result<Self> {
-        Ok(Self::parse(&std::fs::read(format!(
-            "/proc/{pid}/task/{tid}/status"
-        ))?))
+        let mut status = Self::parse(&std::fs::read(format!("/proc/{pid}/task/{tid}/status"))?);
+        if status.inner.tid == 0 {
+            // A kernel without PID namespaces does not tell.
+            let stat = Stat::read(pid)?;
+            let (pgid, sid) = (stat.pgid, stat.sid);
+            status.inner = InnerIds {
+                tid,
+                pid,
+                pgid,
+                sid,
+            };
+        }
+        Ok(status)
     }
 
     fn parse(text: &[u8]) -> Self {
@@ -214,6 +243,11 @@ impl Status {
                 .and_then(|w| w.parse().ok())
                 .unwrap_or(0)
         };
+        // From the namespace of this `/proc` inwards.
+        let innermost = || {
+            let last = value.split_whitespace().next_back();
+            last.and_then(|w| w.parse().ok()).unwrap_or(0)
+        };
         let hex = || u64::from_str_radix(value.trim(), 16).unwrap_or(0);
         let four = || {
             let mut ids = value
@@ -228,6 +262,10 @@ impl Status {
             "Tgid" => self.tgid = number(),
             "PPid" => self.ppid = number(),
             "TracerPid" => self.tracer = number(),
+            "NSpid" => self.inner.tid = innermost(),
+            "NStgid" => self.inner.pid = innermost(),
+            "NSpgid" => self.inner.pgid = innermost(),
+            "NSsid" => self.inner.sid = innermost(),
             "Uid" => self.uid = four(),
             "Gid" => self.gid = four(),
             "Groups" => {
@@ -319,6 +357,13 @@ mod tests {
         assert_eq!(status.tgid, pid);
         assert_eq!(status.uid[0], rustix::process::getuid().as_raw());
         let stat = Stat::read(pid).unwrap();
+        let inner = InnerIds {
+            tid: pid,
+            pid,
+            pgid: stat.pgid,
+            sid: stat.sid,
+        };
+        assert_eq!(status.inner, inner);
         assert!(stat.layout[0] > 0 && stat.layout[2] > stat.layout[0]);
         // Not asked of `getsid`: a session may be 0, that of the kernel or of an outer namespace,
         // and then there is no `Pid` for it.
@@ -340,6 +385,19 @@ mod tests {
             (2, 3, 64, 26)
         );
         assert_eq!(Stat::parse(b"7 (x"), None);
+    }
+
+    #[test]
+    fn the_innermost_ids_are_those_that_a_process_sees() {
+        let text = b"NStgid:\t700\t7\nNSpid:\t701\t8\nNSpgid:\t600\t0\nNSsid:\t500\t5\n";
+        let inner = InnerIds {
+            tid: 8,
+            pid: 7,
+            pgid: 0,
+            sid: 5,
+        };
+        assert_eq!(Status::parse(text).inner, inner);
+        assert_eq!(Status::parse(b"Tgid:\t7\n").inner, InnerIds::default());
     }
 
     #[test]

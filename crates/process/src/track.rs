@@ -15,8 +15,8 @@ use crate::member::{self, Member, NotAdopted, Seen};
 use crate::reentry::{Sleepers, WaitBook};
 use crate::resources::descriptors;
 use crate::resources::shared::SharedObjects;
-use crate::target::Target;
-use crate::{ProcessError, Refusal, preflight};
+use crate::target::{Status, Target};
+use crate::{ProcessError, Refusal, namespaces, preflight};
 use outlive_epoch::{EpochFacts, PageSink, Run};
 use outlive_linux::thread::Urgent;
 use rustix::fd::AsFd;
@@ -32,6 +32,7 @@ pub struct TrackOptions {
     pub incremental: bool,
     /// Whether all children of the calling process belong to the program: then a process whose
     /// parent has ended belongs to it too, if the caller is a subreaper (`PR_SET_CHILD_SUBREAPER`).
+    /// In a PID namespace that a restore made, such processes belong to it in any case.
     pub strays: bool,
 }
 
@@ -67,6 +68,8 @@ const MAX_PASSES: u32 = 8;
 /// A running program under tracking. Between epochs nothing is attached to it.
 pub struct Tracked {
     root: u32,
+    /// Processes whose children all belong to the program.
+    adopters: Vec<u32>,
     options: TrackOptions,
     tracking: Tracking,
     members: BTreeMap<u32, Member>,
@@ -93,9 +96,14 @@ impl Tracked {
     /// Begins to track process `pid` and what descends from it. Refuses, before any harm, state
     /// that could not be restored.
     pub fn attach(pid: u32, options: TrackOptions) -> Result<Self, ProcessError> {
-        refuse_early(pid, options.strays)?;
+        let mut adopters: Vec<u32> = namespaces::init_of(pid).into_iter().collect();
+        if options.strays {
+            adopters.push(std::process::id());
+        }
+        refuse_early(pid, &adopters)?;
         let mut tracked = Self {
             root: pid,
+            adopters,
             options,
             tracking: Tracking::WriteProtect,
             members: BTreeMap::new(),
@@ -124,7 +132,7 @@ impl Tracked {
     /// Gains a foothold in every process that is not a member yet, one after the other.
     fn adopt_all(&mut self) -> Result<(), ProcessError> {
         self.drop_ended();
-        for kin in family::list(self.root, self.options.strays) {
+        for kin in family::list(self.root, &self.adopters) {
             if kin.zombie || self.members.contains_key(&kin.pid) {
                 continue;
             }
@@ -288,7 +296,7 @@ impl Tracked {
     ) -> Result<Vec<Kin>, ProcessError> {
         let mut done = BTreeSet::new();
         loop {
-            let kin = family::list(self.root, self.options.strays);
+            let kin = family::list(self.root, &self.adopters);
             let new: Vec<Kin> = kin
                 .iter()
                 .copied()
@@ -395,24 +403,22 @@ impl Tracked {
         laps.lap("descriptors");
         let mut states = Vec::with_capacity(frozen.len());
         for process in frozen.iter_mut() {
-            let spare = self
-                .spare
-                .lock()
-                .ok()
-                .and_then(|mut s| s.remove(&process.kin.pid));
+            let parent = self.id_of(process.kin.parent);
             let member = self
                 .members
                 .get_mut(&process.kin.pid)
                 .ok_or_else(|| gone(process.kin.pid))?;
+            let spare = self.spare.lock().ok();
+            let spare = spare.and_then(|mut s| s.remove(&member.target.id));
             member.spare = spare.unwrap_or_default();
             let seen = std::mem::take(&mut process.seen);
             let mut state = member.capture(&mut process.threads, seen, &mut self.shared)?;
-            state.process.parent = process.kin.parent;
+            state.process.parent = parent;
             states.push(state);
         }
         let zombies = zombies
             .into_iter()
-            .map(ZombieState::of)
+            .map(|kin| ZombieState::of(kin, self.id_of(kin.parent)))
             .collect::<Result<_, _>>()?;
         // After everything that has time left: a timer may fire late by the clocks, never early.
         let clocks = Clocks::of(&self.member(self.root)?.target)?;
@@ -441,6 +447,11 @@ impl Tracked {
         })
     }
 
+    /// The ID under which a member is saved; 0 of none.
+    fn id_of(&self, pid: u32) -> u32 {
+        self.members.get(&pid).map_or(0, |m| m.target.id)
+    }
+
     fn member(&self, pid: u32) -> Result<&Member, ProcessError> {
         self.members.get(&pid).ok_or_else(|| gone(pid))
     }
@@ -451,7 +462,7 @@ impl Tracked {
             let Some((target, waits)) = process.stranger.take() else {
                 continue;
             };
-            let mut refusals = member::refusals(&target)?;
+            let mut refusals = member::refusals(&target, self.root)?;
             refusals.extend(family::refuse_shared(&target, process.kin.parent));
             let adopted = if refusals.is_empty() {
                 self.adopt(target, waits, &mut process.threads)
@@ -479,7 +490,14 @@ impl Tracked {
             .filter_map(|p| self.members.get(&p.kin.pid))
             .map(|m| view(&m.target))
             .collect();
-        descriptors::collect_table(&targets, &mut self.descriptors, &mut self.shared)
+        let mut collected =
+            descriptors::collect_table(&targets, &mut self.descriptors, &mut self.shared)?;
+        let root = &self.member(self.root)?.target;
+        if root.id != root.pid {
+            let ids = ids_inside(frozen);
+            collected.table.rename(&|here| inside(here, &ids));
+        }
+        Ok(collected)
     }
 
     /// Call when an epoch was not committed: what it took as saved is not; the next one is full.
@@ -517,6 +535,22 @@ fn remove_from(member: &mut Member, timeout: Duration) -> Result<(), ProcessErro
     removed
 }
 
+/// The IDs that threads see themselves, by those that they have here.
+fn ids_inside(frozen: &[Frozen]) -> BTreeMap<u32, u32> {
+    let of = |p: &Frozen| {
+        let seen = p.threads.iter().zip(&p.seen);
+        let ids = seen.map(|(held, (sight, _))| (held.tid, sight.status.inner.tid));
+        ids.collect::<Vec<_>>()
+    };
+    frozen.iter().flat_map(of).collect()
+}
+
+/// The same of a thread or of a process that has ended; 0 of what is gone.
+fn inside(here: u32, ids: &BTreeMap<u32, u32>) -> u32 {
+    let ended = || Status::read(here, here).map_or(0, |s| s.inner.pid);
+    ids.get(&here).copied().unwrap_or_else(ended)
+}
+
 fn gone(pid: u32) -> ProcessError {
     ProcessError::Gone {
         pid,
@@ -542,10 +576,10 @@ impl Drop for Tracked {
     }
 }
 
-fn refuse_early(root: u32, strays: bool) -> Result<(), ProcessError> {
+fn refuse_early(root: u32, adopters: &[u32]) -> Result<(), ProcessError> {
     let mut refusals: Vec<Refusal> = Vec::new();
     let mut targets = vec![Target::open(root)?];
-    for kin in family::list(root, strays)
+    for kin in family::list(root, adopters)
         .into_iter()
         .skip(1)
         .filter(|k| !k.zombie)
@@ -558,7 +592,7 @@ fn refuse_early(root: u32, strays: bool) -> Result<(), ProcessError> {
         targets.push(target);
     }
     for target in &targets {
-        match member::refusals(target) {
+        match member::refusals(target, root) {
             Ok(found) => refusals.extend(found),
             Err(_) if target.pid != root && target.has_ended() => {}
             Err(e) => return Err(e),

@@ -7,6 +7,7 @@ use outlive_epoch::{Acked, EpochFacts};
 use outlive_keeper::control::{Reply, Request, ask};
 use outlive_keeper::epoch::{EpochLog, Program, Taken, micros, take, take_and_end};
 use outlive_keeper::images::{self, Image, Log, Summary};
+use outlive_keeper::procfs::Pids;
 use outlive_keeper::subject::{Root, Subject};
 use outlive_keeper::{KeeperError, procfs};
 use outlive_process::image::SubjectState;
@@ -20,24 +21,24 @@ const STOP_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// `outlive checkpoint`
 pub fn checkpoint(root: &Root, args: &CheckpointArgs, json: bool) -> Result<u8, KeeperError> {
-    let (what, pid, taken) = match (&args.name, args.pid, &args.image) {
+    let (what, pids, taken) = match (&args.name, args.pid, &args.image) {
         (Some(name), _, Some(image)) => {
-            let (pid, taken) = copy(root, name, image, args)?;
-            (image.display().to_string(), pid, taken)
+            let (pids, taken) = copy(root, name, image, args)?;
+            (image.display().to_string(), pids, taken)
         }
         (Some(name), _, None) => {
             let subject = root.existing(name)?;
             let taken = through_keeper(&subject, Request::Checkpoint, args.timeout)?;
-            let (pid, taken) = taken.ok_or_else(|| {
+            let (pids, taken) = taken.ok_or_else(|| {
                 KeeperError::Refused(format!(
                     "{name} is not kept by anybody now; `outlive restore {name}` continues it"
                 ))
             })?;
-            (name.clone(), pid, taken)
+            (name.clone(), pids, taken)
         }
         (None, Some(pid), Some(image)) => (
             image.display().to_string(),
-            pid,
+            Pids::of(pid),
             to_image(args, pid, image)?,
         ),
         _ => {
@@ -46,7 +47,7 @@ pub fn checkpoint(root: &Root, args: &CheckpointArgs, json: bool) -> Result<u8, 
             ));
         }
     };
-    show(&what, pid, &taken, json);
+    show(&what, pids, &taken, json);
     Ok(0)
 }
 
@@ -55,9 +56,9 @@ fn through_keeper(
     subject: &Subject,
     request: Request,
     patience: Option<Duration>,
-) -> Result<Option<(u32, Taken)>, KeeperError> {
+) -> Result<Option<(Pids, Taken)>, KeeperError> {
     match ask(subject.dir(), request, patience)? {
-        Some(Reply::Taken { epoch, pid, .. }) => Ok(Some((pid, epoch))),
+        Some(Reply::Taken { epoch, pids }) => Ok(Some((pids, epoch))),
         Some(Reply::Failed { error, exit }) => Err(KeeperError::Told {
             message: error,
             exit,
@@ -77,7 +78,7 @@ fn copy(
     name: &str,
     image: &Path,
     args: &CheckpointArgs,
-) -> Result<(u32, Taken), KeeperError> {
+) -> Result<(Pids, Taken), KeeperError> {
     let began = Instant::now();
     let subject = root.existing(name)?;
     must_be_free(image)?;
@@ -99,6 +100,15 @@ fn copy(
             ));
         }
     })?;
+    // Where nobody keeps it, nobody knows what it was here.
+    let ns_pid = saved.root_process;
+    let pids = taken.map_or(
+        Pids {
+            pid: ns_pid,
+            ns_pid,
+        },
+        |(pids, _)| pids,
+    );
     let processes = u32::try_from(saved.processes.len()).unwrap_or(u32::MAX);
     let taken = Taken {
         epoch: acked.epoch.0,
@@ -110,7 +120,7 @@ fn copy(
         pages: acked.pages,
         bytes_written: acked.bytes_written,
     };
-    Ok((saved.root_process, taken))
+    Ok((pids, taken))
 }
 
 fn copy_newest(
@@ -212,10 +222,11 @@ fn discard(image: &Path, existed: bool) {
     }
 }
 
-fn show(what: &str, pid: u32, taken: &Taken, json: bool) {
+fn show(what: &str, pids: Pids, taken: &Taken, json: bool) {
     if json {
         out::json(&json!({
-            "pid": pid,
+            "pid": pids.pid,
+            "ns_pid": pids.ns_pid,
             "processes": taken.processes,
             "threads": taken.threads,
             "stop_us": taken.stop_us,
@@ -228,7 +239,7 @@ fn show(what: &str, pid: u32, taken: &Taken, json: bool) {
         return;
     }
     out::line(&format!(
-        "{what}: epoch {} of pid {pid} ({}, {})",
+        "{what}: epoch {} of pid {pids} ({}, {})",
         taken.epoch,
         out::plural(taken.processes.into(), "process", "processes"),
         out::plural(taken.threads.into(), "thread", "threads"),

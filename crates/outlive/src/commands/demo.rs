@@ -180,7 +180,7 @@ impl Show {
         loop {
             if let Ok(Some(Reply::Status(status))) = ask(self.subject.dir(), Request::Status, None)
             {
-                self.program = Some(status.pid);
+                self.program = Some(status.pids.pid);
                 if status.epoch > 0 {
                     return Ok(());
                 }
@@ -215,7 +215,7 @@ impl Show {
         let Some(Reply::Status(status)) = status else {
             return Err(KeeperError::Other("the keeper did not answer".into()));
         };
-        self.program = Some(status.pid);
+        self.program = Some(status.pids.pid);
         self.end();
         Ok(status.epoch)
     }

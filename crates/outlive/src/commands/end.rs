@@ -5,6 +5,7 @@ use crate::out;
 use outlive_keeper::KeeperError;
 use outlive_keeper::control::{Reply, Request, ask};
 use outlive_keeper::epoch::{Taken, micros};
+use outlive_keeper::procfs::Pids;
 use outlive_keeper::subject::{Root, Subject};
 use serde_json::{Value, json};
 use std::time::{Duration, Instant};
@@ -14,7 +15,7 @@ const GOODBYE: Duration = Duration::from_secs(5);
 
 /// A planned end, as the keeper told of it.
 struct End {
-    pid: u32,
+    pids: Pids,
     taken: Taken,
     /// From the request, as it was sent, until the program had ended, microseconds.
     event_us: u64,
@@ -99,9 +100,9 @@ fn not_kept(subject: &Subject) -> Result<(), KeeperError> {
 /// Asks the keeper for a planned end and waits until the keeper is gone; `None` without one.
 fn end(subject: &Subject, request: Request) -> Result<Option<End>, KeeperError> {
     let started = Instant::now();
-    let (taken, pid) = match ask(subject.dir(), request, None)? {
+    let (taken, pids) = match ask(subject.dir(), request, None)? {
         None => return Ok(None),
-        Some(Reply::Taken { epoch, pid }) => (epoch, pid),
+        Some(Reply::Taken { epoch, pids }) => (epoch, pids),
         Some(Reply::Failed { error, exit }) => {
             return Err(KeeperError::Told {
                 message: error,
@@ -119,7 +120,7 @@ fn end(subject: &Subject, request: Request) -> Result<Option<End>, KeeperError> 
         std::thread::sleep(Duration::from_millis(1));
     }
     Ok(Some(End {
-        pid,
+        pids,
         taken,
         event_us,
     }))
@@ -129,7 +130,8 @@ fn figures(name: &str, end: &End) -> Value {
     json!({
         "name": name,
         "state": "stopped",
-        "pid": end.pid,
+        "pid": end.pids.pid,
+        "ns_pid": end.pids.ns_pid,
         "epoch": end.taken.epoch,
         "time": out::moment(end.taken.time_ns),
         "stop_us": end.taken.stop_us,

@@ -4,6 +4,7 @@ use crate::out::{self, Column};
 use outlive_epoch::StoreError;
 use outlive_keeper::control::{Reply, Request, Status, ask};
 use outlive_keeper::images::{Image, Summary};
+use outlive_keeper::procfs::Pids;
 use outlive_keeper::subject::{Card, Root, Subject};
 use outlive_keeper::{KeeperError, stats};
 use serde_json::{Value, json};
@@ -72,10 +73,11 @@ fn look(subject: &Subject) -> Entry {
 }
 
 impl Entry {
-    fn pid(&self) -> Option<u32> {
+    fn pids(&self) -> Option<Pids> {
         let runs = self.live.is_some() || self.state == "not kept";
-        let card = self.card.as_ref().filter(|_| runs).map(|card| card.pid);
-        self.live.as_ref().map(|live| live.pid).or(card)
+        let card = self.card.as_ref().filter(|_| runs);
+        let live = self.live.as_ref().map(|live| live.pids);
+        live.or_else(|| card.map(|card| Pids::of(card.pid)))
     }
 
     fn newest(&self) -> Option<u64> {
@@ -93,7 +95,8 @@ impl Entry {
         json!({
             "name": self.name,
             "state": self.state,
-            "pid": self.pid(),
+            "pid": self.pids().map(|pids| pids.pid),
+            "ns_pid": self.pids().map(|pids| pids.ns_pid),
             "keeper_pid": live.map(|l| l.keeper_pid),
             "epoch": self.newest(),
             "epochs": self.epochs.len(),
@@ -140,7 +143,7 @@ fn table(entries: &[Entry]) -> String {
             vec![
                 entry.name.clone(),
                 out::tame(&entry.state),
-                entry.pid().map_or_else(dash, |pid| pid.to_string()),
+                entry.pids().map_or_else(dash, |pids| pids.to_string()),
                 entry.newest().map_or_else(dash, |n| n.to_string()),
                 entry.last_time().map_or_else(dash, out::short_moment),
                 stop(live.and_then(|l| l.last_stop_us)),

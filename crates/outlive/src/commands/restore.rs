@@ -13,12 +13,13 @@ use crate::out;
 use crate::progress::Watched;
 use crate::terminal::{self, Lent, Modes};
 use outlive_epoch::EpochReader;
+use outlive_keeper::KeeperError;
 use outlive_keeper::control::Control;
 use outlive_keeper::images::{Image, Log};
 use outlive_keeper::keep::{Companion, Keeper, Settings};
 use outlive_keeper::ownership::Own;
+use outlive_keeper::procfs::{self, Pids};
 use outlive_keeper::subject::{Card, Root, Subject};
-use outlive_keeper::{KeeperError, procfs};
 use outlive_linux::signals::SignalQueue;
 use outlive_process::{FilesPolicy, Ready, RestoreOptions, Restored, TrackOptions, Tracked};
 use rustix::fd::OwnedFd;
@@ -54,7 +55,7 @@ const ENDS: [i32; 4] = [
 #[derive(Debug, Serialize, Deserialize)]
 enum Report {
     Done {
-        pid: u32,
+        pids: Pids,
         restore_us: u64,
         first_run_us: u64,
         epoch: u64,
@@ -213,7 +214,7 @@ fn put_in_place(image: &Image, args: &RestoreArgs) -> Result<(Ready, u64), Keepe
         Files::Keep => FilesPolicy::Keep,
     };
     let epoch = EpochReader::id(&*reader).0;
-    if let Ok(saved) = outlive_process::image::describe(&*reader) {
+    if let (false, Ok(saved)) = (args.new_pid_ns, outlive_process::image::describe(&*reader)) {
         // The number of a program that was just killed is free once its new parent has reaped it.
         let patience = Instant::now();
         while procfs::lingers(saved.root_process) && patience.elapsed() < REAPING {
@@ -221,7 +222,11 @@ fn put_in_place(image: &Image, args: &RestoreArgs) -> Result<(Ready, u64), Keepe
         }
     }
     let reader = Watched::new(reader);
-    let ready = outlive_process::restore(&reader, &RestoreOptions { files })?;
+    let options = RestoreOptions {
+        files,
+        new_pid_ns: args.new_pid_ns,
+    };
+    let ready = outlive_process::restore(&reader, &options)?;
     Ok((ready, epoch))
 }
 
@@ -229,12 +234,13 @@ impl Teller {
     fn tell(&mut self, restored: Restored, epoch: u64) {
         let Restored {
             pid,
+            ns_pid,
             restore_us,
             first_run_us,
             notices,
         } = restored;
         let report = Report::Done {
-            pid,
+            pids: Pids { pid, ns_pid },
             restore_us,
             first_run_us,
             epoch,
@@ -260,7 +266,7 @@ impl Report {
     }
 
     fn show(self, json: bool) -> Result<u8, KeeperError> {
-        let (pid, restore_us, first_run_us, epoch, notices) = match self {
+        let (pids, restore_us, first_run_us, epoch, notices) = match self {
             Self::Failed { error, exit } => {
                 return Err(KeeperError::Told {
                     message: error,
@@ -268,20 +274,20 @@ impl Report {
                 });
             }
             Self::Done {
-                pid,
+                pids,
                 restore_us,
                 first_run_us,
                 epoch,
                 notices,
-            } => (pid, restore_us, first_run_us, epoch, notices),
+            } => (pids, restore_us, first_run_us, epoch, notices),
         };
         for notice in &notices {
             out::say(notice);
         }
         if json {
             out::json(&json!({
-                "pid": pid,
-                "ns_pid": pid,
+                "pid": pids.pid,
+                "ns_pid": pids.ns_pid,
                 "restore_us": restore_us,
                 "first_run_us": first_run_us,
                 "epoch": epoch,
@@ -289,7 +295,7 @@ impl Report {
             }));
         } else {
             out::say(&format!(
-                "pid {pid} runs again from epoch {epoch}: all in place after {}, first run after {}",
+                "pid {pids} runs again from epoch {epoch}: all in place after {}, first run after {}",
                 out::time_us(restore_us),
                 out::time_us(first_run_us),
             ));

@@ -11,6 +11,7 @@ mod bad_images;
 mod kills;
 mod no_space;
 mod owners;
+mod pid_namespace;
 mod programs;
 mod refusals;
 mod servers;

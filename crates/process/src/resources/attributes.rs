@@ -10,13 +10,14 @@ use outlive_state_tree::StateNode;
 #[derive(StateNode, Clone, Debug, PartialEq, Eq)]
 #[state(compatible = "outlive,process-v1")]
 pub struct ProcessState {
-    /// Process ID.
+    /// Process ID. This and all other IDs are those of the PID namespace in which the program
+    /// lives.
     pub pid: u32,
     /// Parent within the subject; 0 for the root, and where the parent has ended.
     pub parent: u32,
-    /// Process group.
+    /// Process group, 0 where it is one of an outer PID namespace.
     pub pgid: u32,
-    /// Session.
+    /// Session, 0 where it is one of an outer PID namespace.
     pub sid: u32,
     /// It led a session that had a controlling terminal.
     pub led_terminal_session: bool,
@@ -135,10 +136,10 @@ pub fn collect(
         *word = u32::from_ne_bytes([raw[0], raw[1], raw[2], raw[3]]);
     }
     Ok(ProcessState {
-        pid: target.pid,
+        pid: target.id,
         parent: 0,
-        pgid: stat.pgid,
-        sid: stat.sid,
+        pgid: status.inner.pgid,
+        sid: status.inner.sid,
         led_terminal_session: stat.sid == target.pid && stat.tty != 0,
         executable: target.proc_link("exe")?,
         command_line: target.proc_file("cmdline")?,

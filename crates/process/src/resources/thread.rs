@@ -247,7 +247,7 @@ pub fn collect(
         thread::robust_list(tid).map_err(|e| kernel("reading its robust list", e))?;
     let comm = target.proc_file(&format!("task/{tid}/comm"))?;
     Ok(ThreadState {
-        tid,
+        tid: sight.status.inner.tid,
         comm: comm.strip_suffix(b"\n").unwrap_or(&comm).to_vec(),
         registers: RegistersState::of(&held.registers),
         xstate: sight.xstate,
@@ -315,8 +315,12 @@ pub fn recreate(state: &ThreadState, batch: &mut Batch) {
 }
 
 /// Sets what can be set from outside: scheduling, affinity, I/O priority, where they differ.
-pub fn recreate_outside(pid: u32, state: &ThreadState) -> Result<Vec<String>, ProcessError> {
-    let tid = state.tid;
+/// The thread has the ID `tid` here.
+pub fn recreate_outside(
+    pid: u32,
+    tid: u32,
+    state: &ThreadState,
+) -> Result<Vec<String>, ProcessError> {
     let kernel = |what: &str, e: outlive_linux::Errno| {
         crate::target::gone_or(pid, &format!("thread {tid}: {what}"), e.into())
     };

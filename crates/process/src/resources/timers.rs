@@ -15,7 +15,7 @@
 
 use crate::freeze::{Held, remote_failed};
 use crate::resources::signals::SIGINFO;
-use crate::target::Target;
+use crate::target::{Status, Target};
 use crate::{ProcessError, Refusal};
 use outlive_linux::Errno;
 use outlive_linux::remote::{Arena, Arg, Batch};
@@ -118,12 +118,22 @@ fn listed(target: &Target) -> Result<Vec<TimerState>, ProcessError> {
     if text.is_empty() {
         return Ok(Vec::new());
     }
-    parse(&String::from_utf8_lossy(&text)).ok_or_else(|| {
+    let timers = parse(&String::from_utf8_lossy(&text)).ok_or_else(|| {
         target.kernel(
             "understanding its list of timers",
             std::io::Error::from(std::io::ErrorKind::InvalidData),
         )
-    })
+    });
+    let mut timers = timers?;
+    if target.pid != target.id {
+        // The kernel names threads as we see them.
+        for timer in timers.iter_mut().filter(|t| t.notify == Notify::Thread) {
+            let status = Status::read(target.pid, timer.thread);
+            // One that has ended gets no signal; nobody else has its number here.
+            timer.thread = status.map_or(0, |s| s.inner.tid);
+        }
+    }
+    Ok(timers)
 }
 
 /// The thread whose processor time a timer of [`OF_THREAD`] counts, as far as it can be known. A

@@ -5,6 +5,7 @@ use super::internal;
 use super::saved::Saved;
 use super::stub::{Step, Stub, step};
 use crate::ProcessError;
+use crate::family;
 use crate::resources::descriptors::{Channel, Made};
 use outlive_linux::memory;
 use rustix::fd::{AsFd, AsRawFd, OwnedFd};
@@ -27,7 +28,8 @@ pub fn bring(stubs: &mut [Stub], saved: &Saved, made: &Made) -> Result<(), Proce
         return Ok(());
     };
     for late in made.late() {
-        let raw = i32::try_from(late.process).ok().and_then(Pid::from_raw);
+        let here = here(late.process, stubs, saved);
+        let raw = here.and_then(|pid| Pid::from_raw(i32::try_from(pid).ok()?));
         let raw = raw.ok_or_else(|| ProcessError::Image("a pidfd of nobody".into()))?;
         let pidfd = pidfd_open(raw, PidfdFlags::from_bits_retain(late.flags))
             .map_err(|e| internal("opening a pidfd", e.into()))?;
@@ -36,13 +38,23 @@ pub fn bring(stubs: &mut [Stub], saved: &Saved, made: &Made) -> Result<(), Proce
         let processes: BTreeSet<u32> = holders.map(|h| h.process).collect();
         for stub in stubs
             .iter_mut()
-            .filter(|s| processes.contains(&s.target.pid))
+            .filter(|s| processes.contains(&s.target.id))
         {
             send(channel, &pidfd)?;
             receive(stub, channel, late.place)?;
         }
     }
     Ok(())
+}
+
+/// The number that a process of the epoch, running or ended, has here.
+fn here(id: u32, stubs: &[Stub], saved: &Saved) -> Option<u32> {
+    let of = |id: u32| stubs.iter().find(|s| s.target.id == id);
+    if let Some(stub) = of(id) {
+        return Some(stub.target.pid);
+    }
+    let zombie = saved.subject.zombies.iter().find(|z| z.pid == id)?;
+    family::child_with_id(of(zombie.parent)?.target.pid, id)
 }
 
 fn send(channel: &Channel, fd: &OwnedFd) -> Result<(), ProcessError> {

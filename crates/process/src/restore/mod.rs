@@ -10,7 +10,9 @@
 //! 4. [`Ready::go`]: files are reconciled, working memory is removed, registers are set, and the
 //!    threads run. Until then, whatever fails, the new processes are killed.
 //!
-//! The caller becomes the parent of the restored process and has to wait for it.
+//! The caller becomes the parent of the restored process and has to wait for it. With
+//! [`RestoreOptions::new_pid_ns`] all processes are made in a PID namespace of their own
+//! ([`outlive_linux::pid_namespace`]), where every ID is free; the caller is the parent all the same.
 
 mod late;
 mod saved;
@@ -29,6 +31,7 @@ use crate::{ProcessError, Refusal};
 use outlive_epoch::EpochReader;
 use outlive_linux::clock::{TimeOffsets, now_ns};
 use outlive_linux::maps;
+use outlive_linux::pid_namespace::PidNamespace;
 use outlive_linux::remote::Batch;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use rustix::time::ClockId;
@@ -38,6 +41,7 @@ use std::os::fd::AsRawFd;
 use std::rc::Rc;
 use std::time::Instant;
 use stub::{Stub, step};
+use tree::Place;
 
 /// What to do with files that are not as they were at the epoch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
@@ -54,12 +58,16 @@ pub enum FilesPolicy {
 pub struct RestoreOptions {
     /// What to do with files that are not as they were.
     pub files: FilesPolicy,
+    /// Whether to make a PID namespace for the program, where its process IDs are free.
+    pub new_pid_ns: bool,
 }
 
 /// A program that is restored but has not run yet; dropping it removes every trace of it.
 pub struct Ready {
     /// The processes, parents before their children.
     stubs: Vec<Stub>,
+    /// Dropped after the processes in it.
+    namespace: Option<PidNamespace>,
     threads: Vec<ThreadsState>,
     /// Results of interrupted calls that ended while they were entered again.
     ended: Vec<Vec<Option<u64>>>,
@@ -76,6 +84,8 @@ pub struct Ready {
 pub struct Restored {
     /// Its process ID.
     pub pid: u32,
+    /// Its process ID as it sees itself: another one in a PID namespace of its own.
+    pub ns_pid: u32,
     /// From the call of [`restore`] until everything was in place, microseconds.
     pub restore_us: u64,
     /// From the call of [`restore`] until the first thread ran, microseconds.
@@ -92,9 +102,9 @@ pub(crate) fn pid_taken(pid: u32) -> Refusal {
         program: holder.trim().to_owned(),
         place: String::new(),
         what: "the process ID that the restored program needs is taken by this process".into(),
-        remedy:
-            "end it, then restore again (--new-pid-ns, which will do without, is not offered yet)"
-                .into(),
+        remedy: "end it and restore again, or restore with --new-pid-ns, into a PID namespace of \
+                 its own"
+            .into(),
     }
 }
 
@@ -121,7 +131,12 @@ pub fn restore(reader: &dyn EpochReader, options: &RestoreOptions) -> Result<Rea
         FilesPolicy::Reconcile => contents(&saved, &files)?,
         FilesPolicy::Keep => HashMap::new(),
     };
-    let mut stubs = tree::make(&saved, &ours, offsets)?;
+    let namespace = options
+        .new_pid_ns
+        .then(|| namespace(&saved, offsets))
+        .transpose()?;
+    let place = namespace.as_ref().map_or(Place::Here(offsets), Place::In);
+    let mut stubs = tree::make(&saved, &ours, place)?;
     late::bring(&mut stubs, &saved, &made)?;
     laps.lap("processes");
     memory(&mut stubs, &saved, &files, (&shared, &mut contents), reader)?;
@@ -142,7 +157,7 @@ pub fn restore(reader: &dyn EpochReader, options: &RestoreOptions) -> Result<Rea
     for (stub, saved) in stubs.iter_mut().zip(&saved.processes) {
         let threads = &saved.threads.threads;
         notices.extend(threads::recreate(stub, threads, &saved.signals)?);
-        timers(stub, &saved.signals.timers)?;
+        timers(stub, &saved.threads, &saved.signals.timers)?;
         late_attributes(stub, &saved.process)?;
         ended.push(threads::rearm(stub, threads)?);
     }
@@ -151,6 +166,7 @@ pub fn restore(reader: &dyn EpochReader, options: &RestoreOptions) -> Result<Rea
     let restore_us = began.elapsed().as_micros() as u64;
     Ok(Ready {
         stubs,
+        namespace,
         threads: saved.processes.into_iter().map(|p| p.threads).collect(),
         ended,
         made,
@@ -160,6 +176,11 @@ pub fn restore(reader: &dyn EpochReader, options: &RestoreOptions) -> Result<Rea
         began,
         restore_us,
     })
+}
+
+fn namespace(saved: &Saved, time: TimeOffsets) -> Result<PidNamespace, ProcessError> {
+    let root = saved.subject.root_process;
+    PidNamespace::create(time).map_err(|e| stub::spawn_failed(root, e))
 }
 
 /// The mapped files whose contents the epoch holds, by their spaces.
@@ -276,16 +297,12 @@ fn attributes_of_process(
 
 /// Brings the descriptors, which the new process inherited under our numbers, to their own.
 fn install_descriptors(stub: &mut Stub, made: &descriptors::Made) -> Result<(), ProcessError> {
-    let pid = stub.target.pid;
+    let id = stub.target.id;
     let mut wanted = Vec::new();
     let mut highest = 2;
     for install in made.installs() {
         let source = install.fd.as_raw_fd() as u64;
-        let holders: Vec<_> = install
-            .holders
-            .iter()
-            .filter(|h| h.process == pid)
-            .collect();
+        let holders: Vec<_> = install.holders.iter().filter(|h| h.process == id).collect();
         highest = holders
             .iter()
             .map(|h| u64::from(h.number))
@@ -323,7 +340,7 @@ fn install_descriptors(stub: &mut Stub, made: &descriptors::Made) -> Result<(), 
 /// What needs the processes themselves.
 fn call(stubs: &mut [Stub], calls: Vec<descriptors::RemoteCall>) -> Result<(), ProcessError> {
     for call in calls {
-        let stub = stubs.iter_mut().find(|s| s.target.pid == call.process);
+        let stub = stubs.iter_mut().find(|s| s.target.id == call.process);
         let stub = stub.ok_or_else(|| {
             ProcessError::Image(format!("descriptors refer to process {}", call.process))
         })?;
@@ -352,8 +369,12 @@ fn limits(stub: &mut Stub, saved: &attributes::ProcessState) -> Result<(), Proce
 const TIMERS_AT_ONCE: usize = 1000;
 
 /// Makes the timers of a process, by the threads that have to.
-fn timers(stub: &mut Stub, saved: &[TimerState]) -> Result<(), ProcessError> {
-    let leader = stub.target.pid;
+fn timers(
+    stub: &mut Stub,
+    threads: &ThreadsState,
+    saved: &[TimerState],
+) -> Result<(), ProcessError> {
+    let leader = stub.target.id;
     if saved.is_empty() {
         return Ok(());
     }
@@ -366,7 +387,7 @@ fn timers(stub: &mut Stub, saved: &[TimerState]) -> Result<(), ProcessError> {
         for tid in timers::makers(group, leader) {
             let mut batch = Batch::new();
             let what = timers::recreate(group, (leader, tid), choice, &mut batch)?;
-            let thread = stub.threads.iter().position(|t| t.tid == tid);
+            let thread = threads.threads.iter().position(|t| t.tid == tid);
             stub.run_named(thread.unwrap_or(0), batch, &what)?;
         }
     }
@@ -390,6 +411,12 @@ impl Ready {
         self.stubs.first().map_or(0, |s| s.target.pid)
     }
 
+    /// The same as it sees itself.
+    #[must_use]
+    pub fn ns_pid(&self) -> u32 {
+        self.stubs.first().map_or(0, |s| s.target.id)
+    }
+
     /// Working memory that lies in each process until it runs: process, address, length.
     #[must_use]
     pub fn working_memory(&self) -> Vec<(u32, u64, u64)> {
@@ -405,7 +432,7 @@ impl Ready {
 
     /// Lets the program run.
     pub fn go(mut self) -> Result<Restored, ProcessError> {
-        let pid = self.pid();
+        let (pid, ns_pid) = (self.pid(), self.ns_pid());
         for contents in self.contents.values() {
             contents
                 .apply()
@@ -416,6 +443,10 @@ impl Ready {
         for ((stub, threads), ended) in self.stubs.iter_mut().zip(&self.threads).zip(&self.ended) {
             threads::set_registers(stub, &threads.threads, ended)?;
             stub.remove_arena()?;
+        }
+        if let Some(namespace) = &mut self.namespace {
+            let kept = namespace.keep(ns_pid);
+            kept.map_err(|e| stub::spawn_failed(pid, e))?;
         }
         let mut first_run_us = 0;
         let mut stubs = std::mem::take(&mut self.stubs);
@@ -434,6 +465,7 @@ impl Ready {
         self.made_files.0.clear();
         Ok(Restored {
             pid,
+            ns_pid,
             restore_us: self.restore_us,
             first_run_us,
             notices: self.notices,

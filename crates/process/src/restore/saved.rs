@@ -208,13 +208,21 @@ impl Saved {
         reader: &dyn EpochReader,
         options: &RestoreOptions,
     ) -> Result<(Vec<Files>, MadeFiles, descriptors::Checked), ProcessError> {
-        if let Some(id) = self
-            .ids()
-            .find(|id| Path::new(&format!("/proc/{id}")).exists())
-        {
+        let taken = |id: &u32| match options.new_pid_ns {
+            true => *id == 1,
+            false => Path::new(&format!("/proc/{id}")).exists(),
+        };
+        match self.ids().find(taken) {
+            Some(id) if options.new_pid_ns => {
+                return Err(ProcessError::Refused(vec![self.processes[0].refusal(
+                    format!("it needs the process ID {id}, which its namespace's init has"),
+                    "restore without --new-pid-ns where that is free",
+                )]));
+            }
             // Whoever has the process ID probably has the ports and files too: one reason is
             // enough.
-            return Err(ProcessError::Refused(vec![pid_taken(id)]));
+            Some(id) => return Err(ProcessError::Refused(vec![pid_taken(id)])),
+            None => {}
         }
         let mut refusals = Vec::new();
         let mut files = Vec::with_capacity(self.processes.len());

@@ -230,7 +230,7 @@ pub fn map(
     let runs: Vec<(u64, u64)> = reader
         .runs()
         .iter()
-        .filter(|r| r.space().0 == stub.target.pid)
+        .filter(|r| r.space().0 == stub.target.id)
         .flat_map(|r| {
             let end = r.address().saturating_add(r.bytes());
             clip.parts(r.address(), end)
@@ -364,7 +364,7 @@ pub fn fill(
 ) -> Result<(), ProcessError> {
     let clips: BTreeMap<u32, (&Target, Clip<'_>)> = spaces
         .iter()
-        .map(|&(t, state)| (t.pid, (t, Clip::new(state))))
+        .map(|&(t, state)| (t.id, (t, Clip::new(state))))
         .collect();
     let zeros = vec![0u8; 1 << 20];
     let walked = reader.pages(&mut |run, content| {

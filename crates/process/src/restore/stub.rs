@@ -2,14 +2,17 @@
 
 use crate::ProcessError;
 use crate::bootstrap::{self, Plan};
+use crate::family;
 use crate::freeze::{Held, remote_failed};
-use crate::target::Target;
+use crate::target::{Status, Target};
 use outlive_linux::Errno;
 use outlive_linux::clock::TimeOffsets;
 use outlive_linux::maps;
+use outlive_linux::pid_namespace::PidNamespace;
 use outlive_linux::ptrace::Running;
 use outlive_linux::remote::{Arena, Arg, Batch, InFlight};
 use outlive_linux::spawn::{self, CLONE_ARGS_SIZE, SpawnError, clone_args};
+use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 /// How long a step may take.
@@ -68,9 +71,34 @@ impl Stub {
     /// Makes the process, with working memory at `arena_at`.
     pub fn new(pid: u32, time: TimeOffsets, arena_at: u64) -> Result<Self, ProcessError> {
         spawn::waiting_process(pid, Some(time)).map_err(|e| spawn_failed(pid, e))?;
+        Self::of_waiting(pid, arena_at)
+    }
+
+    /// Makes the process in a PID namespace, in which it has this ID: as our child, or as that of
+    /// the namespace's init.
+    pub fn new_in(
+        namespace: &PidNamespace,
+        id: u32,
+        ours: bool,
+        arena_at: u64,
+    ) -> Result<Self, ProcessError> {
+        let pid = if ours {
+            namespace.child(id).map_err(|e| spawn_failed(id, e))?
+        } else {
+            let init = namespace.init();
+            let made = namespace.child_of_init(id);
+            made.map_err(|e| spawn_failed(id, e))?;
+            family::child_with_id(init, id).ok_or_else(|| lost(init, id))?
+        };
+        Self::of_waiting(pid, arena_at)
+    }
+
+    /// Takes charge of a process that waits.
+    fn of_waiting(pid: u32, arena_at: u64) -> Result<Self, ProcessError> {
         let mut guard = KillOnDrop(Some(pid));
         let target = Target::open(pid)?;
-        let leader = Running::seize(pid, true).map_err(|e| target.kernel("tracing it", e))?;
+        let leader =
+            Running::seize(pid, target.own_child).map_err(|e| target.kernel("tracing it", e))?;
         leader
             .interrupt()
             .map_err(|e| target.kernel("stopping it", e))?;
@@ -97,13 +125,20 @@ impl Stub {
         })
     }
 
-    /// Makes a child of this process, which is still empty and so is the child.
-    pub fn child(&mut self, pid: u32) -> Result<Self, ProcessError> {
-        let at = self.scratch(&pid.to_ne_bytes())?;
+    /// Makes a child of this process, which is still empty and so is the child. It has this ID
+    /// where it lives.
+    pub fn child(&mut self, id: u32) -> Result<Self, ProcessError> {
+        let at = self.scratch(&id.to_ne_bytes())?;
         let args = clone_args(libc::CLONE_PTRACE as u64, libc::SIGCHLD as u64, at);
         let args = [Arg::In(args.to_vec()), Arg::Value(CLONE_ARGS_SIZE as u64)];
-        let made = Step::new(libc::SYS_clone3, args, format!("making process {pid}"));
+        let made = Step::new(libc::SYS_clone3, args, format!("making process {id}"));
         self.steps(vec![made])?;
+        let pid = if self.target.pid == self.target.id {
+            id
+        } else {
+            let parent = self.target.pid;
+            family::child_with_id(parent, id).ok_or_else(|| lost(parent, id))?
+        };
         let guard = KillOnDrop(Some(pid));
         let running = Running::born_seized(pid);
         let halted = running.wait(Instant::now() + PATIENCE).map_err(|(_, e)| {
@@ -145,7 +180,7 @@ impl Stub {
         held.go_on.rip = syscall_at;
         held.go_on.orig_rax = u64::MAX;
         let exit = [libc::SYS_exit_group as u64, u64::from(code)];
-        let raise = [libc::SYS_kill as u64, u64::from(self.target.pid)];
+        let raise = [libc::SYS_kill as u64, u64::from(self.target.id)];
         [held.go_on.rax, held.go_on.rdi] = if signal == 0 { exit } else { raise };
         held.go_on.rsi = u64::from(signal);
         held.mask = 0;
@@ -160,6 +195,17 @@ impl Stub {
             std::thread::sleep(Duration::from_micros(200));
         }
         Ok(())
+    }
+
+    /// The IDs that its threads have here, by those that they see themselves.
+    pub fn ids_here(&self) -> Result<BTreeMap<u32, u32>, ProcessError> {
+        let target = &self.target;
+        let of = |tid| {
+            let status = Status::read(target.pid, tid);
+            let status = status.map_err(|e| target.kernel("reading the status of a thread", e))?;
+            Ok((status.inner.tid, tid))
+        };
+        target.threads()?.into_iter().map(of).collect()
     }
 
     /// Removes the working memory, by way of the restored program's own code.
@@ -283,6 +329,13 @@ fn no_syscall(target: &Target) -> ProcessError {
     )
 }
 
+fn lost(parent: u32, id: u32) -> ProcessError {
+    ProcessError::Gone {
+        pid: parent,
+        what: format!("its new child {id} is not there"),
+    }
+}
+
 fn syscall_in(target: &Target) -> Result<u64, ProcessError> {
     let mappings = maps::read(target.pid).map_err(|e| target.kernel("reading its mappings", e))?;
     bootstrap::find_syscall(target.pid, &mappings).ok_or_else(|| no_syscall(target))
@@ -304,13 +357,15 @@ impl Drop for KillOnDrop {
     }
 }
 
-fn spawn_failed(pid: u32, e: SpawnError) -> ProcessError {
+/// What it means for the user that a process or its namespace could not be made.
+pub fn spawn_failed(pid: u32, e: SpawnError) -> ProcessError {
     let taken = |errno| matches!(e, SpawnError::Clone { source, .. } if source == errno);
     if taken(Errno::EXIST) {
         return ProcessError::Refused(vec![super::pid_taken(pid)]);
     }
     let source = match e {
         SpawnError::TimeNamespace(s)
+        | SpawnError::PidNamespace { source: s, .. }
         | SpawnError::Clone { source: s, .. }
         | SpawnError::Other(s) => s,
     };
@@ -318,7 +373,13 @@ fn spawn_failed(pid: u32, e: SpawnError) -> ProcessError {
         Errno::PERM | Errno::ACCESS => ProcessError::NotPermitted {
             pid,
             what: e.to_string(),
-            remedy: "restore as root (CAP_SYS_ADMIN or CAP_CHECKPOINT_RESTORE)".into(),
+            remedy: match e {
+                SpawnError::TimeNamespace(_) | SpawnError::PidNamespace { .. } => {
+                    "restore as root (CAP_SYS_ADMIN)"
+                }
+                _ => "restore as root (CAP_SYS_ADMIN or CAP_CHECKPOINT_RESTORE)",
+            }
+            .into(),
         },
         source => ProcessError::Kernel {
             pid,

@@ -12,7 +12,7 @@ use crate::waits::{Interruption, interruption};
 use outlive_linux::ptrace::{Registers, Running, Stop};
 use outlive_linux::remote::{Arg, Batch};
 use outlive_linux::spawn::{CLONE_ARGS_SIZE, clone_args};
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Instant;
 
 /// Flags of a further thread of the same process, which is traced from birth.
@@ -64,10 +64,10 @@ pub fn recreate(
     let mut batch = Batch::new();
     signals::recreate(signals, &mut batch)?;
     stub.run_named(0, batch, &[])?;
-    let pid = stub.target.pid;
+    let (pid, id) = (stub.target.pid, stub.target.id);
     let mut notices = Vec::new();
-    for t in threads {
-        notices.extend(thread::recreate_outside(pid, t)?);
+    for (held, t) in stub.threads.iter().zip(threads) {
+        notices.extend(thread::recreate_outside(pid, held.tid, t)?);
     }
     let status = Status::read(pid, pid).map_err(|e| stub.target.kernel("reading its status", e))?;
     let now = Credentials::of(&status);
@@ -75,9 +75,9 @@ pub fn recreate(
     for t in threads {
         let mut batch = Batch::new();
         thread::recreate(t, &mut batch);
-        signals::requeue(pid, Some(t.tid), &t.pending_signals, &mut batch)?;
-        if t.tid == pid {
-            signals::requeue(pid, None, &signals.pending, &mut batch)?;
+        signals::requeue(id, Some(t.tid), &t.pending_signals, &mut batch)?;
+        if t.tid == id {
+            signals::requeue(id, None, &signals.pending, &mut batch)?;
         }
         credentials::recreate(&t.credentials, &now, &mut batch);
         batches.push(batch);
@@ -106,9 +106,15 @@ fn make_group(stub: &mut Stub, threads: &[ThreadState]) -> Result<(), ProcessErr
         Step::new(libc::SYS_clone3, args, format!("making thread {}", t.tid))
     });
     let made = stub.steps(steps.collect());
+    let here = if stub.target.pid == stub.target.id {
+        BTreeMap::new()
+    } else {
+        stub.ids_here()?
+    };
     let deadline = Instant::now() + PATIENCE;
     for t in threads {
-        let running = Running::born_seized(t.tid);
+        // One that was not made cannot be waited for under any number.
+        let running = Running::born_seized(here.get(&t.tid).copied().unwrap_or(t.tid));
         match running.wait(deadline) {
             Ok(halted) if matches!(halted.stop(), Stop::Event(_)) => {
                 let held = Held::new(halted);

@@ -12,20 +12,42 @@ use super::stub::{Step, Stub, step};
 use crate::ProcessError;
 use outlive_linux::clock::TimeOffsets;
 use outlive_linux::maps::Mapping;
+use outlive_linux::pid_namespace::PidNamespace;
 use outlive_linux::remote::Arg;
 use std::collections::BTreeMap;
 
 /// Free bytes behind working memory that steps may use.
 const ASIDE: u64 = 8 << 20;
 
+/// Where the processes are made.
+#[derive(Clone, Copy)]
+pub enum Place<'a> {
+    /// In the caller's PID namespace, and in a time namespace with these offsets.
+    Here(TimeOffsets),
+    /// In a PID namespace made for them.
+    In(&'a PidNamespace),
+}
+
+impl Place<'_> {
+    /// A process whose parent is not in the tree: the root is our child everywhere; the others are
+    /// those of a namespace's init, which has processes whose parents have ended.
+    fn parentless(self, id: u32, is_root: bool, arena_at: u64) -> Result<Stub, ProcessError> {
+        match self {
+            Self::Here(time) => Stub::new(id, time, arena_at),
+            Self::In(namespace) => Stub::new_in(namespace, id, is_root, arena_at),
+        }
+    }
+}
+
 /// Makes all processes, in the order of the epoch.
-pub fn make(saved: &Saved, ours: &[Mapping], time: TimeOffsets) -> Result<Vec<Stub>, ProcessError> {
+pub fn make(saved: &Saved, ours: &[Mapping], place: Place<'_>) -> Result<Vec<Stub>, ProcessError> {
     let memories: Vec<_> = saved.processes.iter().map(|p| &p.memory).collect();
     let hole = space::find_hole(&memories, ours, Stub::arena_length() + ASIDE)?;
     let mut stubs = BTreeMap::new();
     for parentless in saved.processes.iter().filter(|p| p.process.parent == 0) {
         let pid = parentless.process.pid;
-        stubs.insert(pid, Stub::new(pid, time, hole)?);
+        let is_root = pid == saved.subject.root_process;
+        stubs.insert(pid, place.parentless(pid, is_root, hole)?);
     }
     // Parents stand before their children, so each is there when its turn comes.
     for process in &saved.processes {
@@ -79,7 +101,7 @@ fn children(
         forget.tolerate = &[libc::EAGAIN];
         parent.steps(vec![forget])?;
     }
-    stubs.extend(made.into_iter().map(|stub| (stub.target.pid, stub)));
+    stubs.extend(made.into_iter().map(|stub| (stub.target.id, stub)));
     Ok(())
 }
 

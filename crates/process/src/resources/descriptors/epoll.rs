@@ -168,6 +168,12 @@ impl Descriptor for EpollState {
             .map_err(|errno| failed(cx.pid, format!("make epoll fd {}", about.number), errno))
     }
 
+    fn rename(&mut self, name: &dyn Fn(u32) -> u32) {
+        for process in &mut self.processes {
+            *process = name(*process);
+        }
+    }
+
     fn finish(&self, about: &About, table: &FdTable, calls: &mut Vec<RemoteCall>) {
         let streams: HashSet<(u32, u32)> = table
             .descriptions

@@ -144,6 +144,12 @@ pub trait Descriptor: StateNode {
     fn finish(&self, about: &About, table: &FdTable, calls: &mut Vec<RemoteCall>) {
         let _ = (about, table, calls);
     }
+
+    /// Names the processes and threads in what was collected by the IDs under which they are saved,
+    /// which are those that they see themselves.
+    fn rename(&mut self, name: &dyn Fn(u32) -> u32) {
+        let _ = name;
+    }
 }
 
 /// Makes the sum of all kinds, and what finds the right one.
@@ -211,6 +217,12 @@ macro_rules! registry {
             ) {
                 match self {
                     $(Self::$kind(state) => state.finish(about, table, calls),)*
+                }
+            }
+
+            pub(crate) fn rename(&mut self, name: &dyn Fn(u32) -> u32) {
+                match self {
+                    $(Self::$kind(state) => state.rename(name),)*
                 }
             }
         }

@@ -84,6 +84,10 @@ impl Descriptor for PidfdState {
         Err(probe.refuse(what, "have the program close its pidfds of other programs"))
     }
 
+    fn rename(&mut self, name: &dyn Fn(u32) -> u32) {
+        self.process = self.process.map(name);
+    }
+
     fn recreate(&self, about: &About, cx: &mut RecreateContext) -> Result<OwnedFd, ProcessError> {
         let fail = |errno| failed(cx.pid, format!("make pidfd {}", about.number), errno);
         let Some(process) = self.process else {

@@ -66,6 +66,26 @@ pub struct FdTable {
 }
 
 impl FdTable {
+    /// Names processes and threads otherwise: by the IDs under which they are saved.
+    pub fn rename(&mut self, name: &dyn Fn(u32) -> u32) {
+        for description in &mut self.descriptions {
+            for holder in &mut description.holders {
+                holder.process = name(holder.process);
+            }
+            for owner in description
+                .locks
+                .iter_mut()
+                .filter_map(|l| l.process.as_mut())
+            {
+                *owner = name(*owner);
+            }
+            if let Some(owner) = &mut description.owner {
+                owner.id = name(owner.id);
+            }
+            description.object.rename(name);
+        }
+    }
+
     /// Whether numbers and references make sense. Everything else is checked kind by kind.
     ///
     /// # Errors

@@ -1,0 +1,396 @@
+//! A PID namespace for a restored program, and the small process that is PID 1 in it.
+//!
+//! That process (*init*, [`INIT_NAME`]) is a fork of the caller without any of its descriptors. It
+//! mounts `/proc` for the namespace, and then only reaps processes whose parents have ended, which
+//! the kernel gives to it. It ends by itself once the process that it was told of has ended and
+//! nothing else is left; should it end before, the kernel ends everything in the namespace.
+//!
+//! # Rules
+//! - Whoever makes the namespace is the parent of init, and of the processes that
+//!   [`PidNamespace::child`] makes: their exit statuses, signals and terminals are as without a
+//!   namespace. Inside, the parent of such a process has the number 0.
+//! - Until [`PidNamespace::keep`], init and with it the namespace ends when the caller does; from
+//!   then on it needs nobody.
+//! - Mounts made outside reach the namespace where they are shared there; nothing reaches the
+//!   outside.
+//!
+//! # Safety
+//! Between `fork` and `_exit`, in init too, only system calls are made, on memory prepared before
+//! the fork or on the stack.
+#![allow(unsafe_code)]
+
+use crate::clock::TimeOffsets;
+use crate::spawn::{
+    SpawnError, by_midwife, contain, enter_time, join, running_sibling, waiting_orphan,
+    waiting_sibling,
+};
+use crate::{Errno, last_error};
+use rustix::fd::{AsRawFd, OwnedFd, RawFd};
+use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType};
+use rustix::process::{Pid, PidfdFlags, Signal, WaitOptions};
+use std::time::{Duration, Instant};
+
+/// The name of init, as `/proc/PID/comm` tells it.
+pub const INIT_NAME: &str = "outlive-init";
+
+/// How long init may take to end.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// Bytes of what init says: which step, and an error number or 0. It is told a process ID once.
+const SAYING: usize = 8;
+const MOUNTS: u32 = 1;
+const PROC: u32 = 2;
+const KEEP: u32 = 3;
+
+/// A PID namespace that is being filled. Dropping it ends all that is in it.
+#[derive(Debug)]
+pub struct PidNamespace {
+    init: Pid,
+    pidfd: OwnedFd,
+    socket: OwnedFd,
+    kept: bool,
+}
+
+impl PidNamespace {
+    /// Makes the namespace, together with a mount namespace and a time namespace with these
+    /// offsets.
+    ///
+    /// # Errors
+    /// Which of it was not permitted, or failed.
+    pub fn create(time: TimeOffsets) -> Result<Self, SpawnError> {
+        let (ours, theirs) = rustix::net::socketpair(
+            AddressFamily::UNIX,
+            SocketType::SEQPACKET,
+            SocketFlags::CLOEXEC,
+            None,
+        )
+        .map_err(SpawnError::Other)?;
+        let offsets = time.render();
+        let socket = theirs.as_raw_fd();
+        // SAFETY: only system calls are made, on memory that is there already.
+        let report = unsafe {
+            by_midwife(
+                || match enter_time(offsets.as_bytes()).and_then(|()| contain()) {
+                    Err(report) => report,
+                    Ok(()) => running_sibling(|| init(socket)),
+                },
+            )
+        };
+        let init = report?.made(1)?;
+        drop(theirs);
+        let init = i32::try_from(init).ok().and_then(Pid::from_raw);
+        let init = init.ok_or(SpawnError::Other(Errno::CHILD))?;
+        let pidfd = rustix::process::pidfd_open(init, PidfdFlags::empty());
+        let namespace = Self {
+            init,
+            pidfd: pidfd.map_err(SpawnError::Other)?,
+            socket: ours,
+            kept: false,
+        };
+        let ready = namespace.hear().map_err(SpawnError::Other)?;
+        let failed = |what| SpawnError::PidNamespace {
+            what,
+            source: Errno::from_raw_os_error(ready.1),
+        };
+        match ready {
+            (_, 0) => Ok(namespace),
+            (MOUNTS, _) => Err(failed("separating its mounts")),
+            _ => Err(failed("mounting its /proc")),
+        }
+    }
+
+    /// Its PID 1, as this process sees it.
+    #[must_use]
+    pub fn init(&self) -> u32 {
+        self.init.as_raw_nonzero().get().cast_unsigned()
+    }
+
+    /// Makes a process that waits, with this process ID in the namespace, as a child of the
+    /// caller; returns the process ID that the caller sees.
+    ///
+    /// # Errors
+    /// [`SpawnError::Clone`] with [`Errno::EXIST`] where the number is taken in the namespace.
+    pub fn child(&self, pid: u32) -> Result<u32, SpawnError> {
+        let init = self.pidfd.as_raw_fd();
+        // SAFETY: only system calls are made, on memory that is there already.
+        let report = unsafe {
+            by_midwife(|| match join(init) {
+                Err(report) => report,
+                Ok(()) => waiting_sibling(pid),
+            })
+        };
+        report?.made(pid)
+    }
+
+    /// Makes a process that waits, with this process ID in the namespace, as a child of init.
+    ///
+    /// # Errors
+    /// As [`PidNamespace::child`].
+    pub fn child_of_init(&self, pid: u32) -> Result<(), SpawnError> {
+        let init = self.pidfd.as_raw_fd();
+        // SAFETY: only system calls are made, on memory that is there already.
+        let report = unsafe {
+            by_midwife(|| match join(init) {
+                Err(report) => report,
+                Ok(()) => waiting_orphan(pid),
+            })
+        };
+        report?.made(pid).map(drop)
+    }
+
+    /// The namespace is complete: from now on it lives as long as the process with this ID in it,
+    /// and whatever else is left in it then.
+    ///
+    /// # Errors
+    /// Where that process is gone already.
+    pub fn keep(&mut self, root: u32) -> Result<(), SpawnError> {
+        let failed = |source| SpawnError::PidNamespace {
+            what: "telling its init what it is for",
+            source,
+        };
+        rustix::net::send(&self.socket, &root.to_ne_bytes(), SendFlags::NOSIGNAL)
+            .map_err(failed)?;
+        match self.hear().map_err(failed)? {
+            (_, 0) => self.kept = true,
+            (_, e) => return Err(failed(Errno::from_raw_os_error(e))),
+        }
+        Ok(())
+    }
+
+    /// What init says: the step and the error number.
+    fn hear(&self) -> Result<(u32, i32), Errno> {
+        let mut raw = [0u8; SAYING];
+        loop {
+            match rustix::net::recv(&self.socket, &mut raw[..], RecvFlags::empty()) {
+                Ok((SAYING, _)) => {
+                    let [a, b, c, d, e, f, g, h] = raw;
+                    let (step, errno) = ([a, b, c, d], [e, f, g, h]);
+                    return Ok((u32::from_ne_bytes(step), i32::from_ne_bytes(errno)));
+                }
+                Ok(_) => return Err(Errno::CHILD),
+                Err(Errno::INTR) => {}
+                Err(e) => return Err(e),
+            }
+        }
+    }
+}
+
+impl Drop for PidNamespace {
+    fn drop(&mut self) {
+        if self.kept {
+            return;
+        }
+        let _ = rustix::process::pidfd_send_signal(&self.pidfd, Signal::KILL);
+        let began = Instant::now();
+        // It is gone once everything in the namespace is.
+        while let Ok(None) = rustix::process::waitpid(Some(self.init), WaitOptions::NOHANG) {
+            if began.elapsed() > PATIENCE {
+                break;
+            }
+            std::thread::sleep(Duration::from_micros(200));
+        }
+    }
+}
+
+/// The whole life of PID 1.
+fn init(socket: RawFd) {
+    prepare(socket);
+    let (step, errno) = match mounts() {
+        Ok(()) => (PROC, 0),
+        Err((step, e)) => (step, e.raw_os_error()),
+    };
+    if !say(socket, step, errno) || errno != 0 {
+        return;
+    }
+    let Some(root) = told(socket) else {
+        return;
+    };
+    match open_process(root) {
+        Err(e) => drop(say(socket, KEEP, e.raw_os_error())),
+        Ok(root) => {
+            if say(socket, KEEP, 0) {
+                // SAFETY: only a number is passed; nothing uses the descriptor from here on.
+                unsafe { libc::close(socket) };
+                reap(root);
+            }
+        }
+    }
+}
+
+/// Nothing of the caller stays: no descriptor, no directory, no session, no name.
+fn prepare(socket: RawFd) {
+    // SAFETY: only numbers and pointers to live memory are passed.
+    unsafe {
+        let fd = socket.cast_unsigned();
+        if fd > 0 {
+            libc::syscall(libc::SYS_close_range, 0, fd - 1, 0);
+        }
+        libc::syscall(libc::SYS_close_range, fd + 1, u32::MAX, 0);
+        libc::prctl(libc::PR_SET_NAME, c"outlive-init".as_ptr());
+        libc::setsid();
+        libc::chdir(c"/".as_ptr());
+        libc::signal(libc::SIGCHLD, libc::SIG_DFL);
+        let child = child_signal();
+        libc::sigprocmask(libc::SIG_SETMASK, &raw const child, std::ptr::null_mut());
+    }
+}
+
+fn child_signal() -> libc::sigset_t {
+    // SAFETY: an all-zero set is a valid one, which the calls then fill in.
+    unsafe {
+        let mut set = std::mem::zeroed();
+        libc::sigemptyset(&raw mut set);
+        libc::sigaddset(&raw mut set, libc::SIGCHLD);
+        set
+    }
+}
+
+fn mounts() -> Result<(), (u32, Errno)> {
+    // SAFETY: only numbers and pointers to live memory are passed.
+    unsafe {
+        let (none, slave) = (std::ptr::null(), libc::MS_REC | libc::MS_SLAVE);
+        if libc::mount(none, c"/".as_ptr(), none, slave, none.cast()) < 0 {
+            return Err((MOUNTS, last_error()));
+        }
+        let proc = c"proc".as_ptr();
+        let flags = libc::MS_NOSUID | libc::MS_NODEV | libc::MS_NOEXEC;
+        if libc::mount(proc, c"/proc".as_ptr(), proc, flags, none.cast()) < 0 {
+            return Err((PROC, last_error()));
+        }
+    }
+    Ok(())
+}
+
+fn say(socket: RawFd, step: u32, errno: i32) -> bool {
+    let mut raw = [0; SAYING];
+    raw[..4].copy_from_slice(&step.to_ne_bytes());
+    raw[4..].copy_from_slice(&errno.to_ne_bytes());
+    // SAFETY: raw is live and as long as the call is told.
+    let sent = unsafe { libc::send(socket, raw.as_ptr().cast(), SAYING, libc::MSG_NOSIGNAL) };
+    sent == SAYING as isize
+}
+
+/// The process that it is for; `None` once the caller is gone.
+fn told(socket: RawFd) -> Option<u32> {
+    let mut raw = [0u8; 4];
+    loop {
+        // SAFETY: raw is live and as long as the call is told.
+        let got = unsafe { libc::recv(socket, raw.as_mut_ptr().cast(), raw.len(), 0) };
+        if got == raw.len() as isize {
+            return Some(u32::from_ne_bytes(raw));
+        }
+        if got >= 0 || last_error() != Errno::INTR {
+            return None;
+        }
+    }
+}
+
+fn open_process(pid: u32) -> Result<RawFd, Errno> {
+    // SAFETY: only numbers are passed.
+    let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };
+    RawFd::try_from(fd)
+        .ok()
+        .filter(|&fd| fd >= 0)
+        .ok_or_else(last_error)
+}
+
+/// Reaps whatever ends, until the root process has ended and nothing is left.
+fn reap(root: RawFd) {
+    let child = child_signal();
+    // SAFETY: child is live.
+    let signals = unsafe { libc::signalfd(-1, &raw const child, libc::SFD_NONBLOCK) };
+    let watched = |fd| libc::pollfd {
+        fd,
+        events: libc::POLLIN,
+        revents: 0,
+    };
+    let mut set = [watched(root), watched(signals)];
+    loop {
+        // SAFETY: set is live and as long as the call is told.
+        let ready = unsafe { libc::poll(set.as_mut_ptr(), set.len() as libc::nfds_t, -1) };
+        if ready < 0 && last_error() != Errno::INTR {
+            return;
+        }
+        if ready > 0 && set[0].revents != 0 {
+            // A descriptor below 0 is not looked at any more.
+            set[0].fd = -1;
+        }
+        let mut info = [0u8; 128];
+        // SAFETY: info is live and as long as the call is told.
+        while unsafe { libc::read(signals, info.as_mut_ptr().cast(), info.len()) } > 0 {}
+        // SAFETY: no status is asked for.
+        while unsafe { libc::waitpid(-1, std::ptr::null_mut(), libc::WNOHANG) } > 0 {}
+        // SAFETY: as above; there are children left unless this says so.
+        let more = unsafe { libc::waitpid(-1, std::ptr::null_mut(), libc::WNOHANG) };
+        if set[0].fd < 0 && more < 0 && last_error() == Errno::CHILD {
+            return;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn status(pid: u32) -> String {
+        std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap()
+    }
+
+    fn ids(pid: u32) -> Vec<u32> {
+        let text = status(pid);
+        let line = text.lines().find_map(|l| l.strip_prefix("NSpid:"));
+        let words = line.unwrap().split_whitespace();
+        words.map(|w| w.parse().unwrap()).collect()
+    }
+
+    #[test]
+    fn processes_have_the_asked_numbers_inside_and_end_with_the_namespace() {
+        if !rustix::process::geteuid().is_root() {
+            println!("SKIPPED 1 test: namespaces need root");
+            return;
+        }
+        let namespace = PidNamespace::create(TimeOffsets::default()).unwrap();
+        let init = namespace.init();
+        assert_eq!(ids(init), [init, 1]);
+        assert!(status(init).starts_with("Name:\toutlive-init\n"));
+        let open = std::fs::read_dir(format!("/proc/{init}/fd")).unwrap();
+        assert_eq!(
+            open.count(),
+            1,
+            "the socket, until it is told what it is for"
+        );
+        let child = namespace.child(4242).unwrap();
+        assert_eq!(ids(child), [child, 4242]);
+        namespace.child_of_init(4243).unwrap();
+        let children = format!("/proc/{init}/task/{init}/children");
+        let other: u32 = std::fs::read_to_string(children)
+            .unwrap()
+            .trim()
+            .parse()
+            .unwrap();
+        assert_eq!(ids(other), [other, 4243]);
+        for taken in [
+            namespace.child(4243).map(drop),
+            namespace.child_of_init(4242),
+        ] {
+            let taken = taken.unwrap_err();
+            assert!(
+                matches!(
+                    taken,
+                    SpawnError::Clone {
+                        source: Errno::EXIST,
+                        ..
+                    }
+                ),
+                "{taken}"
+            );
+        }
+        let id = |pid: u32| Pid::from_raw(pid.cast_signed());
+        rustix::process::kill_process(id(child).unwrap(), Signal::KILL).unwrap();
+        rustix::process::waitpid(id(child), WaitOptions::empty()).unwrap();
+        drop(namespace);
+        for pid in [init, other] {
+            assert!(!std::path::Path::new(&format!("/proc/{pid}")).exists());
+        }
+    }
+}
