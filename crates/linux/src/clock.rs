@@ -12,6 +12,15 @@ pub fn now_ns(clock: ClockId) -> i64 {
         .saturating_add(t.tv_nsec)
 }
 
+/// How far CLOCK_BOOTTIME is ahead of CLOCK_MONOTONIC as this process sees them, nanoseconds: for as
+/// long the machine slept. Read apart, the two would differ by what happened in between as well; this
+/// is never more than the truth, and 0 where the clocks are the same.
+#[must_use]
+pub fn boottime_ahead_ns() -> i64 {
+    let (boottime, after) = (now_ns(ClockId::Boottime), now_ns(ClockId::Monotonic));
+    boottime.saturating_sub(after).max(0)
+}
+
 /// Nanoseconds of CLOCK_REALTIME since the Unix epoch.
 #[must_use]
 pub fn realtime_ns() -> u64 {
@@ -25,6 +34,22 @@ pub struct TimeOffsets {
     pub monotonic_ns: i64,
     /// CLOCK_BOOTTIME.
     pub boottime_ns: i64,
+}
+
+/// CLOCK_MONOTONIC and CLOCK_BOOTTIME of the host at one moment, nanoseconds.
+///
+/// They differ by the time that the machine slept. Read one after the other they would differ by
+/// what happened in between as well, and a program would find them so for ever.
+#[must_use]
+pub fn host_clocks(ours: &TimeOffsets) -> TimeOffsets {
+    let boottime = now_ns(ClockId::Boottime).saturating_sub(ours.boottime_ns);
+    let monotonic_ns = now_ns(ClockId::Monotonic).saturating_sub(ours.monotonic_ns);
+    // Never more than the truth, and nothing where the machine never slept.
+    let slept = boottime.saturating_sub(monotonic_ns).max(0);
+    TimeOffsets {
+        monotonic_ns,
+        boottime_ns: monotonic_ns.saturating_add(slept),
+    }
 }
 
 impl TimeOffsets {
@@ -78,6 +103,17 @@ impl TimeOffsets {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_clocks_of_the_host_go_together() {
+        let ours = TimeOffsets::of(std::process::id()).unwrap();
+        let (a, b) = (host_clocks(&ours), host_clocks(&ours));
+        let slept = |c: &TimeOffsets| c.boottime_ns - c.monotonic_ns;
+        assert!(slept(&a) >= 0 && b.monotonic_ns >= a.monotonic_ns);
+        if slept(&a) == 0 {
+            assert_eq!(slept(&b), 0);
+        }
+    }
 
     #[test]
     fn offsets_survive_the_text_form() {

@@ -17,6 +17,7 @@ pub mod maps;
 pub mod memory;
 pub mod pagemap;
 pub mod pid_namespace;
+pub mod processor;
 pub mod ptrace;
 pub mod remote;
 pub mod signals;

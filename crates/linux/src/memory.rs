@@ -2,7 +2,8 @@
 //! `process_vm_writev(2)`.
 //!
 //! # Safety
-//! Local vectors point into borrowed slices; remote ones are only numbers to us.
+//! Local vectors point into borrowed slices; remote ones are only numbers to us. Questions to the
+//! kernel have a length of zero.
 #![allow(unsafe_code)]
 
 use crate::{Errno, last_error};
@@ -82,4 +83,20 @@ pub fn write(pid: u32, address: u64, bytes: &[u8]) -> Result<(), Errno> {
         }
     }
     Ok(())
+}
+
+/// Whether the kernel can seal memory (`mseal(2)`, Linux 6.10).
+#[must_use]
+pub fn can_seal() -> bool {
+    const SYS_MSEAL: libc::c_long = 462;
+    // SAFETY: no byte is sealed.
+    unsafe { libc::syscall(SYS_MSEAL, 0, 0, 0) == 0 }
+}
+
+/// Whether the kernel has guard pages (`MADV_GUARD_INSTALL`, Linux 6.13).
+#[must_use]
+pub fn can_guard() -> bool {
+    const MADV_GUARD_INSTALL: libc::c_int = 102;
+    // SAFETY: no byte is changed.
+    unsafe { libc::madvise(std::ptr::null_mut(), 0, MADV_GUARD_INSTALL) == 0 }
 }

@@ -1,6 +1,7 @@
 //! Which pages of a process exist and which were written: the `PAGEMAP_SCAN` ioctl (Linux 6.7,
 //! kernel documentation `admin-guide/mm/pagemap.rst`). On older kernels the entries of the page
-//! map are read one by one, which tells what exists but not what was written.
+//! map are read one by one, which tells what exists but not what was written. Kernels that have
+//! the ioctl but do not show guard pages (before 6.15) refuse to be asked for these.
 //!
 //! # Safety
 //! The ioctl reads one argument struct and writes to a vector whose address and length come from
@@ -83,6 +84,8 @@ pub struct Pagemap {
     found: Box<[Region]>,
     /// The kernel has no `PAGEMAP_SCAN`.
     plain: bool,
+    /// Categories that the kernel does not know, so that no page has them.
+    unknown: u64,
 }
 
 impl Pagemap {
@@ -90,11 +93,33 @@ impl Pagemap {
     pub fn open(pid: u32) -> Result<Self, Errno> {
         let path = format!("/proc/{pid}/pagemap");
         let file = open(path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?;
-        Ok(Self {
+        let mut map = Self {
             file,
             found: vec![Region::default(); BATCH].into(),
             plain: false,
-        })
+            unknown: 0,
+        };
+        let mut nothing = Argument {
+            size: size_of::<Argument>() as u64,
+            category_mask: GUARD,
+            return_mask: GUARD,
+            ..Argument::default()
+        };
+        match map.ask(&mut nothing) {
+            Err(Errno::INVAL) => map.unknown = GUARD,
+            Err(Errno::NOTTY) => map.plain = true,
+            _ => {}
+        }
+        Ok(map)
+    }
+
+    /// Makes the ioctl, which fills [`Self::found`]; returns how many regions it found.
+    fn ask(&mut self, arg: &mut Argument) -> Result<usize, Errno> {
+        arg.vec = self.found.as_mut_ptr() as u64;
+        arg.vec_len = self.found.len() as u64;
+        // SAFETY: arg is live; vec and vec_len describe the exclusively borrowed found.
+        let n = unsafe { libc::ioctl(self.file.as_raw_fd(), PAGEMAP_SCAN, &raw mut *arg) };
+        usize::try_from(n).map_err(|_| last_error())
     }
 
     /// Hands out the regions of `start..end` that match, in order and each once. A region may come
@@ -109,6 +134,9 @@ impl Pagemap {
         if self.plain {
             return self.read_entries(start, end, query, visit);
         }
+        let Some(query) = query.without(self.unknown) else {
+            return Ok(());
+        };
         let mut from = start;
         while from < end {
             let mut arg = Argument {
@@ -120,26 +148,14 @@ impl Pagemap {
                 },
                 start: from,
                 end,
-                vec: self.found.as_mut_ptr() as u64,
-                vec_len: self.found.len() as u64,
                 category_inverted: query.inverted,
                 category_mask: query.all_of,
                 category_anyof_mask: query.any_of,
                 return_mask: query.report,
                 ..Argument::default()
             };
-            // SAFETY: arg is live; vec and vec_len describe the exclusively borrowed found.
-            let n = unsafe { libc::ioctl(self.file.as_raw_fd(), PAGEMAP_SCAN, &raw mut arg) };
-            if n < 0 {
-                match last_error() {
-                    Errno::NOTTY => {
-                        self.plain = true;
-                        return self.read_entries(from, end, query, visit);
-                    }
-                    e => return Err(e),
-                }
-            }
-            let found = &self.found[..n as usize];
+            let n = self.ask(&mut arg)?;
+            let found = &self.found[..n];
             // The kernel says where it stopped first, also where it went on afterwards: what it
             // reported last may lie further on.
             let reached = found.last().map_or(0, |r| r.end);
@@ -210,6 +226,24 @@ fn categories_of(entry: u64) -> u64 {
 }
 
 impl Query {
+    /// The same question where no page has these categories; `None` where nothing can match.
+    fn without(self, none: u64) -> Option<Self> {
+        let missed = none & !self.inverted;
+        let any_of = if self.any_of & none & self.inverted != 0 {
+            0
+        } else {
+            self.any_of & !none
+        };
+        let never = self.all_of & missed != 0 || self.any_of != 0 && self.any_of & !missed == 0;
+        (!never).then_some(Self {
+            all_of: self.all_of & !none,
+            inverted: self.inverted & !none,
+            any_of,
+            report: self.report & !none,
+            protect: self.protect,
+        })
+    }
+
     /// Whether a page with these categories is looked for.
     fn matches(&self, categories: u64) -> bool {
         let seen = categories ^ self.inverted;
@@ -258,6 +292,26 @@ mod tests {
     }
 
     #[test]
+    fn questions_for_what_no_page_has_mean_the_same_without_it() {
+        for bits in 0..1u64 << 10 {
+            let part = |n: u32| ((bits >> n & 1) * GUARD) | ((bits >> (n + 1) & 1) * FILE);
+            let query = Query {
+                all_of: part(0),
+                inverted: part(2),
+                any_of: part(4),
+                report: part(6),
+                protect: false,
+            };
+            for page in [0, FILE] {
+                let less = query.without(GUARD);
+                let matches = less.is_some_and(|q| q.matches(page));
+                assert_eq!(matches, query.matches(page), "{query:?} {page:x}");
+                assert!(less.is_none_or(|q| (q.all_of | q.any_of | q.report) & GUARD == 0));
+            }
+        }
+    }
+
+    #[test]
     fn both_ways_find_the_same_pages() {
         let pid = std::process::id();
         // Large enough to be a mapping of its own, with every third page touched.
@@ -284,9 +338,16 @@ mod tests {
         for query in [exists, holes] {
             let plain = regions(&mut by_reading, start, end, query);
             assert!(plain.len() > 100, "{}", plain.len());
-            // On a kernel without the ioctl the first answer comes from the entries too.
             assert_eq!(regions(&mut by_ioctl, start, end, query), plain);
         }
+        by_ioctl.unknown = GUARD;
+        let guarded = |any_of| Query {
+            any_of,
+            ..Query::default()
+        };
+        assert_eq!(regions(&mut by_ioctl, start, end, guarded(GUARD)), []);
+        let both = regions(&mut by_ioctl, start, end, guarded(GUARD | PRESENT));
+        assert_eq!(both, regions(&mut by_reading, start, end, guarded(PRESENT)));
         let written = Query {
             all_of: WRITTEN,
             ..Query::default()

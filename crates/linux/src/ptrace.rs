@@ -234,6 +234,12 @@ impl Halted {
         self.resume_with(libc::PTRACE_SYSCALL, 0)
     }
 
+    /// Lets the thread execute one instruction, after which SIGTRAP is about to be delivered. That
+    /// signal must not be blocked or ignored: the kernel would change what the process does on it.
+    pub fn step(self) -> Result<Running, Errno> {
+        self.resume_with(libc::PTRACE_SINGLESTEP, 0)
+    }
+
     /// Lets the thread run and gives it up.
     pub fn detach(mut self) -> Result<(), Errno> {
         self.armed = false;

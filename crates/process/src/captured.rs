@@ -4,12 +4,12 @@ use crate::ProcessError;
 use crate::image::{self, SubjectState, ZombieState, group, kinds};
 use crate::member::MemberState;
 use crate::pages::Residue;
+use crate::resources::machine::MachineState;
 use crate::resources::shared::SharedState;
 use crate::resources::{descriptors, memory};
 use crate::target::Target;
 use outlive_epoch::{EpochFacts, EpochWriter, Run};
-use outlive_linux::clock::{TimeOffsets, now_ns, realtime_ns};
-use rustix::time::ClockId;
+use outlive_linux::clock::{TimeOffsets, host_clocks, realtime_ns};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex};
 
@@ -28,13 +28,12 @@ impl Clocks {
         let offsets =
             |pid| TimeOffsets::of(pid).map_err(|e| target.kernel("reading its clocks", e));
         let (theirs, ours) = (offsets(target.pid)?, offsets(std::process::id())?);
-        let seen = |clock, theirs: i64, ours: i64| {
-            u64::try_from(now_ns(clock).saturating_add(theirs).saturating_sub(ours)).unwrap_or(0)
-        };
+        let host = host_clocks(&ours);
+        let seen = |host: i64, theirs: i64| u64::try_from(host.saturating_add(theirs)).unwrap_or(0);
         Ok(Self {
             realtime_ns: realtime_ns(),
-            monotonic_ns: seen(ClockId::Monotonic, theirs.monotonic_ns, ours.monotonic_ns),
-            boottime_ns: seen(ClockId::Boottime, theirs.boottime_ns, ours.boottime_ns),
+            monotonic_ns: seen(host.monotonic_ns, theirs.monotonic_ns),
+            boottime_ns: seen(host.boottime_ns, theirs.boottime_ns),
         })
     }
 
@@ -77,6 +76,7 @@ pub struct Captured {
     /// Time of the stop; `stop_us` is for the caller to fill in after the resume.
     pub facts: EpochFacts,
     pub(crate) subject: SubjectState,
+    pub(crate) machine: Arc<MachineState>,
     pub(crate) states: Vec<MemberState>,
     pub(crate) table: descriptors::FdTable,
     pub(crate) shared: SharedState,
@@ -90,6 +90,7 @@ impl Captured {
     /// Writes trees and pages into the epoch.
     pub fn write(&self, writer: &mut dyn EpochWriter) -> Result<(), ProcessError> {
         image::put(writer, image::SUBJECT, &self.subject)?;
+        image::put(writer, image::MACHINE, &*self.machine)?;
         image::put(writer, image::DESCRIPTORS, &self.table)?;
         image::put(writer, image::SHARED, &self.shared)?;
         for &run in &self.retired {

@@ -67,6 +67,9 @@ pub const DESCRIPTORS: &str = "descriptors";
 /// Name of the group with the memory that processes share.
 pub const SHARED: &str = "shared-memory";
 
+/// Name of the group with what a program found in its machine.
+pub const MACHINE: &str = "machine";
+
 /// The group of one kind of state of one process.
 #[must_use]
 pub fn group(kind: &str, pid: u32) -> String {
@@ -118,7 +121,7 @@ pub fn describe(reader: &dyn EpochReader) -> Result<SubjectState, ProcessError> 
 
 /// The published schemas of all groups.
 pub fn schemas() -> Result<SchemaSet, SchemaConflict> {
-    use crate::resources::{attributes, descriptors, memory, shared, signals};
+    use crate::resources::{attributes, descriptors, machine, memory, shared, signals};
     let mut set = SchemaSet::new();
     set.add::<SubjectState>()?;
     set.add::<attributes::ProcessState>()?;
@@ -127,5 +130,6 @@ pub fn schemas() -> Result<SchemaSet, SchemaConflict> {
     set.add::<memory::MemoryState>()?;
     set.add::<descriptors::FdTable>()?;
     set.add::<shared::SharedState>()?;
+    set.add::<machine::MachineState>()?;
     Ok(set)
 }

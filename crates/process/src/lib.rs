@@ -30,6 +30,7 @@ pub mod resources;
 pub mod restore;
 mod target;
 pub mod track;
+mod vdso;
 mod waits;
 
 pub use captured::Captured;

@@ -14,6 +14,7 @@ use crate::laps::Laps;
 use crate::member::{self, Member, NotAdopted, Seen};
 use crate::reentry::{Sleepers, WaitBook};
 use crate::resources::descriptors;
+use crate::resources::machine::MachineState;
 use crate::resources::shared::SharedObjects;
 use crate::target::{Status, Target};
 use crate::{ProcessError, Refusal, namespaces, preflight};
@@ -21,6 +22,7 @@ use outlive_epoch::{EpochFacts, PageSink, Run};
 use outlive_linux::thread::Urgent;
 use rustix::fd::AsFd;
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// How a program is tracked.
@@ -75,6 +77,7 @@ pub struct Tracked {
     members: BTreeMap<u32, Member>,
     descriptors: descriptors::Memory,
     shared: SharedObjects,
+    machine: Arc<MachineState>,
     /// Pages of members that are no more, which the epochs so far hold.
     retired: Vec<Run>,
     spare: Spare,
@@ -109,6 +112,7 @@ impl Tracked {
             members: BTreeMap::new(),
             descriptors: descriptors::Memory::default(),
             shared: SharedObjects::default(),
+            machine: Arc::new(MachineState::here()?),
             retired: Vec::new(),
             spare: Spare::default(),
             detached: false,
@@ -437,6 +441,7 @@ impl Tracked {
                 stop_us: 0,
             },
             subject,
+            machine: self.machine.clone(),
             states,
             table: collected.table,
             shared,

@@ -20,10 +20,10 @@ fn the_published_schemas_are_up_to_date() {
 const HEADING: &str = "# State trees
 
 What an epoch says of a program besides the contents of its pages. An epoch holds one flattened
-device tree (DTB version 17) for each group: `subject`, `descriptors` and `shared-memory` for the
-program as a whole, and for each of its processes `process-PID/…` with `attributes`, `signals`,
-`threads` and `memory`. `outlive inspect IMAGE --dts` prints
-them, `outlive inspect IMAGE --check` holds them against what follows.
+device tree (DTB version 17) for each group: `subject`, `machine`,
+`descriptors` and `shared-memory` for the program as a whole, and for each of its processes
+`process-PID/…` with `attributes`, `signals`, `threads` and `memory`.
+`outlive inspect IMAGE --dts` prints them, `outlive inspect IMAGE --check` holds them against what follows.
 
 This page is generated from the types that read and write the trees. A kind never changes once it
 has been released: a change is a new version under a new `compatible`, and what is not described

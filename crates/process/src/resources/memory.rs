@@ -5,7 +5,6 @@ use crate::resources::shared::{self, SharedObjects};
 use crate::target::{Stat, Target};
 use crate::{ProcessError, Refusal};
 use outlive_linux::maps::{Mapping, VmFlags};
-use outlive_linux::memory;
 use outlive_linux::remote::{Arg, Batch, CallId, Results};
 use outlive_state_tree::{StateNode, StateValue};
 use std::fs::File;
@@ -24,8 +23,6 @@ pub struct MemoryState {
     pub brk: u64,
     /// The auxiliary vector, as the kernel shows it.
     pub auxiliary_vector: Vec<u8>,
-    /// Checksum (CRC32C) of the vDSO, by which a different kernel is recognised.
-    pub vdso_checksum: Option<u32>,
     /// Guard regions: start and end addresses in turn.
     pub guards: Vec<u64>,
     /// The files that are mapped.
@@ -201,17 +198,10 @@ pub fn collect(
         build_ids,
     };
     let mut areas = Vec::with_capacity(mappings.len());
-    let mut vdso_checksum = None;
     for (m, flags) in mappings {
         let flags = known_or_writable(m, *flags);
         let kind = kind_of(m, flags)
             .map_err(|what| ProcessError::Refused(vec![refusal(target, m, what)]))?;
-        if kind == AreaKind::Vdso {
-            vdso_checksum = Some(
-                vdso_checksum_of(target.pid, m.start, m.end)
-                    .map_err(|e| target.kernel("reading its vDSO", e))?,
-            );
-        }
         let file = match kind {
             AreaKind::PrivateFile | AreaKind::SharedFile => Some(files.index_of(m, flags, shared)?),
             _ => None,
@@ -244,7 +234,6 @@ pub fn collect(
         layout: stat.layout.to_vec(),
         brk,
         auxiliary_vector: target.proc_file("auxv")?,
-        vdso_checksum,
         guards: guards.iter().flat_map(|&(s, e)| [s, e]).collect(),
         files: files.list,
         areas,
@@ -271,13 +260,6 @@ pub fn refusal(target: &Target, m: &Mapping, what: &str) -> Refusal {
         format!("{what} ({name})")
     };
     target.refusal(place, what, "this sort of memory cannot be saved yet")
-}
-
-/// Checksum of the vDSO of a process.
-pub fn vdso_checksum_of(pid: u32, start: u64, end: u64) -> Result<u32, outlive_linux::Errno> {
-    let mut code = vec![0u8; (end - start).min(1 << 20) as usize];
-    memory::read_exact(pid, start, &mut code)?;
-    Ok(crc32c::crc32c(&code))
 }
 
 struct Files<'a> {

@@ -3,6 +3,7 @@
 pub mod attributes;
 pub mod credentials;
 pub mod descriptors;
+pub mod machine;
 pub mod memory;
 pub mod shared;
 pub mod signals;

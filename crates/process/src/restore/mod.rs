@@ -15,11 +15,14 @@
 //! ([`outlive_linux::pid_namespace`]), where every ID is free; the caller is the parent all the same.
 
 mod late;
+mod leave;
+mod machine;
 mod saved;
 mod space;
 mod stub;
 mod threads;
 mod tree;
+mod vdso;
 
 use crate::image::{SubjectState, ThreadsState};
 use crate::laps::Laps;
@@ -29,12 +32,11 @@ use crate::resources::{attributes, descriptors};
 use crate::target::gone_or;
 use crate::{ProcessError, Refusal};
 use outlive_epoch::EpochReader;
-use outlive_linux::clock::{TimeOffsets, now_ns};
+use outlive_linux::clock::{TimeOffsets, host_clocks};
 use outlive_linux::maps;
 use outlive_linux::pid_namespace::PidNamespace;
 use outlive_linux::remote::Batch;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-use rustix::time::ClockId;
 use saved::{Files, MadeFiles, Saved};
 use std::collections::HashMap;
 use std::os::fd::AsRawFd;
@@ -113,7 +115,7 @@ pub(crate) fn pid_taken(pid: u32) -> Refusal {
 pub fn restore(reader: &dyn EpochReader, options: &RestoreOptions) -> Result<Ready, ProcessError> {
     let began = Instant::now();
     let mut laps = Laps::new();
-    let saved = Saved::read(reader)?;
+    let mut saved = Saved::read(reader)?;
     laps.lap("trees");
     let ours = maps::read(std::process::id()).map_err(|e| internal("reading own mappings", e))?;
     let (files, made_files, mut checked) = saved.check(&ours, reader, options)?;
@@ -139,7 +141,13 @@ pub fn restore(reader: &dyn EpochReader, options: &RestoreOptions) -> Result<Rea
     let mut stubs = tree::make(&saved, &ours, place)?;
     late::bring(&mut stubs, &saved, &made)?;
     laps.lap("processes");
-    memory(&mut stubs, &saved, &files, (&shared, &mut contents), reader)?;
+    memory(
+        &mut stubs,
+        &mut saved,
+        &files,
+        (&shared, &mut contents),
+        reader,
+    )?;
     drop((files, shared));
     laps.lap("memory");
     for (stub, saved) in stubs.iter_mut().zip(&saved.processes) {
@@ -209,7 +217,7 @@ fn contents(saved: &Saved, files: &[Files]) -> Result<HashMap<u32, FileContents>
 /// Makes all address spaces.
 fn memory(
     stubs: &mut [Stub],
-    saved: &Saved,
+    saved: &mut Saved,
     files: &[Files],
     (shared, contents): (&Memories, &mut HashMap<u32, FileContents>),
     reader: &dyn EpochReader,
@@ -218,6 +226,9 @@ fn memory(
     for ((stub, saved), files) in stubs.iter_mut().zip(&saved.processes).zip(files) {
         space::clear(stub, &saved.memory)?;
         let populating = space::map(stub, &saved.memory, &files.mapped, shared, reader)?;
+        if let Some(code) = &saved.old_code {
+            vdso::write(stub, code)?;
+        }
         flights.push(stub.begin(populating)?);
     }
     let filled = {
@@ -230,10 +241,13 @@ fn memory(
     }
     filled?;
     shared::seal(&saved.shared, shared)?;
-    for ((stub, saved), files) in stubs.iter_mut().zip(&saved.processes).zip(files) {
+    for ((stub, saved), files) in stubs.iter_mut().zip(&mut saved.processes).zip(files) {
         space::map_sealed(stub, &saved.memory, shared)?;
         space::finish(stub, &saved.memory)?;
         space::set_layout(stub, &saved.memory, &files.executable)?;
+        if let Some(code) = &saved.old_code {
+            leave::leave(stub, &code.places, &mut saved.threads.threads)?;
+        }
     }
     Ok(())
 }
@@ -257,15 +271,15 @@ fn raise_file_limit() {
 /// Offsets with which the clocks go on from where they stood.
 fn time_offsets(subject: &SubjectState) -> Result<TimeOffsets, ProcessError> {
     let ours = TimeOffsets::of(std::process::id()).map_err(|e| internal("reading clocks", e))?;
-    let ahead = |saved: u64, clock, ours: i64| {
-        let host = now_ns(clock).saturating_sub(ours);
+    let host = host_clocks(&ours);
+    let ahead = |saved: u64, host: i64| {
         i64::try_from(saved)
             .unwrap_or(i64::MAX)
             .saturating_sub(host)
     };
     Ok(TimeOffsets {
-        monotonic_ns: ahead(subject.monotonic_ns, ClockId::Monotonic, ours.monotonic_ns),
-        boottime_ns: ahead(subject.boottime_ns, ClockId::Boottime, ours.boottime_ns),
+        monotonic_ns: ahead(subject.monotonic_ns, host.monotonic_ns),
+        boottime_ns: ahead(subject.boottime_ns, host.boottime_ns),
     })
 }
 

@@ -1,7 +1,9 @@
 //! What an epoch holds, read and judged before anything is done.
 
-use super::{FilesPolicy, RestoreOptions, pid_taken, space, threads};
+use super::vdso::OldCode;
+use super::{FilesPolicy, RestoreOptions, machine, pid_taken, space, threads};
 use crate::image::{self, SubjectState, ThreadsState, group, kinds};
+use crate::resources::machine::MachineState;
 use crate::resources::shared::SharedState;
 use crate::resources::{attributes, descriptors, memory, signals, timers};
 use crate::{ProcessError, Refusal};
@@ -25,6 +27,8 @@ pub struct SavedProcess {
     pub threads: ThreadsState,
     /// Address space.
     pub memory: memory::MemoryState,
+    /// Code of another kernel that lies in it as ordinary memory.
+    pub old_code: Option<OldCode>,
 }
 
 /// All trees of an epoch.
@@ -37,6 +41,8 @@ pub struct Saved {
     pub table: descriptors::FdTable,
     /// Memory that processes share.
     pub shared: SharedState,
+    /// What the program found in its machine.
+    pub machine: MachineState,
 }
 
 /// Files that were made because they were gone. They go again with the restore, unless it succeeds.
@@ -67,6 +73,7 @@ impl SavedProcess {
             signals: image::get(reader, &group(kinds::SIGNALS, pid))?,
             threads: image::get(reader, &group(kinds::THREADS, pid))?,
             memory: image::get(reader, &group(kinds::MEMORY, pid))?,
+            old_code: None,
         })
     }
 
@@ -93,7 +100,7 @@ impl SavedProcess {
         String::from_utf8_lossy(name).into_owned()
     }
 
-    fn refusal(&self, what: impl Into<String>, remedy: &str) -> Refusal {
+    pub fn refusal(&self, what: impl Into<String>, remedy: &str) -> Refusal {
         Refusal {
             pid: self.process.pid,
             program: self.program(),
@@ -136,11 +143,13 @@ impl Saved {
         }
         let table = image::get(reader, image::DESCRIPTORS)?;
         let shared = image::get(reader, image::SHARED)?;
+        let machine = image::get(reader, image::MACHINE)?;
         let saved = Self {
             subject,
             processes,
             table,
             shared,
+            machine,
         };
         saved.validate()?;
         Ok(saved)
@@ -203,7 +212,7 @@ impl Saved {
 
     /// Judges everything that can be judged beforehand, and opens what is needed.
     pub fn check(
-        &self,
+        &mut self,
         ours: &[Mapping],
         reader: &dyn EpochReader,
         options: &RestoreOptions,
@@ -224,13 +233,10 @@ impl Saved {
             Some(id) => return Err(ProcessError::Refused(vec![pid_taken(id)])),
             None => {}
         }
-        let mut refusals = Vec::new();
+        let mut refusals = machine::adapt(self, ours)?;
         let mut files = Vec::with_capacity(self.processes.len());
         let mut made = MadeFiles::default();
         for saved in &self.processes {
-            if let Err(what) = space::check_kernel(&saved.memory, ours) {
-                refusals.push(saved.refusal(what, "restore it under that kernel"));
-            }
             files.extend(saved.open(options.files == FilesPolicy::Keep, &mut made, &mut refusals));
         }
         let program = self

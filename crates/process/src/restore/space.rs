@@ -95,36 +95,12 @@ pub fn find_hole(
 }
 
 /// The mappings that the kernel gives to every process.
-fn kernel_kind(m: &Mapping) -> Option<AreaKind> {
+pub fn kernel_kind(m: &Mapping) -> Option<AreaKind> {
     match m.name.as_slice() {
         b"[vdso]" => Some(AreaKind::Vdso),
         b"[vvar]" => Some(AreaKind::Vvar),
         b"[vvar_vclock]" => Some(AreaKind::VvarVclock),
         _ => None,
-    }
-}
-
-/// Whether the vDSO of this kernel is the one that the program was saved with.
-pub fn check_kernel(state: &MemoryState, ours: &[Mapping]) -> Result<(), String> {
-    let differs = "the kernel is not the one under which the program was saved (its vDSO differs)";
-    for area in &state.areas {
-        if matches!(
-            area.kind,
-            AreaKind::Vdso | AreaKind::Vvar | AreaKind::VvarVclock
-        ) {
-            let same = ours.iter().find(|m| kernel_kind(m) == Some(area.kind));
-            if same.is_none_or(|m| m.len() != area.len()) {
-                return Err(differs.into());
-            }
-        }
-    }
-    let vdso = ours.iter().find(|m| m.name == b"[vdso]");
-    let checksum = vdso.and_then(|m| {
-        crate::resources::memory::vdso_checksum_of(std::process::id(), m.start, m.end).ok()
-    });
-    match state.vdso_checksum {
-        Some(saved) if Some(saved) != checksum => Err(differs.into()),
-        _ => Ok(()),
     }
 }
 

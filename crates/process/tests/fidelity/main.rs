@@ -15,6 +15,7 @@
 
 mod deaths;
 mod eintr;
+mod kernels;
 mod registers;
 mod stand;
 mod store;

@@ -51,6 +51,14 @@ impl Store {
     }
 }
 
+impl Epoch {
+    /// Puts another tree in the place of one.
+    pub fn replace(&mut self, group: &str, fdt: Vec<u8>) {
+        let before = self.trees.insert(group.into(), fdt);
+        assert!(before.is_some(), "there is no group {group}");
+    }
+}
+
 impl PageSink for Writer<'_> {
     fn put(&mut self, run: Run, bytes: &[u8]) -> Result<(), StoreError> {
         let (pages, rest) = bytes.as_chunks::<PAGE_SIZE>();
