@@ -23,6 +23,7 @@ pub mod remote;
 pub mod signals;
 pub mod sockopt;
 pub mod spawn;
+pub mod sysv;
 pub mod thread;
 pub mod userfault;
 

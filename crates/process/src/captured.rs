@@ -6,6 +6,7 @@ use crate::member::MemberState;
 use crate::pages::Residue;
 use crate::resources::machine::MachineState;
 use crate::resources::shared::SharedState;
+use crate::resources::system_v::SystemVState;
 use crate::resources::{descriptors, memory};
 use crate::target::Target;
 use outlive_epoch::{EpochFacts, EpochWriter, Run};
@@ -81,6 +82,7 @@ pub struct Captured {
     pub(crate) table: descriptors::FdTable,
     pub(crate) shared: SharedState,
     pub(crate) shared_residue: Residue,
+    pub(crate) system_v: SystemVState,
     pub(crate) retired: Vec<Run>,
     pub(crate) files: FilesToSync,
     pub(crate) spare: Spare,
@@ -93,6 +95,7 @@ impl Captured {
         image::put(writer, image::MACHINE, &*self.machine)?;
         image::put(writer, image::DESCRIPTORS, &self.table)?;
         image::put(writer, image::SHARED, &self.shared)?;
+        image::put(writer, image::SYSTEM_V, &self.system_v)?;
         for &run in &self.retired {
             writer.absent(run)?;
         }

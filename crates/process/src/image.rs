@@ -70,6 +70,9 @@ pub const SHARED: &str = "shared-memory";
 /// Name of the group with what a program found in its machine.
 pub const MACHINE: &str = "machine";
 
+/// Name of the group with System V semaphores and message queues.
+pub const SYSTEM_V: &str = "system-v";
+
 /// The group of one kind of state of one process.
 #[must_use]
 pub fn group(kind: &str, pid: u32) -> String {
@@ -121,7 +124,7 @@ pub fn describe(reader: &dyn EpochReader) -> Result<SubjectState, ProcessError> 
 
 /// The published schemas of all groups.
 pub fn schemas() -> Result<SchemaSet, SchemaConflict> {
-    use crate::resources::{attributes, descriptors, machine, memory, shared, signals};
+    use crate::resources::{attributes, descriptors, machine, memory, shared, signals, system_v};
     let mut set = SchemaSet::new();
     set.add::<SubjectState>()?;
     set.add::<attributes::ProcessState>()?;
@@ -131,5 +134,6 @@ pub fn schemas() -> Result<SchemaSet, SchemaConflict> {
     set.add::<descriptors::FdTable>()?;
     set.add::<shared::SharedState>()?;
     set.add::<machine::MachineState>()?;
+    set.add::<system_v::SystemVState>()?;
     Ok(set)
 }

@@ -16,6 +16,7 @@ use crate::reentry::{Sleepers, WaitBook};
 use crate::resources::descriptors;
 use crate::resources::machine::MachineState;
 use crate::resources::shared::SharedObjects;
+use crate::resources::system_v::{self, SystemV};
 use crate::target::{Status, Target};
 use crate::{ProcessError, Refusal, namespaces, preflight};
 use outlive_epoch::{EpochFacts, PageSink, Run};
@@ -78,6 +79,7 @@ pub struct Tracked {
     descriptors: descriptors::Memory,
     shared: SharedObjects,
     machine: Arc<MachineState>,
+    system_v: SystemV,
     /// Pages of members that are no more, which the epochs so far hold.
     retired: Vec<Run>,
     spare: Spare,
@@ -113,6 +115,7 @@ impl Tracked {
             descriptors: descriptors::Memory::default(),
             shared: SharedObjects::default(),
             machine: Arc::new(MachineState::here()?),
+            system_v: SystemV::default(),
             retired: Vec::new(),
             spare: Spare::default(),
             detached: false,
@@ -429,7 +432,20 @@ impl Tracked {
         let threads = states.iter().map(|s| s.threads.threads.len() as u32).sum();
         let subject = clocks.subject(&states, zombies, threads);
         laps.lap("processes");
-        let (shared, shared_residue) = self.shared.take()?;
+        let mut members = system_v::Members::new();
+        for process in frozen.iter() {
+            let id = self.id_of(process.kin.pid);
+            members.extend(process.threads.iter().map(|t| (t.tid, id)));
+        }
+        let segments = self.system_v.segments()?;
+        self.shared.add_segments(&segments, &members)?;
+        let root = &self
+            .members
+            .get(&self.root)
+            .ok_or_else(|| gone(self.root))?
+            .target;
+        let (shared, shared_residue) = self.shared.take(&segments, root, &members)?;
+        let system_v = self.system_v.collect(root, &members)?;
         laps.lap("shared memory");
         laps.tell("stop");
         let files = FilesToSync::new(collected.files, &states);
@@ -446,6 +462,7 @@ impl Tracked {
             table: collected.table,
             shared,
             shared_residue,
+            system_v,
             retired: std::mem::take(&mut self.retired),
             files,
             spare: self.spare.clone(),

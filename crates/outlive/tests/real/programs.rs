@@ -1,7 +1,7 @@
 //! Programs of several processes: killed with their keeper in the middle of their work, restored,
 //! and judged by what they compute.
 
-use crate::support::{Kept, Place, alone, end, family, installed, may_run, until};
+use crate::support::{Kept, Place, alone, end, family, installed, may_run, test_program, until};
 use std::process::Command;
 
 /// Kills the keeper and the whole program at once, and restores what is left: the newest epoch.
@@ -369,4 +369,109 @@ fn workers_share_locks_and_counters_without_a_name() {
         kept = die_and_come_back(&place, kept, epochs);
     }
     assert_eq!(kept.code(), 6, "{}", place.said());
+}
+
+/// System V objects are there again with their IDs, keys, owners, contents and users: those that
+/// the dead program left, and, as after a reboot, those that are gone.
+#[test]
+fn system_v_objects_stay_what_they_were() {
+    if !may_run("system_v_objects_stay_what_they_were") {
+        return;
+    }
+    let (_alone, place) = (alone(), Place::new());
+    let program = test_program("system_v");
+    let run = [
+        "run", "--name", "a", "--every", "50ms", "--", &program, "400",
+    ];
+    let mut kept = place.start(&run);
+    let ready = kept.line();
+    let ids: Vec<&str> = ready.strip_prefix("ready ").unwrap().split(' ').collect();
+    let _removed = Removed(ids.iter().map(ToString::to_string).collect());
+    for (epochs, is_reboot) in [(3, false), (2, true), (2, true)] {
+        for _ in 0..epochs {
+            place.epoch_after("a", place.newest("a"));
+        }
+        let members = family(kept.pid()).split_off(1);
+        kept.kill();
+        members.into_iter().for_each(end);
+        if is_reboot {
+            remove_objects(&ids);
+        }
+        kept = place.start(&["restore", "a"]);
+    }
+    assert_eq!(kept.code(), 8, "{}", place.said());
+}
+
+/// Segments and semaphores of others are in nobody's way silently: what is in the way is named.
+#[test]
+fn what_is_in_the_way_of_system_v_objects_is_named() {
+    if !may_run("what_is_in_the_way_of_system_v_objects_is_named") {
+        return;
+    }
+    let (_alone, place) = (alone(), Place::new());
+    let program = test_program("system_v");
+    let mut kept = place.start(&["run", "--name", "a", "--", &program, "100000"]);
+    let ready = kept.line();
+    let ids: Vec<&str> = ready.strip_prefix("ready ").unwrap().split(' ').collect();
+    let _removed = Removed(ids.iter().map(ToString::to_string).collect());
+    place.epoch_after("a", 1);
+    let root = place.status("a")["pid"].as_u64().unwrap();
+    let members = family(kept.pid()).split_off(1);
+    kept.kill();
+    members.into_iter().for_each(end);
+    remove_objects(&ids);
+    let key = format!("{:#x}", 0x4f75_0000 | (root & 0xffff));
+    let made = Command::new(installed("python3"))
+        .args(["-c", "import ctypes, sys\nprint(ctypes.CDLL(None).shmget(int(sys.argv[1], 16), 4096, 0o1600))"])
+        .arg(&key)
+        .output()
+        .unwrap();
+    let other = String::from_utf8(made.stdout).unwrap().trim().to_owned();
+    let _other = Removed(vec![other.clone()]);
+    let remedy = format!("ipcrm -m {other}");
+    place
+        .call(&["restore", "a", "--detach"])
+        .fails(3, &[ids[0], &remedy, "has its key"]);
+    let left = || {
+        let lists = ["shm", "sem", "msg"].map(|sort| format!("/proc/sysvipc/{sort}"));
+        let texts = lists.map(|list| std::fs::read_to_string(list).unwrap());
+        let lines: Vec<String> = texts
+            .iter()
+            .flat_map(|t| t.lines())
+            .map(str::to_owned)
+            .collect();
+        let ours = |line: &&String| {
+            let id = line.split_whitespace().nth(1).unwrap_or_default();
+            ids.contains(&id)
+        };
+        lines.iter().filter(ours).count()
+    };
+    assert_eq!(left(), 0, "a refused restore makes nothing");
+    remove_objects(&[&other]);
+    let mut kept = place.start(&["restore", "a"]);
+    until("it is there again", || left() >= ids.len());
+    let members = family(kept.pid()).split_off(1);
+    kept.kill();
+    members.into_iter().for_each(end);
+}
+
+/// Objects that outlast programs, removed whatever happens.
+struct Removed(Vec<String>);
+
+impl Drop for Removed {
+    fn drop(&mut self) {
+        let ids: Vec<&str> = self.0.iter().map(String::as_str).collect();
+        remove_objects(&ids);
+    }
+}
+
+/// Removes what has these IDs, as a reboot does. IDs of the three sorts may be alike, but all of
+/// them are the test's.
+fn remove_objects(ids: &[&str]) {
+    for (place, flag) in ["-m", "-m", "-s", "-q", "-q"].iter().enumerate() {
+        if let Some(id) = ids.get(place) {
+            let done = Command::new(installed("ipcrm")).args([flag, id]).output();
+            drop(done);
+        }
+    }
 }

@@ -216,7 +216,7 @@ fn state_that_cannot_be_saved_is_named_and_the_program_runs_on() {
     let (_alone, place) = (alone(), Place::new());
     let refused = test_program("refused");
     for (kind, words) in [
-        ("system-v-memory", &["address", "System V"][..]),
+        ("foreign-memory", &["System V", "outside"][..]),
         ("netlink", &["fd ", "netlink"]),
         ("io-uring", &["fd ", "io_uring"]),
         ("stranger-owns", &["fd ", "which is not of this program"]),

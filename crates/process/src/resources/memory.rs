@@ -68,7 +68,9 @@ pub enum AreaKind {
     SharedFile,
     /// Memory that several processes may share.
     SharedMemory,
-    /// The same, private: pages that were written are our own.
+    /// A System V segment, or a part of it.
+    Segment,
+    /// Memory that several processes may share, mapped private: pages that were written are our own.
     PrivateMemory,
     /// Code that the kernel gives.
     Vdso,
@@ -158,9 +160,9 @@ pub fn kind_of(m: &Mapping, flags: VmFlags) -> Result<AreaKind, &'static str> {
     let starts = |prefix: &[u8]| m.name.starts_with(prefix);
     match m.shared {
         _ if m.inode == 0 && !m.shared => Ok(AreaKind::Anonymous),
+        true if shared::Sort::of(m) == Some(shared::Sort::Segment) => Ok(AreaKind::Segment),
         true if shared::Sort::of(m).is_some() => Ok(AreaKind::SharedMemory),
         false if shared::Sort::of(m).is_some() => Ok(AreaKind::PrivateMemory),
-        true if starts(b"/SYSV") => Err("System V shared memory"),
         _ if starts(b"/[aio]") => Err("an asynchronous I/O context"),
         _ if starts(b"anon_inode:") => Err("memory of a kernel object"),
         _ if !starts(b"/") => Err("memory of an unknown sort"),
@@ -207,7 +209,7 @@ pub fn collect(
             _ => None,
         };
         let space = match kind {
-            AreaKind::SharedMemory | AreaKind::PrivateMemory => {
+            AreaKind::SharedMemory | AreaKind::PrivateMemory | AreaKind::Segment => {
                 Some(shared.space_of(target, m, flags)?)
             }
             _ => None,

@@ -7,5 +7,6 @@ pub mod machine;
 pub mod memory;
 pub mod shared;
 pub mod signals;
+pub mod system_v;
 pub mod thread;
 pub mod timers;

@@ -20,6 +20,7 @@ mod machine;
 mod saved;
 mod space;
 mod stub;
+mod system_v;
 mod threads;
 mod tree;
 mod vdso;
@@ -43,6 +44,7 @@ use std::os::fd::AsRawFd;
 use std::rc::Rc;
 use std::time::Instant;
 use stub::{Stub, step};
+use system_v::Objects;
 use tree::Place;
 
 /// What to do with files that are not as they were at the epoch.
@@ -75,6 +77,7 @@ pub struct Ready {
     ended: Vec<Vec<Option<u64>>>,
     made: descriptors::Made,
     made_files: MadeFiles,
+    objects: Objects,
     contents: HashMap<u32, FileContents>,
     notices: Vec<String>,
     began: Instant,
@@ -118,12 +121,12 @@ pub fn restore(reader: &dyn EpochReader, options: &RestoreOptions) -> Result<Rea
     let mut saved = Saved::read(reader)?;
     laps.lap("trees");
     let ours = maps::read(std::process::id()).map_err(|e| internal("reading own mappings", e))?;
-    let (files, made_files, mut checked) = saved.check(&ours, reader, options)?;
+    let (files, made_files, mut checked, mut objects) = saved.check(&ours, reader, options)?;
     raise_file_limit();
     let mut notices = checked.notices().to_vec();
     // From here on the program's clocks run: before any timer is set that runs with them.
     let offsets = time_offsets(&saved.subject)?;
-    let shared = Rc::new(shared::recreate(&saved.shared, &|what, remedy| {
+    let mut shared = Rc::new(shared::recreate(&saved.shared, &|what, remedy| {
         saved.refusal(what, remedy)
     })?);
     checked.set_memories(shared.clone());
@@ -140,14 +143,18 @@ pub fn restore(reader: &dyn EpochReader, options: &RestoreOptions) -> Result<Rea
     let place = namespace.as_ref().map_or(Place::Here(offsets), Place::In);
     let mut stubs = tree::make(&saved, &ours, place)?;
     late::bring(&mut stubs, &saved, &made)?;
+    let memories = Rc::get_mut(&mut shared).ok_or_else(shared_is_held)?;
+    objects.make(&saved, &mut stubs, memories)?;
     laps.lap("processes");
     memory(
         &mut stubs,
         &mut saved,
         &files,
         (&shared, &mut contents),
+        &objects,
         reader,
     )?;
+    objects.finish(&saved)?;
     drop((files, shared));
     laps.lap("memory");
     for (stub, saved) in stubs.iter_mut().zip(&saved.processes) {
@@ -179,6 +186,7 @@ pub fn restore(reader: &dyn EpochReader, options: &RestoreOptions) -> Result<Rea
         ended,
         made,
         made_files,
+        objects,
         contents,
         notices,
         began,
@@ -220,11 +228,14 @@ fn memory(
     saved: &mut Saved,
     files: &[Files],
     (shared, contents): (&Memories, &mut HashMap<u32, FileContents>),
+    objects: &Objects,
     reader: &dyn EpochReader,
 ) -> Result<(), ProcessError> {
     let mut flights = Vec::with_capacity(stubs.len());
     for ((stub, saved), files) in stubs.iter_mut().zip(&saved.processes).zip(files) {
         space::clear(stub, &saved.memory)?;
+        let (arena, length) = stub.arena.range();
+        objects.attach(stub, &saved.memory, arena + length + tree::ASIDE)?;
         let populating = space::map(stub, &saved.memory, &files.mapped, shared, reader)?;
         if let Some(code) = &saved.old_code {
             vdso::write(stub, code)?;
@@ -250,6 +261,11 @@ fn memory(
         }
     }
     Ok(())
+}
+
+fn shared_is_held() -> ProcessError {
+    let held = std::io::Error::other("it is still held");
+    internal("adding shared memory", held)
 }
 
 fn internal(what: &str, e: std::io::Error) -> ProcessError {
@@ -477,6 +493,7 @@ impl Ready {
         }
         self.made.keep();
         self.made_files.0.clear();
+        self.objects.keep();
         Ok(Restored {
             pid,
             ns_pid,

@@ -1,10 +1,12 @@
 //! What an epoch holds, read and judged before anything is done.
 
+use super::system_v::Objects;
 use super::vdso::OldCode;
 use super::{FilesPolicy, RestoreOptions, machine, pid_taken, space, threads};
 use crate::image::{self, SubjectState, ThreadsState, group, kinds};
 use crate::resources::machine::MachineState;
 use crate::resources::shared::SharedState;
+use crate::resources::system_v::SystemVState;
 use crate::resources::{attributes, descriptors, memory, signals, timers};
 use crate::{ProcessError, Refusal};
 use outlive_epoch::EpochReader;
@@ -43,6 +45,8 @@ pub struct Saved {
     pub shared: SharedState,
     /// What the program found in its machine.
     pub machine: MachineState,
+    /// System V semaphores and message queues.
+    pub system_v: SystemVState,
 }
 
 /// Files that were made because they were gone. They go again with the restore, unless it succeeds.
@@ -144,12 +148,14 @@ impl Saved {
         let table = image::get(reader, image::DESCRIPTORS)?;
         let shared = image::get(reader, image::SHARED)?;
         let machine = image::get(reader, image::MACHINE)?;
+        let system_v = image::get(reader, image::SYSTEM_V)?;
         let saved = Self {
             subject,
             processes,
             table,
             shared,
             machine,
+            system_v,
         };
         saved.validate()?;
         Ok(saved)
@@ -216,7 +222,7 @@ impl Saved {
         ours: &[Mapping],
         reader: &dyn EpochReader,
         options: &RestoreOptions,
-    ) -> Result<(Vec<Files>, MadeFiles, descriptors::Checked), ProcessError> {
+    ) -> Result<(Vec<Files>, MadeFiles, descriptors::Checked, Objects), ProcessError> {
         let taken = |id: &u32| match options.new_pid_ns {
             true => *id == 1,
             false => Path::new(&format!("/proc/{id}")).exists(),
@@ -249,6 +255,7 @@ impl Saved {
             .filter(|f| f.contents.is_some())
             .map(|f| f.path.clone())
             .collect();
+        let objects = Objects::check(self, &mut refusals)?;
         let spaces: Vec<u32> = self.shared.memories.iter().map(|m| m.space).collect();
         let request = descriptors::CheckRequest {
             spaces: &spaces,
@@ -259,7 +266,7 @@ impl Saved {
             files: options.files,
         };
         match descriptors::check_table(&self.table, &request) {
-            Ok(checked) if refusals.is_empty() => return Ok((files, made, checked)),
+            Ok(checked) if refusals.is_empty() => return Ok((files, made, checked, objects)),
             Ok(_) => {}
             Err(ProcessError::Refused(more)) => refusals.extend(more),
             Err(e) => return Err(e),

@@ -74,6 +74,9 @@ pub fn find_hole(
     length: u64,
 ) -> Result<u64, ProcessError> {
     const MARGIN: u64 = 16 << 20;
+    if length > TOP {
+        return Err(ProcessError::Image("memory: a segment is too long".into()));
+    }
     let areas = states.iter().flat_map(|s| &s.areas);
     let mut taken: Vec<(u64, u64)> = areas.map(|a| (a.start, a.end)).collect();
     taken.extend(ours.iter().map(|m| (m.start, m.end)));
@@ -295,7 +298,10 @@ fn map_area(
         AreaKind::SharedFile => (libc::MAP_SHARED, file()),
         AreaKind::SharedMemory => (libc::MAP_SHARED, memory()),
         AreaKind::PrivateMemory => (libc::MAP_PRIVATE, memory()),
-        AreaKind::Vdso | AreaKind::Vvar | AreaKind::VvarVclock => return Ok(None),
+        // Attached, or given by the kernel.
+        AreaKind::Segment | AreaKind::Vdso | AreaKind::Vvar | AreaKind::VvarVclock => {
+            return Ok(None);
+        }
     };
     let mut map = sort | libc::MAP_FIXED_NOREPLACE;
     if flags.has(VmFlags::GROWS_DOWN) {

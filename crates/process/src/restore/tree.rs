@@ -7,8 +7,8 @@
 //! session, then the other children. Process groups come last, leaders before their members.
 
 use super::saved::{Saved, SavedProcess};
-use super::space;
 use super::stub::{Step, Stub, step};
+use super::{space, system_v};
 use crate::ProcessError;
 use outlive_linux::clock::TimeOffsets;
 use outlive_linux::maps::Mapping;
@@ -17,7 +17,7 @@ use outlive_linux::remote::Arg;
 use std::collections::BTreeMap;
 
 /// Free bytes behind working memory that steps may use.
-const ASIDE: u64 = 8 << 20;
+pub const ASIDE: u64 = 8 << 20;
 
 /// Where the processes are made.
 #[derive(Clone, Copy)]
@@ -42,7 +42,8 @@ impl Place<'_> {
 /// Makes all processes, in the order of the epoch.
 pub fn make(saved: &Saved, ours: &[Mapping], place: Place<'_>) -> Result<Vec<Stub>, ProcessError> {
     let memories: Vec<_> = saved.processes.iter().map(|p| &p.memory).collect();
-    let hole = space::find_hole(&memories, ours, Stub::arena_length() + ASIDE)?;
+    let room = (Stub::arena_length() + ASIDE).saturating_add(system_v::longest(saved));
+    let hole = space::find_hole(&memories, ours, room)?;
     let mut stubs = BTreeMap::new();
     for parentless in saved.processes.iter().filter(|p| p.process.parent == 0) {
         let pid = parentless.process.pid;

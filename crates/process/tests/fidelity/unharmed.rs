@@ -21,9 +21,8 @@ pub fn must_be_free(program: &Program) {
     }
 }
 
-const KINDS: [(&str, &str); 5] = [
+const KINDS: [(&str, &str); 4] = [
     ("timer-of-some-thread", "timer"),
-    ("system-v-memory", "System V"),
     ("netlink", "netlink"),
     ("io-uring", "io_uring"),
     ("seccomp", "seccomp"),

@@ -2,6 +2,7 @@
 //!
 //! - Anonymous shared memory (`MAP_SHARED | MAP_ANONYMOUS`) is a file of the kernel's own that has
 //!   no name. It is made again as a memfd, which differs only in the name that `maps` shows.
+//! - System V segments ([`segment`]).
 //! - Memory files and deleted files ([`nameless`]), whether they are mapped, open, or both.
 //! - Files that are mapped shared and writable. A mapped file is used as memory: stores to it
 //!   happen all the time and leave no trace but its contents. So these are kept in the epoch, up to
@@ -20,10 +21,12 @@
 mod contents;
 mod nameless;
 mod objects;
+mod segment;
 
 pub use contents::FileContents;
 pub use nameless::{DeletedState, MemfdState};
 pub use objects::SharedObjects;
+pub use segment::SegmentState;
 
 use crate::{ProcessError, Refusal};
 use outlive_linux::maps::{Mapping, VmFlags};
@@ -74,6 +77,8 @@ pub enum Origin {
     Memfd(MemfdState),
     /// A file whose name is gone.
     Deleted(DeletedState),
+    /// A System V segment.
+    Segment(SegmentState),
 }
 
 /// Anonymous shared memory.
@@ -97,6 +102,8 @@ pub enum Sort {
     Memfd,
     /// [`Origin::Deleted`].
     Deleted,
+    /// [`Origin::Segment`].
+    Segment,
 }
 
 impl Sort {
@@ -107,8 +114,10 @@ impl Sort {
         let known = |prefix: &[u8]| name.starts_with(prefix);
         if name == b"/dev/zero (deleted)" || name == format!("/memfd:{NAME} (deleted)").as_bytes() {
             Some(Self::Anonymous)
-        } else if !known(b"/") || !name.ends_with(nameless::DELETED) || known(b"/SYSV") {
+        } else if !known(b"/") || !name.ends_with(nameless::DELETED) {
             None
+        } else if known(b"/SYSV") {
+            Some(Self::Segment)
         } else if known(nameless::MEMFD) {
             Some(Self::Memfd)
         } else if known(b"/[aio]") || known(b"/anon_hugepage") {
@@ -122,7 +131,7 @@ impl Sort {
     #[must_use]
     pub fn of(m: &Mapping) -> Option<Self> {
         match Self::of_name(&m.name) {
-            Some(Self::Anonymous) if !m.shared => None,
+            Some(Self::Anonymous | Self::Segment) if !m.shared => None,
             sort => sort,
         }
     }
@@ -177,7 +186,7 @@ impl Memory {
 /// Shared memories by their spaces.
 pub type Memories = HashMap<u32, Memory>;
 
-/// Makes the memories again, empty. An image is hostile: spaces are unique, and never those of
+/// Makes the memories again, empty, but for System V segments, which members make. An image is hostile: spaces are unique, and never those of
 /// processes. `refuse` makes the refusal of what cannot be made here.
 pub fn recreate(
     state: &SharedState,
@@ -194,7 +203,7 @@ pub fn recreate(
             )));
         }
         let file = match &memory.origin {
-            Origin::MappedFile(_) => continue,
+            Origin::MappedFile(_) | Origin::Segment(_) => continue,
             Origin::Anonymous(_) => memfd_create(NAME, MemfdFlags::CLOEXEC)
                 .map_err(|e| failed("making shared memory", e))?,
             Origin::Memfd(memfd) => memfd.recreate()?,
@@ -266,7 +275,7 @@ mod tests {
             (b"/dev/shm/x (deleted)", Some(Sort::Deleted)),
             (b"/dev/shm/x", None),
             (b"/[aio] (deleted)", None),
-            (b"/SYSV00000000 (deleted)", None),
+            (b"/SYSV00000000 (deleted)", Some(Sort::Segment)),
             (b"[heap]", None),
             (b"", None),
         ] {

@@ -73,9 +73,9 @@ fn set_access(file: &OwnedFd, access: &[u32]) -> Result<(), Errno> {
 /// Why a file without a name cannot be saved.
 pub fn judge(name: &[u8], meta: &Metadata) -> Result<(), &'static str> {
     if !meta.is_file() || meta.blksize() >= HUGE {
-        return Err("a memory file of a special kind");
+        return Err("memory of a special kind");
     }
-    if name.starts_with(MEMFD) {
+    if name.starts_with(MEMFD) || name.starts_with(b"/SYSV") {
         return Ok(());
     }
     if meta.nlink() != 0 {

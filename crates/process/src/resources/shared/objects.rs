@@ -8,15 +8,18 @@
 
 use super::nameless::{self, DeletedState, MemfdState};
 use super::{
-    AnonymousState, MappedFileState, Origin, SHARED_SPACE, SharedMemory, SharedState, Sort,
+    AnonymousState, MappedFileState, Origin, SHARED_SPACE, SegmentState, SharedMemory, SharedState,
+    Sort,
 };
 use crate::pages::Residue;
 use crate::resources::descriptors::Probe;
 use crate::resources::memory;
+use crate::resources::system_v::Members;
 use crate::target::Target;
 use crate::{ProcessError, Refusal};
 use outlive_epoch::{PAGE_SIZE, PageSink, Run, SpaceId};
 use outlive_linux::maps::{Mapping, VmFlags};
+use outlive_linux::sysv::{self, Segment};
 use rustix::fs::{OFlags, SeekFrom, seek};
 use std::collections::HashMap;
 use std::ffi::OsStr;
@@ -46,6 +49,8 @@ struct Known {
     name: Vec<u8>,
     /// Hashes of the pages that the epochs so far hold.
     pages: HashMap<u64, u128>,
+    /// How many mappings of it there are at this epoch.
+    mappings: u64,
     /// Somebody has it at this epoch …
     used: bool,
     /// … and can write to it.
@@ -97,7 +102,7 @@ impl SharedObjects {
     /// A new round: what nobody names until its end is in use no more.
     pub fn begin(&mut self) {
         for known in self.known.values_mut() {
-            (known.used, known.writable) = (false, false);
+            (known.used, known.writable, known.mappings) = (false, false, 0);
         }
     }
 
@@ -111,7 +116,7 @@ impl SharedObjects {
         let sort = Sort::of(m).unwrap_or(Sort::MappedFile);
         let writable = m.shared && (flags.has(VmFlags::MAY_WRITE) || m.prot & 2 != 0);
         let key = (m.device, m.inode, sort);
-        if let Some(space) = self.known_space(key, writable) {
+        if let Some(space) = self.known_space(key, writable, 1) {
             return Ok(space);
         }
         let path = if sort == Sort::MappedFile {
@@ -123,7 +128,7 @@ impl SharedObjects {
         let failed = |e| target.kernel(format!("opening {}", path.display()), e);
         let file = File::open(&path).map_err(failed)?;
         let meta = file.metadata().map_err(failed)?;
-        self.add(key, (file, meta), &m.name, writable, &|what| {
+        self.add(key, (file, meta), &m.name, (writable, 1), &|what| {
             memory::refusal(target, m, what)
         })
     }
@@ -138,7 +143,7 @@ impl SharedObjects {
         let writable = !probe.has(OFlags::PATH) && probe.access() != OFlags::RDONLY.bits();
         let device = (stat.stx_dev_major, stat.stx_dev_minor);
         let key = (device, stat.stx_ino, sort);
-        if let Some(space) = self.known_space(key, writable) {
+        if let Some(space) = self.known_space(key, writable, 0) {
             return Ok(space);
         }
         let file = probe.reopen(OFlags::RDONLY).map(File::from);
@@ -147,20 +152,23 @@ impl SharedObjects {
             let errno = rustix::io::Errno::from_io_error(&e).unwrap_or(rustix::io::Errno::IO);
             probe.failed("look at", errno)
         })?;
-        self.add(key, (file, meta), &probe.link, writable, &|what| Refusal {
-            pid: probe.target.pid,
-            program: probe.target.program.to_owned(),
-            place: format!("fd {}", probe.number),
-            what: format!("{what} ({})", probe.shown()),
-            remedy: REMEDY.into(),
+        self.add(key, (file, meta), &probe.link, (writable, 0), &|what| {
+            Refusal {
+                pid: probe.target.pid,
+                program: probe.target.program.to_owned(),
+                place: format!("fd {}", probe.number),
+                what: format!("{what} ({})", probe.shown()),
+                remedy: REMEDY.into(),
+            }
         })
     }
 
-    fn known_space(&mut self, key: Key, writable: bool) -> Option<u32> {
+    fn known_space(&mut self, key: Key, writable: bool, mappings: u64) -> Option<u32> {
         let key = self.aliases.get(&key).unwrap_or(&key);
         let known = self.known.get_mut(key)?;
         known.used = true;
         known.writable |= writable;
+        known.mappings += mappings;
         Some(known.space)
     }
 
@@ -169,10 +177,10 @@ impl SharedObjects {
         key: Key,
         (file, meta): (File, Metadata),
         name: &[u8],
-        writable: bool,
+        (writable, mappings): (bool, u64),
         refuse: &dyn Fn(&str) -> Refusal,
     ) -> Result<u32, ProcessError> {
-        if matches!(key.2, Sort::Memfd | Sort::Deleted) {
+        if matches!(key.2, Sort::Memfd | Sort::Deleted | Sort::Segment) {
             nameless::judge(name, &meta)
                 .map_err(|what| ProcessError::Refused(vec![refuse(what)]))?;
         }
@@ -180,7 +188,7 @@ impl SharedObjects {
         let true_key = (device, meta.ino(), key.2);
         if true_key != key {
             self.aliases.insert(key, true_key);
-            if let Some(space) = self.known_space(true_key, writable) {
+            if let Some(space) = self.known_space(true_key, writable, mappings) {
                 return Ok(space);
             }
         }
@@ -192,6 +200,7 @@ impl SharedObjects {
             sort: key.2,
             name: name.to_vec(),
             pages: HashMap::new(),
+            mappings,
             used: true,
             writable,
             looked_at: None,
@@ -208,18 +217,87 @@ impl SharedObjects {
             .try_for_each(|k| k.look(buffer, &mut sink))
     }
 
+    /// Adds the System V segments of the program that nobody has mapped.
+    pub fn add_segments(
+        &mut self,
+        segments: &[Segment],
+        members: &Members,
+    ) -> Result<(), ProcessError> {
+        let unmapped = |s: &&Segment| s.attached == 0 && members.contains_key(&s.creator);
+        for segment in segments.iter().filter(unmapped) {
+            let id = segment.object.id;
+            let inode = u64::from(id.cast_unsigned());
+            let known = self
+                .known
+                .keys()
+                .find(|k| (k.1, k.2) == (inode, Sort::Segment));
+            if let Some(&key) = known {
+                self.known_space(key, false, 0);
+                continue;
+            }
+            let opened = sysv::open_segment(id, segment.size, false)
+                .and_then(|file| file.metadata().map(|meta| (file, meta)));
+            let opened = match opened {
+                Ok(opened) => opened,
+                // Removed meanwhile by somebody else.
+                Err(e) if e.raw_os_error() == Some(libc::EINVAL) => continue,
+                Err(e) => return Err(super::failed("opening System V shared memory", e)),
+            };
+            let device = opened.1.dev();
+            let device = (rustix::fs::major(device), rustix::fs::minor(device));
+            let name = format!("/SYSV{:08x}", segment.object.key);
+            let refuse = |what: &str| Refusal {
+                pid: segment.creator,
+                program: String::new(),
+                place: name.clone(),
+                what: what.into(),
+                remedy: REMEDY.into(),
+            };
+            self.add(
+                (device, inode, Sort::Segment),
+                opened,
+                name.as_bytes(),
+                (false, 0),
+                &refuse,
+            )?;
+        }
+        Ok(())
+    }
+
     /// Takes changed pages, and describes what is in use, while the program stands still.
-    pub fn take(&mut self) -> Result<(SharedState, Residue), ProcessError> {
+    /// `segments` are all that the machine has.
+    pub fn take(
+        &mut self,
+        segments: &[Segment],
+        root: &Target,
+        members: &Members,
+    ) -> Result<(SharedState, Residue), ProcessError> {
+        let of_segment = |key: &Key, known: &Known| {
+            let listed = segments
+                .iter()
+                .find(|s| u64::from(s.object.id.cast_unsigned()) == key.1);
+            let listed = listed.ok_or_else(|| {
+                let gone = std::io::Error::from_raw_os_error(libc::EIDRM);
+                known.failed("listing", gone)
+            })?;
+            let state = SegmentState::collect(listed, known.mappings, root, members)?;
+            Ok::<_, ProcessError>((Origin::Segment(state), listed.size))
+        };
         let mut residue = Residue::default();
         let buffer = &mut self.buffer;
         let mut memories = Vec::new();
-        for known in self.known.values_mut() {
+        for (key, known) in &mut self.known {
             if known.used {
                 known.look(buffer, &mut residue)?;
+                let (origin, size) = match known.origin() {
+                    Ok(Some(origin)) => (origin, known.size()?),
+                    Ok(None) => of_segment(key, known)?,
+                    Err(e) => return Err(known.failed("describing", e)),
+                };
                 memories.push(SharedMemory {
                     space: known.space,
-                    size: known.size()?,
-                    origin: known.origin().map_err(|e| known.failed("describing", e))?,
+                    size,
+                    origin,
                 });
             } else {
                 known.drop_all(&mut residue)?;
@@ -257,13 +335,15 @@ impl Known {
         Ok((meta.size(), memory::modified_ns(&meta)))
     }
 
-    fn origin(&self) -> std::io::Result<Origin> {
-        Ok(match self.sort {
+    /// What it is; `None` for a segment, which its file does not describe.
+    fn origin(&self) -> std::io::Result<Option<Origin>> {
+        Ok(Some(match self.sort {
+            Sort::Segment => return Ok(None),
             Sort::Anonymous => Origin::Anonymous(AnonymousState {}),
             Sort::MappedFile => Origin::MappedFile(MappedFileState {}),
             Sort::Memfd => Origin::Memfd(MemfdState::collect(&self.name, &self.file)?),
             Sort::Deleted => Origin::Deleted(DeletedState::collect(&self.name, &self.file)?),
-        })
+        }))
     }
 
     fn run(&self, first: u64, count: u64) -> Result<Run, ProcessError> {
@@ -367,6 +447,7 @@ mod tests {
             sort: Sort::Anonymous,
             name: b"test".to_vec(),
             pages: HashMap::new(),
+            mappings: 1,
             used: true,
             writable: true,
             looked_at: None,

@@ -327,6 +327,7 @@ fn nameless_files_keep_contents_modes_and_seals() {
     use crate::resources::shared::{self, SharedState};
     use rustix::fs::{MemfdFlags, Mode, OFlags, SealFlags, fcntl_add_seals, fcntl_get_seals};
     use rustix::fs::{fchmod, memfd_create};
+    use std::collections::BTreeMap;
     use std::os::unix::fs::FileExt;
     let _quiet = no_child_starts();
     let dir = tempfile::tempdir().unwrap();
@@ -349,7 +350,8 @@ fn nameless_files_keep_contents_modes_and_seals() {
     let mut objects = SharedObjects::default();
     let numbers = [&plain, &sealed, &deleted, &again].map(number);
     let table = collect_shared(&numbers, &mut objects).unwrap().table;
-    let (state, residue) = objects.take().unwrap();
+    let root = crate::target::Target::open(me()).unwrap();
+    let (state, residue) = objects.take(&[], &root, &BTreeMap::new()).unwrap();
     let state: SharedState = from_fdt(&to_fdt(&state).unwrap()).unwrap();
     assert_eq!(state.memories.len(), 3);
     let memories = shared::recreate(&state, &|_, _| panic!("refused")).unwrap();

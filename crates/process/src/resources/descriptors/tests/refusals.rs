@@ -22,7 +22,7 @@ fn skip(what: &str, why: impl std::fmt::Display) {
 #[test]
 fn objects_without_a_path() {
     match rustix::fs::memfd_create("x", MemfdFlags::CLOEXEC | MemfdFlags::HUGETLB) {
-        Ok(memory) => assert_refused(&memory, "a memory file of a special kind"),
+        Ok(memory) => assert_refused(&memory, "memory of a special kind"),
         Err(e) => skip("memfd on huge pages", e),
     }
     let pidfd = pidfd_open(Pid::INIT, PidfdFlags::empty()).unwrap();
