@@ -122,17 +122,18 @@ impl PidNamespace {
         report?.made(pid)
     }
 
-    /// Makes a process that waits, with this process ID in the namespace, as a child of init.
+    /// Makes a process that waits, with this process ID in the namespace, as a child of init. The
+    /// process ID `by` must be free there too: one that makes it has that for a moment.
     ///
     /// # Errors
     /// As [`PidNamespace::child`].
-    pub fn child_of_init(&self, pid: u32) -> Result<(), SpawnError> {
+    pub fn child_of_init(&self, pid: u32, by: u32) -> Result<(), SpawnError> {
         let init = self.pidfd.as_raw_fd();
         // SAFETY: only system calls are made, on memory that is there already.
         let report = unsafe {
             by_midwife(|| match join(init) {
                 Err(report) => report,
-                Ok(()) => waiting_orphan(pid),
+                Ok(()) => waiting_orphan(pid, by),
             })
         };
         report?.made(pid).map(drop)
@@ -361,17 +362,18 @@ mod tests {
         );
         let child = namespace.child(4242).unwrap();
         assert_eq!(ids(child), [child, 4242]);
-        namespace.child_of_init(4243).unwrap();
+        // Also one that a new process would get by itself.
+        namespace.child_of_init(2, 4243).unwrap();
         let children = format!("/proc/{init}/task/{init}/children");
         let other: u32 = std::fs::read_to_string(children)
             .unwrap()
             .trim()
             .parse()
             .unwrap();
-        assert_eq!(ids(other), [other, 4243]);
+        assert_eq!(ids(other), [other, 2]);
         for taken in [
-            namespace.child(4243).map(drop),
-            namespace.child_of_init(4242),
+            namespace.child(2).map(drop),
+            namespace.child_of_init(4242, 4243),
         ] {
             let taken = taken.unwrap_err();
             assert!(

@@ -325,9 +325,10 @@ pub(crate) fn waiting_sibling(pid: u32) -> Report {
 }
 
 /// In a midwife: makes a process that waits, with this process ID in the namespace that was joined.
-/// Its parent ends at once, so that it becomes a child of the namespace's init, and ends with that.
-pub(crate) fn waiting_orphan(pid: u32) -> Report {
-    let parent = match clone_with(0, libc::SIGCHLD, None) {
+/// Its parent, which has the process ID `by`, ends at once, so that it becomes a child of the
+/// namespace's init, and ends with that.
+pub(crate) fn waiting_orphan(pid: u32, by: u32) -> Report {
+    let parent = match clone_with(0, libc::SIGCHLD, Some(by)) {
         Err(e) => return Report::failed(Step::Clone, e),
         Ok(0) => {
             let error = match clone_with(0, libc::SIGCHLD, Some(pid)) {

@@ -216,6 +216,12 @@ impl Saved {
         }
     }
 
+    /// An ID that none of them has, and no init.
+    pub fn unused_id(&self) -> u32 {
+        let used: BTreeSet<u32> = self.ids().collect();
+        (2..).find(|id| !used.contains(id)).unwrap_or(2)
+    }
+
     /// Judges everything that can be judged beforehand, and opens what is needed.
     pub fn check(
         &mut self,

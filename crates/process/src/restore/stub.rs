@@ -74,22 +74,23 @@ impl Stub {
         Self::of_waiting(pid, arena_at)
     }
 
-    /// Makes the process in a PID namespace, in which it has this ID: as our child, or as that of
-    /// the namespace's init.
-    pub fn new_in(
+    /// Makes the process in a PID namespace, in which it has this ID.
+    pub fn new_in(namespace: &PidNamespace, id: u32, arena_at: u64) -> Result<Self, ProcessError> {
+        let pid = namespace.child(id).map_err(|e| spawn_failed(id, e))?;
+        Self::of_waiting(pid, arena_at)
+    }
+
+    /// The same as a child of the namespace's init; `unused` is an ID that none of the processes
+    /// has.
+    pub fn orphan_in(
         namespace: &PidNamespace,
-        id: u32,
-        ours: bool,
+        (id, unused): (u32, u32),
         arena_at: u64,
     ) -> Result<Self, ProcessError> {
-        let pid = if ours {
-            namespace.child(id).map_err(|e| spawn_failed(id, e))?
-        } else {
-            let init = namespace.init();
-            let made = namespace.child_of_init(id);
-            made.map_err(|e| spawn_failed(id, e))?;
-            family::child_with_id(init, id).ok_or_else(|| lost(init, id))?
-        };
+        let init = namespace.init();
+        let made = namespace.child_of_init(id, unused);
+        made.map_err(|e| spawn_failed(id, e))?;
+        let pid = family::child_with_id(init, id).ok_or_else(|| lost(init, id))?;
         Self::of_waiting(pid, arena_at)
     }
 

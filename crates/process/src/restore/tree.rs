@@ -31,10 +31,13 @@ pub enum Place<'a> {
 impl Place<'_> {
     /// A process whose parent is not in the tree: the root is our child everywhere; the others are
     /// those of a namespace's init, which has processes whose parents have ended.
-    fn parentless(self, id: u32, is_root: bool, arena_at: u64) -> Result<Stub, ProcessError> {
+    fn parentless(self, id: u32, saved: &Saved, arena_at: u64) -> Result<Stub, ProcessError> {
         match self {
             Self::Here(time) => Stub::new(id, time, arena_at),
-            Self::In(namespace) => Stub::new_in(namespace, id, is_root, arena_at),
+            Self::In(namespace) if id == saved.subject.root_process => {
+                Stub::new_in(namespace, id, arena_at)
+            }
+            Self::In(namespace) => Stub::orphan_in(namespace, (id, saved.unused_id()), arena_at),
         }
     }
 }
@@ -47,8 +50,7 @@ pub fn make(saved: &Saved, ours: &[Mapping], place: Place<'_>) -> Result<Vec<Stu
     let mut stubs = BTreeMap::new();
     for parentless in saved.processes.iter().filter(|p| p.process.parent == 0) {
         let pid = parentless.process.pid;
-        let is_root = pid == saved.subject.root_process;
-        stubs.insert(pid, place.parentless(pid, is_root, hole)?);
+        stubs.insert(pid, place.parentless(pid, saved, hole)?);
     }
     // Parents stand before their children, so each is there when its turn comes.
     for process in &saved.processes {

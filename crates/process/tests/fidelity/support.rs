@@ -271,9 +271,10 @@ pub fn track(program: &Program) -> Tracked {
 }
 
 /// Where the time that is left of an interrupted call is written, by the kernel or by the capture.
-fn moving(epoch: &Epoch, pid: u32) -> Vec<(u64, u64)> {
+fn moving(epoch: &Epoch) -> Vec<(u64, u64)> {
+    let root = image::describe(epoch).expect("the subject").root_process;
     let threads: ThreadsState =
-        image::get(epoch, &group(kinds::THREADS, pid)).expect("the threads of the epoch");
+        image::get(epoch, &group(kinds::THREADS, root)).expect("the threads of the epoch");
     let mut places = Vec::new();
     for thread in threads.threads {
         let r = thread.registers;
@@ -296,7 +297,7 @@ pub fn epoch(tracked: &mut Tracked, store: &mut Store) -> Result<View, ProcessEr
     tracked.precopy(&mut *writer)?;
     let (stopped, captured) = tracked.stop()?;
     captured.write(&mut *writer)?;
-    let view = View::take(pid, &moving(&writer.epoch, pid));
+    let view = View::take(pid, &moving(&writer.epoch));
     stopped.resume()?;
     captured.sync_files()?;
     writer.commit(captured.facts)?;
@@ -319,7 +320,7 @@ pub fn last_epoch(program: &mut Program, mut tracked: Tracked, store: &mut Store
     tracked.precopy(&mut *writer).unwrap_or_else(|e| failed(e));
     let (stopped, captured) = tracked.stop().unwrap_or_else(|e| failed(e));
     captured.write(&mut *writer).expect("writing the epoch");
-    let view = View::take(program.pid, &moving(&writer.epoch, program.pid));
+    let view = View::take(program.pid, &moving(&writer.epoch));
     captured.sync_files().expect("syncing files");
     writer.commit(captured.facts).expect("the commit");
     stopped.end().expect("the end");
@@ -337,7 +338,7 @@ pub fn prepare(epoch: &Epoch) -> Ready {
 
 /// Looks at a program that is restored and has not run yet.
 pub fn look(ready: &Ready, epoch: &Epoch) -> View {
-    View::take(ready.pid(), &moving(epoch, ready.pid()))
+    View::take(ready.pid(), &moving(epoch))
 }
 
 /// Restores an epoch, compares it with what was seen at its capture, and lets it run.
@@ -345,6 +346,22 @@ pub fn bring_back(program: &mut Program, epoch: &Epoch, seen: &View) {
     let ready = prepare(epoch);
     assert_eq!(ready.pid(), program.pid);
     seen.must_equal(&look(&ready, epoch));
+    ready.go().expect("letting it run");
+    program.was_restored();
+}
+
+/// Restores an epoch into a PID namespace of its own, compares it with what was seen at its capture,
+/// and lets it run.
+pub fn move_house(program: &mut Program, epoch: &Epoch, seen: &View) {
+    let options = RestoreOptions {
+        new_pid_ns: true,
+        ..RestoreOptions::default()
+    };
+    let ready = restore(epoch as &dyn EpochReader, &options)
+        .unwrap_or_else(|e| panic!("restoring epoch {}: {e}", epoch.id()));
+    program.pid = ready.pid();
+    let moved = look(&ready, epoch).wherever();
+    seen.clone().wherever().must_equal(&moved);
     ready.go().expect("letting it run");
     program.was_restored();
 }

@@ -19,6 +19,8 @@
 //! - The processor numbers in the restartable-sequences area, which the kernel writes.
 //! - The order in which POSIX timers are listed: that in which they were made.
 //! - Counters: faults, context switches, CPU time, resident pages, start time, the parent.
+//! - In a PID namespace of its own: that, its mount namespace, and all numbers that it does not see
+//!   itself. Threads and processes go by the numbers that they see.
 //!
 //! # Safety
 //! `kcmp`, `sched_getattr`, `ioprio_get` and `get_robust_list` are called with numbers and
@@ -79,6 +81,14 @@ impl View {
             pages,
             facts,
         }
+    }
+
+    /// The same of a program that moves to another PID namespace.
+    pub fn wherever(mut self) -> Self {
+        for name in ["pid", "mnt"] {
+            self.facts.remove(&format!("namespace {name}"));
+        }
+        self
     }
 
     /// Everything in which two looks differ.
@@ -340,7 +350,13 @@ fn process_facts(pid: u32, facts: &mut BTreeMap<String, String>) {
     ] {
         facts.insert(name.into(), text(format!("{here}/{name}")));
     }
-    let timers = text(format!("{here}/timers"));
+    let mut timers = text(format!("{here}/timers"));
+    for tid in tids(pid) {
+        for sort in ["pid", "tid"] {
+            let from = format!("/{sort}.{tid}\n");
+            timers = timers.replace(&from, &format!("/{sort}.inside {}\n", inside(tid)));
+        }
+    }
     let mut timers: Vec<&str> = timers.split("ID: ").collect();
     timers.sort_unstable();
     facts.insert("timers".into(), format!("{timers:?}"));
@@ -388,10 +404,9 @@ fn process_facts(pid: u32, facts: &mut BTreeMap<String, String>) {
 }
 
 /// Of the status of a thread: what belongs to it and not to the moment.
-const STATUS: [&str; 21] = [
+const STATUS: [&str; 20] = [
     "Name",
     "Umask",
-    "Tgid",
     "Uid",
     "Gid",
     "Groups",
@@ -420,7 +435,16 @@ const STATUS_TOO: [&str; 6] = [
     "Threads",
 ];
 
+/// The number that a thread sees itself.
+fn inside(tid: u32) -> String {
+    let status = text(format!("/proc/{tid}/status"));
+    let line = status.lines().find_map(|l| l.strip_prefix("NSpid:"));
+    let last = line.and_then(|l| l.split_whitespace().next_back());
+    last.expect("its numbers").into()
+}
+
 fn thread_facts(pid: u32, tid: u32, facts: &mut BTreeMap<String, String>) {
+    let inside = inside(tid);
     for line in text(format!("/proc/{pid}/task/{tid}/status")).lines() {
         let Some((key, value)) = line.split_once(':') else {
             continue;
@@ -428,13 +452,16 @@ fn thread_facts(pid: u32, tid: u32, facts: &mut BTreeMap<String, String>) {
         if STATUS.contains(&key) || STATUS_TOO.contains(&key) {
             let value = match key {
                 "SigPnd" | "ShdPnd" => without_alarm(value.trim()),
+                // From outside inwards. Groups and sessions are not moved.
+                "NStgid" => value.split_whitespace().next_back().unwrap_or("").into(),
+                "NSpgid" | "NSsid" => value.split_whitespace().next().unwrap_or("").into(),
                 _ => value.trim().into(),
             };
-            facts.insert(format!("thread {tid} {key}"), value);
+            facts.insert(format!("thread {inside} {key}"), value);
         }
     }
     let slack = text(format!("/proc/{tid}/timerslack_ns"));
-    facts.insert(format!("thread {tid} timer slack"), slack);
+    facts.insert(format!("thread {inside} timer slack"), slack);
     let mut attributes = [0u64; 7];
     let (mut head, mut length) = (0usize, 0usize);
     // SAFETY: attributes has 56 bytes; head and length are live.
@@ -458,7 +485,7 @@ fn thread_facts(pid: u32, tid: u32, facts: &mut BTreeMap<String, String>) {
         ]
     };
     facts.insert(
-        format!("thread {tid} asked"),
+        format!("thread {inside} asked"),
         format!("{answers:?} scheduling {attributes:x?} robust list {head:x} {length}"),
     );
 }

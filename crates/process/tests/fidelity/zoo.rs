@@ -4,8 +4,8 @@
 use crate::stand;
 use crate::store::Store;
 use crate::support::{
-    Program, alone, bring_back, epoch, last_epoch, look, may_run, prepare, stop_and_resume, times,
-    track,
+    Program, alone, bring_back, epoch, last_epoch, look, may_run, move_house, prepare,
+    stop_and_resume, times, track,
 };
 use outlive_process::{TrackOptions, Tracked, Tracking};
 use std::sync::Arc;
@@ -159,6 +159,31 @@ fn every_epoch_of_a_chain_is_what_it_was() {
         if n < last {
             program.kill();
         }
+    }
+    program.must_report();
+}
+
+/// All kinds of state once more, in one PID namespace after the other: what names processes and
+/// threads is what the program sees.
+#[test]
+fn a_zoo_lives_on_in_namespaces_of_its_own() {
+    let _alone = alone();
+    if !may_run("a_zoo_lives_on_in_namespaces_of_its_own") {
+        return;
+    }
+    let mut program = zoo();
+    let id = program.pid;
+    for round in 0..times(6, 100) {
+        let mut store = Store::default();
+        let mut tracked = track(&program);
+        for _ in 0..round % 3 {
+            epoch(&mut tracked, &mut store).expect("an epoch");
+        }
+        let seen = last_epoch(&mut program, tracked, &mut store);
+        move_house(&mut program, store.newest(), &seen);
+        assert_ne!(program.pid, id);
+        std::thread::sleep(Duration::from_millis(50));
+        program.must_be_well();
     }
     program.must_report();
 }
