@@ -15,6 +15,7 @@ pub mod inotify;
 pub mod kcmp;
 pub mod maps;
 pub mod memory;
+pub mod mounts;
 pub mod pagemap;
 pub mod pid_namespace;
 pub mod processor;

@@ -11,8 +11,7 @@
 //!   namespace. Inside, the parent of such a process has the number 0.
 //! - Until [`PidNamespace::keep`], init and with it the namespace ends when the caller does; from
 //!   then on it needs nobody.
-//! - Mounts made outside reach the namespace where they are shared there; nothing reaches the
-//!   outside.
+//! - The only mount is that of `/proc`, in a mount namespace which the caller gives.
 //!
 //! # Safety
 //! Between `fork` and `_exit`, in init too, only system calls are made, on memory prepared before
@@ -36,11 +35,9 @@ pub const INIT_NAME: &str = "outlive-init";
 /// How long init may take to end.
 const PATIENCE: Duration = Duration::from_secs(5);
 
-/// Bytes of what init says: which step, and an error number or 0. It is told a process ID once.
-const SAYING: usize = 8;
-const MOUNTS: u32 = 1;
-const PROC: u32 = 2;
-const KEEP: u32 = 3;
+/// Bytes of what init says, once `/proc` is there and once it is told a process ID: an error number
+/// or 0.
+const SAYING: usize = 4;
 
 /// A PID namespace that is being filled. Dropping it ends all that is in it.
 #[derive(Debug)]
@@ -52,12 +49,11 @@ pub struct PidNamespace {
 }
 
 impl PidNamespace {
-    /// Makes the namespace, together with a mount namespace and a time namespace with these
-    /// offsets.
+    /// Makes the namespace, with these mounts, together with a time namespace with these offsets.
     ///
     /// # Errors
     /// Which of it was not permitted, or failed.
-    pub fn create(time: TimeOffsets) -> Result<Self, SpawnError> {
+    pub fn create(time: TimeOffsets, mounts: &OwnedFd) -> Result<Self, SpawnError> {
         let (ours, theirs) = rustix::net::socketpair(
             AddressFamily::UNIX,
             SocketType::SEQPACKET,
@@ -66,11 +62,11 @@ impl PidNamespace {
         )
         .map_err(SpawnError::Other)?;
         let offsets = time.render();
-        let socket = theirs.as_raw_fd();
+        let (socket, mounts) = (theirs.as_raw_fd(), mounts.as_raw_fd());
         // SAFETY: only system calls are made, on memory that is there already.
         let report = unsafe {
             by_midwife(
-                || match enter_time(offsets.as_bytes()).and_then(|()| contain()) {
+                || match enter_time(offsets.as_bytes()).and_then(|()| contain(mounts)) {
                     Err(report) => report,
                     Ok(()) => running_sibling(|| init(socket)),
                 },
@@ -87,15 +83,12 @@ impl PidNamespace {
             socket: ours,
             kept: false,
         };
-        let ready = namespace.hear().map_err(SpawnError::Other)?;
-        let failed = |what| SpawnError::PidNamespace {
-            what,
-            source: Errno::from_raw_os_error(ready.1),
-        };
-        match ready {
-            (_, 0) => Ok(namespace),
-            (MOUNTS, _) => Err(failed("separating its mounts")),
-            _ => Err(failed("mounting its /proc")),
+        match namespace.hear().map_err(SpawnError::Other)? {
+            0 => Ok(namespace),
+            e => Err(SpawnError::PidNamespace {
+                what: "mounting its /proc",
+                source: Errno::from_raw_os_error(e),
+            }),
         }
     }
 
@@ -152,22 +145,18 @@ impl PidNamespace {
         rustix::net::send(&self.socket, &root.to_ne_bytes(), SendFlags::NOSIGNAL)
             .map_err(failed)?;
         match self.hear().map_err(failed)? {
-            (_, 0) => self.kept = true,
-            (_, e) => return Err(failed(Errno::from_raw_os_error(e))),
+            0 => self.kept = true,
+            e => return Err(failed(Errno::from_raw_os_error(e))),
         }
         Ok(())
     }
 
-    /// What init says: the step and the error number.
-    fn hear(&self) -> Result<(u32, i32), Errno> {
+    /// What init says.
+    fn hear(&self) -> Result<i32, Errno> {
         let mut raw = [0u8; SAYING];
         loop {
             match rustix::net::recv(&self.socket, &mut raw[..], RecvFlags::empty()) {
-                Ok((SAYING, _)) => {
-                    let [a, b, c, d, e, f, g, h] = raw;
-                    let (step, errno) = ([a, b, c, d], [e, f, g, h]);
-                    return Ok((u32::from_ne_bytes(step), i32::from_ne_bytes(errno)));
-                }
+                Ok((SAYING, _)) => return Ok(i32::from_ne_bytes(raw)),
                 Ok(_) => return Err(Errno::CHILD),
                 Err(Errno::INTR) => {}
                 Err(e) => return Err(e),
@@ -196,20 +185,17 @@ impl Drop for PidNamespace {
 /// The whole life of PID 1.
 fn init(socket: RawFd) {
     prepare(socket);
-    let (step, errno) = match mounts() {
-        Ok(()) => (PROC, 0),
-        Err((step, e)) => (step, e.raw_os_error()),
-    };
-    if !say(socket, step, errno) || errno != 0 {
+    let errno = mount_proc().map_or_else(Errno::raw_os_error, |()| 0);
+    if !say(socket, errno) || errno != 0 {
         return;
     }
     let Some(root) = told(socket) else {
         return;
     };
     match open_process(root) {
-        Err(e) => drop(say(socket, KEEP, e.raw_os_error())),
+        Err(e) => drop(say(socket, e.raw_os_error())),
         Ok(root) => {
-            if say(socket, KEEP, 0) {
+            if say(socket, 0) {
                 // SAFETY: only a number is passed; nothing uses the descriptor from here on.
                 unsafe { libc::close(socket) };
                 reap(root);
@@ -246,26 +232,22 @@ fn child_signal() -> libc::sigset_t {
     }
 }
 
-fn mounts() -> Result<(), (u32, Errno)> {
-    // SAFETY: only numbers and pointers to live memory are passed.
-    unsafe {
-        let (none, slave) = (std::ptr::null(), libc::MS_REC | libc::MS_SLAVE);
-        if libc::mount(none, c"/".as_ptr(), none, slave, none.cast()) < 0 {
-            return Err((MOUNTS, last_error()));
-        }
-        let proc = c"proc".as_ptr();
-        let flags = libc::MS_NOSUID | libc::MS_NODEV | libc::MS_NOEXEC;
-        if libc::mount(proc, c"/proc".as_ptr(), proc, flags, none.cast()) < 0 {
-            return Err((PROC, last_error()));
-        }
+fn mount_proc() -> Result<(), Errno> {
+    let (proc, flags) = (
+        c"proc".as_ptr(),
+        libc::MS_NOSUID | libc::MS_NODEV | libc::MS_NOEXEC,
+    );
+    // SAFETY: the strings that are passed live for ever.
+    let mounted = unsafe { libc::mount(proc, c"/proc".as_ptr(), proc, flags, std::ptr::null()) };
+    if mounted < 0 {
+        Err(last_error())
+    } else {
+        Ok(())
     }
-    Ok(())
 }
 
-fn say(socket: RawFd, step: u32, errno: i32) -> bool {
-    let mut raw = [0; SAYING];
-    raw[..4].copy_from_slice(&step.to_ne_bytes());
-    raw[4..].copy_from_slice(&errno.to_ne_bytes());
+fn say(socket: RawFd, errno: i32) -> bool {
+    let raw = errno.to_ne_bytes();
     // SAFETY: raw is live and as long as the call is told.
     let sent = unsafe { libc::send(socket, raw.as_ptr().cast(), SAYING, libc::MSG_NOSIGNAL) };
     sent == SAYING as isize
@@ -332,6 +314,7 @@ fn reap(root: RawFd) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::mounts::Away;
 
     fn status(pid: u32) -> String {
         std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap()
@@ -350,7 +333,8 @@ mod tests {
             println!("SKIPPED 1 test: namespaces need root");
             return;
         }
-        let namespace = PidNamespace::create(TimeOffsets::default()).unwrap();
+        let mounts = Away::begin().unwrap().end().unwrap();
+        let namespace = PidNamespace::create(TimeOffsets::default(), &mounts).unwrap();
         let init = namespace.init();
         assert_eq!(ids(init), [init, 1]);
         assert!(status(init).starts_with("Name:\toutlive-init\n"));

@@ -164,7 +164,7 @@ pub(crate) enum Step {
     Unshare,
     /// Setting the offsets of its clocks.
     Offsets,
-    /// Making PID and mount namespaces.
+    /// Making a PID namespace.
     Contain,
     /// Joining namespaces.
     Join,
@@ -218,7 +218,7 @@ impl Report {
         match self.step {
             Step::Unshare | Step::Offsets => Err(SpawnError::TimeNamespace(source)),
             Step::Contain => Err(SpawnError::PidNamespace {
-                what: "new PID and mount namespaces",
+                what: "a new one",
                 source,
             }),
             Step::Join => Err(SpawnError::PidNamespace {
@@ -379,11 +379,16 @@ fn clone_with(
     u32::try_from(made).map_err(|_| last_error())
 }
 
-/// In a midwife: makes the PID and mount namespaces of its children.
-pub(crate) fn contain() -> Result<(), Report> {
+/// In a midwife: makes the PID namespace of its children, and joins a mount namespace.
+pub(crate) fn contain(mounts: RawFd) -> Result<(), Report> {
     // SAFETY: only numbers are passed.
-    if unsafe { libc::unshare(libc::CLONE_NEWPID | libc::CLONE_NEWNS) } < 0 {
-        return Err(Report::failed(Step::Contain, last_error()));
+    unsafe {
+        if libc::unshare(libc::CLONE_NEWPID) < 0 {
+            return Err(Report::failed(Step::Contain, last_error()));
+        }
+        if libc::setns(mounts, libc::CLONE_NEWNS) < 0 {
+            return Err(Report::failed(Step::Join, last_error()));
+        }
     }
     Ok(())
 }

@@ -41,7 +41,8 @@ for n in range(100000):
     else:
         assert os.getppid() == parent
     here = os.readlink("/proc/self/ns/pid").strip("pid:[]")
-    os.mkdir("%s-%s-%d" % (here, who, n))
+    # It may be saved between these lines, and then be twice at the same place.
+    os.makedirs("%s-%s-%d" % (here, who, n), exist_ok=True)
     if child and os.path.exists("end-" + here):
         os.kill(child, 9)
         assert os.waitpid(child, 0) == (child, 9)
@@ -192,11 +193,15 @@ fn where_numbers_are_free(place: &Place, words: &[&str]) -> serde_json::Value {
     done.json()
 }
 
-/// Grandchildren whose parents have ended, one after the other; the last one counts with its
-/// grandparent, which asks for nobody.
+/// Grandchildren whose parents have ended: the first counts for its grandparent, which asks for
+/// nobody; the others end at once, or stay until it ends, with the low numbers of a new namespace.
 const STRAYS: &str = r#"
 import os, sys, time
 r, w = os.pipe()
+end, never = os.pipe()
+def wait():
+    os.close(never)
+    os.read(end, 1)
 def stray(work):
     if os.fork() == 0:
         if os.fork() == 0:
@@ -215,7 +220,7 @@ heard = 0
 while os.read(r, 1):
     heard += 1
     if heard % 20 == 0:
-        stray(lambda: None)
+        stray(wait if heard % 60 == 0 else lambda: None)
     assert os.getpid() == me
 sys.exit(9 if heard == 300 else 1)
 "#;
@@ -272,6 +277,45 @@ fn strays_stay_with_their_program_through_a_chain_of_namespaces() {
         kept = place.start(&["restore", "a", "--new-pid-ns"]);
     }
     assert_eq!(kept.code(), 9, "{}", place.said());
+}
+
+/// Renames a file from its working directory through a directory that it holds, which the kernel
+/// refuses across mounts, and reads a file of `/proc` that it holds.
+const MOUNTS: &str = r#"
+import os, time
+there = os.open("there", os.O_RDONLY | os.O_DIRECTORY)
+memory = os.open("/proc/meminfo", os.O_RDONLY)
+for n in range(250):
+    os.symlink(str(n), "here")
+    os.rename("here", str(n), dst_dir_fd=there)
+    assert os.pread(memory, 8, 0) == b"MemTotal"
+    assert os.stat("/proc/meminfo").st_dev == os.fstat(memory).st_dev
+    time.sleep(0.005)
+raise SystemExit(12)
+"#;
+
+#[test]
+fn files_are_those_of_the_mounts_that_the_program_sees() {
+    if !may_run("files_are_those_of_the_mounts_that_the_program_sees") {
+        return;
+    }
+    let (_alone, place) = (alone(), Place::new());
+    std::fs::write(place.path("mounts.py"), MOUNTS).unwrap();
+    std::fs::create_dir(place.path("there")).unwrap();
+    let (python, script) = (installed("python3"), place.text("mounts.py"));
+    let run = [
+        "run", "--name", "a", "--every", "50ms", "--", &python, "-I", "-S", &script,
+    ];
+    let mut kept = place.start(&run);
+    for _ in 0..3 {
+        place.epoch_after("a", place.newest("a"));
+        place.epoch_after("a", place.newest("a"));
+        place.call(&["stop", "a"]).succeeds();
+        assert_eq!(kept.code(), 0);
+        drop(kept);
+        kept = place.start(&["restore", "a", "--new-pid-ns"]);
+    }
+    assert_eq!(kept.code(), 12, "{}", place.said());
 }
 
 #[test]

@@ -33,10 +33,13 @@ use crate::resources::{attributes, descriptors};
 use crate::target::gone_or;
 use crate::{ProcessError, Refusal};
 use outlive_epoch::EpochReader;
+use outlive_linux::Errno;
 use outlive_linux::clock::{TimeOffsets, host_clocks};
 use outlive_linux::maps;
+use outlive_linux::mounts::Away;
 use outlive_linux::pid_namespace::PidNamespace;
 use outlive_linux::remote::Batch;
+use outlive_linux::spawn::SpawnError;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use saved::{Files, MadeFiles, Saved};
 use std::collections::HashMap;
@@ -121,6 +124,9 @@ pub fn restore(reader: &dyn EpochReader, options: &RestoreOptions) -> Result<Rea
     let mut saved = Saved::read(reader)?;
     laps.lap("trees");
     let ours = maps::read(std::process::id()).map_err(|e| internal("reading own mappings", e))?;
+    // A program with mounts of its own has its files through these.
+    let away = options.new_pid_ns.then(Away::begin).transpose();
+    let away = away.map_err(|e| no_mounts(&saved, e))?;
     let (files, made_files, mut checked, mut objects) = saved.check(&ours, reader, options)?;
     raise_file_limit();
     let mut notices = checked.notices().to_vec();
@@ -130,16 +136,18 @@ pub fn restore(reader: &dyn EpochReader, options: &RestoreOptions) -> Result<Rea
         saved.refusal(what, remedy)
     })?);
     checked.set_memories(shared.clone());
-    let made = descriptors::recreate_table(&saved.table, checked)?;
+    let mut made = descriptors::recreate_table(&saved.table, checked)?;
     laps.lap("check and descriptors");
     let mut contents = match options.files {
         FilesPolicy::Reconcile => contents(&saved, &files)?,
         FilesPolicy::Keep => HashMap::new(),
     };
-    let namespace = options
-        .new_pid_ns
-        .then(|| namespace(&saved, offsets))
+    let namespace = away
+        .map(|away| namespace(&saved, away, offsets))
         .transpose()?;
+    if let Some(namespace) = &namespace {
+        made.move_proc(&saved.table, namespace.init())?;
+    }
     let place = namespace.as_ref().map_or(Place::Here(offsets), Place::In);
     let mut stubs = tree::make(&saved, &ours, place)?;
     late::bring(&mut stubs, &saved, &made)?;
@@ -163,19 +171,7 @@ pub fn restore(reader: &dyn EpochReader, options: &RestoreOptions) -> Result<Rea
     }
     call(&mut stubs, descriptors::finish_calls(&saved.table))?;
     laps.lap("attributes");
-    let mut ended = Vec::with_capacity(stubs.len());
-    for (stub, saved) in stubs.iter_mut().zip(&saved.processes) {
-        limits(stub, &saved.process)?;
-        threads::make(stub, &saved.threads.threads)?;
-    }
-    call(&mut stubs, descriptors::owner_calls(&saved.table))?;
-    for (stub, saved) in stubs.iter_mut().zip(&saved.processes) {
-        let threads = &saved.threads.threads;
-        notices.extend(threads::recreate(stub, threads, &saved.signals)?);
-        timers(stub, &saved.threads, &saved.signals.timers)?;
-        late_attributes(stub, &saved.process)?;
-        ended.push(threads::rearm(stub, threads)?);
-    }
+    let ended = threads_of_all(&mut stubs, &saved, &mut notices)?;
     laps.lap("threads");
     laps.tell("restore");
     let restore_us = began.elapsed().as_micros() as u64;
@@ -194,9 +190,38 @@ pub fn restore(reader: &dyn EpochReader, options: &RestoreOptions) -> Result<Rea
     })
 }
 
-fn namespace(saved: &Saved, time: TimeOffsets) -> Result<PidNamespace, ProcessError> {
+/// Makes all threads with their states; returns results of interrupted calls that ended.
+fn threads_of_all(
+    stubs: &mut [Stub],
+    saved: &Saved,
+    notices: &mut Vec<String>,
+) -> Result<Vec<Vec<Option<u64>>>, ProcessError> {
+    for (stub, saved) in stubs.iter_mut().zip(&saved.processes) {
+        limits(stub, &saved.process)?;
+        threads::make(stub, &saved.threads.threads)?;
+    }
+    call(stubs, descriptors::owner_calls(&saved.table))?;
+    let mut ended = Vec::with_capacity(stubs.len());
+    for (stub, saved) in stubs.iter_mut().zip(&saved.processes) {
+        let threads = &saved.threads.threads;
+        notices.extend(threads::recreate(stub, threads, &saved.signals)?);
+        timers(stub, &saved.threads, &saved.signals.timers)?;
+        late_attributes(stub, &saved.process)?;
+        ended.push(threads::rearm(stub, threads)?);
+    }
+    Ok(ended)
+}
+
+fn no_mounts(saved: &Saved, source: Errno) -> ProcessError {
+    let what = "with mounts of its own";
+    let failed = SpawnError::PidNamespace { what, source };
+    stub::spawn_failed(saved.subject.root_process, failed)
+}
+
+fn namespace(saved: &Saved, away: Away, time: TimeOffsets) -> Result<PidNamespace, ProcessError> {
     let root = saved.subject.root_process;
-    PidNamespace::create(time).map_err(|e| stub::spawn_failed(root, e))
+    let mounts = away.end().map_err(|e| no_mounts(saved, e))?;
+    PidNamespace::create(time, &mounts).map_err(|e| stub::spawn_failed(root, e))
 }
 
 /// The mapped files whose contents the epoch holds, by their spaces.

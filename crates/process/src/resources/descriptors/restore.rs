@@ -2,6 +2,7 @@
 
 use super::Description;
 use super::context::{Channel, CheckContext, Late, RecreateContext, RemoteCall, Rewatch};
+use super::file::seek;
 use super::file_action::FileAction;
 use super::locks;
 use super::probe::failed;
@@ -10,13 +11,16 @@ use super::unix_pair;
 use crate::error::{ProcessError, Refusal};
 use crate::resources::shared::Memories;
 use crate::restore::FilesPolicy;
-use rustix::fs::OFlags;
+use rustix::fs::{Mode, OFlags};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, connect, socketpair};
 use rustix::process::{Resource, getrlimit, setrlimit};
 use std::collections::HashMap;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 use std::rc::Rc;
+
+/// Flags that only matter to a file that is not there yet.
+const MAKING: OFlags = OFlags::CREATE.union(OFlags::EXCL).union(OFlags::TRUNC);
 
 /// The flags that `F_SETFL` can set.
 const SETTABLE: OFlags = OFlags::APPEND
@@ -168,6 +172,34 @@ impl Made {
             fd: fd.as_fd(),
             holders,
         })
+    }
+
+    /// Brings what lies in `/proc` to that of another PID namespace, which this process, its init,
+    /// sees.
+    ///
+    /// # Errors
+    /// The first file that is not there.
+    pub fn move_proc(&mut self, table: &FdTable, init: u32) -> Result<(), ProcessError> {
+        for ((about, description), (fd, _)) in table.each().zip(&mut self.descriptors) {
+            let (path, position) = match &description.object {
+                Description::File(file) => (&file.path, file.position),
+                Description::Directory(directory) => (&directory.path, directory.position),
+                _ => continue,
+            };
+            if path != b"/proc" && !path.starts_with(b"/proc/") {
+                continue;
+            }
+            let there = [format!("/proc/{init}/root").as_bytes(), path].concat();
+            let flags = OFlags::from_bits_retain(about.flags) | OFlags::CLOEXEC;
+            let moved = rustix::fs::open(there, flags - MAKING, Mode::empty())
+                .and_then(|new| rustix::io::dup3(&new, fd, rustix::io::DupFlags::CLOEXEC));
+            moved.map_err(|errno| {
+                let path = String::from_utf8_lossy(path);
+                failed(self.pid, format!("open {path} of its namespace"), errno)
+            })?;
+            seek(self.pid, &about, fd, position, true)?;
+        }
+        Ok(())
     }
 
     /// What is still to be made, once the processes are there.
