@@ -20,8 +20,8 @@
 
 use crate::clock::TimeOffsets;
 use crate::spawn::{
-    SpawnError, by_midwife, contain, enter_time, join, running_sibling, waiting_orphan,
-    waiting_sibling,
+    Report, SpawnError, by_midwife, contain, enter_time, itself, join, running_sibling,
+    waiting_orphan, waiting_sibling,
 };
 use crate::{Errno, last_error};
 use rustix::fd::{AsRawFd, OwnedFd, RawFd};
@@ -104,15 +104,9 @@ impl PidNamespace {
     /// # Errors
     /// [`SpawnError::Clone`] with [`Errno::EXIST`] where the number is taken in the namespace.
     pub fn child(&self, pid: u32) -> Result<u32, SpawnError> {
-        let init = self.pidfd.as_raw_fd();
-        // SAFETY: only system calls are made, on memory that is there already.
-        let report = unsafe {
-            by_midwife(|| match join(init) {
-                Err(report) => report,
-                Ok(()) => waiting_sibling(pid),
-            })
-        };
-        report?.made(pid)
+        let maker = itself()?;
+        self.by_midwife_inside(|| waiting_sibling(pid, maker.as_raw_fd()))?
+            .made(pid)
     }
 
     /// Makes a process that waits, with this process ID in the namespace, as a child of init. The
@@ -121,15 +115,25 @@ impl PidNamespace {
     /// # Errors
     /// As [`PidNamespace::child`].
     pub fn child_of_init(&self, pid: u32, by: u32) -> Result<(), SpawnError> {
-        let init = self.pidfd.as_raw_fd();
+        self.by_midwife_inside(|| waiting_orphan(pid, by))?
+            .made(pid)
+            .map(drop)
+    }
+
+    /// `make` obeys the module's rule.
+    fn by_midwife_inside(&self, make: impl FnOnce() -> Report) -> Result<Report, SpawnError> {
+        let (init, socket) = (self.pidfd.as_raw_fd(), self.socket.as_raw_fd());
         // SAFETY: only system calls are made, on memory that is there already.
-        let report = unsafe {
-            by_midwife(|| match join(init) {
-                Err(report) => report,
-                Ok(()) => waiting_orphan(pid, by),
+        unsafe {
+            by_midwife(|| {
+                // Nobody but the caller keeps init waiting.
+                libc::close(socket);
+                match join(init) {
+                    Err(report) => report,
+                    Ok(()) => make(),
+                }
             })
-        };
-        report?.made(pid).map(drop)
+        }
     }
 
     /// The namespace is complete: from now on it lives as long as the process with this ID in it,

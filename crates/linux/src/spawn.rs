@@ -274,11 +274,12 @@ fn read_report(reader: OwnedFd) -> Result<Report, Errno> {
 pub fn waiting_process(pid: u32, time: Option<TimeOffsets>) -> Result<(), SpawnError> {
     let offsets = time.map(|t| t.render());
     let offsets = offsets.as_deref().map(str::as_bytes);
+    let maker = itself()?;
     // SAFETY: only system calls are made, on memory that is there already.
     let report = unsafe {
         by_midwife(|| match offsets.map(enter_time) {
             Some(Err(report)) => report,
-            _ => waiting_sibling(pid),
+            _ => waiting_sibling(pid, maker.as_raw_fd()),
         })
     };
     report?.made(pid).map(drop)
@@ -305,15 +306,32 @@ pub(crate) fn enter_time(offsets: &[u8]) -> Result<(), Report> {
     Ok(())
 }
 
+/// A descriptor of this process.
+pub(crate) fn itself() -> Result<OwnedFd, SpawnError> {
+    let flags = rustix::process::PidfdFlags::empty();
+    rustix::process::pidfd_open(rustix::process::getpid(), flags).map_err(SpawnError::Other)
+}
+
 /// In a midwife: makes a sibling of itself that waits, with this process ID in its namespace, and
-/// ends with their common parent.
-pub(crate) fn waiting_sibling(pid: u32) -> Report {
+/// ends with their common parent, of which this is a descriptor.
+pub(crate) fn waiting_sibling(pid: u32, parent: RawFd) -> Report {
     // The exit signal of a sibling is that of its maker: SIGCHLD, from the fork.
     match clone_with(libc::CLONE_PARENT, 0, Some(pid)) {
         Err(e) => Report::failed(Step::Clone, e),
         Ok(0) => {
-            // SAFETY: only numbers are passed.
-            unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) };
+            let mut ended = libc::pollfd {
+                fd: parent,
+                events: libc::POLLIN,
+                revents: 0,
+            };
+            // SAFETY: numbers, and one live structure.
+            unsafe {
+                libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
+                // It may have ended before it was asked to take this one with it.
+                if libc::poll(&raw mut ended, 1, 0) != 0 {
+                    libc::_exit(1);
+                }
+            }
             wait_for_ever()
         }
         Ok(made) => Report {
