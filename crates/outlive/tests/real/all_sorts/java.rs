@@ -20,6 +20,7 @@ const PROGRAM: Program = Program {
     spot: Spot {
         process: "java",
         text: b"cell 0001",
+        copies: false,
     },
 };
 

@@ -17,6 +17,7 @@ const PROGRAM: Program = Program {
     spot: Spot {
         process: "memcached",
         text: b"cell 0001",
+        copies: false,
     },
 };
 

@@ -13,6 +13,7 @@ const PROGRAM: Program = Program {
     spot: Spot {
         process: "perl",
         text: b"cell 0001",
+        copies: false,
     },
 };
 

@@ -19,6 +19,7 @@ const PROGRAM: Program = Program {
     spot: Spot {
         process: "bash",
         text: b"cell 0001",
+        copies: false,
     },
 };
 

@@ -1,54 +1,82 @@
-//! Changes one page of a running program.
+//! Changes a page of a running program.
 
+use crate::support::comm;
 use std::fmt::Write as _;
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 
 const PAGE: usize = 4096;
 
-/// Data that the judgement depends on: the page that has most of it is what is changed.
+/// Data that the judgement depends on.
 pub struct Spot {
     /// The name (`comm`) of the process that has it.
     pub process: &'static str,
     /// What is recognised.
     pub text: &'static [u8],
+    /// Whether the process has it in memory that it freed, too, so that nobody can tell from
+    /// outside which page is in use: then all are changed, else the one that has most of it.
+    pub copies: bool,
 }
 
+/// A page with the text.
 struct Found {
-    pid: u32,
     at: u64,
     /// Offsets in the page.
     hits: Vec<usize>,
 }
 
-/// Changes the lowest bit of every byte of every such text in one page; returns what was changed.
+/// Changes the lowest bit of every byte of every such text in a page, also in the copies of it
+/// that processes inherited at the same address; returns what was changed.
 pub fn spoil(members: &[u32], spot: &Spot) -> String {
     let these = members.iter().copied();
-    let these = these.filter(|&pid| crate::support::comm(pid) == spot.process);
-    let found = these.filter_map(|pid| search(pid, spot.text));
-    let most = found.max_by_key(|found| found.hits.len());
+    let these: Vec<u32> = these.filter(|&pid| comm(pid) == spot.process).collect();
+    let found = these.iter().filter_map(|&pid| search(pid, spot.text));
+    let mut found: Vec<Found> = found.flatten().collect();
     let text = String::from_utf8_lossy(spot.text);
-    let Some(found) = most else {
-        panic!("no {text:?} in any {} of {members:?}", spot.process);
-    };
-    let memory = memory(found.pid, true).unwrap();
-    let changed: Vec<u8> = spot.text.iter().map(|byte| byte ^ 1).collect();
-    for hit in &found.hits {
-        memory
-            .write_all_at(&changed, found.at + *hit as u64)
-            .unwrap();
+    if !spot.copies {
+        let most = found.into_iter().max_by_key(|found| found.hits.len());
+        found = most.into_iter().collect();
     }
-    let mut told = String::new();
-    write!(
-        told,
-        "{} times {text:?} in the page at {:#x} of process {} ({})",
-        found.hits.len(),
-        found.at,
-        found.pid,
+    let told = found.iter().map(|page| change(page, &these, spot));
+    let told = told.filter(|told| !told.is_empty()).collect::<String>();
+    assert!(
+        !told.is_empty(),
+        "no {text:?} in {} {these:?}",
         spot.process
-    )
-    .unwrap();
+    );
+    format!("{text:?}{told}")
+}
+
+/// Changes a page in all processes that have it.
+fn change(page: &Found, pids: &[u32], spot: &Spot) -> String {
+    let changed: Vec<u8> = spot.text.iter().map(|byte| byte ^ 1).collect();
+    let mut told = String::new();
+    for &pid in pids {
+        let Ok(memory) = memory(pid, true) else {
+            continue;
+        };
+        if hits(&memory, page.at, spot.text) != page.hits {
+            continue;
+        }
+        for hit in &page.hits {
+            memory
+                .write_all_at(&changed, page.at + *hit as u64)
+                .unwrap();
+        }
+        let (times, at) = (page.hits.len(), page.at);
+        write!(told, ", {times} times at {at:#x} of {} {pid}", spot.process).unwrap();
+    }
     told
+}
+
+/// Where in a page the text is; nowhere if the page is gone.
+fn hits(memory: &File, at: u64, text: &[u8]) -> Vec<usize> {
+    let mut page = [0; PAGE];
+    if memory.read_exact_at(&mut page, at).is_err() {
+        return Vec::new();
+    }
+    let starts = page.windows(text.len()).enumerate();
+    starts.filter(|(_, w)| *w == text).map(|(i, _)| i).collect()
 }
 
 fn memory(pid: u32, write: bool) -> std::io::Result<File> {
@@ -57,11 +85,11 @@ fn memory(pid: u32, write: bool) -> std::io::Result<File> {
     options.open(format!("/proc/{pid}/mem"))
 }
 
-/// The page of a process that has most of the text, among those that it can write.
-fn search(pid: u32, text: &[u8]) -> Option<Found> {
+/// The pages of a process that have the text, among those that it can write.
+fn search(pid: u32, text: &[u8]) -> Option<Vec<Found>> {
     let (memory, map) = (memory(pid, false).ok()?, pagemap(pid)?);
     let maps = fs::read_to_string(format!("/proc/{pid}/maps")).ok()?;
-    let mut best: Option<Found> = None;
+    let mut all = Vec::new();
     for line in maps.lines() {
         let mut parts = line.split_whitespace();
         let (range, rights) = (parts.next()?, parts.next()?);
@@ -70,21 +98,14 @@ fn search(pid: u32, text: &[u8]) -> Option<Found> {
         }
         let (from, to) = range.split_once('-')?;
         let address = |text| u64::from_str_radix(text, 16).ok();
-        let (from, to) = (address(from)?, address(to)?);
-        for at in present(&map, from, to) {
-            let mut page = [0; PAGE];
-            // A page may go away while it is read.
-            if memory.read_exact_at(&mut page, at).is_err() {
-                continue;
-            }
-            let starts = page.windows(text.len()).enumerate();
-            let hits: Vec<usize> = starts.filter(|(_, w)| *w == text).map(|(i, _)| i).collect();
-            if hits.len() > best.as_ref().map_or(0, |found| found.hits.len()) {
-                best = Some(Found { pid, at, hits });
+        for at in present(&map, address(from)?, address(to)?) {
+            let hits = hits(&memory, at, text);
+            if !hits.is_empty() {
+                all.push(Found { at, hits });
             }
         }
     }
-    best
+    Some(all)
 }
 
 fn pagemap(pid: u32) -> Option<File> {

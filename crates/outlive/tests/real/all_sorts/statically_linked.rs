@@ -13,6 +13,7 @@ const PROGRAM: Program = Program {
     spot: Spot {
         process: "busybox",
         text: b"cell 0001",
+        copies: false,
     },
 };
 

@@ -62,13 +62,13 @@ def value(thread, key, version):
 
 
 server = subprocess.Popen([memcached, "-u", "root", "-s", PATH, "-m", "32", "-t", "3"])
-while not os.path.exists(PATH):
-    time.sleep(0.01)
 while True:
     try:
         first = Client()
         break
-    except ConnectionRefusedError:
+    except (ConnectionRefusedError, FileNotFoundError):
+        if server.poll() is not None:
+            fail("memcached does not start")
         time.sleep(0.01)
 for number in range(CELLS):
     first.set("ledger-%d" % number, cell(number))
