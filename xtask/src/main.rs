@@ -1,4 +1,4 @@
-//! The developer's one door: `cargo xtask test`, `demo`, `bench`.
+//! The developer's one door: `cargo xtask test`, `demo`, `bench`, `lab`.
 //!
 //! # Rules
 //! - One file (or folder) per command; what two commands need stands in a module of its own.
@@ -11,6 +11,7 @@ mod bench;
 mod cleanup;
 mod demo;
 mod inherited;
+mod lab;
 mod model;
 mod outlive;
 mod redis;
@@ -42,6 +43,8 @@ enum Command {
     },
     /// Kills a real Redis at random moments, restores it, and compares every key.
     Demo(demo::Options),
+    /// Boots imitated machines, cuts their power, and restores under other kernels and processors.
+    Lab(lab::Options),
     /// Measures, side by side with what it is compared to.
     #[command(subcommand)]
     Bench(bench::Command),
@@ -66,6 +69,7 @@ fn run(cli: Cli) -> Result<()> {
     match cli.command {
         Command::Test { long } => test::run(long),
         Command::Demo(options) => demo::run(&options),
+        Command::Lab(options) => lab::run(&options),
         Command::Bench(command) => bench::run(&command),
     }
 }

@@ -96,6 +96,26 @@ pub const ALL: &[Tool] = &[
         package: "nginx",
         service: Some("nginx"),
     },
+    Tool {
+        program: "qemu-system-x86_64",
+        package: "qemu-system-x86",
+        service: None,
+    },
+    Tool {
+        program: "mkfs.ext4",
+        package: "e2fsprogs",
+        service: None,
+    },
+    Tool {
+        program: "xz",
+        package: "xz-utils",
+        service: None,
+    },
+    Tool {
+        program: "strip",
+        package: "binutils",
+        service: None,
+    },
 ];
 
 /// One program.

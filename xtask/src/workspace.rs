@@ -37,6 +37,26 @@ pub fn build_outlive() -> Result<PathBuf> {
         .context("cargo built outlive but did not say where it is")
 }
 
+/// Where cargo builds.
+pub fn target() -> PathBuf {
+    let given = env::var_os("CARGO_TARGET_DIR").unwrap_or_else(|| "target".into());
+    root().join(given)
+}
+
+/// Builds `outlive` and the program that checks its clocks, as tests do, and returns both.
+pub fn build_for_lab() -> Result<[PathBuf; 2]> {
+    println!("building outlive…");
+    let status = cargo()
+        .args(["build", "-p", "outlive", "--bin", "outlive"])
+        .args(["-p", "outlive-test-programs", "--bin", "clocks"])
+        .status()
+        .context("cannot start cargo")?;
+    if !status.success() {
+        bail!("outlive does not build: {status}");
+    }
+    Ok(["outlive", "clocks"].map(|name| target().join("debug").join(name)))
+}
+
 fn executable(messages: &str) -> Option<PathBuf> {
     messages
         .lines()

@@ -258,7 +258,7 @@ mod tests {
         assert!(maps[0].1.has(VmFlags::GROWS_DOWN) && maps[0].1.has(VmFlags::LOCKED));
         assert!(!maps[0].1.has(VmFlags::SEALED));
         let codes = maps[0].1.codes();
-        assert_eq!(codes, ["gd", "lo"]);
+        assert_eq!(codes, ["gd", "lo", "mr"]);
         assert_eq!(VmFlags::from_codes(&codes), Some(maps[0].1));
         assert_eq!(VmFlags::from_codes(&["??".to_owned()]), None);
     }

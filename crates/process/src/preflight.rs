@@ -4,11 +4,16 @@ use crate::namespaces;
 use crate::resources::timers;
 use crate::target::{Status, Target};
 use crate::{ProcessError, Refusal};
+use outlive_linux::processor;
 
 /// Everything that would be refused later, as far as it can be seen while the program runs, of a
 /// process of the program with this root.
 pub fn of_process(target: &Target, root: u32) -> Result<Vec<Refusal>, ProcessError> {
     let mut found = namespaces::refusals(target, root)?;
+    if processor::enabled_states() == 0 {
+        let what = "the processor, or the kernel, has no XSAVE, by which registers are read";
+        found.push(target.refusal("", what, "run it on a machine that has it"));
+    }
     found.extend(of_threads(target)?);
     Ok(found)
 }

@@ -1,0 +1,242 @@
+//! `cargo xtask lab`: machines that lose power, and come back with another kernel or processor.
+//!
+//! Machines of QEMU, without hardware virtualisation, boot kernels of Debian ([`kernels`]) with a
+//! few programs ([`initramfs`]) and one disk. A program that checks itself runs under `outlive run`;
+//! the machine's power is cut (QEMU is killed); another machine boots with the same disk, and
+//! `outlive restore` must bring the program back.
+//!
+//! # What must hold after each restore
+//! - The epoch is not older than the newest that was committed before the cut.
+//! - The program's record of itself, one line every half second, has no gap and no line twice, and
+//!   no clock in it ran backwards.
+//! - The program goes on, and at last reports that everything it does made progress; any wrong word
+//!   in its memory, or a clock that ran backwards between two readings, would have ended it.
+//! - On a processor that lacks a feature the restore is refused, the feature is named, and the
+//!   program is unharmed.
+
+mod initramfs;
+mod kernels;
+mod machine;
+mod record;
+
+use crate::{cleanup, tools, workspace};
+use anyhow::{Context, Result, bail, ensure};
+use clap::Args;
+use kernels::Kernel;
+use machine::{Lab, Machine};
+use record::Record;
+use std::time::{Duration, Instant};
+
+/// The processor of most machines: everything that QEMU can imitate, but for page tables of five
+/// levels and CMPXCHG16B, which old versions of it imitate so that kernels crash.
+const FULL: &str = "max,la57=off,cx16=off";
+/// The same without one thing that C libraries use.
+const LESS: &str = "max,la57=off,cx16=off,avx2=off";
+/// Nothing beyond the first x86-64 processors.
+const LEAST: &str = "qemu64,cx16=off";
+
+/// How long the program needs for what is waited for; imitated machines are slow.
+const PATIENCE: Duration = Duration::from_secs(120);
+
+/// What the lab can be asked for.
+#[derive(Args, Clone, Debug)]
+pub struct Options {
+    /// Two kernels, there and back, and one refusal, instead of three kernels.
+    #[arg(long)]
+    short: bool,
+}
+
+/// Runs the command.
+pub fn run(options: &Options) -> Result<()> {
+    let begun = Instant::now();
+    tools::ensure(&["qemu-system-x86_64", "mkfs.ext4", "xz", "busybox", "strip"])?;
+    let folder = cleanup::folder(&workspace::scratch()?)?;
+    workspace::need_space(&folder, 1_000_000_000)?;
+    let wanted: &[&str] = if options.short {
+        &["trixie", "trixie-backports"]
+    } else {
+        &["bookworm", "trixie", "trixie-backports"]
+    };
+    let kernels = kernels::fetch(wanted)?;
+    let lab = Lab::new(folder, &kernels)?;
+    let find = |suite: &str| {
+        let found = kernels.iter().find(|k| k.suite == suite);
+        found.with_context(|| format!("no kernel of {suite}"))
+    };
+    let (new, newest) = (find("trixie")?, find("trixie-backports")?);
+    if options.short {
+        power_cuts(&lab, &[new, newest, new])?;
+    } else {
+        let old = find("bookworm")?;
+        power_cuts(&lab, &[new, newest, new, old, newest, old])?;
+        power_cuts(&lab, &[old, new])?;
+        least_processor(&lab, new)?;
+    }
+    println!("lab: all is well after {} s", begun.elapsed().as_secs());
+    Ok(())
+}
+
+/// A program begins under the first kernel, and goes on under each further one after a power cut.
+fn power_cuts(lab: &Lab, kernels: &[&Kernel]) -> Result<()> {
+    let (first, rest) = kernels.split_first().context("no kernel")?;
+    lab.new_disk()?;
+    let machine = boot(lab, first, FULL)?;
+    begin(&machine)?;
+    let mut last = work(&machine, &Record::default())?;
+    machine.cut()?;
+    let machine = boot(lab, first, LESS)?;
+    refused(&machine, &["avx2"])?;
+    machine.cut()?;
+    for kernel in rest {
+        let machine = boot(lab, kernel, FULL)?;
+        let epoch = restore(&machine)?;
+        ensure!(
+            epoch >= last.epoch,
+            "epoch {epoch} was restored, but epoch {} was committed before the power cut",
+            last.epoch
+        );
+        last = work(&machine, &last)?;
+        if std::ptr::eq(*kernel, rest[rest.len() - 1]) && last.restores == rest.len() {
+            report(&machine)?;
+        }
+        machine.cut()?;
+    }
+    Ok(())
+}
+
+fn boot<'a>(lab: &'a Lab, kernel: &'a Kernel, processor: &str) -> Result<Machine> {
+    let begun = Instant::now();
+    let machine = lab.boot(kernel, processor)?;
+    println!(
+        "lab: Linux {} on {processor}, up after {:.1} s",
+        kernel.release,
+        begun.elapsed().as_secs_f64()
+    );
+    Ok(machine)
+}
+
+/// The program's errors go to a file of its own; what Outlive says goes to another.
+fn begin(machine: &Machine) -> Result<()> {
+    let program = "exec clocks realtime 2>>/disk/wrong";
+    machine.must(": >/disk/record; : >/disk/wrong")?;
+    // So high that no process of a machine that has just booted has the number.
+    machine.must("echo 3000 >/proc/sys/kernel/ns_last_pid")?;
+    machine.must(&format!(
+        "outlive run --name clocks --every 200ms -- /bin/sh -c '{program}' \
+         >>/disk/record 2>/tmp/said </dev/null & keeper=$!"
+    ))?;
+    Ok(())
+}
+
+/// Restores the program, and returns the epoch.
+fn restore(machine: &Machine) -> Result<u64> {
+    machine.must("outlive restore clocks >>/disk/record 2>/tmp/said </dev/null & keeper=$!")?;
+    let said = machine.wait_for("the restore", PATIENCE, || {
+        let said = machine.must("cat /tmp/said")?;
+        let over = machine.ask("[ -d /proc/$keeper ]")?.0 != 0;
+        ensure!(!over, "the restore failed: {said}");
+        Ok(said.contains("runs again from epoch").then_some(said))
+    })?;
+    let epoch = said
+        .split_once("runs again from epoch ")
+        .and_then(|(_, rest)| rest.split(|c: char| !c.is_ascii_digit()).next())
+        .and_then(|number| number.parse().ok());
+    let epoch = epoch.with_context(|| format!("no epoch is named: {said}"))?;
+    println!("lab:   restored from epoch {epoch}");
+    Ok(epoch)
+}
+
+/// Lets the program work for a while, and judges its record of itself.
+fn work(machine: &Machine, before: &Record) -> Result<Record> {
+    const LINES: usize = 6;
+    const EPOCHS: u64 = 4;
+    let mut first: Option<Record> = None;
+    machine.wait_for("the program to work", PATIENCE, || {
+        let text = machine.must("cat /disk/record")?;
+        let wrong = machine.must("cat /disk/wrong")?;
+        ensure!(wrong.trim().is_empty(), "the program found: {wrong}");
+        let over = machine.ask("[ -d /proc/$keeper ]")?.0 != 0;
+        ensure!(!over, "it ended: {}", machine.must("cat /tmp/said")?);
+        let record = Record::judge(&text)?;
+        let epoch = newest_epoch(machine)?;
+        let Some(first) = &first else {
+            first = Some(Record { epoch, ..record });
+            return Ok(None);
+        };
+        let worked = record.lines >= first.lines.max(before.lines) + LINES;
+        let kept = epoch >= first.epoch + EPOCHS;
+        if !(worked && kept && record.worked > first.worked) {
+            return Ok(None);
+        }
+        println!(
+            "lab:   {} lines in its record, {} generations of its memory, epoch {epoch}",
+            record.lines, record.worked
+        );
+        let restores = before.restores + usize::from(before.lines > 0);
+        Ok(Some(Record {
+            epoch,
+            restores,
+            ..record
+        }))
+    })
+}
+
+/// The newest committed epoch; 0 where there is none yet.
+fn newest_epoch(machine: &Machine) -> Result<u64> {
+    let (status, text) = machine.ask("outlive history clocks --json")?;
+    if status != 0 {
+        return Ok(0);
+    }
+    let history: serde_json::Value =
+        serde_json::from_str(&text).with_context(|| format!("no history: {text}"))?;
+    let epochs = history.as_array().context("the history is no list")?;
+    Ok(epochs
+        .iter()
+        .filter_map(|e| e["epoch"].as_u64())
+        .max()
+        .unwrap_or(0))
+}
+
+/// Here the program must not be restored, for lack of exactly these features.
+fn refused(machine: &Machine, features: &[&str]) -> Result<()> {
+    let (status, said) = machine.ask("outlive restore clocks 2>&1 </dev/null")?;
+    ensure!(status == 3, "exit status {status}, not 3: {said}");
+    let named = said
+        .split_once("lacks features that the program may use: ")
+        .and_then(|(_, rest)| rest.split(';').next())
+        .with_context(|| format!("no feature is named: {said}"))?;
+    ensure!(
+        named.split(", ").eq(features.iter().copied()),
+        "{named} are named, not {features:?}"
+    );
+    println!("lab:   refused, {named} is named");
+    Ok(())
+}
+
+/// The program reports what it did, and ends well.
+fn report(machine: &Machine) -> Result<()> {
+    machine.must("kill -USR1 $(pidof clocks)")?;
+    machine.must("wait $keeper")?;
+    let record = machine.must("tail -n 7 /disk/record")?;
+    for what in ["read", "coarse", "looked up", "slept", "rang", "worked"] {
+        let found = record.lines().any(|line| line.starts_with(what));
+        ensure!(found, "the report lacks {what:?}: {record}");
+    }
+    println!("lab:   the program reports and ends well");
+    Ok(())
+}
+
+/// A processor without `XSAVE` is refused at once, by name.
+fn least_processor(lab: &Lab, kernel: &Kernel) -> Result<()> {
+    lab.new_disk()?;
+    let machine = boot(lab, kernel, LEAST)?;
+    machine.must("clocks >/disk/record 2>&1 </dev/null & sleep 1")?;
+    let save = "outlive checkpoint --pid $(pidof clocks) --image /disk/image 2>&1";
+    let (status, said) = machine.ask(save)?;
+    if status != 3 || !said.contains("XSAVE") {
+        bail!("exit status {status}: {said}");
+    }
+    machine.must("kill -USR1 $(pidof clocks)")?;
+    println!("lab:   refused, XSAVE is named");
+    machine.cut()
+}
