@@ -3,6 +3,7 @@
 use crate::Refusal;
 use crate::target::{Status, Target};
 use outlive_linux::kcmp;
+use std::time::{Duration, Instant};
 
 /// A member of the tree.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -59,6 +60,19 @@ pub fn child_with_id(parent: u32, id: u32) -> Option<u32> {
     children(parent).into_iter().find(is)
 }
 
+/// The same, or will have in a moment: its memory goes before it is seen to have ended.
+pub fn is_ending(pid: u32) -> bool {
+    const MOMENT: Duration = Duration::from_millis(50);
+    let deadline = Instant::now() + MOMENT;
+    while !has_ended(pid) {
+        if Instant::now() > deadline {
+            return false;
+        }
+        std::thread::sleep(MOMENT / 100);
+    }
+    true
+}
+
 /// All children, those that wait to be reaped as well.
 pub fn children(pid: u32) -> Vec<u32> {
     let Ok(tasks) = std::fs::read_dir(format!("/proc/{pid}/task")) else {
@@ -74,6 +88,29 @@ pub fn children(pid: u32) -> Vec<u32> {
     }
     all.sort_unstable();
     all
+}
+
+/// Whether a process is about to begin a program of its own, and has its parent's memory until then
+/// (`vfork(2)`, `posix_spawn(3)`): so long a thread of the parent waits for it where nothing stops
+/// it. It is nothing that could be saved, and over soon.
+pub fn is_spawning(kin: &Kin) -> bool {
+    !kin.zombie && shares_memory(kin) && waits_for_child(kin.parent)
+}
+
+/// Whether a process has the memory of its parent.
+pub fn shares_memory(kin: &Kin) -> bool {
+    kin.parent != 0 && kcmp::same(kin.pid, kin.parent, kcmp::Kind::Memory).unwrap_or(false)
+}
+
+/// Whether some thread stands in a call that makes processes, and cannot be interrupted there.
+fn waits_for_child(pid: u32) -> bool {
+    const CALLS: [libc::c_long; 3] = [libc::SYS_vfork, libc::SYS_clone, libc::SYS_clone3];
+    let tasks = std::fs::read_dir(format!("/proc/{pid}/task"));
+    tasks.into_iter().flatten().flatten().any(|task| {
+        let call = std::fs::read_to_string(task.path().join("syscall")).unwrap_or_default();
+        let number = call.split(' ').next().and_then(|n| n.parse().ok());
+        number.is_some_and(|n| CALLS.contains(&n))
+    })
 }
 
 /// What two processes have in common and must not, because only threads of one process can be

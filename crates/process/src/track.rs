@@ -63,6 +63,11 @@ const NAMING_TRIES: u32 = 5;
 /// … and how long the program runs in between.
 const A_MOMENT: Duration = Duration::from_millis(2);
 
+/// How long a stop waits for processes that are about to begin a program of their own …
+const SPAWN_PATIENCE: Duration = Duration::from_millis(500);
+/// … looking again after so long.
+const SPAWN_POLL: Duration = Duration::from_micros(200);
+
 /// Pre-copying ends when a pass finds less than this, bytes …
 const SMALL_PASS: u64 = 1 << 20;
 /// … or after so many passes.
@@ -140,12 +145,14 @@ impl Tracked {
     fn adopt_all(&mut self) -> Result<(), ProcessError> {
         self.drop_ended();
         for kin in family::list(self.root, &self.adopters) {
-            if kin.zombie || self.members.contains_key(&kin.pid) {
+            // What uses its parent's memory is nobody's member: it is about to begin a program of
+            // its own, or refused at the stop.
+            if kin.zombie || self.members.contains_key(&kin.pid) || family::shares_memory(&kin) {
                 continue;
             }
             match self.adopt_running(kin) {
                 // A child may end at any time.
-                Err(_) if kin.pid != self.root && family::has_ended(kin.pid) => {}
+                Err(_) if kin.pid != self.root && family::is_ending(kin.pid) => {}
                 r => r?,
             }
         }
@@ -225,8 +232,10 @@ impl Tracked {
             for (pid, member) in &mut self.members {
                 match member.precopy(sink, &mut self.shared) {
                     Ok(copied) => bytes += copied,
+                    // It has begun another program.
+                    Err(_) if !member.is_intact() => {}
                     // A child may end at any time.
-                    Err(_) if *pid != self.root && family::has_ended(*pid) => {}
+                    Err(_) if *pid != self.root && family::is_ending(*pid) => {}
                     Err(e) => return Err(e),
                 }
             }
@@ -244,6 +253,7 @@ impl Tracked {
     /// Freezes the program and takes everything that is left into memory. On failure the program
     /// runs on as before.
     pub fn stop(&mut self) -> Result<(Stopped<'_>, Captured), ProcessError> {
+        let_spawn(self.root, &self.adopters);
         let urgent = Urgent::begin();
         let mut tries = 0;
         let (began, mut frozen, zombies) = loop {
@@ -287,7 +297,7 @@ impl Tracked {
         for (pid, member) in &mut self.members {
             match member.before_stop() {
                 Ok(found) => drop(sleepers.insert(*pid, found)),
-                Err(_) if *pid != self.root && family::has_ended(*pid) => {}
+                Err(_) if *pid != self.root && family::is_ending(*pid) => {}
                 Err(e) => return Err(e),
             }
         }
@@ -319,7 +329,7 @@ impl Tracked {
                         frozen.push(process);
                     }
                     // A child may end at any time.
-                    Err(_) if kin.pid != self.root && family::has_ended(kin.pid) => {}
+                    Err(_) if kin.pid != self.root && family::is_ending(kin.pid) => {}
                     Err(e) => return Err(e),
                 }
             }
@@ -598,7 +608,18 @@ impl Drop for Tracked {
     }
 }
 
+/// Waits a while for processes that are about to begin a program of their own: their parents
+/// could not be stopped, while everything else stands still already.
+fn let_spawn(root: u32, adopters: &[u32]) {
+    let deadline = Instant::now() + SPAWN_PATIENCE;
+    while family::list(root, adopters).iter().any(family::is_spawning) && Instant::now() < deadline
+    {
+        std::thread::sleep(SPAWN_POLL);
+    }
+}
+
 fn refuse_early(root: u32, adopters: &[u32]) -> Result<(), ProcessError> {
+    let_spawn(root, adopters);
     let mut refusals: Vec<Refusal> = Vec::new();
     let mut targets = vec![Target::open(root)?];
     for kin in family::list(root, adopters)
@@ -610,6 +631,9 @@ fn refuse_early(root: u32, adopters: &[u32]) -> Result<(), ProcessError> {
         let Ok(target) = Target::open(kin.pid) else {
             continue;
         };
+        if family::is_spawning(&kin) {
+            continue;
+        }
         refusals.extend(family::refuse_shared(&target, kin.parent));
         targets.push(target);
     }

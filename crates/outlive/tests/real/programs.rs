@@ -475,3 +475,55 @@ fn remove_objects(ids: &[&str]) {
         }
     }
 }
+
+/// A child that is about to begin a program of its own has its parent's memory until then, and the
+/// parent cannot be stopped so long: no reason to refuse, only to wait a moment.
+#[test]
+fn a_program_that_begins_others_all_the_time_is_kept() {
+    if !may_run("a_program_that_begins_others_all_the_time_is_kept") {
+        return;
+    }
+    let (_alone, place) = (alone(), Place::new());
+    let program = test_program("spawner");
+    let run = [
+        "run", "--name", "a", "--every", "20ms", "--", &program, "400",
+    ];
+    let mut kept = place.start(&run);
+    for epochs in [5, 8] {
+        for _ in 0..epochs {
+            place.epoch_after("a", place.newest("a"));
+        }
+        let status = place.status("a");
+        assert_eq!(status["failures"], 0, "{status}");
+        kept = die_and_come_back(&place, kept, 1);
+    }
+    assert_eq!(kept.code(), 7, "{}", place.said());
+}
+
+/// A build: several compilers at a time, each of which begins others.
+#[test]
+fn make_builds_on() {
+    if !may_run("make_builds_on") {
+        return;
+    }
+    let (_alone, place) = (alone(), Place::new());
+    // Phony: files from after the newest epoch must not pass for finished ones.
+    let rules = "parts = $(foreach n,$(shell seq 40),part-$(n))\n\
+        all: $(parts)\n\tcat $^ > whole\n\
+        .PHONY: $(parts)\n\
+        $(parts): part-%:\n\
+        \tfor i in 1 2 3 4 5 6 7 8; do /bin/echo $* $$i; /bin/sleep 0.03; done > $@\n";
+    std::fs::write(place.path("rules"), rules).unwrap();
+    let make = installed("make");
+    let run = [
+        "run", "--name", "a", "--every", "50ms", "--", &make, "-s", "-j4", "-f", "rules",
+    ];
+    let mut kept = place.start(&run);
+    for epochs in [3, 3] {
+        kept = die_and_come_back(&place, kept, epochs);
+    }
+    assert_eq!(kept.code(), 0, "{}", place.said());
+    let line = |n: usize| format!("{} {}\n", n / 8 + 1, n % 8 + 1);
+    let whole: String = (0..320).map(line).collect();
+    assert_eq!(std::fs::read_to_string(place.path("whole")).unwrap(), whole);
+}
