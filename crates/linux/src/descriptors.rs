@@ -148,17 +148,18 @@ pub fn owner_argument(kind: OwnerKind, id: u32) -> [u8; 8] {
 /// What `fcntl(2)` says; `EINVAL` on a kernel without checkpoint support.
 pub fn signal_owner(fd: BorrowedFd<'_>) -> Result<SignalOwner, Errno> {
     let (mut owner, mut users) = ([0u32; 2], [0u32; 2]);
-    // SAFETY: both commands write eight bytes to live locals of that size; the third takes a
+    // SAFETY: both commands write eight bytes to live locals of that size, the third takes a
     // number.
-    let answers = unsafe {
+    let (told, signal) = unsafe {
         let fd = fd.as_raw_fd();
-        [
-            libc::fcntl(fd, F_GETOWN_EX, owner.as_mut_ptr()),
-            libc::fcntl(fd, F_GETOWNER_UIDS, users.as_mut_ptr()),
-            libc::fcntl(fd, F_GETSIG, 0),
-        ]
+        let told = libc::fcntl(fd, F_GETOWN_EX, owner.as_mut_ptr());
+        let users = match owner[1] {
+            0 => 0,
+            _ => libc::fcntl(fd, F_GETOWNER_UIDS, users.as_mut_ptr()),
+        };
+        (told.min(users), libc::fcntl(fd, F_GETSIG, 0))
     };
-    if answers.iter().any(|&a| a < 0) {
+    if told < 0 || signal < 0 {
         return Err(last_error());
     }
     Ok(SignalOwner {
@@ -168,7 +169,7 @@ pub fn signal_owner(fd: BorrowedFd<'_>) -> Result<SignalOwner, Errno> {
             _ => OwnerKind::Process,
         },
         id: owner[1],
-        signal: answers[2] as u32,
+        signal: signal as u32,
         users,
     })
 }

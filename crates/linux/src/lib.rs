@@ -25,6 +25,7 @@ pub mod signals;
 pub mod sockopt;
 pub mod spawn;
 pub mod sysv;
+pub mod tcp;
 pub mod thread;
 pub mod userfault;
 

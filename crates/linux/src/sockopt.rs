@@ -111,6 +111,8 @@ pub struct TcpInfo {
     pub waiting: u32,
     /// When listening: how many may wait (the backlog).
     pub backlog: u32,
+    /// The largest segment that the other end may send, bytes.
+    pub advertised: u32,
 }
 
 /// Reads `TCP_INFO`; `None` where this is no TCP socket.
@@ -119,8 +121,9 @@ pub struct TcpInfo {
 /// What `getsockopt(2)` says.
 pub fn tcp_info(socket: BorrowedFd<'_>) -> Result<Option<TcpInfo>, Errno> {
     // struct tcp_info: eight bytes (the state is the first), then u32s: rto, ato, snd_mss,
-    // rcv_mss, unacked, sacked.
-    let Some(bytes) = get(socket, libc::IPPROTO_TCP, libc::TCP_INFO, 32)? else {
+    // rcv_mss, unacked, sacked, lost, retrans, fackets, four times, pmtu, rcv_ssthresh, rtt, rttvar,
+    // snd_ssthresh, snd_cwnd, advmss.
+    let Some(bytes) = get(socket, libc::IPPROTO_TCP, libc::TCP_INFO, 88)? else {
         return Ok(None);
     };
     let word = |at: usize| {
@@ -133,6 +136,7 @@ pub fn tcp_info(socket: BorrowedFd<'_>) -> Result<Option<TcpInfo>, Errno> {
         state: bytes.first().copied().unwrap_or(0),
         waiting: word(24),
         backlog: word(28),
+        advertised: word(84),
     }))
 }
 

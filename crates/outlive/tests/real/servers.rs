@@ -1,6 +1,8 @@
 //! Servers of several processes: killed with their keeper, restored, and asked again.
 
-use crate::support::{Kept, Place, alone, end, family, installed, may_run, signal, until};
+use crate::support::{
+    Kept, Place, alone, end, family, installed, may_run, signal, test_program, times, until,
+};
 use rustix::process::Signal;
 use std::fs;
 use std::io::{Read, Write};
@@ -13,12 +15,16 @@ fn die_and_come_back(place: &Place, mut kept: Kept) -> Kept {
         place.epoch_after("a", place.newest("a"));
     }
     let members = family(kept.pid()).split_off(1);
+    let count = members.len();
     kept.kill();
-    let many = members.len();
     members.into_iter().for_each(end);
     drop(kept);
-    let kept = place.start(&["restore", "a"]);
-    until("it runs again", || family(kept.pid()).len() > many);
+    let mut kept = place.start(&["restore", "a"]);
+    until("all of it is there again", || {
+        let ended = kept.keeper.try_wait().unwrap();
+        assert!(ended.is_none(), "{}", place.said());
+        family(kept.pid()).len() > count
+    });
     kept
 }
 
@@ -37,6 +43,28 @@ fn get(port: u16, path: &str) -> Option<Vec<u8>> {
 fn free_port() -> u16 {
     let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     listener.local_addr().unwrap().port()
+}
+
+/// Two processes that stream numbers to each other through TCP connections, as fast as they go; any
+/// byte that is lost or doubled ends them, and so does a connection that is reset.
+#[test]
+fn streams_between_processes_lose_and_double_nothing() {
+    if !may_run("streams_between_processes_lose_and_double_nothing") {
+        return;
+    }
+    let (_alone, place) = (alone(), Place::new());
+    let streams = test_program("streams");
+    let mut kept = place.start(&[
+        "run", "--name", "a", "--every", "50ms", "--", &streams, "fork",
+    ]);
+    until("it has begun", || family(kept.pid()).len() == 3);
+    for _ in 0..times(6, 200) {
+        kept = die_and_come_back(&place, kept);
+        assert_eq!(family(kept.pid()).len(), 3, "{}", place.said());
+    }
+    place.epoch_after("a", place.newest("a"));
+    signal(family(kept.pid())[1], Signal::USR1);
+    assert_eq!(kept.code(), 0, "{}", place.said());
 }
 
 /// A master that tells its two workers of each other through sockets which it owns the signals of.

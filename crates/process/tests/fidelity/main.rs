@@ -19,6 +19,7 @@ mod kernels;
 mod registers;
 mod stand;
 mod store;
+mod streams;
 mod support;
 mod unharmed;
 mod view;

@@ -7,10 +7,10 @@
 use super::context::{Around, CollectContext};
 use super::locks;
 use super::owner;
-use super::probe::{InfoReader, Probe, ProcDirs, Target, failed};
+use super::probe::{InfoReader, Probe, ProcDirs, SocketSort, Target, failed};
 use super::stream;
 use super::table::{FdTable, Holder, OpenDescription};
-use super::{Description, probe};
+use super::{Description, probe, tcp_pair};
 use crate::error::{ProcessError, Refusal};
 use crate::resources::shared::SharedObjects;
 use outlive_linux::kcmp;
@@ -31,8 +31,11 @@ pub struct Memory {
     pub(crate) tails: HashMap<(u64, u64), (u64, i64, u32)>,
     /// Per process and number: the file (mount, inode) and the path that was seen to lead to it.
     pub(crate) found: HashMap<(u32, u32), FoundFile>,
-    /// Options of a new socket, per family and type.
-    pub(crate) fresh_sockets: HashMap<(u16, u32), super::socket_options::SocketOptions>,
+    /// Options of a new socket, per sort.
+    pub(crate) fresh_sockets:
+        HashMap<super::socket_options::Sort, super::socket_options::SocketOptions>,
+    /// By inode: what a socket is, which never changes.
+    pub(crate) sockets: HashMap<u64, SocketSort>,
     infos: InfoReader,
 }
 
@@ -172,13 +175,17 @@ pub(crate) fn collect_views(
                 continue;
             }
             let probe = Probe::read(view.target, &view.dirs, number, &mut memory.infos)?;
-            if let Some(probe) = probe {
+            if let Some(mut probe) = probe {
+                probe.remember(&memory.sockets);
                 around.add(&probe);
                 probes.push(probe);
             }
         }
     }
     let groups = share(probes)?;
+    let first = groups.iter().map(|group| &group.probe);
+    around.tcp = tcp_pair::find(first.clone(), stopped, &memory.sockets)?.into();
+    memory.sockets = first.filter_map(Probe::sort).collect();
     let mut cx = CollectContext {
         around: &around,
         stopped,
@@ -193,8 +200,8 @@ pub(crate) fn collect_views(
     let mut descriptions = Vec::with_capacity(groups.len());
     let mut refusals: Vec<Refusal> = Vec::new();
     let targets: Vec<&Target<'_>> = views.iter().map(|view| view.target).collect();
-    for group in groups {
-        match describe(&group, &targets, &mut cx) {
+    for group in &groups {
+        match describe(group, &targets, &mut cx) {
             Ok(description) => stream::split(description, root, &mut descriptions),
             Err(ProcessError::Refused(more)) => refusals.extend(more),
             Err(error) => return Err(error),

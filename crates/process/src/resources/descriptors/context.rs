@@ -7,6 +7,7 @@ use super::pipe::{PipeEnds, PipeState};
 use super::probe::Probe;
 use super::restore::CheckRequest;
 use super::table::{FdTable, Holder};
+use super::tcp_pair;
 use super::unix_diag::{UnixDiag, UnixFacts};
 use super::unix_pair::PairSide;
 use crate::error::{ProcessError, Refusal};
@@ -36,6 +37,8 @@ pub struct Around {
     pub processes: HashSet<u32>,
     /// Inodes of all sockets.
     pub sockets: HashSet<u64>,
+    /// By inode: TCP connections within the subject.
+    pub(crate) tcp: RefCell<HashMap<u64, tcp_pair::Found>>,
     unix: RefCell<UnixDiag>,
 }
 
@@ -247,6 +250,8 @@ pub struct RecreateContext {
     pub pipes: Vec<PipeEnds>,
     /// The ends of connections within the subject.
     pub pairs: HashMap<(u32, PairSide), OwnedFd>,
+    /// The ends of TCP connections within the subject that could be made.
+    pub tcp: HashMap<(u32, PairSide), OwnedFd>,
     /// Inotify instances whose watches are added last.
     pub rewatches: Vec<Rewatch>,
     /// What can be made once the processes are there.

@@ -17,6 +17,11 @@ use std::os::fd::OwnedFd;
 pub(crate) mod tcp_state {
     pub(crate) const CLOSED: u8 = 7;
     pub(crate) const LISTEN: u8 = 10;
+
+    /// ESTABLISHED, FIN-WAIT-1, FIN-WAIT-2, CLOSE-WAIT, LAST-ACK, CLOSING.
+    pub(crate) fn is_connection(state: u8) -> bool {
+        matches!(state, 1 | 4 | 5 | 8 | 9 | 11)
+    }
 }
 
 /// An address and a port.

@@ -40,6 +40,7 @@ mod fifo;
 mod file;
 mod file_action;
 mod inet;
+mod inet_diag;
 mod inotify;
 mod locks;
 mod nameless;
@@ -53,8 +54,10 @@ mod signalfd;
 mod socket_options;
 mod stream;
 mod table;
+mod tcp_flow;
 mod tcp_fresh;
 mod tcp_listen;
+mod tcp_pair;
 mod tcp_reset;
 mod timerfd;
 mod udp;
@@ -247,6 +250,7 @@ registry! {
     Pidfd(pidfd::PidfdState),
     TcpListen(tcp_listen::TcpListenState),
     TcpFresh(tcp_fresh::TcpFreshState),
+    TcpPairEnd(tcp_pair::TcpPairEndState),
     TcpReset(tcp_reset::TcpResetState),
     UnixListen(unix_listen::UnixListenState),
     UnixFresh(unix_fresh::UnixFreshState),

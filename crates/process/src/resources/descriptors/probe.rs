@@ -3,6 +3,7 @@
 //! Reading `fdinfo` and the link under `/proc/PID/fd` is enough for most kinds; the rest is looked
 //! up when a kind asks for it.
 
+use super::inet::tcp_state;
 use crate::error::{ProcessError, Refusal};
 use rustix::fs::{AtFlags, FileType, Mode, OFlags, Statx, StatxFlags};
 use rustix::io::Errno;
@@ -161,6 +162,9 @@ impl ProcDirs {
     }
 }
 
+/// What of a socket never changes: family, type, protocol.
+pub(crate) type SocketSort = (AddressFamily, SocketType, u32);
+
 /// What a socket is.
 #[derive(Clone, Copy, Debug)]
 pub struct SocketFacts {
@@ -191,6 +195,8 @@ pub struct Probe<'a> {
     stat: OnceCell<Statx>,
     duplicate: OnceCell<OwnedFd>,
     socket: OnceCell<SocketFacts>,
+    /// What is known of the socket from earlier epochs.
+    sort: Option<SocketSort>,
 }
 
 impl<'a> Probe<'a> {
@@ -227,7 +233,22 @@ impl<'a> Probe<'a> {
             stat: OnceCell::new(),
             duplicate: OnceCell::new(),
             socket: OnceCell::new(),
+            sort: None,
         }))
+    }
+
+    /// Takes note of what is known of a socket from earlier epochs, by inode.
+    pub(crate) fn remember(&mut self, sorts: &HashMap<u64, SocketSort>) {
+        if self.link.starts_with(b"socket:[") {
+            self.sort = sorts.get(&self.info.inode).copied();
+        }
+    }
+
+    /// What is to be known of a socket at later epochs, where it was asked for.
+    pub(crate) fn sort(&self) -> Option<(u64, SocketSort)> {
+        let facts = self.socket.get()?;
+        let sort = (facts.family, facts.kind, facts.protocol);
+        Some((self.info.inode, sort))
     }
 
     /// Process and number.
@@ -332,7 +353,7 @@ impl<'a> Probe<'a> {
         }
         if self.socket.get().is_none() {
             let fd = self.duplicate()?;
-            let facts = || socket_facts(fd);
+            let facts = || socket_facts(fd, self.sort);
             let facts = facts().map_err(|errno| self.failed("read options of", errno))?;
             let _ = self.socket.set(facts);
         }
@@ -360,17 +381,28 @@ impl<'a> Probe<'a> {
     }
 }
 
-fn socket_facts(fd: BorrowedFd<'_>) -> Result<SocketFacts, Errno> {
+fn socket_facts(fd: BorrowedFd<'_>, known: Option<SocketSort>) -> Result<SocketFacts, Errno> {
+    let (family, kind, protocol) = match known {
+        Some(sort) => sort,
+        None => (
+            sockopt::socket_domain(fd)?,
+            sockopt::socket_type(fd)?,
+            sockopt::socket_protocol(fd)?.map_or(0, |p| p.as_raw().get()),
+        ),
+    };
+    let inet = matches!(family, AddressFamily::INET | AddressFamily::INET6);
     let mut facts = SocketFacts {
-        family: sockopt::socket_domain(fd)?,
-        kind: sockopt::socket_type(fd)?,
-        protocol: sockopt::socket_protocol(fd)?.map_or(0, |p| p.as_raw().get()),
-        listens: sockopt::socket_acceptconn(fd)?,
+        family,
+        kind,
+        protocol,
+        listens: false,
         tcp_state: None,
     };
-    let inet = matches!(facts.family, AddressFamily::INET | AddressFamily::INET6);
-    if inet && facts.kind == SocketType::STREAM && facts.protocol == TCP {
+    if inet && kind == SocketType::STREAM && protocol == TCP {
         facts.tcp_state = outlive_linux::sockopt::tcp_info(fd)?.map(|info| info.state);
+        facts.listens = facts.tcp_state == Some(tcp_state::LISTEN);
+    } else {
+        facts.listens = sockopt::socket_acceptconn(fd)?;
     }
     Ok(facts)
 }

@@ -7,7 +7,7 @@ use super::file_action::FileAction;
 use super::locks;
 use super::probe::failed;
 use super::table::{FdTable, Holder};
-use super::unix_pair;
+use super::{tcp_pair, unix_pair};
 use crate::error::{ProcessError, Refusal};
 use crate::resources::shared::Memories;
 use crate::restore::FilesPolicy;
@@ -266,16 +266,19 @@ pub fn recreate_table(table: &FdTable, checked: Checked) -> Result<Made, Process
         pipes.push(pipe.make(pid)?);
     }
     let pairs = unix_pair::make(table, pid, &mut made.created)?;
+    let mut notices = Vec::new();
+    let tcp = tcp_pair::make(table, &mut notices);
     let mut cx = RecreateContext {
         pid,
         held: checked.held,
         memories: checked.memories,
         pipes,
         pairs,
+        tcp,
         late: Vec::new(),
         reconnects: Vec::new(),
         rewatches: Vec::new(),
-        notices: Vec::new(),
+        notices,
         created: Vec::new(),
     };
     for (about, description) in table.each() {

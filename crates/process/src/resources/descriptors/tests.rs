@@ -3,6 +3,7 @@
 //! The target is this process itself, seen through its own pidfd, with the descriptors of the
 //! test as if there were no others.
 
+mod connections;
 mod datagrams;
 mod files;
 mod refusals;

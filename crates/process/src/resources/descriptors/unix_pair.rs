@@ -34,7 +34,7 @@ pub enum PairSide {
 }
 
 impl PairSide {
-    fn other(self) -> Self {
+    pub(crate) fn other(self) -> Self {
         match self {
             Self::First => Self::Second,
             Self::Second => Self::First,
