@@ -116,6 +116,12 @@ pub const ALL: &[Tool] = &[
         package: "binutils",
         service: None,
     },
+    // The server itself is in no PATH; this comes with it.
+    Tool {
+        program: "pg_lsclusters",
+        package: "postgresql",
+        service: Some("postgresql"),
+    },
 ];
 
 /// One program.

@@ -251,6 +251,12 @@ fn known_or_writable(m: &Mapping, flags: VmFlags) -> VmFlags {
     }
 }
 
+/// Whether the file below a mapping must be opened for writing to map it again. Of a new mapping
+/// no flags are known yet, but whether it can be written.
+fn may_write_file(m: &Mapping, flags: VmFlags) -> bool {
+    m.shared && (flags.has(VmFlags::MAY_WRITE) || m.prot & 2 != 0)
+}
+
 /// A refusal that names a mapping.
 #[must_use]
 pub fn refusal(target: &Target, m: &Mapping, what: &str) -> Refusal {
@@ -277,7 +283,7 @@ impl Files<'_> {
         flags: VmFlags,
         shared: &mut SharedObjects,
     ) -> Result<u32, ProcessError> {
-        let writable = m.shared && flags.has(VmFlags::MAY_WRITE);
+        let writable = may_write_file(m, flags);
         if let Some(at) = self
             .list
             .iter()
@@ -437,6 +443,26 @@ fn build_id(path: &Path) -> Option<Vec<u8>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// A file that was mapped a moment before the stop is mapped again as it was.
+    #[test]
+    fn a_mapping_that_can_be_written_needs_no_flags_to_tell() {
+        let mapping = |shared, prot| Mapping {
+            start: 0x1000,
+            end: 0x2000,
+            prot,
+            shared,
+            offset: 0,
+            device: (8, 1),
+            inode: 7,
+            name: b"/file".to_vec(),
+        };
+        let unknown = VmFlags::default();
+        assert!(may_write_file(&mapping(true, 3), unknown));
+        assert!(may_write_file(&mapping(true, 1), VmFlags::MAY_WRITE));
+        assert!(!may_write_file(&mapping(true, 1), unknown));
+        assert!(!may_write_file(&mapping(false, 3), VmFlags::MAY_WRITE));
+    }
 
     #[test]
     fn a_shell_has_a_build_id_and_a_text_file_has_none() {

@@ -3,7 +3,7 @@
 //! Only where `OUTLIVE_FIGURES` names a file, to which one line of JSON a program is added:
 //! `cargo xtask bench programs` does that, and makes the table of `docs/programs.md` of it.
 
-use super::{Life, Program};
+use super::{End, Life, Program};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -19,9 +19,13 @@ fn wanted() -> Option<PathBuf> {
 }
 
 /// The interval of epochs: the default of the product where figures are wanted, else one that
-/// makes more of them.
-pub fn every() -> &'static str {
-    if wanted().is_some() { "100ms" } else { "50ms" }
+/// makes more of them where it is them that come back.
+pub fn every(end: End) -> &'static str {
+    match end {
+        End::Killed if wanted().is_none() => "50ms",
+        End::Stopped if wanted().is_none() => "300ms",
+        _ => "100ms",
+    }
 }
 
 /// The figures of one run.

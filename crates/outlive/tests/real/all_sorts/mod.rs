@@ -37,11 +37,12 @@ mod node;
 mod orchestra;
 mod perl;
 mod pipeline;
+mod postgres;
 mod python;
 mod spoil;
 mod statically_linked;
 
-use crate::support::{Kept, Place, alone, end, may_run, times, until};
+use crate::support::{Kept, Place, alone, end, lives, may_run, times, until};
 use figures::Figures;
 use rustix::process::{Pid, Signal, kill_process};
 use spoil::Spot;
@@ -58,12 +59,23 @@ pub struct Program {
     load: &'static str,
     /// What is compared in the end.
     compared: &'static str,
+    /// How it ends before it comes back.
+    end: End,
     /// Makes its files, and returns the command line with which it works until it is to finish.
     prepare: fn(&Place) -> Vec<String>,
     /// What is wrong with what it left in its place, once it has ended with 0.
     judge: fn(&Place) -> Result<(), String>,
     /// Data on which the judgement depends.
     spot: Spot,
+}
+
+/// How a program ends before it comes back.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum End {
+    /// Keeper and program are killed, and the newest epoch counts.
+    Killed,
+    /// By `outlive stop`, which takes a last epoch: for programs whose files do not go back.
+    Stopped,
 }
 
 /// A program under its keeper; all of it is ended when this is dropped.
@@ -75,7 +87,7 @@ struct Life<'a> {
 impl<'a> Life<'a> {
     fn begin(place: &'a Place, program: &Program) -> Self {
         let line = (program.prepare)(place);
-        let every = figures::every();
+        let every = figures::every(program.end);
         let mut words = vec!["run", "--name", "a", "--every", every, "--"];
         words.extend(line.iter().map(String::as_str));
         let kept = Some(place.start(&words));
@@ -143,6 +155,25 @@ impl<'a> Life<'a> {
         }
         all.iter().for_each(|&pid| send(pid, Signal::KILL));
         all.into_iter().for_each(end);
+    }
+
+    fn end(&mut self, how: End) {
+        if how == End::Killed {
+            return self.die();
+        }
+        until("a last epoch is taken", || {
+            let done = self.place.call(&["stop", "a"]);
+            // There are moments that no epoch can hold: then it is said so, and to be tried again.
+            assert!([0, 3].contains(&done.code), "{done:?}");
+            done.code == 0
+        });
+        assert_eq!(self.kept().code(), 0, "{}", self.said());
+        // Nobody of it is left, but who lost his parent is ours to reap.
+        for pid in family(std::process::id()).split_off(1) {
+            until("all of it has ended", || !lives(pid));
+            end(pid);
+        }
+        self.kept = None;
     }
 
     /// Brings back the newest epoch; returns what was told of it.
@@ -226,7 +257,7 @@ fn comes_back(name: &str, program: &Program) {
         life.works();
         let held = life.epoch();
         std::thread::sleep(Duration::from_micros(random.u64(..200_000)));
-        life.die();
+        life.end(program.end);
         let told = life.come_back();
         let epoch = told["epoch"].as_u64().unwrap();
         assert!(epoch >= held, "kill {kill}: {held} was there, not {epoch}");
@@ -246,7 +277,7 @@ fn a_changed_page_is_noticed(name: &str, program: &Program) {
     }
     let (_alone, place) = (alone(), Place::new());
     let mut life = Life::begin(&place, program);
-    life.die();
+    life.end(program.end);
     life.come_back();
     life.works();
     let changed = spoil::spoil(&life.members(), &program.spot);

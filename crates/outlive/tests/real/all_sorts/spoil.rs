@@ -98,7 +98,14 @@ fn search(pid: u32, text: &[u8]) -> Option<Vec<Found>> {
         }
         let (from, to) = range.split_once('-')?;
         let address = |text| u64::from_str_radix(text, 16).ok();
-        for at in present(&map, address(from)?, address(to)?) {
+        let (from, to) = (address(from)?, address(to)?);
+        // Shared pages are there whether or not this process has looked at them.
+        let pages = if rights.ends_with('s') {
+            (from..to).step_by(PAGE).collect()
+        } else {
+            present(&map, from, to)
+        };
+        for at in pages {
             let hits = hits(&memory, at, text);
             if !hits.is_empty() {
                 all.push(Found { at, hits });
