@@ -26,6 +26,7 @@ pub mod sockopt;
 pub mod spawn;
 pub mod sysv;
 pub mod tcp;
+pub mod terminal;
 pub mod thread;
 pub mod userfault;
 

@@ -148,6 +148,73 @@ fn a_program_of_another_user_stays_that() {
     assert_eq!(kept.code(), 11, "{}", place.said());
 }
 
+/// Locks of each sort, of a parent and a child on one file: each asks the kernel who keeps it out.
+const LOCKS: &str = r#"
+import errno, fcntl, os, select, struct, sys, time
+F_OFD_GETLK, F_OFD_SETLK = 36, 37
+def flock(kind, start, length):
+    return struct.pack('hhqqi4x', kind, os.SEEK_SET, start, length, 0)
+def holder(fd, command, start):
+    kind, _, _, _, pid = struct.unpack('hhqqi4x', fcntl.fcntl(fd, command, flock(fcntl.F_WRLCK, start, 10)))
+    return None if kind == fcntl.F_UNLCK else pid
+def kept_out(call, *args):
+    try:
+        call(*args)
+        return False
+    except OSError as e:
+        return e.errno in (errno.EAGAIN, errno.EACCES)
+def opened():
+    return os.open('locked', os.O_RDWR | os.O_CREAT, 0o600)
+mine, common, whole = opened(), opened(), os.open('whole', os.O_RDWR | os.O_CREAT, 0o600)
+fcntl.fcntl(mine, fcntl.F_SETLK, flock(fcntl.F_WRLCK, 0, 10))
+fcntl.fcntl(common, F_OFD_SETLK, flock(fcntl.F_RDLCK, 100, 10))
+fcntl.flock(whole, fcntl.LOCK_EX)
+parent, (told, tell), (leave, end) = os.getpid(), os.pipe(), os.pipe()
+child = os.fork()
+def judge(other, start):
+    stranger, another = opened(), os.open('whole', os.O_RDWR)
+    # Closing one more descriptor of the file would give the process' own locks up, so nothing is
+    # closed here; a description of its own has a lock of its own.
+    assert holder(mine, fcntl.F_GETLK, start) == other, holder(mine, fcntl.F_GETLK, start)
+    assert kept_out(fcntl.fcntl, mine, fcntl.F_SETLK, flock(fcntl.F_WRLCK, start, 10))
+    assert kept_out(fcntl.fcntl, stranger, F_OFD_SETLK, flock(fcntl.F_WRLCK, 100, 10))
+    assert not kept_out(fcntl.fcntl, common, F_OFD_SETLK, flock(fcntl.F_RDLCK, 100, 10))
+    assert kept_out(fcntl.flock, another, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    assert not kept_out(fcntl.flock, whole, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    os.close(another)
+    return stranger
+if child == 0:
+    fcntl.fcntl(mine, fcntl.F_SETLK, flock(fcntl.F_WRLCK, 20, 10))
+    os.write(tell, b'x')
+    while not select.select([leave], [], [], 0.01)[0]:
+        judge(parent, 0)
+    os._exit(3)
+os.read(told, 1)
+for n in range(300):
+    judge(child, 20)
+    time.sleep(0.01)
+os.write(end, b'x')
+assert os.WEXITSTATUS(os.waitpid(child, 0)[1]) == 3
+sys.exit(4)
+"#;
+
+#[test]
+fn locks_stay_with_whom_they_belong_to() {
+    if !may_run("locks_stay_with_whom_they_belong_to") {
+        return;
+    }
+    let (_alone, place) = (alone(), Place::new());
+    std::fs::write(place.path("locks.py"), LOCKS).unwrap();
+    let (python, script) = (installed("python3"), place.text("locks.py"));
+    let mut kept = place.start(&[
+        "run", "--name", "a", "--every", "50ms", "--", &python, &script,
+    ]);
+    for epochs in [3, 2, 3] {
+        kept = die_and_come_back(&place, kept, epochs);
+    }
+    assert_eq!(kept.code(), 4, "{}", place.said());
+}
+
 /// A parent holds descriptors of a child that runs, of one that waits to be asked for, and of one
 /// that is gone; the child has inherited one of its parent, which both of them hold as one.
 const PIDFDS: &str = r#"
@@ -177,7 +244,7 @@ os.waitpid(gone, 0)
 poll = select.epoll()
 for fd in (running, late, dead):
     poll.register(fd, select.EPOLLIN)
-for n in range(200):
+for n in range(500):
     assert sorted(fd for fd, _ in poll.poll(0)) == sorted([late, dead]), n
     signal.pidfd_send_signal(running, 0)
     try:

@@ -281,4 +281,12 @@ fn a_terminal_is_left_as_it_was_found() {
     place.call(&["stop", "a"]).succeeds();
     let ended = terminal.code();
     assert_eq!((ended, modes(&terminal)), (0, cooked));
+    // In another terminal the program finds its modes again, and leaves those that were there.
+    let mut other = Terminal::start(&place, &["restore", "a"]);
+    other.shows("runs again");
+    assert!(modes(&other).is_empty());
+    place.epoch_after("a", place.newest("a"));
+    place.call(&["stop", "a"]).succeeds();
+    let ended = other.code();
+    assert_eq!((ended, modes(&other)), (0, cooked));
 }

@@ -493,7 +493,7 @@ impl Ready {
                 .apply()
                 .map_err(|e| internal("putting the contents of a file back", e))?;
         }
-        let more = self.made.apply_files()?;
+        let more = self.made.apply_files(pid)?;
         self.notices.extend(more);
         for ((stub, threads), ended) in self.stubs.iter_mut().zip(&self.threads).zip(&self.ended) {
             threads::set_registers(stub, &threads.threads, ended)?;

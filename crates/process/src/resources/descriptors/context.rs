@@ -8,6 +8,7 @@ use super::probe::Probe;
 use super::restore::CheckRequest;
 use super::table::{FdTable, Holder};
 use super::tcp_pair;
+use super::terminal_modes::Change;
 use super::unix_diag::{UnixDiag, UnixFacts};
 use super::unix_pair::PairSide;
 use crate::error::{ProcessError, Refusal};
@@ -254,6 +255,8 @@ pub struct RecreateContext {
     pub tcp: HashMap<(u32, PairSide), OwnedFd>,
     /// Inotify instances whose watches are added last.
     pub rewatches: Vec<Rewatch>,
+    /// The terminal that will have other modes.
+    pub(crate) modes: Option<Change>,
     /// What can be made once the processes are there.
     pub late: Vec<Late>,
     /// What is connected once all sockets have their names.

@@ -59,6 +59,7 @@ mod tcp_fresh;
 mod tcp_listen;
 mod tcp_pair;
 mod tcp_reset;
+mod terminal_modes;
 mod timerfd;
 mod udp;
 mod unix_datagram;

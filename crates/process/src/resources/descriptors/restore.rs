@@ -7,6 +7,7 @@ use super::file_action::FileAction;
 use super::locks;
 use super::probe::failed;
 use super::table::{FdTable, Holder};
+use super::terminal_modes::Change;
 use super::{tcp_pair, unix_pair};
 use crate::error::{ProcessError, Refusal};
 use crate::resources::shared::Memories;
@@ -162,6 +163,7 @@ pub struct Made {
     rewatches: Vec<Rewatch>,
     late: Vec<Late>,
     channel: Option<Channel>,
+    modes: Option<Change>,
     created: Vec<PathBuf>,
 }
 
@@ -214,12 +216,13 @@ impl Made {
         self.channel.as_ref()
     }
 
-    /// Cuts files that grew since the epoch back, then watches files again. Says so, and what else the user should know of
-    /// what was made. The last step that may fail before the program runs.
+    /// Cuts files that grew since the epoch back, watches files again, and sets the modes of the
+    /// terminal for `process`, the root. Says so, and what else the user should know of what was
+    /// made. The last step that may fail before the program runs.
     ///
     /// # Errors
     /// The first file that could not be cut back; those before it were.
-    pub fn apply_files(&mut self) -> Result<Vec<String>, ProcessError> {
+    pub fn apply_files(&mut self, process: u32) -> Result<Vec<String>, ProcessError> {
         let mut notices = std::mem::take(&mut self.notices);
         for action in self.actions.drain(..) {
             notices.push(action.apply(self.pid)?);
@@ -227,12 +230,18 @@ impl Made {
         for rewatch in self.rewatches.drain(..) {
             rewatch.state.watch(&rewatch.instance, self.pid)?;
         }
+        if let Some(Err(errno)) = self.modes.as_mut().map(|change| change.make(process)) {
+            notices.push(format!("modes of the terminal not restored: {errno}"));
+        }
         Ok(notices)
     }
 
     /// The program runs: what was made for it stays.
     pub fn keep(mut self) {
         self.created.clear();
+        if let Some(change) = &mut self.modes {
+            change.keep();
+        }
     }
 }
 
@@ -259,6 +268,7 @@ pub fn recreate_table(table: &FdTable, checked: Checked) -> Result<Made, Process
         rewatches: Vec::new(),
         late: Vec::new(),
         channel: None,
+        modes: None,
         created: Vec::new(),
     };
     let mut pipes = Vec::with_capacity(table.pipes.len());
@@ -275,6 +285,7 @@ pub fn recreate_table(table: &FdTable, checked: Checked) -> Result<Made, Process
         pipes,
         pairs,
         tcp,
+        modes: None,
         late: Vec::new(),
         reconnects: Vec::new(),
         rewatches: Vec::new(),
@@ -294,6 +305,7 @@ pub fn recreate_table(table: &FdTable, checked: Checked) -> Result<Made, Process
     made.notices = cx.notices;
     made.rewatches = cx.rewatches;
     made.late = cx.late;
+    made.modes = cx.modes;
     if !made.late.is_empty() {
         let (ours, theirs) = socketpair(
             AddressFamily::UNIX,

@@ -6,6 +6,8 @@
 //! inherited it. A terminal open at other numbers becomes the stream
 //! that was the same terminal, else the restorer's controlling terminal.
 //!
+//! The modes of a terminal are those of the program again ([`terminal_modes`]).
+//!
 //! `0`, `1` and `2` are re-attached one by one even where they were one description, because they
 //! need not be one at the restorer.
 
@@ -13,6 +15,7 @@ use super::context::{About, Around, CheckContext, CollectContext, RecreateContex
 use super::pipe;
 use super::probe::{Probe, failed};
 use super::table::{Holder, OpenDescription};
+use super::terminal_modes::{self, Change};
 use super::unix_fresh::is_connected;
 use super::{Description, Descriptor};
 use crate::ProcessError;
@@ -20,7 +23,7 @@ use outlive_state_tree::{StateNode, StateValue};
 use rustix::fs::{FileType, Mode, OFlags};
 use rustix::io::Errno;
 use rustix::net::AddressFamily;
-use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 /// Which stream of the restorer.
 #[derive(StateValue, Debug, Clone, Copy, PartialEq, Eq)]
@@ -63,6 +66,8 @@ pub struct StreamState {
     pub stream: StandardStream,
     /// What it was.
     pub was: Vec<u8>,
+    /// Of a terminal: its modes (`struct termios2`).
+    pub modes: Option<Vec<u8>>,
 }
 
 /// Major numbers of character devices which are terminals: consoles and serial lines (4), the
@@ -120,6 +125,11 @@ impl Descriptor for StreamState {
         Ok(Self {
             stream,
             was: probe.link.clone(),
+            modes: if is_terminal_probe(probe)? {
+                terminal_modes::read(probe.duplicate()?)
+            } else {
+                None
+            },
         })
     }
 
@@ -148,7 +158,9 @@ impl Descriptor for StreamState {
 
     fn recreate(&self, about: &About, cx: &mut RecreateContext) -> Result<OwnedFd, ProcessError> {
         let Some(stream) = self.stream.fd() else {
-            return cx.take(about);
+            let terminal = cx.take(about)?;
+            self.change_modes(&terminal, cx);
+            return Ok(terminal);
         };
         let attach = || {
             let fd = rustix::io::fcntl_dupfd_cloexec(stream, 3)?;
@@ -160,13 +172,24 @@ impl Descriptor for StreamState {
             }
             Ok(fd)
         };
-        attach().map_err(|errno: Errno| {
+        let attached = attach().map_err(|errno: Errno| {
             failed(
                 cx.pid,
                 format!("re-attach the stream of fd {}", about.number),
                 errno,
             )
-        })
+        })?;
+        self.change_modes(&attached, cx);
+        Ok(attached)
+    }
+}
+
+impl StreamState {
+    /// The first terminal decides: streams are those of one restorer.
+    fn change_modes(&self, fd: &OwnedFd, cx: &mut RecreateContext) {
+        if let (Some(modes), None) = (&self.modes, &cx.modes) {
+            cx.modes = Change::prepare(fd.as_fd(), modes);
+        }
     }
 }
 
@@ -220,6 +243,7 @@ pub(crate) fn split(description: OpenDescription, root: u32, list: &mut Vec<Open
             object: Description::Stream(StreamState {
                 stream,
                 was: state.was.clone(),
+                modes: state.modes.clone(),
             }),
         });
     }
@@ -235,6 +259,7 @@ mod tests {
         let state = StreamState {
             stream: StandardStream::Input,
             was: b"/dev/pts/0".to_vec(),
+            modes: None,
         };
         OpenDescription {
             holders: places

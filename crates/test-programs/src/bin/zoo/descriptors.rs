@@ -22,6 +22,8 @@ pub(crate) fn all(dir: &Path) -> Vec<Check> {
         event(),
         timer(),
         epoll(),
+        nested_epoll(),
+        semaphore(),
         signal(),
         driven(),
         listening(dir),
@@ -244,6 +246,68 @@ fn epoll() -> Check {
         if seen != [0xfeed_0000_0001] {
             fail(&format!("epoll (watching {level}) reports {seen:x?}"));
         }
+    })
+}
+
+/// An epoll instance that watches another one, which watches a counter; whoever asks
+/// the outer one is led to the inner one.
+fn nested_epoll() -> Check {
+    // SAFETY: only numbers and live events are passed.
+    let (outer, inner, counter) = unsafe {
+        let outer = libc::epoll_create1(libc::EPOLL_CLOEXEC);
+        let inner = libc::epoll_create1(0);
+        let counter = libc::eventfd(0, libc::EFD_NONBLOCK);
+        for (instance, fd) in [(outer, inner), (inner, counter)] {
+            let mut event = libc::epoll_event {
+                events: libc::EPOLLIN as u32,
+                u64: fd as u64,
+            };
+            let r = libc::epoll_ctl(instance, libc::EPOLL_CTL_ADD, fd, &raw mut event);
+            let _ = good("epoll_ctl", r.into());
+        }
+        (outer, inner, counter)
+    };
+    check("nested epoll", move |round| {
+        let ready = |instance| {
+            let mut event = libc::epoll_event { events: 0, u64: 0 };
+            // SAFETY: event has room for one.
+            let n = unsafe { libc::epoll_wait(instance, &raw mut event, 1, 0) };
+            (n == 1).then_some(event.u64)
+        };
+        let wanted = if round.is_multiple_of(2) {
+            (None, None)
+        } else {
+            (Some(inner as u64), Some(counter as u64))
+        };
+        let found = (ready(outer), ready(inner));
+        if found != wanted {
+            fail(&format!("nested epoll reports {found:?} in round {round}"));
+        }
+        if round.is_multiple_of(2) {
+            let one = 1u64;
+            // SAFETY: one is live and 8 bytes long.
+            let r = unsafe { libc::write(counter, (&raw const one).cast(), 8) };
+            let _ = good("write", r as i64);
+        } else if read_word(counter) != 1 {
+            fail("the counter below nested epoll is off");
+        }
+    })
+}
+
+/// A counter of which each read takes one.
+fn semaphore() -> Check {
+    // SAFETY: only numbers are passed.
+    let fd = unsafe { libc::eventfd(3, libc::EFD_NONBLOCK | libc::EFD_SEMAPHORE) };
+    let _ = good("eventfd", fd.into());
+    check("semaphore", move |_| {
+        let taken: Vec<i64> = (0..4).map(|_| read_word(fd)).collect();
+        if taken != [1, 1, 1, -i64::from(libc::EAGAIN)] {
+            fail(&format!("the semaphore gave {taken:?}"));
+        }
+        let three = 3u64;
+        // SAFETY: three is live and 8 bytes long.
+        let r = unsafe { libc::write(fd, (&raw const three).cast(), 8) };
+        let _ = good("write", r as i64);
     })
 }
 

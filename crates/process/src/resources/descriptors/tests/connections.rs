@@ -34,7 +34,7 @@ fn again(streams: [TcpStream; 2]) -> ([TcpStream; 2], FdTable) {
     drop(streams);
     let mut made = recreate(&table);
     let streams = numbers.map(|n| TcpStream::from(made_for(&made, n)));
-    assert_eq!(made.apply_files().unwrap(), Vec::<String>::new());
+    assert_eq!(made.apply_files(me()).unwrap(), Vec::<String>::new());
     (streams, table)
 }
 

@@ -26,7 +26,7 @@ fn udp_sockets_are_where_they_were() {
     let checked = check_table(&table, &request(FilesPolicy::Reconcile)).unwrap();
     assert!(checked.notices()[0].starts_with("UDP sockets: "));
     let mut made = recreate_table(&table, checked).unwrap();
-    assert!(made.apply_files().unwrap().is_empty());
+    assert!(made.apply_files(me()).unwrap().is_empty());
     let server = UdpSocket::from(made_for(&made, numbers[0]));
     let client = UdpSocket::from(made_for(&made, numbers[1]));
     assert_eq!(
@@ -68,13 +68,13 @@ fn a_log_socket_is_connected_again_or_a_notice_says_that_it_is_not() {
     logger.connect(&path).unwrap();
     let table = collect(&[number(&logger)]);
     let mut made = recreate(&table);
-    assert!(made.apply_files().unwrap().is_empty());
+    assert!(made.apply_files(me()).unwrap().is_empty());
     let again = UnixDatagram::from(made_for(&made, number(&logger)));
     again.send(b"logged").unwrap();
     assert_eq!(daemon.recv(&mut [0; 9]).unwrap(), 6);
     drop(daemon);
     let mut made = recreate(&table);
-    let notices = made.apply_files().unwrap();
+    let notices = made.apply_files(me()).unwrap();
     assert_eq!(notices.len(), 1);
     assert!(
         notices[0].contains(path.to_str().unwrap()),
@@ -104,7 +104,7 @@ fn a_datagram_server_and_its_client_meet_again() {
     assert_eq!(check_refused(&table).len(), 2);
     drop((server, client));
     let mut made = recreate(&table);
-    assert_eq!(made.apply_files().unwrap(), Vec::<String>::new());
+    assert_eq!(made.apply_files(me()).unwrap(), Vec::<String>::new());
     let (client, server) = (made_for(&made, numbers[0]), made_for(&made, numbers[1]));
     assert_eq!(getsockname(&client).unwrap(), name.into());
     let server = UnixDatagram::from(server);

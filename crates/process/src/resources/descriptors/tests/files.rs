@@ -120,7 +120,7 @@ fn a_file_that_grew_is_cut_back_once_everything_else_is_done() {
         10_015,
         "not before apply_files"
     );
-    let notices = made.apply_files().unwrap();
+    let notices = made.apply_files(me()).unwrap();
     assert_eq!(notices.len(), 1);
     assert_eq!(std::fs::metadata(&path).unwrap().len(), 10_000);
     assert_eq!(
@@ -131,7 +131,7 @@ fn a_file_that_grew_is_cut_back_once_everything_else_is_done() {
     assert_eq!(std::fs::read(tail).unwrap(), b"after the epoch");
     // A second restore of the same epoch finds nothing left to do.
     let mut again = recreate(&table);
-    assert_eq!(again.apply_files().unwrap(), Vec::<String>::new());
+    assert_eq!(again.apply_files(me()).unwrap(), Vec::<String>::new());
 }
 
 #[test]
@@ -143,7 +143,7 @@ fn a_file_open_twice_is_cut_once() {
     let table = collect(&[number(&a), number(&b)]);
     append(&path, b"def");
     let mut made = recreate(&table);
-    assert_eq!(made.apply_files().unwrap().len(), 1);
+    assert_eq!(made.apply_files(me()).unwrap().len(), 1);
     assert_eq!(std::fs::read(&path).unwrap(), b"abc");
 }
 
@@ -184,7 +184,7 @@ fn what_is_not_as_it_was_is_refused_unless_kept() {
         );
         let checked = check_table(&table, &request(FilesPolicy::Keep)).unwrap();
         let mut made = recreate_table(&table, checked).unwrap();
-        assert!(made.apply_files().unwrap().is_empty(), "{name}");
+        assert!(made.apply_files(me()).unwrap().is_empty(), "{name}");
         assert_eq!(std::fs::read(&path).unwrap(), left, "{name}");
     }
 }
@@ -303,7 +303,7 @@ fn watched_files_are_watched_again_under_the_same_numbers() {
             .contains("not read yet")
     );
     let mut made = recreate(&table);
-    assert_eq!(made.apply_files().unwrap().len(), 1);
+    assert_eq!(made.apply_files(me()).unwrap().len(), 1);
     let again = made_for(&made, number(&instance));
     assert_eq!(info(&again).rest, watches);
     assert_eq!(
