@@ -20,8 +20,8 @@
 
 use crate::clock::TimeOffsets;
 use crate::spawn::{
-    Report, SpawnError, by_midwife, contain, enter_time, itself, join, running_sibling,
-    waiting_orphan, waiting_sibling,
+    Report, SpawnError, by_midwife, contain, ending_sibling, enter_time, itself, join,
+    reap as reap_child, running_sibling, waiting_orphan, waiting_sibling,
 };
 use crate::{Errno, last_error};
 use rustix::fd::{AsRawFd, OwnedFd, RawFd};
@@ -118,6 +118,29 @@ impl PidNamespace {
         self.by_midwife_inside(|| waiting_orphan(pid, by))?
             .made(pid)
             .map(drop)
+    }
+
+    /// A descriptor of a process of the namespace that ended with this status (as `wait(2)` gives
+    /// it) and is gone. It had the process ID `by`, which must be free there.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn ended_child(&self, by: u32, status: u32) -> Result<OwnedFd, SpawnError> {
+        let (reader, writer) =
+            rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).map_err(SpawnError::Other)?;
+        let (read, write) = (reader.as_raw_fd(), writer.as_raw_fd());
+        let made = self.by_midwife_inside(|| {
+            // SAFETY: only a number is passed; this copy of the process uses it no more.
+            unsafe { libc::close(write) };
+            ending_sibling(by, status, read)
+        })?;
+        let pid = Pid::from_raw(made.made(by)?.cast_signed());
+        let pid = pid.ok_or(SpawnError::Other(Errno::CHILD))?;
+        let pidfd = rustix::process::pidfd_open(pid, PidfdFlags::empty());
+        drop(writer);
+        let pidfd = pidfd.map_err(SpawnError::Other)?;
+        reap_child(&pidfd).map_err(SpawnError::Other)?;
+        Ok(pidfd)
     }
 
     /// `make` obeys the module's rule.
@@ -319,6 +342,7 @@ fn reap(root: RawFd) {
 mod tests {
     use super::*;
     use crate::mounts::Away;
+    use std::os::fd::AsFd;
 
     fn status(pid: u32) -> String {
         std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap()
@@ -374,6 +398,12 @@ mod tests {
                 ),
                 "{taken}"
             );
+        }
+        for status in [7 << 8, 9] {
+            let gone = namespace.ended_child(4244, status).unwrap();
+            let told = crate::descriptors::pidfd_exit_status(gone.as_fd());
+            // Linux before 6.15 does not tell.
+            assert!(told.is_none_or(|told| told == status), "{told:?} {status}");
         }
         let id = |pid: u32| Pid::from_raw(pid.cast_signed());
         rustix::process::kill_process(id(child).unwrap(), Signal::KILL).unwrap();

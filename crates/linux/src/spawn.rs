@@ -106,6 +106,12 @@ pub fn ended_child(status: u32) -> Result<OwnedFd, Errno> {
     }
     // SAFETY: pidfd was just made by the kernel for us and is nobody else's.
     let pidfd = unsafe { OwnedFd::from_raw_fd(pidfd) };
+    reap(&pidfd)?;
+    Ok(pidfd)
+}
+
+/// Waits until a child ends, and forgets it.
+pub(crate) fn reap(pidfd: &OwnedFd) -> Result<(), Errno> {
     let options = libc::WEXITED | libc::__WALL;
     loop {
         // SAFETY: a null pointer means that nothing is written.
@@ -114,14 +120,33 @@ pub fn ended_child(status: u32) -> Result<OwnedFd, Errno> {
             libc::waitid(kind, id, std::ptr::null_mut(), options)
         };
         match r {
-            0 => return Ok(pidfd),
+            0 => return Ok(()),
             _ if last_error() == Errno::INTR => {}
             _ => return Err(last_error()),
         }
     }
 }
 
-/// Ends this process, a child of [`ended_child`].
+/// In a midwife: makes a sibling of itself with this process ID, which ends with this status once
+/// nobody can write to the pipe any more.
+pub(crate) fn ending_sibling(pid: u32, status: u32, pipe: RawFd) -> Report {
+    match clone_with(libc::CLONE_PARENT, 0, Some(pid)) {
+        Err(e) => Report::failed(Step::Clone, e),
+        Ok(0) => {
+            let mut byte = 0u8;
+            // SAFETY: byte is live and as long as the call is told.
+            while unsafe { libc::read(pipe, (&raw mut byte).cast(), 1) } > 0 {}
+            end(status)
+        }
+        Ok(made) => Report {
+            step: Step::Clone,
+            errno: 0,
+            pid: made,
+        },
+    }
+}
+
+/// Ends this process with this status.
 fn end(status: u32) -> ! {
     let signal = (status & 0x7f) as i32;
     // SAFETY: live locals of the sizes that the calls take, and numbers.

@@ -280,9 +280,15 @@ fn strays_stay_with_their_program_through_a_chain_of_namespaces() {
 }
 
 /// Renames a file from its working directory through a directory that it holds, which the kernel
-/// refuses across mounts, and reads a file of `/proc` that it holds.
-const MOUNTS: &str = r#"
-import os, time
+/// refuses across mounts; reads a file of `/proc` that it holds; and signals a child that is gone
+/// through a descriptor, which the kernel refuses across PID namespaces in another way.
+const HELD: &str = r#"
+import os, signal, time
+child = os.fork()
+if child == 0:
+    os._exit(0)
+dead = os.pidfd_open(child)
+os.waitpid(child, 0)
 there = os.open("there", os.O_RDONLY | os.O_DIRECTORY)
 memory = os.open("/proc/meminfo", os.O_RDONLY)
 for n in range(250):
@@ -290,19 +296,24 @@ for n in range(250):
     os.rename("here", str(n), dst_dir_fd=there)
     assert os.pread(memory, 8, 0) == b"MemTotal"
     assert os.stat("/proc/meminfo").st_dev == os.fstat(memory).st_dev
+    try:
+        signal.pidfd_send_signal(dead, 0)
+        raise SystemExit(1)
+    except ProcessLookupError:
+        pass
     time.sleep(0.005)
 raise SystemExit(12)
 "#;
 
 #[test]
-fn files_are_those_of_the_mounts_that_the_program_sees() {
-    if !may_run("files_are_those_of_the_mounts_that_the_program_sees") {
+fn descriptors_are_those_of_the_namespace() {
+    if !may_run("descriptors_are_those_of_the_namespace") {
         return;
     }
     let (_alone, place) = (alone(), Place::new());
-    std::fs::write(place.path("mounts.py"), MOUNTS).unwrap();
+    std::fs::write(place.path("held.py"), HELD).unwrap();
     std::fs::create_dir(place.path("there")).unwrap();
-    let (python, script) = (installed("python3"), place.text("mounts.py"));
+    let (python, script) = (installed("python3"), place.text("held.py"));
     let run = [
         "run", "--name", "a", "--every", "50ms", "--", &python, "-I", "-S", &script,
     ];

@@ -46,6 +46,7 @@ use std::collections::HashMap;
 use std::os::fd::AsRawFd;
 use std::rc::Rc;
 use std::time::Instant;
+pub(crate) use stub::spawn_failed;
 use stub::{Stub, step};
 use system_v::Objects;
 use tree::Place;
@@ -146,7 +147,7 @@ pub fn restore(reader: &dyn EpochReader, options: &RestoreOptions) -> Result<Rea
         .map(|away| namespace(&saved, away, offsets))
         .transpose()?;
     if let Some(namespace) = &namespace {
-        made.move_proc(&saved.table, namespace.init())?;
+        made.move_to(namespace, &saved.table, saved.unused_id())?;
     }
     let place = namespace.as_ref().map_or(Place::Here(offsets), Place::In);
     let mut stubs = tree::make(&saved, &ours, place)?;
@@ -215,13 +216,13 @@ fn threads_of_all(
 fn no_mounts(saved: &Saved, source: Errno) -> ProcessError {
     let what = "with mounts of its own";
     let failed = SpawnError::PidNamespace { what, source };
-    stub::spawn_failed(saved.subject.root_process, failed)
+    spawn_failed(saved.subject.root_process, failed)
 }
 
 fn namespace(saved: &Saved, away: Away, time: TimeOffsets) -> Result<PidNamespace, ProcessError> {
     let root = saved.subject.root_process;
     let mounts = away.end().map_err(|e| no_mounts(saved, e))?;
-    PidNamespace::create(time, &mounts).map_err(|e| stub::spawn_failed(root, e))
+    PidNamespace::create(time, &mounts).map_err(|e| spawn_failed(root, e))
 }
 
 /// The mapped files whose contents the epoch holds, by their spaces.
@@ -501,7 +502,7 @@ impl Ready {
         }
         if let Some(namespace) = &mut self.namespace {
             let kept = namespace.keep(ns_pid);
-            kept.map_err(|e| stub::spawn_failed(pid, e))?;
+            kept.map_err(|e| spawn_failed(pid, e))?;
         }
         let mut first_run_us = 0;
         let mut stubs = std::mem::take(&mut self.stubs);

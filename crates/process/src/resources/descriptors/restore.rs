@@ -1,7 +1,7 @@
 //! The steps of a restore: check everything, make everything, change files last.
 
 use super::Description;
-use super::context::{Channel, CheckContext, Late, RecreateContext, RemoteCall, Rewatch};
+use super::context::{About, Channel, CheckContext, Late, RecreateContext, RemoteCall, Rewatch};
 use super::file::seek;
 use super::file_action::FileAction;
 use super::locks;
@@ -11,7 +11,8 @@ use super::terminal_modes::Change;
 use super::{tcp_pair, unix_pair};
 use crate::error::{ProcessError, Refusal};
 use crate::resources::shared::Memories;
-use crate::restore::FilesPolicy;
+use crate::restore::{FilesPolicy, spawn_failed};
+use outlive_linux::pid_namespace::PidNamespace;
 use rustix::fs::{Mode, OFlags};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, connect, socketpair};
 use rustix::process::{Resource, getrlimit, setrlimit};
@@ -176,30 +177,36 @@ impl Made {
         })
     }
 
-    /// Brings what lies in `/proc` to that of another PID namespace, which this process, its init,
-    /// sees.
+    /// Makes again what belongs to a PID namespace, in this one: files of `/proc`, and descriptors of
+    /// processes that are gone. `unused` is a process ID that is free there.
     ///
     /// # Errors
-    /// The first file that is not there.
-    pub fn move_proc(&mut self, table: &FdTable, init: u32) -> Result<(), ProcessError> {
+    /// The first one that could not be made.
+    pub fn move_to(
+        &mut self,
+        namespace: &PidNamespace,
+        table: &FdTable,
+        unused: u32,
+    ) -> Result<(), ProcessError> {
+        let pid = self.pid;
         for ((about, description), (fd, _)) in table.each().zip(&mut self.descriptors) {
-            let (path, position) = match &description.object {
-                Description::File(file) => (&file.path, file.position),
-                Description::Directory(directory) => (&directory.path, directory.position),
+            let (new, position) = match &description.object {
+                Description::File(f) if is_proc(&f.path) => {
+                    (open_in(namespace, pid, &about, &f.path)?, f.position)
+                }
+                Description::Directory(d) if is_proc(&d.path) => {
+                    (open_in(namespace, pid, &about, &d.path)?, d.position)
+                }
+                Description::Pidfd(gone) if gone.process.is_none() => {
+                    let made = namespace.ended_child(unused, gone.status);
+                    (made.map_err(|e| spawn_failed(pid, e))?, 0)
+                }
                 _ => continue,
             };
-            if path != b"/proc" && !path.starts_with(b"/proc/") {
-                continue;
-            }
-            let there = [format!("/proc/{init}/root").as_bytes(), path].concat();
-            let flags = OFlags::from_bits_retain(about.flags) | OFlags::CLOEXEC;
-            let moved = rustix::fs::open(there, flags - MAKING, Mode::empty())
-                .and_then(|new| rustix::io::dup3(&new, fd, rustix::io::DupFlags::CLOEXEC));
-            moved.map_err(|errno| {
-                let path = String::from_utf8_lossy(path);
-                failed(self.pid, format!("open {path} of its namespace"), errno)
-            })?;
-            seek(self.pid, &about, fd, position, true)?;
+            rustix::io::dup3(&new, fd, rustix::io::DupFlags::CLOEXEC)
+                .map_err(|errno| failed(pid, "move a descriptor", errno))?;
+            set_flags(pid, &about, &description.object, fd)?;
+            seek(pid, &about, fd, position, true)?;
         }
         Ok(())
     }
@@ -252,6 +259,26 @@ impl Drop for Made {
             let _ = std::fs::remove_file(path);
         }
     }
+}
+
+fn is_proc(path: &[u8]) -> bool {
+    path == b"/proc" || path.starts_with(b"/proc/")
+}
+
+/// Opens a file of the `/proc` that a namespace has.
+fn open_in(
+    namespace: &PidNamespace,
+    pid: u32,
+    about: &About,
+    path: &[u8],
+) -> Result<OwnedFd, ProcessError> {
+    let root = format!("/proc/{}/root", namespace.init());
+    let flags = OFlags::from_bits_retain(about.flags) | OFlags::CLOEXEC;
+    let there = [root.as_bytes(), path].concat();
+    rustix::fs::open(there, flags - MAKING, Mode::empty()).map_err(|errno| {
+        let path = String::from_utf8_lossy(path);
+        failed(pid, format!("open {path} of its namespace"), errno)
+    })
 }
 
 /// Makes one descriptor per open file description, in this process.
