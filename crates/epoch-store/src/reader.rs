@@ -8,7 +8,9 @@ use crate::damage::{Part, Trouble};
 use crate::format::{BLOCK_LEN, Kind, Seed, Trailer, TreePlace};
 use crate::generation::Generation;
 use crate::map::{PageMap, Where};
-use outlive_epoch::{Content, EpochId, EpochReader, PAGE_SIZE, Run, StoreError, VisitError};
+use outlive_epoch::{
+    Content, EpochId, EpochReader, PAGE_SIZE, Run, SpaceId, StoreError, VisitError,
+};
 use outlive_media::{Buffer, TRANSFER};
 use std::collections::BTreeMap;
 use std::sync::mpsc;
@@ -74,14 +76,18 @@ impl Reader {
         self.map.stored() * PAGE_SIZE as u64
     }
 
-    /// All pieces, cut to the size of one transfer and gathered into reads, in file order.
-    fn plan(&self) -> Vec<Chunk> {
+    /// All pieces of the wanted spaces, cut to the size of one transfer and gathered into reads, in
+    /// file order.
+    fn plan(&self, wanted: Wanted<'_>) -> Vec<Chunk> {
         let limit = TRANSFER as u64;
         let mut pieces: Vec<Piece> = Vec::new();
         for (run, place) in self.map.pieces() {
             let Where::Data { at, epoch, crc } = place else {
                 continue;
             };
+            if !wanted(run.space()) {
+                continue;
+            }
             let per_transfer = limit / BLOCK_LEN;
             for from in (0..run.count()).step_by(per_transfer as usize) {
                 let count = per_transfer.min(run.count() - from);
@@ -148,15 +154,16 @@ impl Reader {
         Ok(())
     }
 
-    fn visit_zeros(&self, visit: Visit<'_>) -> Result<(), VisitError> {
+    fn visit_zeros(&self, wanted: Wanted<'_>, visit: Visit<'_>) -> Result<(), VisitError> {
         let zeros = self.map.pieces().filter(|(_, place)| *place == Where::Zero);
-        for (run, _) in zeros {
+        for (run, _) in zeros.filter(|(run, _)| wanted(run.space())) {
             visit(run, Content::Zero)?;
         }
         Ok(())
     }
 }
 
+type Wanted<'a> = &'a dyn Fn(SpaceId) -> bool;
 type Visit<'a> = &'a mut dyn FnMut(Run, Content<'_>) -> Result<(), VisitError>;
 
 fn visit_chunk(chunk: &Chunk, bytes: &[u8], visit: Visit<'_>) -> Result<(), VisitError> {
@@ -195,9 +202,9 @@ impl EpochReader for Reader {
         self.map.runs()
     }
 
-    fn pages(&self, visit: Visit<'_>) -> Result<(), VisitError> {
-        self.visit_zeros(visit)?;
-        let chunks = self.plan();
+    fn pages_of(&self, wanted: Wanted<'_>, visit: Visit<'_>) -> Result<(), VisitError> {
+        self.visit_zeros(wanted, visit)?;
+        let chunks = self.plan(wanted);
         let lens = chunks.iter().map(|chunk| chunk.len);
         if let [chunk] = &chunks[..] {
             let mut buffer = new_buffer(lens)?;

@@ -102,12 +102,21 @@ pub trait EpochReader {
     /// their contents. Pages that are in no run are absent.
     fn runs(&self) -> Vec<Run>;
 
-    /// Hands out every page that the epoch holds exactly once, in whatever order the medium
-    /// delivers fastest. The visitor's error ends the walk.
+    /// Hands out every page of the wanted spaces that the epoch holds exactly once, in whatever
+    /// order the medium delivers fastest. The visitor's error ends the walk.
+    fn pages_of(
+        &self,
+        wanted: &dyn Fn(SpaceId) -> bool,
+        visit: &mut dyn FnMut(Run, Content<'_>) -> Result<(), VisitError>,
+    ) -> Result<(), VisitError>;
+
+    /// The same, of all spaces.
     fn pages(
         &self,
         visit: &mut dyn FnMut(Run, Content<'_>) -> Result<(), VisitError>,
-    ) -> Result<(), VisitError>;
+    ) -> Result<(), VisitError> {
+        self.pages_of(&|_| true, visit)
+    }
 }
 
 /// Why a walk over pages ended early: the store failed, or the visitor did.

@@ -169,7 +169,45 @@ impl Pagemap {
         Ok(())
     }
 
-    /// The same for kernels without the ioctl. Asking for what was written, or protecting, is
+    /// Hands out whether pages are mapped here alone, as runs that cover the range in order. What
+    /// is not in memory counts as mapped here alone.
+    pub fn exclusive(
+        &self,
+        start: u64,
+        end: u64,
+        mut visit: impl FnMut(u64, u64, bool),
+    ) -> Result<(), Errno> {
+        /// The page is in memory; it is mapped here alone.
+        const BITS: (u64, u64) = (1 << 63, 1 << 56);
+        let mut raw = [0u8; 8 * 512];
+        let mut run = (start, true);
+        let mut at = start;
+        while at < end {
+            let wanted = raw.len().min(((end - at) / PAGE * 8) as usize);
+            let n = rustix::io::pread(&self.file, &mut raw[..wanted], at / PAGE * 8)?;
+            let (entries, _) = raw[..n].as_chunks::<8>();
+            if entries.is_empty() {
+                break;
+            }
+            for entry in entries {
+                let entry = u64::from_ne_bytes(*entry);
+                let alone = entry & BITS.0 == 0 || entry & BITS.1 != 0;
+                if alone != run.1 {
+                    if at > run.0 {
+                        visit(run.0, at, run.1);
+                    }
+                    run = (at, alone);
+                }
+                at += PAGE;
+            }
+        }
+        if end > run.0 {
+            visit(run.0, end, run.1);
+        }
+        Ok(())
+    }
+
+    /// [`Pagemap::scan`] for kernels without the ioctl. Asking for what was written, or protecting, is
     /// [`Errno::NOTTY`] there. The zero page is not told from others.
     fn read_entries(
         &self,
@@ -263,6 +301,47 @@ mod tests {
         })
         .unwrap();
         all
+    }
+
+    #[test]
+    fn pages_that_a_fork_shares_are_not_mapped_here_alone() {
+        let length = 8 * PAGE;
+        let protection = libc::PROT_READ | libc::PROT_WRITE;
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+        // SAFETY: a fresh mapping, written within its length; the child only waits to be killed.
+        let (at, child) = unsafe {
+            let at = libc::mmap(
+                std::ptr::null_mut(),
+                length as usize,
+                protection,
+                flags,
+                -1,
+                0,
+            );
+            assert_ne!(at, libc::MAP_FAILED);
+            for page in 0..6 {
+                at.byte_add(page * 4096).cast::<u8>().write_volatile(1);
+            }
+            let child = libc::fork();
+            if child == 0 {
+                loop {
+                    libc::pause();
+                }
+            }
+            at.byte_add(3 * 4096).cast::<u8>().write_volatile(2);
+            (at as u64, child)
+        };
+        let map = Pagemap::open(std::process::id()).unwrap();
+        let mut runs = Vec::new();
+        let visit = |s, e, alone| runs.push(((s - at) / PAGE, (e - at) / PAGE, alone));
+        map.exclusive(at, at + length, visit).unwrap();
+        // SAFETY: numbers only; the child is ours.
+        unsafe {
+            libc::kill(child, libc::SIGKILL);
+            libc::waitpid(child, std::ptr::null_mut(), 0);
+        }
+        let expected = [(0, 3, false), (3, 4, true), (4, 6, false), (6, 8, true)];
+        assert_eq!(runs, expected);
     }
 
     /// More regions than the kernel hands on at once come in order, and each once.

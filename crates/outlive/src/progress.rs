@@ -7,10 +7,10 @@
 
 use indicatif::{ProgressBar, ProgressStyle};
 use outlive_epoch::{
-    Acked, Content, EpochFacts, EpochId, EpochReader, EpochWriter, PageSink, Run, StoreError,
-    VisitError,
+    Acked, Content, EpochFacts, EpochId, EpochReader, EpochWriter, PageSink, Run, SpaceId,
+    StoreError, VisitError,
 };
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::io::IsTerminal;
 use std::time::{Duration, Instant};
 
@@ -75,6 +75,8 @@ pub fn bytes(runs: &[Run]) -> u64 {
 pub struct Watched<'a> {
     reader: Box<dyn EpochReader + 'a>,
     progress: RefCell<Progress>,
+    /// Bytes so far, in however many walks.
+    done: Cell<u64>,
 }
 
 impl<'a> Watched<'a> {
@@ -83,6 +85,7 @@ impl<'a> Watched<'a> {
         Self {
             reader,
             progress: RefCell::new(Progress::new("restoring")),
+            done: Cell::new(0),
         }
     }
 }
@@ -104,17 +107,17 @@ impl EpochReader for Watched<'_> {
         self.reader.runs()
     }
 
-    fn pages(
+    fn pages_of(
         &self,
+        wanted: &dyn Fn(SpaceId) -> bool,
         visit: &mut dyn FnMut(Run, Content<'_>) -> Result<(), VisitError>,
     ) -> Result<(), VisitError> {
         let all = bytes(&self.reader.runs());
-        let mut done = 0u64;
         let mut progress = self.progress.borrow_mut();
-        self.reader.pages(&mut |run, content| {
+        self.reader.pages_of(wanted, &mut |run, content| {
             visit(run, content)?;
-            done = done.saturating_add(run.bytes());
-            progress.at(done, all);
+            self.done.set(self.done.get().saturating_add(run.bytes()));
+            progress.at(self.done.get(), all);
             Ok(())
         })
     }

@@ -161,6 +161,11 @@ impl Member {
         Ok(changes.bytes())
     }
 
+    /// Whether the program has other processes, with which this one may share pages.
+    pub fn set_relatives(&mut self, has: bool) {
+        self.pages.has_relatives = has;
+    }
+
     /// What is done before a stop, while the program runs.
     pub fn before_stop(&mut self) -> Result<Sleepers, ProcessError> {
         self.flags.refresh(&self.target)?;

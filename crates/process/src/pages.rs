@@ -110,6 +110,8 @@ pub struct PageTracker {
     doubtful: Vec<u64>,
     spans: Vec<Span>,
     buffer: Vec<u8>,
+    /// Some pages may be shared with other processes of the program, see [`PageTracker::read`].
+    pub has_relatives: bool,
 }
 
 /// Whether mappings may change under our hands.
@@ -137,6 +139,7 @@ impl PageTracker {
             doubtful: Vec::new(),
             spans: Vec::new(),
             buffer: Vec::new(),
+            has_relatives: false,
         })
     }
 
@@ -393,7 +396,7 @@ impl PageTracker {
         for group in pieces(&changes.written, PIECE as u64) {
             let ranges: Vec<_> = group.iter().map(|&(s, e)| (s, (e - s) as usize)).collect();
             let total: usize = ranges.iter().map(|r| r.1).sum();
-            let read = memory::read(self.pid, &ranges, &mut buffer[..total]).unwrap_or(0);
+            let read = self.read(&ranges, &mut buffer[..total]);
             let mut at = 0;
             for &(start, end) in &group {
                 let len = (end - start) as usize;
@@ -411,6 +414,50 @@ impl PageTracker {
             self.copy_one_by_one(span, sink)?;
         }
         Ok(())
+    }
+
+    /// Reads ranges one after the other; returns how many bytes could be read before one was not
+    /// there.
+    ///
+    /// A page that is shared copy-on-write must stay shared. The kernel pins what
+    /// `process_vm_readv(2)` reads, and copies such a page before it pins it (Linux 5.19): to read
+    /// all workers of a server once would give each of them all of their master's memory. So these
+    /// pages are read through `/proc/PID/mem`, which is slower.
+    fn read(&self, ranges: &[memory::Remote], out: &mut [u8]) -> usize {
+        if !self.has_relatives {
+            return memory::read(self.pid, ranges, out).unwrap_or(0);
+        }
+        let Ok(mem) = File::open(format!("/proc/{}/mem", self.pid)) else {
+            return 0;
+        };
+        let mut parts: Vec<(u64, u64, bool)> = Vec::new();
+        for &(start, len) in ranges {
+            let listed = self
+                .pagemap
+                .exclusive(start, start + len as u64, |s, e, alone| {
+                    parts.push((s, e, alone));
+                });
+            if listed.is_err() {
+                return 0;
+            }
+        }
+        let mut done = 0;
+        for group in parts.chunk_by(|a, b| a.2 && b.2) {
+            for group in group.chunks(RANGES) {
+                let ranges: Vec<_> = group.iter().map(|p| (p.0, (p.1 - p.0) as usize)).collect();
+                let want: usize = ranges.iter().map(|r| r.1).sum();
+                let out = &mut out[done..done + want];
+                let read = match group {
+                    [(start, _, false)] => mem.read_at(out, *start).unwrap_or(0),
+                    _ => memory::read(self.pid, &ranges, out).unwrap_or(0),
+                };
+                done += read;
+                if read < want {
+                    return done;
+                }
+            }
+        }
+        done
     }
 
     fn copy_one_by_one(&mut self, span: Span, sink: &mut dyn PageSink) -> Result<(), ProcessError> {
@@ -446,7 +493,7 @@ impl PageTracker {
             let ranges: Vec<_> = group.iter().map(|&(s, e)| (s, (e - s) as usize)).collect();
             let want: usize = ranges.iter().map(|r| r.1).sum();
             let out = &mut buffer[at..at + want];
-            let read = memory::read(self.pid, &ranges, out).unwrap_or(0);
+            let read = self.read(&ranges, out);
             if read < want {
                 let mut from = 0;
                 for &span in &group {

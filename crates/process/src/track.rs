@@ -226,6 +226,10 @@ impl Tracked {
         for run in self.retired.drain(..) {
             sink.absent(run)?;
         }
+        let many = self.members.len() > 1;
+        self.members
+            .values_mut()
+            .for_each(|m| m.set_relatives(many));
         let mut before = u64::MAX;
         for pass in 0..MAX_PASSES {
             let mut bytes = 0;
@@ -418,6 +422,7 @@ impl Tracked {
         self.shared.begin();
         let collected = self.collect_descriptors(frozen)?;
         laps.lap("descriptors");
+        let many = frozen.len() > 1;
         let mut states = Vec::with_capacity(frozen.len());
         for process in frozen.iter_mut() {
             let parent = self.id_of(process.kin.parent);
@@ -428,6 +433,7 @@ impl Tracked {
             let spare = self.spare.lock().ok();
             let spare = spare.and_then(|mut s| s.remove(&member.target.id));
             member.spare = spare.unwrap_or_default();
+            member.set_relatives(many);
             let seen = std::mem::take(&mut process.seen);
             let mut state = member.capture(&mut process.threads, seen, &mut self.shared)?;
             state.process.parent = parent;

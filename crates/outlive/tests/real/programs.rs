@@ -378,9 +378,11 @@ fn memory_with_a_name_is_made_again_when_it_is_gone() {
         fd = os.open(sys.argv[1], os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o640)\n\
         os.ftruncate(fd, 3 << 20)\n\
         m = mmap.mmap(fd, 3 << 20)\n\
-        for n in range(400):\n\
+        n = 0\n\
+        while not os.path.exists(sys.argv[2]):\n\
         \x20   assert struct.unpack('Q', os.pread(fd, 8, 2 << 20))[0] == n, n\n\
-        \x20   struct.pack_into('Q', m, 2 << 20, n + 1)\n\
+        \x20   n += 1\n\
+        \x20   struct.pack_into('Q', m, 2 << 20, n)\n\
         \x20   time.sleep(0.003)\n\
         os.unlink(sys.argv[1])\n";
     if !may_run("memory_with_a_name_is_made_again_when_it_is_gone") {
@@ -390,8 +392,9 @@ fn memory_with_a_name_is_made_again_when_it_is_gone() {
     std::fs::write(place.path("counter.py"), COUNTER).unwrap();
     let name = format!("/dev/shm/outlive-test-{}", std::process::id());
     let (python, script) = (installed("python3"), place.text("counter.py"));
+    let file = place.text("end");
     let run = [
-        "run", "--name", "a", "--every", "50ms", "--", &python, &script, &name,
+        "run", "--name", "a", "--every", "50ms", "--", &python, &script, &name, &file,
     ];
     let kept = place.start(&run);
     let mut kept = die_and_come_back(&place, kept, 3);
@@ -403,6 +406,8 @@ fn memory_with_a_name_is_made_again_when_it_is_gone() {
     members.into_iter().for_each(end);
     std::fs::remove_file(&name).unwrap();
     let mut kept = place.start(&["restore", "a"]);
+    until("it is made again", || std::path::Path::new(&name).exists());
+    std::fs::write(file, "").unwrap();
     assert_eq!(kept.code(), 0, "{}", place.said());
     assert!(!std::path::Path::new(&name).exists());
 }
@@ -410,31 +415,39 @@ fn memory_with_a_name_is_made_again_when_it_is_gone() {
 /// A pool of workers with locks and counters in files that were deleted at once.
 #[test]
 fn workers_share_locks_and_counters_without_a_name() {
-    const POOL: &str = "import multiprocessing as mp, sys, time\n\
-        def work(lock, counter, quota):\n\
-        \x20   for n in range(quota):\n\
+    const POOL: &str = "import multiprocessing as mp, os, sys, time\n\
+        def work(lock, counter, parts, n):\n\
+        \x20   mine = 0\n\
+        \x20   while not os.path.exists(sys.argv[1]):\n\
         \x20       with lock:\n\
         \x20           was = counter.value\n\
         \x20           time.sleep(0.001)\n\
         \x20           counter.value = was + 1\n\
+        \x20       mine += 1\n\
+        \x20   parts[n] = mine\n\
         mp.set_start_method('fork')\n\
         lock, counter = mp.Lock(), mp.Value('Q', 0, lock=False)\n\
-        crowd = [mp.Process(target=work, args=(lock, counter, 200)) for _ in range(4)]\n\
+        parts = mp.Array('Q', 4, lock=False)\n\
+        crowd = [mp.Process(target=work, args=(lock, counter, parts, n)) for n in range(4)]\n\
         [p.start() for p in crowd]\n\
         [p.join() for p in crowd]\n\
-        sys.exit(6 if counter.value == 800 else 1)\n";
+        whole = [p.exitcode for p in crowd] == [0] * 4 and min(parts) > 0\n\
+        sys.exit(6 if whole and counter.value == sum(parts) else 1)\n";
     if !may_run("workers_share_locks_and_counters_without_a_name") {
         return;
     }
     let (_alone, place) = (alone(), Place::new());
     std::fs::write(place.path("pool.py"), POOL).unwrap();
     let (python, script) = (installed("python3"), place.text("pool.py"));
+    let file = place.text("end");
     let mut kept = place.start(&[
-        "run", "--name", "a", "--every", "50ms", "--", &python, &script,
+        "run", "--name", "a", "--every", "50ms", "--", &python, &script, &file,
     ]);
     for epochs in [3, 2, 3] {
         kept = die_and_come_back(&place, kept, epochs);
     }
+    until("all run again", || family(kept.pid()).len() == 6);
+    std::fs::write(file, "").unwrap();
     assert_eq!(kept.code(), 6, "{}", place.said());
 }
 
@@ -447,8 +460,9 @@ fn system_v_objects_stay_what_they_were() {
     }
     let (_alone, place) = (alone(), Place::new());
     let program = test_program("system_v");
+    let file = place.text("end");
     let run = [
-        "run", "--name", "a", "--every", "50ms", "--", &program, "400",
+        "run", "--name", "a", "--every", "50ms", "--", &program, &file,
     ];
     let mut kept = place.start(&run);
     let ready = kept.line();
@@ -466,6 +480,8 @@ fn system_v_objects_stay_what_they_were() {
         }
         kept = place.start(&["restore", "a"]);
     }
+    until("both run again", || family(kept.pid()).len() == 3);
+    std::fs::write(file, "").unwrap();
     assert_eq!(kept.code(), 8, "{}", place.said());
 }
 
@@ -477,7 +493,7 @@ fn what_is_in_the_way_of_system_v_objects_is_named() {
     }
     let (_alone, place) = (alone(), Place::new());
     let program = test_program("system_v");
-    let mut kept = place.start(&["run", "--name", "a", "--", &program, "100000"]);
+    let mut kept = place.start(&["run", "--name", "a", "--", &program, "never"]);
     let ready = kept.line();
     let ids: Vec<&str> = ready.strip_prefix("ready ").unwrap().split(' ').collect();
     let _removed = Removed(ids.iter().map(ToString::to_string).collect());
@@ -500,23 +516,18 @@ fn what_is_in_the_way_of_system_v_objects_is_named() {
         .call(&["restore", "a", "--detach"])
         .fails(3, &[ids[0], &remedy, "has its key"]);
     let left = || {
-        let lists = ["shm", "sem", "msg"].map(|sort| format!("/proc/sysvipc/{sort}"));
-        let texts = lists.map(|list| std::fs::read_to_string(list).unwrap());
-        let lines: Vec<String> = texts
-            .iter()
-            .flat_map(|t| t.lines())
-            .map(str::to_owned)
-            .collect();
-        let ours = |line: &&String| {
-            let id = line.split_whitespace().nth(1).unwrap_or_default();
-            ids.contains(&id)
+        let sorts = ["shm", "shm", "sem", "msg", "msg"];
+        let is_there = |(sort, id): &(&str, &&str)| {
+            let list = std::fs::read_to_string(format!("/proc/sysvipc/{sort}")).unwrap();
+            let mut listed = list.lines().filter_map(|l| l.split_whitespace().nth(1));
+            listed.any(|l| l == **id)
         };
-        lines.iter().filter(ours).count()
+        sorts.into_iter().zip(&ids).filter(is_there).count()
     };
     assert_eq!(left(), 0, "a refused restore makes nothing");
     remove_objects(&[&other]);
     let mut kept = place.start(&["restore", "a"]);
-    until("it is there again", || left() >= ids.len());
+    until("it is there again", || left() == ids.len());
     let members = family(kept.pid()).split_off(1);
     kept.kill();
     members.into_iter().for_each(end);
@@ -552,8 +563,9 @@ fn a_program_that_begins_others_all_the_time_is_kept() {
     }
     let (_alone, place) = (alone(), Place::new());
     let program = test_program("spawner");
+    let file = place.text("end");
     let run = [
-        "run", "--name", "a", "--every", "20ms", "--", &program, "400",
+        "run", "--name", "a", "--every", "20ms", "--", &program, &file,
     ];
     let mut kept = place.start(&run);
     for epochs in [5, 8] {
@@ -564,6 +576,8 @@ fn a_program_that_begins_others_all_the_time_is_kept() {
         assert_eq!(status["failures"], 0, "{status}");
         kept = die_and_come_back(&place, kept, 1);
     }
+    until("it runs again", || family(kept.pid()).len() > 1);
+    std::fs::write(file, "").unwrap();
     assert_eq!(kept.code(), 7, "{}", place.said());
 }
 
@@ -579,7 +593,7 @@ fn make_builds_on() {
         all: $(parts)\n\tcat $^ > whole\n\
         .PHONY: $(parts)\n\
         $(parts): part-%:\n\
-        \tfor i in 1 2 3 4 5 6 7 8; do /bin/echo $* $$i; /bin/sleep 0.03; done > $@\n";
+        \tfor i in 1 2 3 4 5 6 7 8; do /bin/echo $* $$i; /bin/sleep 0.06; done > $@\n";
     std::fs::write(place.path("rules"), rules).unwrap();
     let make = installed("make");
     let run = [
@@ -593,4 +607,52 @@ fn make_builds_on() {
     let line = |n: usize| format!("{} {}\n", n / 8 + 1, n % 8 + 1);
     let whole: String = (0..320).map(line).collect();
     assert_eq!(std::fs::read_to_string(place.path("whole")).unwrap(), whole);
+}
+
+/// Megabytes that processes have together, what they share counted once (`Pss`).
+fn together(members: &[u32]) -> u64 {
+    let of = |pid: &u32| {
+        let path = format!("/proc/{pid}/smaps_rollup");
+        let text = std::fs::read_to_string(path).unwrap_or_default();
+        let line = text
+            .lines()
+            .find_map(|l| l.strip_prefix("Pss:"))
+            .unwrap_or("0");
+        let kilobytes: u64 = line.trim().trim_end_matches(" kB").parse().unwrap();
+        kilobytes
+    };
+    members.iter().map(of).sum::<u64>() >> 10
+}
+
+/// A master and its workers have most of their memory in common, copied only when one writes.
+#[test]
+fn what_forks_share_stays_shared() {
+    const MASTER: u64 = 40;
+    if !may_run("what_forks_share_stays_shared") {
+        return;
+    }
+    let (_alone, place) = (alone(), Place::new());
+    let (program, megabytes) = (test_program("forks"), MASTER.to_string());
+    let file = place.text("end");
+    let mut kept = place.start(&[
+        "run", "--name", "a", "--every", "200ms", "--", &program, &megabytes, "8", &file,
+    ]);
+    assert_eq!(kept.line(), "ready");
+    for _ in 0..2 {
+        place.epoch_after("a", place.newest("a"));
+        let root = u32::try_from(place.status("a")["pid"].as_u64().unwrap()).unwrap();
+        let before = together(&family(root));
+        assert!(before < 2 * MASTER, "{before} MB before");
+        kept = die_and_come_back(&place, kept, 1);
+        let members = || family(root);
+        until("all run again", || members().len() == 9);
+        place.epoch_after("a", place.newest("a"));
+        let after = together(&members());
+        assert!(
+            after < before + MASTER / 4,
+            "{before} MB before, {after} MB after"
+        );
+    }
+    std::fs::write(file, "").unwrap();
+    assert_eq!(kept.code(), 7, "{}", place.said());
 }

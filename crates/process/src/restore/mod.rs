@@ -14,6 +14,7 @@
 //! [`RestoreOptions::new_pid_ns`] all processes are made in a PID namespace of their own
 //! ([`outlive_linux::pid_namespace`]), where every ID is free; the caller is the parent all the same.
 
+mod heirs;
 mod late;
 mod leave;
 mod machine;
@@ -32,6 +33,7 @@ use crate::resources::timers::{self, TimerState};
 use crate::resources::{attributes, descriptors};
 use crate::target::gone_or;
 use crate::{ProcessError, Refusal};
+use heirs::Heirs;
 use outlive_epoch::EpochReader;
 use outlive_linux::Errno;
 use outlive_linux::clock::{TimeOffsets, host_clocks};
@@ -41,7 +43,7 @@ use outlive_linux::pid_namespace::PidNamespace;
 use outlive_linux::remote::Batch;
 use outlive_linux::spawn::SpawnError;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-use saved::{Files, MadeFiles, Saved};
+use saved::{Files, MadeFiles, Saved, SavedProcess};
 use std::collections::HashMap;
 use std::os::fd::AsRawFd;
 use std::rc::Rc;
@@ -150,7 +152,17 @@ pub fn restore(reader: &dyn EpochReader, options: &RestoreOptions) -> Result<Rea
         made.move_to(namespace, &saved.table, saved.unused_id())?;
     }
     let place = namespace.as_ref().map_or(Place::Here(offsets), Place::In);
-    let mut stubs = tree::make(&saved, &ours, place)?;
+    let heirs = Heirs::find(&saved, reader);
+    let mut stubs = tree::make(&saved, &ours, place, &mut |at, stub| {
+        give(
+            stub,
+            &saved.processes[at],
+            &files[at],
+            &shared,
+            &heirs,
+            reader,
+        )
+    })?;
     late::bring(&mut stubs, &saved, &made)?;
     let memories = Rc::get_mut(&mut shared).ok_or_else(shared_is_held)?;
     objects.make(&saved, &mut stubs, memories)?;
@@ -160,7 +172,7 @@ pub fn restore(reader: &dyn EpochReader, options: &RestoreOptions) -> Result<Rea
         &mut saved,
         &files,
         (&shared, &mut contents),
-        &objects,
+        (&objects, &heirs),
         reader,
     )?;
     objects.finish(&saved)?;
@@ -248,30 +260,85 @@ fn contents(saved: &Saved, files: &[Files]) -> Result<HashMap<u32, FileContents>
     Ok(all)
 }
 
+/// Makes the address space of a process whose children have much of it, before these are made.
+fn give(
+    stub: &mut Stub,
+    saved: &SavedProcess,
+    files: &Files,
+    shared: &Memories,
+    heirs: &Heirs,
+    reader: &dyn EpochReader,
+) -> Result<(), ProcessError> {
+    if !heirs.gives(stub.target.id) {
+        return Ok(());
+    }
+    let populating = mappings(stub, saved, files, shared, heirs, reader)?;
+    let flight = stub.begin(populating)?;
+    let space = space_of(stub, saved, heirs)?;
+    let filled = space::fill(&[space], &Memories::new(), &mut HashMap::new(), reader);
+    stub.finish(flight)?;
+    filled
+}
+
+fn space_of<'a>(
+    stub: &'a Stub,
+    saved: &'a SavedProcess,
+    heirs: &Heirs,
+) -> Result<space::Space<'a>, ProcessError> {
+    let open = |_| std::fs::File::open(format!("/proc/{}/mem", stub.target.pid));
+    let inherited = heirs.of(stub.target.id).map(open).transpose();
+    Ok(space::Space {
+        target: &stub.target,
+        state: &saved.memory,
+        inherited: inherited.map_err(|e| stub.target.kernel("opening its memory", e))?,
+    })
+}
+
+/// Makes the mappings of one process.
+fn mappings(
+    stub: &mut Stub,
+    saved: &SavedProcess,
+    files: &Files,
+    shared: &Memories,
+    heirs: &Heirs,
+    reader: &dyn EpochReader,
+) -> Result<Batch, ProcessError> {
+    let heritage = heirs.of(stub.target.id);
+    space::clear(stub, &saved.memory, heritage)?;
+    let populating = space::map(stub, &saved.memory, &files.mapped, shared, heritage, reader)?;
+    if let Some(code) = &saved.old_code {
+        vdso::write(stub, code)?;
+    }
+    Ok(populating)
+}
+
 /// Makes all address spaces.
 fn memory(
     stubs: &mut [Stub],
     saved: &mut Saved,
     files: &[Files],
     (shared, contents): (&Memories, &mut HashMap<u32, FileContents>),
-    objects: &Objects,
+    (objects, heirs): (&Objects, &Heirs),
     reader: &dyn EpochReader,
 ) -> Result<(), ProcessError> {
     let mut flights = Vec::with_capacity(stubs.len());
     for ((stub, saved), files) in stubs.iter_mut().zip(&saved.processes).zip(files) {
-        space::clear(stub, &saved.memory)?;
+        let populating = if heirs.gives(stub.target.id) {
+            Batch::new()
+        } else {
+            mappings(stub, saved, files, shared, heirs, reader)?
+        };
         let (arena, length) = stub.arena.range();
         objects.attach(stub, &saved.memory, arena + length + tree::ASIDE)?;
-        let populating = space::map(stub, &saved.memory, &files.mapped, shared, reader)?;
-        if let Some(code) = &saved.old_code {
-            vdso::write(stub, code)?;
-        }
         flights.push(stub.begin(populating)?);
     }
     let filled = {
         let spaces = stubs.iter().zip(&saved.processes);
-        let spaces: Vec<_> = spaces.map(|(stub, p)| (&stub.target, &p.memory)).collect();
-        space::fill(&spaces, shared, contents, reader)
+        let spaces: Result<Vec<_>, _> = spaces
+            .filter(|(stub, _)| !heirs.gives(stub.target.id))
+            .map(|(stub, p)| space_of(stub, p, heirs))
+            .collect();
+        spaces.and_then(|spaces| space::fill(&spaces, shared, contents, reader))
     };
     for (stub, flight) in stubs.iter_mut().zip(flights) {
         stub.finish(flight)?;

@@ -1,15 +1,16 @@
 //! Making the address space: mappings first, then contents, then protections, seals and locks.
 
+use super::heirs::{Heritage, first_protection};
 use super::stub::{Step, Stub, step};
 use crate::ProcessError;
 use crate::resources::memory::{Area, AreaKind, MappedFile, MemoryState};
 use crate::resources::shared::{FileContents, Memories, Memory};
 use crate::target::Target;
-use outlive_epoch::{Content, EpochReader, PAGE_SIZE, Run, VisitError};
+use outlive_epoch::{Content, EpochReader, PAGE_SIZE, Run, SpaceId, VisitError};
 use outlive_linux::maps::{self, Mapping, VmFlags};
 use outlive_linux::memory;
 use outlive_linux::remote::{Arg, Batch};
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs::File;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
@@ -107,9 +108,13 @@ pub fn kernel_kind(m: &Mapping) -> Option<AreaKind> {
     }
 }
 
-/// Empties the address space, but for working memory and what the kernel gave, which moves to its
-/// place.
-pub fn clear(stub: &mut Stub, state: &MemoryState) -> Result<(), ProcessError> {
+/// Empties the address space, but for working memory, what is kept of the parent's, and what the
+/// kernel gave, which moves to its place.
+pub fn clear(
+    stub: &mut Stub,
+    state: &MemoryState,
+    heritage: Option<&Heritage>,
+) -> Result<(), ProcessError> {
     let (arena, length) = stub.arena.range();
     let pid = stub.target.pid;
     let all = maps::read(pid).map_err(|e| stub.target.kernel("reading its mappings", e))?;
@@ -127,11 +132,11 @@ pub fn clear(stub: &mut Stub, state: &MemoryState) -> Result<(), ProcessError> {
         .filter(|m| m.start < arena || m.end > arena + length)
         .collect();
     for m in ours.iter().filter(|m| kernel_kind(m).is_none()) {
-        steps.push(step(
-            libc::SYS_munmap,
-            [m.start, m.len()],
-            "emptying the address space",
-        ));
+        let whole = || vec![(m.start, m.end)];
+        for (start, end) in heritage.map_or_else(whole, |h| h.outside(m.start, m.end)) {
+            let args = [start, end - start];
+            steps.push(step(libc::SYS_munmap, args, "emptying the address space"));
+        }
     }
     stub.steps(steps)?;
     move_kernel_areas(stub, state, &ours)
@@ -196,39 +201,72 @@ impl<'a> Clip<'a> {
     }
 }
 
-/// Makes all mappings. `files` are open in the new process at the same numbers as here. Returns
+/// Pages that an epoch holds, as ranges of addresses.
+pub type Runs = Vec<(u64, u64)>;
+
+/// The pages of one process that the epoch holds.
+pub fn runs_of(id: u32, state: &MemoryState, reader: &dyn EpochReader) -> Runs {
+    let clip = Clip::new(state);
+    let mut runs = Runs::new();
+    for run in reader.runs().iter().filter(|r| r.space().0 == id) {
+        let end = run.address().saturating_add(run.bytes());
+        runs.extend(clip.parts(run.address(), end).map(|(s, e, _)| (s, e)));
+    }
+    runs
+}
+
+/// Makes all mappings that are not kept of the parent's. `files` are open in the new process at the same numbers as here. Returns
 /// calls that make writing the contents faster if they run meanwhile.
 pub fn map(
     stub: &mut Stub,
     state: &MemoryState,
     files: &[File],
     shared: &Memories,
+    heritage: Option<&Heritage>,
     reader: &dyn EpochReader,
 ) -> Result<Batch, ProcessError> {
-    let clip = Clip::new(state);
-    let runs: Vec<(u64, u64)> = reader
-        .runs()
-        .iter()
-        .filter(|r| r.space().0 == stub.target.id)
-        .flat_map(|r| {
-            let end = r.address().saturating_add(r.bytes());
-            clip.parts(r.address(), end)
-                .map(|(s, e, _)| (s, e))
-                .collect::<Vec<_>>()
-        })
-        .collect();
-    let mut steps = Vec::new();
+    let mut runs = runs_of(stub.target.id, state, reader);
+    let none = Heritage::default();
+    let heritage = heritage.unwrap_or(&none);
+    let mut steps = keep(heritage);
     for area in state.areas.iter().filter(|a| !is_last(a, shared)) {
-        let filled = runs.partition_point(|r| r.1 <= area.start);
-        let filled = runs.get(filled).is_some_and(|r| r.0 < area.end);
-        steps.extend(map_area(area, files, shared, filled)?);
-        if let Some(advice) = huge_page_advice(area.vm_flags()) {
-            let args = [area.start, area.len(), advice];
-            steps.push(step(libc::SYS_madvise, args, "asking for huge pages"));
+        let protection = first_protection(area, &runs);
+        for (start, end) in heritage.outside(area.start, area.end) {
+            let part = Area {
+                start,
+                end,
+                offset: area.offset.wrapping_add(start - area.start),
+                ..area.clone()
+            };
+            steps.extend(map_area(&part, files, shared, protection)?);
+            if let Some(advice) = huge_page_advice(area.vm_flags()) {
+                let args = [start, end - start, advice];
+                steps.push(step(libc::SYS_madvise, args, "asking for huge pages"));
+            }
         }
     }
     stub.steps(steps)?;
+    if !heritage.kept.is_empty() {
+        // To populate what is common would make it two.
+        runs = runs
+            .iter()
+            .flat_map(|r| heritage.outside(r.0, r.1))
+            .collect();
+    }
     Ok(populating(&runs))
+}
+
+/// Makes what is kept of the parent's mappings the child's: protections, and pages that it has not.
+fn keep(heritage: &Heritage) -> Vec<Step> {
+    let protect = heritage.protected.iter().map(|&(start, end, protection)| {
+        let args = [start, end - start, protection.into()];
+        step(libc::SYS_mprotect, args, format!("protecting {start:x}"))
+    });
+    let drop = heritage.dropped.iter().map(|&(start, end)| {
+        let args = [start, end - start, libc::MADV_DONTNEED as u64];
+        step(libc::SYS_madvise, args, format!("giving back {start:x}"))
+    });
+    protect.chain(drop).collect()
 }
 
 /// Whether an area is mapped only once what lies below it is sealed.
@@ -245,7 +283,7 @@ pub fn map_sealed(
 ) -> Result<(), ProcessError> {
     let mut steps = Vec::new();
     for area in state.areas.iter().filter(|a| is_last(a, shared)) {
-        steps.extend(map_area(area, &[], shared, false)?);
+        steps.extend(map_area(area, &[], shared, area.protection)?);
     }
     stub.steps(steps).map(drop)
 }
@@ -283,7 +321,7 @@ fn map_area(
     area: &Area,
     files: &[File],
     shared: &Memories,
-    filled: bool,
+    protection: u32,
 ) -> Result<Option<Step>, ProcessError> {
     let flags = area.vm_flags();
     let file = || area.file.and_then(|f| files.get(f as usize));
@@ -317,11 +355,6 @@ fn map_area(
         )));
     }
     let fd = file.map_or(u64::MAX, |f| f.as_raw_fd() as u64);
-    let protection = if filled {
-        area.protection | 3
-    } else {
-        area.protection
-    };
     let args = [
         area.start,
         area.len(),
@@ -339,17 +372,22 @@ fn map_area(
 
 /// Writes the contents of all pages of these processes.
 pub fn fill(
-    spaces: &[(&Target, &MemoryState)],
+    spaces: &[Space<'_>],
     shared: &Memories,
     contents: &mut HashMap<u32, FileContents>,
     reader: &dyn EpochReader,
 ) -> Result<(), ProcessError> {
-    let clips: BTreeMap<u32, (&Target, Clip<'_>)> = spaces
+    let clips: BTreeMap<u32, (&Space<'_>, Clip<'_>)> = spaces
         .iter()
-        .map(|&(t, state)| (t.id, (t, Clip::new(state))))
+        .map(|space| (space.target.id, (space, Clip::new(space.state))))
         .collect();
     let zeros = vec![0u8; 1 << 20];
-    let walked = reader.pages(&mut |run, content| {
+    let files: BTreeSet<u32> = contents.keys().copied().collect();
+    let wanted = |space: SpaceId| {
+        let id = space.0;
+        clips.contains_key(&id) || shared.contains_key(&id) || files.contains(&id)
+    };
+    let walked = reader.pages_of(&wanted, &mut |run, content| {
         if let Some(memory) = shared.get(&run.space().0) {
             return write_shared(memory, run, content);
         }
@@ -359,26 +397,23 @@ pub fn fill(
             }
             return Ok(());
         }
-        let Some((target, clip)) = clips.get(&run.space().0) else {
+        let Some((space, clip)) = clips.get(&run.space().0) else {
             return Ok(());
         };
         let from = run.address();
         for (start, end, area) in clip.parts(from, from.saturating_add(run.bytes())) {
             match content {
                 Content::Bytes(b) => {
-                    write(
-                        target,
-                        start,
-                        &b[(start - from) as usize..(end - from) as usize],
-                    )?;
+                    let part = &b[(start - from) as usize..(end - from) as usize];
+                    space.write(start, part)?;
                 }
                 // Anonymous memory is zero already.
-                Content::Zero if area.kind == AreaKind::Anonymous => {}
+                Content::Zero if area.kind == AreaKind::Anonymous && space.inherited.is_none() => {}
                 Content::Zero => {
                     let mut at = start;
                     while at < end {
                         let n = (end - at).min(zeros.len() as u64);
-                        write(target, at, &zeros[..n as usize])?;
+                        space.write(at, &zeros[..n as usize])?;
                         at += n;
                     }
                 }
@@ -413,6 +448,51 @@ fn write_shared(memory: &Memory, run: Run, content: Content<'_>) -> Result<(), V
                 source,
             }))
         })
+}
+
+/// A process that gets its contents.
+pub struct Space<'a> {
+    /// The process.
+    pub target: &'a Target,
+    /// Its areas.
+    pub state: &'a MemoryState,
+    /// The memory of a process that has some of its parent's: what is right already is not written.
+    /// Reading it so leaves common pages common, which `process_vm_readv(2)` does not.
+    pub inherited: Option<File>,
+}
+
+impl Space<'_> {
+    fn write(&self, at: u64, bytes: &[u8]) -> Result<(), VisitError> {
+        let mut now = Vec::new();
+        if let Some(memory) = &self.inherited {
+            now.resize(bytes.len(), 0);
+            // What cannot be read is written.
+            if memory.read_exact_at(&mut now, at).is_err() {
+                now.clear();
+            }
+        }
+        for (start, end) in different(&now, bytes) {
+            write(self.target, at + start as u64, &bytes[start..end])?;
+        }
+        Ok(())
+    }
+}
+
+/// The parts, whole pages, in which contents differ from what is there.
+fn different(now: &[u8], wanted: &[u8]) -> Vec<(usize, usize)> {
+    if now.len() != wanted.len() {
+        return vec![(0, wanted.len())];
+    }
+    let mut parts: Vec<(usize, usize)> = Vec::new();
+    let pages = now.chunks(PAGE_SIZE).zip(wanted.chunks(PAGE_SIZE));
+    for (i, (_, wanted)) in pages.enumerate().filter(|(_, (now, wanted))| now != wanted) {
+        let start = i * PAGE_SIZE;
+        match parts.last_mut() {
+            Some(last) if last.1 == start => last.1 += wanted.len(),
+            _ => parts.push((start, start + wanted.len())),
+        }
+    }
+    parts
 }
 
 fn write(target: &Target, at: u64, bytes: &[u8]) -> Result<(), VisitError> {

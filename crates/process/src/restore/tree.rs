@@ -42,8 +42,14 @@ impl Place<'_> {
     }
 }
 
-/// Makes all processes, in the order of the epoch.
-pub fn make(saved: &Saved, ours: &[Mapping], place: Place<'_>) -> Result<Vec<Stub>, ProcessError> {
+/// Makes all processes, in the order of the epoch. `before_children` is called with each, and its
+/// place in that order, before its children are made as copies of it.
+pub fn make(
+    saved: &Saved,
+    ours: &[Mapping],
+    place: Place<'_>,
+    before_children: &mut dyn FnMut(usize, &mut Stub) -> Result<(), ProcessError>,
+) -> Result<Vec<Stub>, ProcessError> {
     let memories: Vec<_> = saved.processes.iter().map(|p| &p.memory).collect();
     let room = (Stub::arena_length() + ASIDE).saturating_add(system_v::longest(saved));
     let hole = space::find_hole(&memories, ours, room)?;
@@ -53,7 +59,10 @@ pub fn make(saved: &Saved, ours: &[Mapping], place: Place<'_>) -> Result<Vec<Stu
         stubs.insert(pid, place.parentless(pid, saved, hole)?);
     }
     // Parents stand before their children, so each is there when its turn comes.
-    for process in &saved.processes {
+    for (at, process) in saved.processes.iter().enumerate() {
+        if let Some(stub) = stubs.get_mut(&process.process.pid) {
+            before_children(at, stub)?;
+        }
         children(saved, process, &mut stubs)?;
     }
     groups(saved, &mut stubs)?;

@@ -135,11 +135,12 @@ impl EpochReader for Epoch {
         runs
     }
 
-    fn pages(
+    fn pages_of(
         &self,
+        wanted: &dyn Fn(SpaceId) -> bool,
         visit: &mut dyn FnMut(Run, Content<'_>) -> Result<(), VisitError>,
     ) -> Result<(), VisitError> {
-        for (&(space, index), page) in &self.pages {
+        for (&(space, index), page) in self.pages.iter().filter(|((space, _), _)| wanted(*space)) {
             let run = Run::new(space, index, 1).expect("one page");
             let zero = **page == [0; PAGE_SIZE];
             visit(

@@ -1,6 +1,6 @@
-//! Begins other programs all the time, the way in which the C library does it: `spawner ROUNDS`.
+//! Begins other programs all the time, the way in which the C library does it: `spawner FILE`.
 //! A child has its parent's memory until it begins its program, and takes its time for that; the
-//! parent stands in the kernel meanwhile. Ends with 7.
+//! parent stands in the kernel meanwhile. Ends with 7 as soon as there is such a file.
 //!
 //! # Safety
 //! The child runs on a stack of its own, makes system calls, and adds to one counter, while the
@@ -8,6 +8,7 @@
 #![allow(unsafe_code)]
 
 use outlive_test_programs::{Random, check, expect, good, say};
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 static BEGUN: AtomicU64 = AtomicU64::new(0);
@@ -29,14 +30,14 @@ extern "C" fn child(takes: *mut libc::c_void) -> libc::c_int {
 }
 
 fn main() {
-    let rounds: u64 = std::env::args()
-        .nth(1)
-        .and_then(|n| n.parse().ok())
-        .unwrap_or(u64::MAX);
+    let end = PathBuf::from(std::env::args_os().nth(1).unwrap_or_default());
     let mut random = Random::new(5);
     let mut stack = vec![0u128; 4096];
     say("ready");
-    for round in 0..rounds {
+    for round in 0.. {
+        if end.exists() {
+            break;
+        }
         let begun = BEGUN.load(Ordering::SeqCst);
         check(begun == round, || {
             format!("{begun} programs begun after {round} rounds")

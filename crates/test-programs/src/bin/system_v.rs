@@ -1,5 +1,6 @@
 //! A parent and its child that use System V shared memory, semaphores and queues, and look after
-//! every property of them: `system_v ROUNDS`. Ends with 8, and removes all objects before.
+//! every property of them: `system_v FILE`. As soon as there is such a file, it removes all
+//! objects and ends with 8.
 //!
 //! # Safety
 //! The C library is called with numbers and live local values; segments are accessed within the
@@ -7,6 +8,7 @@
 #![allow(unsafe_code)]
 
 use outlive_test_programs::{check, expect, fail, good, mix, say};
+use std::path::PathBuf;
 use std::ptr::null_mut;
 
 const PAGE: usize = 4096;
@@ -14,10 +16,7 @@ const PAGE: usize = 4096;
 const LENGTH: usize = 400 * PAGE - 100;
 
 fn main() {
-    let rounds: u64 = std::env::args()
-        .nth(1)
-        .and_then(|n| n.parse().ok())
-        .unwrap_or(u64::MAX);
+    let end = PathBuf::from(std::env::args_os().nth(1).unwrap_or_default());
     let mut all = Objects::make();
     // SAFETY: the child only runs `answer`.
     let child = unsafe { libc::fork() };
@@ -29,7 +28,10 @@ fn main() {
         "ready {} {} {} {} {}",
         all.large, all.apart, all.set, all.queue, all.idle
     ));
-    for round in 0..rounds {
+    for round in 0.. {
+        if end.exists() {
+            break;
+        }
         all.look(round, child);
         std::thread::sleep(std::time::Duration::from_millis(3));
     }
