@@ -479,27 +479,12 @@ fn print(images: Option<&Images>, tracking: Option<&Tracking>) {
     for (what, value) in rows.flatten() {
         println!("| {what} | {value} |");
     }
-    println!("\n{}", machine());
+    println!("\n{}", super::machine());
     let (images, tracking) = (images.map(Images::json), tracking.map(Tracking::json));
     println!(
         "{}",
         json!({ "bench": "redis", "images": images, "tracking": tracking })
     );
-}
-
-/// One line about the machine.
-fn machine() -> String {
-    let cpuinfo = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let model = cpuinfo
-        .lines()
-        .find_map(|line| line.strip_prefix("model name")?.split_once(": "))
-        .map_or("unknown processor", |(_, name)| name);
-    let cores = cpuinfo
-        .lines()
-        .filter(|line| line.starts_with("processor"))
-        .count();
-    let kernel = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
-    format!("Machine: {cores} x {model}, Linux {}", kernel.trim())
 }
 
 #[cfg(test)]

@@ -4,6 +4,7 @@
 //! `cargo xtask bench programs` does that, and makes the table of `docs/programs.md` of it.
 
 use super::{End, Life, Program};
+use crate::support::times;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -26,6 +27,11 @@ pub fn every(end: End) -> &'static str {
         End::Stopped if wanted().is_none() => "300ms",
         _ => "100ms",
     }
+}
+
+/// How often a program ends and comes back.
+pub fn rounds() -> usize {
+    if wanted().is_some() { 10 } else { times(2, 25) }
 }
 
 /// The figures of one run.
@@ -88,6 +94,7 @@ impl Figures {
         };
         let line = json!({
             "name": program.name, "load": program.load, "compared": program.compared,
+            "ended": if program.end == End::Killed { "kills" } else { "stops" },
             "restore_us": self.restore_us, "stop_us": self.stop_us,
             "durable_us": self.durable_us, "bytes_written": self.bytes,
             "epochs": self.epochs, "seconds": self.seconds,

@@ -2,7 +2,7 @@
 
 use super::{End, Program, file, read, words};
 use crate::all_sorts::spoil::Spot;
-use crate::support::{Place, installed, times};
+use crate::support::{Place, installed};
 use std::fs;
 use std::process::Command;
 
@@ -13,7 +13,7 @@ const PROGRAM: Program = Program {
     end: End::Killed,
     prepare: |place| {
         project(place, "");
-        line(times(600, 8000))
+        line(1500)
     },
     judge,
     spot: Spot {

@@ -42,7 +42,7 @@ mod python;
 mod spoil;
 mod statically_linked;
 
-use crate::support::{Kept, Place, alone, end, lives, may_run, times, until};
+use crate::support::{Kept, Place, alone, end, lives, may_run, until};
 use figures::Figures;
 use rustix::process::{Pid, Signal, kill_process};
 use spoil::Spot;
@@ -253,7 +253,7 @@ fn comes_back(name: &str, program: &Program) {
     let mut random = random();
     let mut life = Life::begin(&place, program);
     let mut figures = Figures::default();
-    for kill in 1..=times(2, 25) {
+    for kill in 1..=figures::rounds() {
         life.works();
         let held = life.epoch();
         std::thread::sleep(Duration::from_micros(random.u64(..200_000)));
