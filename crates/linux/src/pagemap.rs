@@ -169,16 +169,18 @@ impl Pagemap {
         Ok(())
     }
 
-    /// Hands out whether pages are mapped here alone, as runs that cover the range in order. What
-    /// is not in memory counts as mapped here alone.
+    /// Hands out whether pages are mapped here alone, as runs that cover the range in order. Holes
+    /// count as mapped here alone; of pages in swap nobody knows.
     pub fn exclusive(
         &self,
         start: u64,
         end: u64,
         mut visit: impl FnMut(u64, u64, bool),
     ) -> Result<(), Errno> {
-        /// The page is in memory; it is mapped here alone.
-        const BITS: (u64, u64) = (1 << 63, 1 << 56);
+        /// The page is in memory, or in swap.
+        const THERE: u64 = 1 << 63 | 1 << 62;
+        /// It is in memory and mapped here alone.
+        const ALONE: u64 = 1 << 56;
         let mut raw = [0u8; 8 * 512];
         let mut run = (start, true);
         let mut at = start;
@@ -191,7 +193,7 @@ impl Pagemap {
             }
             for entry in entries {
                 let entry = u64::from_ne_bytes(*entry);
-                let alone = entry & BITS.0 == 0 || entry & BITS.1 != 0;
+                let alone = entry & THERE == 0 || entry & ALONE != 0;
                 if alone != run.1 {
                     if at > run.0 {
                         visit(run.0, at, run.1);

@@ -656,3 +656,63 @@ fn what_forks_share_stays_shared() {
     std::fs::write(file, "").unwrap();
     assert_eq!(kept.code(), 7, "{}", place.said());
 }
+
+/// Swap space in a file of its own, as long as it lives.
+struct Swap(String);
+
+impl Swap {
+    /// `None` where the kernel or the file system does not let it be.
+    fn new(path: String) -> Option<Self> {
+        std::fs::write(&path, vec![0; 64 << 20]).unwrap();
+        let call = |program: &str| {
+            let done = Command::new(installed(program))
+                .arg(&path)
+                .output()
+                .unwrap();
+            done.status.success()
+        };
+        (call("mkswap") && call("swapon")).then_some(Self(path))
+    }
+}
+
+impl Drop for Swap {
+    fn drop(&mut self) {
+        let done = Command::new(installed("swapoff")).arg(&self.0).output();
+        drop(done);
+    }
+}
+
+/// Pages in swap are saved, tracked and put back like those in memory.
+#[test]
+fn what_is_in_swap_is_kept() {
+    if !may_run("what_is_in_swap_is_kept") {
+        return;
+    }
+    let (_alone, place) = (alone(), Place::new());
+    let Some(_swap) = Swap::new(place.text("swap")) else {
+        println!("skipped: no swap space can be added");
+        return;
+    };
+    let (program, file) = (test_program("swapped"), place.text("end"));
+    let mut kept = place.start(&[
+        "run", "--name", "a", "--every", "50ms", "--", &program, &file,
+    ]);
+    assert_eq!(kept.line(), "ready");
+    for epochs in [3, 2] {
+        for _ in 0..epochs {
+            place.epoch_after("a", place.newest("a"));
+        }
+        let list = place.call(&["history", "a", "--json"]).json();
+        let pages =
+            |n: usize| list.as_array().unwrap().iter().rev().nth(n).unwrap()["pages"].as_u64();
+        assert!(
+            pages(0).unwrap() < 2048,
+            "what did not change is not saved again: {list}"
+        );
+        kept = die_and_come_back(&place, kept, 1);
+        until("it runs again", || family(kept.pid()).len() > 1);
+        place.epoch_after("a", place.newest("a"));
+    }
+    std::fs::write(file, "").unwrap();
+    assert_eq!(kept.code(), 7, "{}", place.said());
+}
