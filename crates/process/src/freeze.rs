@@ -197,16 +197,21 @@ pub fn freeze(target: &Target, timeout: Duration) -> Result<Vec<Held>, ProcessEr
         if fresh.is_empty() {
             break;
         }
-        for running in fresh {
+        let mut fresh = fresh.into_iter();
+        while let Some(running) = fresh.next() {
             let tid = running.tid();
-            match running.wait_interrupted(deadline) {
+            match await_stop(target, running, deadline) {
                 Ok(halted) => {
                     refuse_group_stop(target, &halted)?;
                     let h = Held::new(halted).map_err(|e| target.kernel("reading registers", e))?;
                     held.insert(tid, h);
                 }
                 Err((_, WaitError::Ended { .. })) if tid != target.pid => {}
-                Err((_, e)) => return Err(wait_failed(target, timeout, e)),
+                Err((leader, e)) => {
+                    // The last thread that is waited for is the leading one.
+                    drop((fresh, held, leader));
+                    return Err(wait_failed(target, timeout, e));
+                }
             }
         }
     }
@@ -223,6 +228,31 @@ pub fn freeze(target: &Target, timeout: Duration) -> Result<Vec<Held>, ProcessEr
     }
     all[1..].sort_by_key(|h| h.tid);
     Ok(all)
+}
+
+/// Waits for a thread that was ordered to stop. The leading thread of a process that was killed
+/// cannot be waited for before all others were: that it has ended is looked up now and then.
+fn await_stop(
+    target: &Target,
+    mut running: Running,
+    deadline: Instant,
+) -> Result<Halted, (Option<Running>, WaitError)> {
+    const NOW_AND_THEN: Duration = Duration::from_millis(20);
+    loop {
+        let soon = deadline.min(Instant::now() + NOW_AND_THEN);
+        match running.wait_interrupted(soon) {
+            Err((Some(waiting), WaitError::Timeout { tid })) => {
+                if Status::tells_end(target.pid, tid) {
+                    return Err((Some(waiting), WaitError::Ended { tid }));
+                }
+                if Instant::now() >= deadline {
+                    return Err((Some(waiting), WaitError::Timeout { tid }));
+                }
+                running = waiting;
+            }
+            done => return done,
+        }
+    }
 }
 
 fn seize(target: &Target, tid: u32) -> Result<Option<Running>, ProcessError> {

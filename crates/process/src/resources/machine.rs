@@ -342,7 +342,7 @@ mod tests {
         let here = MachineState::here().unwrap();
         assert_eq!(here.missing_here(), Vec::<String>::new());
         assert!(
-            here.features.iter().any(|f| f == "cx16"),
+            here.features.iter().any(|f| f == "xsave"),
             "{:?}",
             here.features
         );

@@ -184,6 +184,40 @@ fn timers_go_on_with_the_time_that_was_left() {
 }
 
 #[test]
+fn a_periodic_timer_that_was_not_read_goes_on_when_it_is() {
+    use rustix::event::{PollFd, PollFlags, poll};
+    let _quiet = no_child_starts();
+    let patience = Timespec {
+        tv_sec: 30,
+        tv_nsec: 0,
+    };
+    let ticks = |fd: &OwnedFd| {
+        let mut fds = [PollFd::new(fd, PollFlags::IN)];
+        assert_eq!(poll(&mut fds, Some(&patience)), Ok(1), "it does not tick");
+        let mut count = [0; 8];
+        read(fd, &mut count).unwrap();
+        u64::from_ne_bytes(count)
+    };
+    let periodic = timer(
+        TimerfdClockId::Boottime,
+        TimerfdTimerFlags::empty(),
+        1,
+        1_000_000,
+    );
+    let mut fds = [PollFd::new(&periodic, PollFlags::IN)];
+    assert_eq!(poll(&mut fds, Some(&patience)), Ok(1));
+    let table = collect(&[number(&periodic)]);
+    let Description::TimerFd(state) = &table.descriptions[0].object else {
+        panic!()
+    };
+    assert_eq!((state.ticks, state.remaining), (1, 0));
+    let again = made_for(&recreate(&table), number(&periodic));
+    for _ in 0..3 {
+        assert!(ticks(&again) > 0);
+    }
+}
+
+#[test]
 fn expirations_that_were_not_read_are_kept() {
     let _quiet = no_child_starts();
     let fired = timer(TimerfdClockId::Monotonic, TimerfdTimerFlags::empty(), 1, 0);
