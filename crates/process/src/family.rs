@@ -113,24 +113,26 @@ fn waits_for_child(pid: u32) -> bool {
     })
 }
 
-/// What two processes have in common and must not, because only threads of one process can be
-/// made with it.
-pub fn refuse_shared(child: &Target, parent: u32) -> Vec<Refusal> {
+/// What a process has in common with others of the program and must not, because only threads of one
+/// process can be made with it.
+pub fn refuse_shared(process: &Target, others: impl IntoIterator<Item = u32>) -> Vec<Refusal> {
     let shared = [
         (kcmp::Kind::Memory, "its memory"),
         (kcmp::Kind::Files, "its table of descriptors"),
         (kcmp::Kind::Filesystem, "its working directory"),
         (kcmp::Kind::Signals, "its signal actions"),
     ];
-    shared
-        .into_iter()
-        .filter(|(kind, _)| kcmp::same(child.pid, parent, *kind).unwrap_or(false))
-        .map(|(_, what)| {
+    let others = others.into_iter().filter(|&other| other != process.pid);
+    let with = |other: u32| {
+        let same = move |kind| kcmp::same(process.pid, other, kind).unwrap_or(false);
+        let found = shared.into_iter().filter(move |(kind, _)| same(*kind));
+        found.map(move |(_, what)| {
             let what =
-                format!("{what} is shared with its parent {parent} (clone without CLONE_THREAD)");
-            child.refusal("", what, "this cannot be saved yet")
+                format!("{what} is shared with process {other} (clone without CLONE_THREAD)");
+            process.refusal("", what, "this cannot be saved yet")
         })
-        .collect()
+    };
+    others.flat_map(with).collect()
 }
 
 #[cfg(test)]

@@ -161,6 +161,10 @@ impl Tracked {
 
     fn adopt_running(&mut self, kin: Kin) -> Result<(), ProcessError> {
         let target = Target::open(kin.pid)?;
+        if !family::refuse_shared(&target, self.members.keys().copied()).is_empty() {
+            // At the stop that is still so, or was nothing lasting.
+            return Ok(());
+        }
         let mut waits = WaitBook::default();
         let sleepers = waits.look(&target);
         let mut threads = freeze(&target, self.options.stop_timeout)?;
@@ -496,12 +500,13 @@ impl Tracked {
 
     /// Processes that appeared since the last look become members while they stand still.
     fn adopt_strangers(&mut self, frozen: &mut [Frozen]) -> Result<(), ProcessError> {
+        let all: Vec<u32> = frozen.iter().map(|p| p.kin.pid).collect();
         for process in frozen {
             let Some((target, waits)) = process.stranger.take() else {
                 continue;
             };
             let mut refusals = member::refusals(&target, self.root)?;
-            refusals.extend(family::refuse_shared(&target, process.kin.parent));
+            refusals.extend(family::refuse_shared(&target, all.iter().copied()));
             let adopted = if refusals.is_empty() {
                 self.adopt(target, waits, &mut process.threads)
             } else {
@@ -640,7 +645,10 @@ fn refuse_early(root: u32, adopters: &[u32]) -> Result<(), ProcessError> {
         if family::is_spawning(&kin) {
             continue;
         }
-        refusals.extend(family::refuse_shared(&target, kin.parent));
+        refusals.extend(family::refuse_shared(
+            &target,
+            targets.iter().map(|t| t.pid),
+        ));
         targets.push(target);
     }
     for target in &targets {

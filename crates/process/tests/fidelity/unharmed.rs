@@ -85,6 +85,47 @@ fn what_cannot_be_saved_is_refused_at_the_stop() {
     }
 }
 
+/// A process that shares what only threads should, whether it was there before or comes later.
+#[test]
+fn what_only_threads_should_share_is_refused() {
+    let _alone = alone();
+    if !may_run("what_only_threads_should_share_is_refused") {
+        return;
+    }
+    let must_say = |e: &ProcessError, word: &str| {
+        let refused = matches!(e, ProcessError::Refused(_));
+        assert!(refused && e.to_string().contains(word), "{word}: {e}");
+    };
+    for (kind, word) in [
+        ("shared-descriptors", "its table of descriptors is shared"),
+        ("shared-directory", "its working directory is shared"),
+        ("shared-memory", "its memory is shared"),
+    ] {
+        let program = Program::start("refused", &[kind]);
+        match Tracked::attach(program.pid, TrackOptions::default()) {
+            Err(e) => must_say(&e, word),
+            Ok(_) => panic!("{kind} was not refused"),
+        }
+        must_be_free(&program);
+        program.must_report();
+        let program = Program::start("refused", &[kind, "later"]);
+        let mut tracked = track(&program);
+        let mut store = Store::default();
+        epoch(&mut tracked, &mut store).expect("an epoch before");
+        program.signal(libc::SIGUSR2);
+        program.await_word("held");
+        for _ in 0..2 {
+            match epoch(&mut tracked, &mut store) {
+                Err(e) => must_say(&e, word),
+                Ok(_) => panic!("{kind} was not refused"),
+            }
+            must_be_free(&program);
+        }
+        drop(tracked);
+        program.must_report();
+    }
+}
+
 #[test]
 fn tracking_leaves_no_trace() {
     let _alone = alone();

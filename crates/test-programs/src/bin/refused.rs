@@ -31,6 +31,26 @@ fn main() {
     say("unharmed");
 }
 
+/// A process with something of ours that is not a thread: a child, or a sibling.
+fn share(flags: i32) {
+    extern "C" fn wait(_: *mut libc::c_void) -> libc::c_int {
+        // SAFETY: numbers only.
+        unsafe {
+            libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
+            loop {
+                libc::pause();
+            }
+        }
+    }
+    let stack: &mut [u128] = Box::leak(vec![0; 4096].into());
+    // SAFETY: the stack is nobody else's, for ever; the process only waits.
+    let pid = unsafe {
+        let top = stack.as_mut_ptr_range().end.cast();
+        libc::clone(wait, top, flags | libc::SIGCHLD, std::ptr::null_mut())
+    };
+    let _ = good("clone", pid.into());
+}
+
 /// A grandchild that nobody waits for has all our memory, until we are gone.
 fn give_away() {
     let me = std::process::id() as i32;
@@ -75,6 +95,9 @@ fn hold(kind: &str) {
                 let _ = good("shmctl", gone.into());
                 give_away();
             }
+            "shared-descriptors" => share(libc::CLONE_FILES),
+            "shared-directory" => share(libc::CLONE_FS),
+            "shared-memory" => share(libc::CLONE_VM),
             "netlink" => {
                 let fd = libc::socket(libc::AF_NETLINK, libc::SOCK_RAW, 0);
                 let _ = good("socket", fd.into());
