@@ -1,4 +1,5 @@
-//! The modes of a terminal, whole: as the kernel keeps them (`struct termios2`).
+//! The modes of a terminal, whole, as the kernel keeps them (`struct termios2`); and pseudo-terminals
+//! seen from their masters.
 //!
 //! # Safety
 //! Each `ioctl` is given a pointer to live bytes of the size that its number names.
@@ -32,6 +33,63 @@ pub fn modes(terminal: BorrowedFd<'_>) -> Result<[u8; MODES], Errno> {
 pub fn set_modes(terminal: BorrowedFd<'_>, modes: &[u8; MODES]) -> Result<(), Errno> {
     // SAFETY: modes is live and has the size of the structure, which the kernel only reads.
     let r = unsafe { libc::ioctl(terminal.as_raw_fd(), TCSETS2, modes.as_ptr()) };
+    if r < 0 { Err(last_error()) } else { Ok(()) }
+}
+
+/// The switches of a master.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Switch {
+    /// The other side cannot be opened (`TIOCSPTLCK`).
+    Locked,
+    /// What is read begins with a byte that says what it is (`TIOCPKT`).
+    Packets,
+}
+
+/// The number of a pseudo-terminal (`TIOCGPTN`).
+///
+/// # Errors
+/// `ENOTTY` where this is no master.
+pub fn number(master: BorrowedFd<'_>) -> Result<u32, Errno> {
+    ask(master, 0x8004_5430)
+}
+
+/// Reads a switch of a master.
+///
+/// # Errors
+/// `ENOTTY` where this is none.
+pub fn switch(master: BorrowedFd<'_>, switch: Switch) -> Result<bool, Errno> {
+    let order = match switch {
+        Switch::Locked => 0x8004_5439,
+        Switch::Packets => 0x8004_5438,
+    };
+    Ok(ask(master, order)? != 0)
+}
+
+fn ask(master: BorrowedFd<'_>, order: u32) -> Result<u32, Errno> {
+    let mut answer = 0u32;
+    // SAFETY: all these orders write four bytes to the live local.
+    let r = unsafe {
+        libc::ioctl(
+            master.as_raw_fd(),
+            libc::Ioctl::from(order),
+            &raw mut answer,
+        )
+    };
+    if r < 0 { Err(last_error()) } else { Ok(answer) }
+}
+
+/// Sets a switch of a master.
+///
+/// # Errors
+/// `ENOTTY` where this is none.
+pub fn set_switch(master: BorrowedFd<'_>, switch: Switch, on: bool) -> Result<(), Errno> {
+    let order: libc::Ioctl = match switch {
+        Switch::Locked => 0x4004_5431,
+        Switch::Packets => 0x5420,
+    };
+    let on = i32::from(on);
+    // SAFETY: both orders read four bytes of the live local.
+    let r = unsafe { libc::ioctl(master.as_raw_fd(), order, &raw const on) };
     if r < 0 { Err(last_error()) } else { Ok(()) }
 }
 

@@ -299,6 +299,8 @@ pub struct Stat {
     pub sid: u32,
     /// Controlling terminal, 0 where there is none.
     pub tty: i64,
+    /// The process group in the foreground of that, where there is one.
+    pub foreground: Option<u32>,
     /// Kernel flags of the leader.
     pub flags: u64,
     /// `start_code`, `end_code`, `start_stack`, `start_data`, `end_data`, `start_brk`,
@@ -339,6 +341,9 @@ impl Stat {
             pgid: field(5)? as u32,
             sid: field(6)? as u32,
             tty: field(7)? as i64,
+            foreground: u32::try_from(field(8)? as i64)
+                .ok()
+                .filter(|&group| group != 0),
             flags: field(9)?,
             layout: values,
             exit_status: field(52)? as u32,

@@ -148,6 +148,76 @@ fn a_program_of_another_user_stays_that() {
     assert_eq!(kept.code(), 11, "{}", place.said());
 }
 
+/// A parent with two terminals of its own: a child works line by line in the foreground of one, and
+/// the other one, which is raw, is nobody's controlling terminal. What is on its way at the moment of
+/// an epoch may be lost, so a line without an answer is asked again.
+const TERMINALS: &str = r#"
+import fcntl, os, pty, select, struct, sys, termios, time, tty
+def window(fd):
+    return struct.unpack('HHHH', fcntl.ioctl(fd, termios.TIOCGWINSZ, bytes(8)))
+lines, master = pty.fork()
+if lines == 0:
+    name, modes, group = os.ttyname(0), None, os.getpgrp()
+    for line in sys.stdin:
+        assert os.ttyname(0) == name and os.tcgetpgrp(0) == group == os.getpid()
+        own = os.open('/dev/tty', os.O_RDWR)
+        assert os.ttyname(own) in (name, '/dev/tty') and os.tcgetpgrp(own) == group
+        os.close(own)
+        assert window(0) == (33, 111, 1, 2), window(0)
+        modes = modes or termios.tcgetattr(0)
+        assert termios.tcgetattr(0) == modes and not modes[3] & termios.ECHO
+        print('is', int(line) * 7, flush=True)
+    os._exit(9)
+modes = termios.tcgetattr(master)
+modes[3] &= ~termios.ECHO
+termios.tcsetattr(master, termios.TCSANOW, modes)
+fcntl.ioctl(master, termios.TIOCSWINSZ, struct.pack('HHHH', 33, 111, 1, 2))
+aside, other = pty.openpty()
+tty.setraw(other)
+raw = termios.tcgetattr(other)
+heard, seen = b'', set()
+for n in range(400):
+    answer, line = b'is %d\r' % (n * 7), None
+    while line != answer:
+        os.write(master, b'%d\n' % n)
+        while b'\n' not in heard and select.select([master], [], [], 2)[0]:
+            heard += os.read(master, 100)
+        while b'\n' in heard and line != answer:
+            line, heard = heard.split(b'\n', 1)
+            assert answer.endswith(line) or line in seen, line
+    seen.add(answer)
+    os.write(other, b'a\nb')
+    if select.select([aside], [], [], 2)[0]:
+        assert b'a\nb'.endswith(os.read(aside, 9))
+    assert termios.tcgetattr(aside) == raw
+    time.sleep(0.01)
+os.write(master, b'\x04')
+while True:
+    try:
+        os.read(master, 100)
+    except OSError:
+        break
+assert os.WEXITSTATUS(os.waitpid(lines, 0)[1]) == 9
+sys.exit(8)
+"#;
+
+#[test]
+fn terminals_of_a_program_go_on() {
+    if !may_run("terminals_of_a_program_go_on") {
+        return;
+    }
+    let (_alone, place) = (alone(), Place::new());
+    std::fs::write(place.path("terminals.py"), TERMINALS).unwrap();
+    let (python, script) = (installed("python3"), place.text("terminals.py"));
+    let mut kept = place.start(&[
+        "run", "--name", "a", "--every", "50ms", "--", &python, &script,
+    ]);
+    for epochs in [3, 2, 3] {
+        kept = die_and_come_back(&place, kept, epochs);
+    }
+    assert_eq!(kept.code(), 8, "{}", place.said());
+}
+
 /// Locks of each sort, of a parent and a child on one file: each asks the kernel who keeps it out.
 const LOCKS: &str = r#"
 import errno, fcntl, os, select, struct, sys, time

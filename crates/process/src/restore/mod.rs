@@ -178,8 +178,14 @@ pub fn restore(reader: &dyn EpochReader, options: &RestoreOptions) -> Result<Rea
     objects.finish(&saved)?;
     drop((files, shared));
     laps.lap("memory");
-    for (stub, saved) in stubs.iter_mut().zip(&saved.processes) {
-        attributes_of_process(stub, &saved.process, &mut notices)?;
+    for (stub, process) in stubs.iter_mut().zip(&saved.processes) {
+        let process = &process.process;
+        attributes_of_process(stub, process, &mut notices)?;
+        if process.led_terminal_session && !descriptors::controls(&saved.table, process.pid) {
+            // A terminal belongs to one session, here the restorer's.
+            let what = "it led the session of a terminal and leads one without a terminal now";
+            notices.push(what.into());
+        }
         install_descriptors(stub, &made)?;
     }
     call(&mut stubs, descriptors::finish_calls(&saved.table))?;
@@ -401,11 +407,6 @@ fn attributes_of_process(
     let mut batch = Batch::new();
     let what = attributes::recreate(saved, &mut batch);
     stub.run_named(0, batch, &what)?;
-    if saved.led_terminal_session {
-        // A terminal belongs to one session, here the restorer's.
-        notices
-            .push("it led the session of a terminal and leads one without a terminal now".into());
-    }
     let settings = [
         ("oom_score_adj", saved.oom_score_adj.to_string()),
         ("coredump_filter", format!("{:#x}", saved.coredump_filter)),

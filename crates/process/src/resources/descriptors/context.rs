@@ -7,10 +7,10 @@ use super::pipe::{PipeEnds, PipeState};
 use super::probe::Probe;
 use super::restore::CheckRequest;
 use super::table::{FdTable, Holder};
-use super::tcp_pair;
 use super::terminal_modes::Change;
 use super::unix_diag::{UnixDiag, UnixFacts};
 use super::unix_pair::PairSide;
+use super::{pty, tcp_pair};
 use crate::error::{ProcessError, Refusal};
 use crate::resources::shared::{Memories, SharedObjects};
 use outlive_linux::remote::Arg;
@@ -36,6 +36,8 @@ pub struct Around {
     pub inodes: HashMap<(u32, u32), (u64, bool)>,
     /// The processes of the subject.
     pub processes: HashSet<u32>,
+    /// Numbers of the pseudo-terminals whose masters are in the subject.
+    pub ptys: HashSet<u32>,
     /// Inodes of all sockets.
     pub sockets: HashSet<u64>,
     /// By inode: TCP connections within the subject.
@@ -55,6 +57,7 @@ impl Around {
 
     /// Adds one descriptor.
     pub(crate) fn add(&mut self, probe: &Probe<'_>) {
+        self.ptys.extend(pty::number_of_master(probe));
         let anonymous = probe.link.starts_with(b"anon_inode:");
         self.inodes
             .insert(probe.place(), (probe.info.inode, anonymous));
@@ -251,6 +254,8 @@ pub struct RecreateContext {
     pub pipes: Vec<PipeEnds>,
     /// The ends of connections within the subject.
     pub pairs: HashMap<(u32, PairSide), OwnedFd>,
+    /// The terminals of the subject, by their numbers of old: masters, and numbers of now.
+    pub ptys: HashMap<u32, (OwnedFd, u32)>,
     /// The ends of TCP connections within the subject that could be made.
     pub tcp: HashMap<(u32, PairSide), OwnedFd>,
     /// Inotify instances whose watches are added last.

@@ -48,6 +48,7 @@ mod owner;
 mod pidfd;
 mod pipe;
 mod probe;
+mod pty;
 mod refuse;
 mod restore;
 mod signalfd;
@@ -82,6 +83,7 @@ pub use locks::{LockKind, LockState};
 pub use owner::{OwnerSort, OwnerState, owner_calls};
 pub use pipe::PipeState;
 pub use probe::{FdInfo, Probe, Target};
+pub(crate) use pty::controls;
 pub use restore::{
     CheckRequest, Checked, Install, Made, check_table, finish_calls, recreate_table,
 };
@@ -236,6 +238,8 @@ macro_rules! registry {
 // The order matters: a stream is claimed before what else it may be, a file without a name before other
 // files, connections within the subject before those to the outside.
 registry! {
+    PtyMaster(pty::PtyMasterState),
+    Pty(pty::PtyState),
     Stream(stream::StreamState),
     Nameless(nameless::NamelessState),
     File(file::FileState),

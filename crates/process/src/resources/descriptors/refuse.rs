@@ -110,12 +110,6 @@ const ANONYMOUS: &[(&str, &str, &str)] = &[
 /// Character devices with a name of their own.
 const DEVICES: &[(u32, Option<u32>, &str, &str)] = &[
     (
-        5,
-        Some(2),
-        "pseudo-terminal master",
-        "run the program without terminals of its own",
-    ),
-    (
         10,
         Some(200),
         "network tunnel (tun/tap)",

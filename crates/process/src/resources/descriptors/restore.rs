@@ -8,7 +8,7 @@ use super::locks;
 use super::probe::failed;
 use super::table::{FdTable, Holder};
 use super::terminal_modes::Change;
-use super::{tcp_pair, unix_pair};
+use super::{pty, tcp_pair, unix_pair};
 use crate::error::{ProcessError, Refusal};
 use crate::resources::shared::Memories;
 use crate::restore::{FilesPolicy, spawn_failed};
@@ -305,6 +305,7 @@ pub fn recreate_table(table: &FdTable, checked: Checked) -> Result<Made, Process
     let pairs = unix_pair::make(table, pid, &mut made.created)?;
     let mut notices = Vec::new();
     let tcp = tcp_pair::make(table, &mut notices);
+    let ptys = pty::make(table, pid, &mut notices)?;
     let mut cx = RecreateContext {
         pid,
         held: checked.held,
@@ -312,6 +313,7 @@ pub fn recreate_table(table: &FdTable, checked: Checked) -> Result<Made, Process
         pipes,
         pairs,
         tcp,
+        ptys,
         modes: None,
         late: Vec::new(),
         reconnects: Vec::new(),

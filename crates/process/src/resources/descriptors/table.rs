@@ -4,7 +4,7 @@ use super::context::About;
 use super::locks::LockState;
 use super::owner::OwnerState;
 use super::pipe::PipeState;
-use super::{Description, tcp_pair, unix_pair};
+use super::{Description, pty, tcp_pair, unix_pair};
 use crate::ProcessError;
 use outlive_state_tree::StateNode;
 use std::collections::HashSet;
@@ -115,6 +115,7 @@ impl FdTable {
         for pipe in &self.pipes {
             pipe.validate()?;
         }
+        pty::validate(self)?;
         tcp_pair::validate(self)?;
         unix_pair::validate(self)
     }

@@ -134,7 +134,6 @@ fn files_that_are_not_saved() {
 #[test]
 fn devices_that_are_not_saved() {
     for (path, name) in [
-        ("/dev/ptmx", "pseudo-terminal master"),
         ("/dev/net/tun", "network tunnel"),
         ("/dev/fuse", "FUSE connection"),
         ("/dev/kvm", "KVM"),

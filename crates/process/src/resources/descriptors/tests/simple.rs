@@ -380,3 +380,81 @@ fn a_named_pipe_with_both_ends_keeps_its_contents() {
     std::fs::remove_file(&path).unwrap();
     assert!(check_refused(&table)[0].what.contains("is gone"));
 }
+
+#[test]
+fn a_terminal_of_the_program_keeps_modes_and_window() {
+    use outlive_linux::terminal::{self, Switch};
+    use rustix::termios::{Winsize, tcgetwinsize, tcsetwinsize};
+    let _quiet = no_child_starts();
+    let flags = OFlags::RDWR | OFlags::NOCTTY | OFlags::CLOEXEC;
+    let open = |path: &str| rustix::fs::open(path, flags, Mode::empty()).unwrap();
+    let master = open("/dev/ptmx");
+    terminal::set_switch(master.as_fd(), Switch::Locked, false).unwrap();
+    let side = open(&format!(
+        "/dev/pts/{}",
+        terminal::number(master.as_fd()).unwrap()
+    ));
+    let window = Winsize {
+        ws_row: 7,
+        ws_col: 77,
+        ws_xpixel: 3,
+        ws_ypixel: 4,
+    };
+    tcsetwinsize(&side, window).unwrap();
+    let mut modes = terminal::modes(side.as_fd()).unwrap();
+    modes[12] ^= 8;
+    terminal::set_modes(side.as_fd(), &modes).unwrap();
+    terminal::set_switch(master.as_fd(), Switch::Packets, true).unwrap();
+    let numbers = [number(&master), number(&side)];
+    let table = collect(&numbers);
+    let alone = refused_or_stream(numbers[1]);
+    assert_eq!(
+        alone, "standard stream or terminal",
+        "its master is not of it"
+    );
+    drop((master, side));
+    let made = recreate(&table);
+    let [master, side] = numbers.map(|n| made_for(&made, n));
+    assert_eq!(terminal::modes(side.as_fd()), Ok(modes));
+    let again = tcgetwinsize(&side).unwrap();
+    let sizes = |w: &Winsize| [w.ws_row, w.ws_col, w.ws_xpixel, w.ws_ypixel];
+    assert_eq!(sizes(&again), sizes(&window));
+    assert_eq!(terminal::switch(master.as_fd(), Switch::Packets), Ok(true));
+    write(&side, b"seen").unwrap();
+    let mut out = [9; 16];
+    assert_eq!(read(&master, &mut out), Ok(5));
+    assert_eq!(&out[..5], b"\0seen", "in packet mode");
+}
+
+fn refused_or_stream(number: u32) -> &'static str {
+    collect(&[number]).descriptions[0].object.name()
+}
+
+#[test]
+fn terminals_that_make_no_sense_are_errors() {
+    let _quiet = no_child_starts();
+    let flags = OFlags::RDWR | OFlags::NOCTTY | OFlags::CLOEXEC;
+    let master = rustix::fs::open("/dev/ptmx", flags, Mode::empty()).unwrap();
+    let table = collect(&[number(&master)]);
+    let with = |change: fn(&mut super::super::pty::PtyMasterState)| {
+        let mut table = table.clone();
+        match &mut table.descriptions[0].object {
+            Description::PtyMaster(state) => change(state),
+            other => panic!("{other:?}"),
+        }
+        table.validate()
+    };
+    with(|_| ()).unwrap();
+    assert!(with(|state| state.modes.truncate(43)).is_err());
+    assert!(with(|state| state.window = vec![1, 2, 3]).is_err());
+    assert!(with(|state| state.window[0] = 70_000).is_err());
+    assert!(with(|state| state.owner.clear()).is_err());
+    let mut twice = table.clone();
+    let mut second = twice.descriptions[0].clone();
+    second.holders[0].number += 500;
+    twice.descriptions.push(second);
+    assert!(twice.validate().is_err());
+    let mut orphan = table;
+    orphan.descriptions[0].object = Description::Pty(super::super::pty::PtyState { number: 3 });
+    assert!(orphan.validate().is_err());
+}
