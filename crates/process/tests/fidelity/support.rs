@@ -350,15 +350,20 @@ pub fn bring_back(program: &mut Program, epoch: &Epoch, seen: &View) {
     program.was_restored();
 }
 
-/// Restores an epoch into a PID namespace of its own, compares it with what was seen at its capture,
-/// and lets it run.
-pub fn move_house(program: &mut Program, epoch: &Epoch, seen: &View) {
+/// Restores an epoch into a PID namespace of its own, up to before its first instruction.
+pub fn prepare_apart(epoch: &Epoch) -> Ready {
     let options = RestoreOptions {
         new_pid_ns: true,
         ..RestoreOptions::default()
     };
-    let ready = restore(epoch as &dyn EpochReader, &options)
-        .unwrap_or_else(|e| panic!("restoring epoch {}: {e}", epoch.id()));
+    restore(epoch as &dyn EpochReader, &options)
+        .unwrap_or_else(|e| panic!("restoring epoch {}: {e}", epoch.id()))
+}
+
+/// Restores an epoch into a PID namespace of its own, compares it with what was seen at its capture,
+/// and lets it run.
+pub fn move_house(program: &mut Program, epoch: &Epoch, seen: &View) {
+    let ready = prepare_apart(epoch);
     program.pid = ready.pid();
     let moved = look(&ready, epoch).wherever();
     seen.clone().wherever().must_equal(&moved);

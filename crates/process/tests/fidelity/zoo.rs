@@ -5,7 +5,7 @@ use crate::stand;
 use crate::store::Store;
 use crate::support::{
     Program, alone, bring_back, epoch, last_epoch, look, may_run, move_house, prepare,
-    stop_and_resume, times, track,
+    prepare_apart, stop_and_resume, times, track,
 };
 use outlive_process::{TrackOptions, Tracked, Tracking};
 use std::sync::Arc;
@@ -185,5 +185,33 @@ fn a_zoo_lives_on_in_namespaces_of_its_own() {
         std::thread::sleep(Duration::from_millis(50));
         program.must_be_well();
     }
+    program.must_report();
+}
+
+/// What was made for a program that then does not run is gone with it: its processes and the
+/// namespace's init.
+#[test]
+fn a_namespace_that_is_given_up_leaves_nothing() {
+    let _alone = alone();
+    if !may_run("a_namespace_that_is_given_up_leaves_nothing") {
+        return;
+    }
+    let mut program = zoo();
+    let mut store = Store::default();
+    let tracked = track(&program);
+    let seen = last_epoch(&mut program, tracked, &mut store);
+    let inhabited = || {
+        let ours = std::fs::read_link("/proc/self/ns/pid").expect("our namespace");
+        let all = std::fs::read_dir("/proc").expect("processes").flatten();
+        let namespaces = all.filter_map(|e| std::fs::read_link(e.path().join("ns/pid")).ok());
+        namespaces.filter(|n| *n != ours).collect::<Vec<_>>()
+    };
+    let ready = prepare_apart(store.newest());
+    let link = format!("/proc/{}/ns/pid", ready.pid());
+    let namespace = std::fs::read_link(link).expect("its namespace");
+    assert!(inhabited().iter().filter(|n| **n == namespace).count() > 1);
+    drop(ready);
+    assert!(!inhabited().contains(&namespace));
+    bring_back(&mut program, store.newest(), &seen);
     program.must_report();
 }
