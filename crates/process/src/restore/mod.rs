@@ -146,11 +146,8 @@ pub fn restore(reader: &dyn EpochReader, options: &RestoreOptions) -> Result<Rea
         FilesPolicy::Keep => HashMap::new(),
     };
     let namespace = away
-        .map(|away| namespace(&saved, away, offsets))
+        .map(|away| namespace(&saved, away, offsets, &mut made))
         .transpose()?;
-    if let Some(namespace) = &namespace {
-        made.move_to(namespace, &saved.table, saved.unused_id())?;
-    }
     let place = namespace.as_ref().map_or(Place::Here(offsets), Place::In);
     let heirs = Heirs::find(&saved, reader);
     let mut stubs = tree::make(&saved, &ours, place, &mut |at, stub| {
@@ -178,17 +175,7 @@ pub fn restore(reader: &dyn EpochReader, options: &RestoreOptions) -> Result<Rea
     objects.finish(&saved)?;
     drop((files, shared));
     laps.lap("memory");
-    for (stub, process) in stubs.iter_mut().zip(&saved.processes) {
-        let process = &process.process;
-        attributes_of_process(stub, process, &mut notices)?;
-        if process.led_terminal_session && !descriptors::controls(&saved.table, process.pid) {
-            // A terminal belongs to one session, here the restorer's.
-            let what = "it led the session of a terminal and leads one without a terminal now";
-            notices.push(what.into());
-        }
-        install_descriptors(stub, &made)?;
-    }
-    call(&mut stubs, descriptors::finish_calls(&saved.table))?;
+    attributes_and_descriptors(&mut stubs, &saved, &made, &mut notices)?;
     laps.lap("attributes");
     let ended = threads_of_all(&mut stubs, &saved, &mut notices)?;
     laps.lap("threads");
@@ -207,6 +194,26 @@ pub fn restore(reader: &dyn EpochReader, options: &RestoreOptions) -> Result<Rea
         began,
         restore_us,
     })
+}
+
+/// Gives all processes their attributes, and their descriptors.
+fn attributes_and_descriptors(
+    stubs: &mut [Stub],
+    saved: &Saved,
+    made: &descriptors::Made,
+    notices: &mut Vec<String>,
+) -> Result<(), ProcessError> {
+    for (stub, process) in stubs.iter_mut().zip(&saved.processes) {
+        let process = &process.process;
+        attributes_of_process(stub, process, notices)?;
+        if process.led_terminal_session && !descriptors::controls(&saved.table, process.pid) {
+            // A terminal belongs to one session, here the restorer's.
+            let what = "it led the session of a terminal and leads one without a terminal now";
+            notices.push(what.into());
+        }
+        install_descriptors(stub, made)?;
+    }
+    call(stubs, descriptors::finish_calls(&saved.table))
 }
 
 /// Makes all threads with their states; returns results of interrupted calls that ended.
@@ -237,10 +244,18 @@ fn no_mounts(saved: &Saved, source: Errno) -> ProcessError {
     spawn_failed(saved.subject.root_process, failed)
 }
 
-fn namespace(saved: &Saved, away: Away, time: TimeOffsets) -> Result<PidNamespace, ProcessError> {
+/// Comes home, makes the PID namespace, and brings to it what belongs there.
+fn namespace(
+    saved: &Saved,
+    away: Away,
+    time: TimeOffsets,
+    made: &mut descriptors::Made,
+) -> Result<PidNamespace, ProcessError> {
     let root = saved.subject.root_process;
     let mounts = away.end().map_err(|e| no_mounts(saved, e))?;
-    PidNamespace::create(time, &mounts).map_err(|e| spawn_failed(root, e))
+    let namespace = PidNamespace::create(time, &mounts).map_err(|e| spawn_failed(root, e))?;
+    made.move_to(&namespace, &saved.table, saved.unused_id())?;
+    Ok(namespace)
 }
 
 /// The mapped files whose contents the epoch holds, by their spaces.
