@@ -170,7 +170,7 @@ pub struct CheckContext<'a> {
     pub held: HashMap<usize, OwnedFd>,
     /// What must be done to files, by device and inode.
     pub actions: HashMap<(u64, u64), FileAction>,
-    /// How many connections to outside peers are reset.
+    /// How many connections are reset.
     pub resets: usize,
     /// How many sockets have lost datagrams.
     pub datagram_sockets: usize,

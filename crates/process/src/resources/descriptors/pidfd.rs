@@ -94,7 +94,9 @@ impl Descriptor for PidfdState {
             let gone = spawn::ended_child(self.status).map_err(fail)?;
             return Ok(gone);
         };
+        // It stays where it is: not among the standard streams.
         let place = eventfd(0, EventfdFlags::CLOEXEC).map_err(fail)?;
+        let place = rustix::io::fcntl_dupfd_cloexec(place, 3).map_err(fail)?;
         cx.late.push(Late {
             index: about.index,
             place: place.as_raw_fd(),

@@ -6,7 +6,7 @@ use super::file::seek;
 use super::file_action::FileAction;
 use super::locks;
 use super::probe::failed;
-use super::table::{FdTable, Holder};
+use super::table::{FdTable, Holder, OpenDescription};
 use super::terminal_modes::Change;
 use super::{pty, tcp_pair, unix_pair};
 use crate::error::{ProcessError, Refusal};
@@ -81,6 +81,7 @@ impl Checked {
 /// sense.
 pub fn check_table(table: &FdTable, request: &CheckRequest<'_>) -> Result<Checked, ProcessError> {
     table.validate()?;
+    tcp_pair::forget_earlier_life(table);
     allow_descriptors(table.descriptions.len() as u64);
     let mut cx = CheckContext {
         request,
@@ -111,8 +112,9 @@ pub fn check_table(table: &FdTable, request: &CheckRequest<'_>) -> Result<Checke
     let mut notices = cx.notices;
     match cx.resets {
         0 => {}
-        1 => notices.push("1 connection to an outside peer was reset".into()),
-        n => notices.push(format!("{n} connections to outside peers were reset")),
+        n => notices.push(format!(
+            "connections that were reset, to outside peers or not accepted yet: {n}"
+        )),
     }
     if cx.datagram_sockets != 0 {
         notices.push(format!(
@@ -289,7 +291,7 @@ pub fn recreate_table(table: &FdTable, checked: Checked) -> Result<Made, Process
     let pid = checked.pid;
     let mut made = Made {
         pid,
-        descriptors: Vec::with_capacity(table.descriptions.len()),
+        descriptors: Vec::new(),
         actions: checked.actions,
         notices: Vec::new(),
         rewatches: Vec::new(),
@@ -304,7 +306,6 @@ pub fn recreate_table(table: &FdTable, checked: Checked) -> Result<Made, Process
     }
     let pairs = unix_pair::make(table, pid, &mut made.created)?;
     let mut notices = Vec::new();
-    let tcp = tcp_pair::make(table, &mut notices);
     let ptys = pty::make(table, pid, &mut notices)?;
     let mut cx = RecreateContext {
         pid,
@@ -312,7 +313,7 @@ pub fn recreate_table(table: &FdTable, checked: Checked) -> Result<Made, Process
         memories: checked.memories,
         pipes,
         pairs,
-        tcp,
+        tcp: HashMap::new(),
         ptys,
         modes: None,
         late: Vec::new(),
@@ -321,16 +322,29 @@ pub fn recreate_table(table: &FdTable, checked: Checked) -> Result<Made, Process
         notices,
         created: Vec::new(),
     };
-    for (about, description) in table.each() {
-        let result = description.object.recreate(&about, &mut cx);
-        made.created.append(&mut cx.created);
-        let fd = above_streams(pid, result?)?;
-        if description.object.sets_flags() {
-            set_flags(pid, &about, &description.object, &fd)?;
+    let mut fds: Vec<Option<OwnedFd>> = Vec::new();
+    fds.resize_with(table.descriptions.len(), || None);
+    // A socket can begin to listen only while no connection has its port.
+    for connections in [false, true] {
+        if connections {
+            cx.tcp = tcp_pair::make(table, &mut cx.notices);
         }
-        locks::take(pid, &about, &description.locks, &fd)?;
-        made.descriptors.push((fd, description.holders.clone()));
+        let is_one = |d: &OpenDescription| matches!(d.object, Description::TcpPairEnd(_));
+        for (about, description) in table.each().filter(|(_, d)| is_one(d) == connections) {
+            let result = description.object.recreate(&about, &mut cx);
+            made.created.append(&mut cx.created);
+            let fd = above_streams(pid, result?)?;
+            if description.object.sets_flags() {
+                set_flags(pid, &about, &description.object, &fd)?;
+            }
+            locks::take(pid, &about, &description.locks, &fd)?;
+            fds[about.index] = Some(fd);
+        }
     }
+    let described = fds.into_iter().zip(&table.descriptions);
+    made.descriptors = described
+        .filter_map(|(fd, description)| Some((fd?, description.holders.clone())))
+        .collect();
     made.notices = cx.notices;
     made.rewatches = cx.rewatches;
     made.late = cx.late;

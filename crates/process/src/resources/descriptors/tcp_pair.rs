@@ -319,6 +319,17 @@ pub(crate) fn validate(table: &FdTable) -> Result<(), ProcessError> {
     Ok(())
 }
 
+/// Has the kernel forget what it still keeps of these connections from the program's earlier life,
+/// and nobody has open: it would be in the way of sockets that are to listen on their ports.
+pub(crate) fn forget_earlier_life(table: &FdTable) {
+    for end in ends(table) {
+        if let (Ok(local), Ok(peer)) = (canonical(&end.local), canonical(&end.peer)) {
+            inet_diag::forget_if_orphan(local, peer);
+            inet_diag::forget_if_orphan(peer, local);
+        }
+    }
+}
+
 /// Makes all connections of a table, by number and end. One that cannot be made is left out, and
 /// told of.
 pub(crate) fn make(
@@ -470,12 +481,6 @@ impl TcpPairEndState {
 
 /// Makes both ends of a connection.
 fn join(one: &TcpPairEndState, two: &TcpPairEndState) -> Result<[OwnedFd; 2], Failed> {
-    if let (Ok(local), Ok(peer)) = (canonical(&one.local), canonical(&one.peer)) {
-        // What the kernel still keeps of the program's earlier life would be in the way.
-        for (from, to) in [(local, peer), (peer, local)] {
-            inet_diag::forget_if_orphan(from, to);
-        }
-    }
     let random = RandomState::new().hash_one(one.pair);
     let numbers = [random as u32, (random >> 32) as u32];
     let behind =

@@ -147,6 +147,56 @@ fn a_flood_that_is_stuck_is_neither_lost_nor_doubled() {
     assert_eq!(b.read(&mut [0]).unwrap(), 0);
 }
 
+/// A server that never asked to share its port is in nobody's way but its own.
+#[test]
+fn a_listener_and_its_connections_share_a_port_again() {
+    use rustix::net::{
+        AddressFamily, SocketType, accept, bind, connect, getsockname, listen, socket,
+    };
+    if !may_run("a_listener_and_its_connections_share_a_port_again") {
+        return;
+    }
+    let _quiet = no_child_starts();
+    let fresh = || socket(AddressFamily::INET, SocketType::STREAM, None).unwrap();
+    let (listener, client) = (fresh(), fresh());
+    bind(&listener, &"127.0.0.1:0".parse::<SocketAddr>().unwrap()).unwrap();
+    listen(&listener, 5).unwrap();
+    let at = SocketAddr::try_from(getsockname(&listener).unwrap()).unwrap();
+    connect(&client, &at).unwrap();
+    let server = accept(&listener).unwrap();
+    let numbers = [number(&listener), number(&client), number(&server)];
+    let table = collect(&numbers);
+    // The server's end is closed first, so that the kernel keeps it for a while.
+    drop(server);
+    drop((client, listener));
+    let mut made = recreate(&table);
+    assert_eq!(made.apply_files(me()).unwrap(), Vec::<String>::new());
+    let [listener, client, server] = numbers.map(|n| made_for(&made, n));
+    let (mut client, mut server) = (TcpStream::from(client), TcpStream::from(server));
+    client.write_all(b"old").unwrap();
+    assert_eq!(read(&mut server, 3), b"old");
+    let mut new = TcpStream::connect(at).unwrap();
+    new.write_all(b"new").unwrap();
+    let (mut accepted, _) = TcpListener::from(listener).accept().unwrap();
+    assert_eq!(read(&mut accepted, 3), b"new");
+}
+
+/// A keeper that died while it looked has left a connection in repair mode, in which the program
+/// could not send.
+#[test]
+fn what_a_dead_keeper_left_is_put_right() {
+    if !may_run("what_a_dead_keeper_left_is_put_right") {
+        return;
+    }
+    let _quiet = no_child_starts();
+    let [mut a, mut b] = pair("127.0.0.1:0");
+    std::mem::forget(outlive_linux::tcp::Repair::begin(a.as_fd()).unwrap());
+    assert!(a.write(b"x").is_err(), "it is in repair mode");
+    collect(&[number(&a), number(&b)]);
+    a.write_all(b"again").unwrap();
+    assert_eq!(read(&mut b, 5), b"again");
+}
+
 #[test]
 fn an_end_of_a_stream_comes_after_what_waits() {
     if !may_run("an_end_of_a_stream_comes_after_what_waits") {

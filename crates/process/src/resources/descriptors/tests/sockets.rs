@@ -168,7 +168,7 @@ fn connections_are_found_reset_with_a_notice() {
     let checked = check_table(&table, &request(FilesPolicy::Reconcile)).unwrap();
     assert_eq!(
         checked.notices(),
-        ["2 connections to outside peers were reset"]
+        ["connections that were reset, to outside peers or not accepted yet: 2"]
     );
     let made = recreate_table(&table, checked).unwrap();
     for original in [number(&server), number(&killed)] {
