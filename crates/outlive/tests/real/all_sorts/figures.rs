@@ -24,7 +24,7 @@ fn wanted() -> Option<PathBuf> {
 pub fn every(end: End) -> &'static str {
     match end {
         End::Killed if wanted().is_none() => "50ms",
-        End::Stopped if wanted().is_none() => "300ms",
+        End::Stopped if wanted().is_none() => "1s",
         _ => "100ms",
     }
 }

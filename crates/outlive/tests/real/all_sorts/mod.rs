@@ -284,7 +284,7 @@ fn a_changed_page_is_noticed(name: &str, program: &Program) {
     let before = life.progress();
     until("it works with it or ends", || {
         let ended = life.kept().keeper.try_wait().unwrap();
-        ended.is_some() || life.progress() > before + 5
+        ended.is_some() || life.progress() > before + 3
     });
     let judged = life.finish(program);
     let Err(noticed) = judged else {
