@@ -201,8 +201,7 @@ impl PageTracker {
 
     fn scan(&mut self, area: &PrivateArea, changes: &mut Changes) -> Result<(), Errno> {
         let (start, end) = area.span;
-        let doubtful = self.doubtful.iter().filter(|&at| (start..end).contains(at));
-        self.guarded.extend(doubtful);
+        self.resolve_doubts(area.span)?;
         if self.tracker.is_none() {
             self.scan_sorts(area.span, area, changes)?;
         } else {
@@ -228,6 +227,35 @@ impl PageTracker {
             guarded.insert(r.start);
             push_span(&mut changes.guards, (r.start, r.end));
         })?;
+        Ok(())
+    }
+
+    /// What was reported as written and could not be read is a guard, or was unmapped meanwhile, or
+    /// is protected and the kernel shows it only to who traces the program (which is nobody while it
+    /// runs). If it is still there, it was said to be written once and will not be again: the whole
+    /// area begins afresh.
+    fn resolve_doubts(&mut self, (start, end): Span) -> Result<(), Errno> {
+        let within = self.doubtful.iter().filter(|&at| (start..end).contains(at));
+        let doubtful: Vec<u64> = within.copied().collect();
+        let Some(tracker) = self.tracker.as_ref().filter(|_| !doubtful.is_empty()) else {
+            return Ok(());
+        };
+        let exists = Query {
+            all_of: pagemap::GUARD,
+            inverted: pagemap::GUARD,
+            any_of: pagemap::PRESENT | pagemap::SWAPPED,
+            ..Query::default()
+        };
+        let mut found = false;
+        for &at in &doubtful {
+            self.pagemap.scan(at, at + PAGE, exists, |_| found = true)?;
+            if found {
+                // If it was not registered, it is fresh in any case.
+                let _ = tracker.unregister(start, end);
+                break;
+            }
+        }
+        self.guarded.extend(doubtful);
         Ok(())
     }
 

@@ -117,7 +117,8 @@ fn boot<'a>(lab: &'a Lab, kernel: &'a Kernel, processor: &str) -> Result<Machine
 
 /// The program's errors go to a file of its own; what Outlive says goes to another.
 fn begin(machine: &Machine) -> Result<()> {
-    let program = "exec clocks realtime 2>>/disk/wrong";
+    // Two processes: the shell waits for it.
+    let program = "exec 2>>/disk/wrong; clocks realtime; exit $?";
     machine.must(": >/disk/record; : >/disk/wrong")?;
     // So high that no process of a machine that has just booted has the number.
     machine.must("echo 3000 >/proc/sys/kernel/ns_last_pid")?;

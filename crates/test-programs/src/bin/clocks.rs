@@ -3,8 +3,8 @@
 //! Threads read clocks without pause through the C library, which keeps the addresses of the
 //! kernel's functions for it (the vDSO); another looks these functions up again and again, as a
 //! library does that is loaded late; others sleep by absolute times and by a timer; one keeps
-//! changing memory by a rule that can be checked. With `realtime`, that clock must not run
-//! backwards either, which holds where nobody sets it.
+//! changing memory by a rule that can be checked, and looks at memory that is hidden in between.
+//! With `realtime`, that clock must not run backwards either, which holds where nobody sets it.
 //!
 //! Every half second it says `tick N mono A boot B real C worked D`, times in nanoseconds.
 //!
@@ -229,6 +229,7 @@ fn ring() {
 
 /// Changes memory, generation by generation.
 fn work() {
+    let hidden = hide();
     let mut words: Vec<u64> = (0..WORDS as u64).map(mix).collect();
     for generation in 0.. {
         for (i, word) in words.iter_mut().enumerate() {
@@ -238,8 +239,38 @@ fn work() {
             });
             *word = word.wrapping_add(1);
         }
+        protect(hidden, libc::PROT_READ);
+        // SAFETY: mapped, readable, and never unmapped.
+        let word = unsafe { hidden.read_volatile() };
+        check(word == HIDDEN, || format!("hidden memory holds {word:x}"));
+        protect(hidden, libc::PROT_NONE);
         WORKED.fetch_add(1, Ordering::Relaxed);
     }
+}
+
+const HIDDEN: u64 = 0x6869_6464_656e_2121;
+
+/// A page with contents that nobody may look at.
+fn hide() -> *const u64 {
+    let (rw, sort) = (
+        libc::PROT_READ | libc::PROT_WRITE,
+        libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
+    );
+    // SAFETY: a fresh mapping, which is written within its length.
+    let at = unsafe {
+        let at = libc::mmap(std::ptr::null_mut(), 4096, rw, sort, -1, 0);
+        check(at != libc::MAP_FAILED, || "mmap failed".into());
+        at.cast::<u64>().write(HIDDEN);
+        at.cast::<u64>().cast_const()
+    };
+    protect(at, libc::PROT_NONE);
+    at
+}
+
+fn protect(at: *const u64, protection: i32) {
+    // SAFETY: a mapping of this length that only this thread uses.
+    let r = unsafe { libc::mprotect(at.cast_mut().cast(), 4096, protection) };
+    expect("mprotect", r.into(), 0);
 }
 
 fn tick() {
