@@ -62,6 +62,10 @@ pub struct Settings {
     pub child: bool,
 }
 
+/// How often threads are looked for that did not stop in time and must be let go when they come
+/// back from the kernel.
+const STRAGGLERS_POLL: Duration = Duration::from_millis(20);
+
 /// Why the keeper is done.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Ending {
@@ -197,7 +201,10 @@ impl<'a, P: Program> Keeper<'a, P> {
     }
 
     fn sleep(&self, signals: &SignalQueue, control: &Control) -> Result<(), KeeperError> {
-        let wait = Duration::from_nanos(self.plan.wait(self.now()));
+        let mut wait = Duration::from_nanos(self.plan.wait(self.now()));
+        if outlive_process::release_stragglers() > 0 {
+            wait = wait.min(STRAGGLERS_POLL);
+        }
         let timeout = timespec(wait);
         let mut set = control.poll_set();
         set.push(PollFd::new(signals, PollFlags::IN));

@@ -90,6 +90,7 @@ vm_flags! {
     MAY_WRITE = 21, b"mw", "It may be made writable.";
     SHARED = 23, b"sh", "It was shared through a descriptor that may write.";
     MAY_READ = 22, b"mr", "It may be made readable: true of all that was looked at.";
+    LOCKED_ON_FAULT = 24, b"lf", "Locked page by page as it is touched (`MLOCK_ONFAULT`).";
     MIXED = 20, b"mm", "Mixed page frames and pages.";
 }
 

@@ -17,6 +17,7 @@
 #![allow(unsafe_code)]
 
 use crate::{Errno, last_error};
+use std::cell::RefCell;
 use std::time::{Duration, Instant};
 
 /// General registers of a thread, as `PTRACE_GETREGS` gives them.
@@ -101,6 +102,7 @@ impl Running {
     /// Seizes a thread. `own_child` says that it is the leader of a process which this process
     /// itself will wait for.
     pub fn seize(tid: u32, own_child: bool) -> Result<Self, Errno> {
+        release_stragglers();
         request(
             libc::PTRACE_SEIZE,
             tid,
@@ -184,16 +186,44 @@ impl Running {
 
 impl Drop for Running {
     fn drop(&mut self) {
-        // A running tracee cannot be detached: stop it first. If it does not stop within a
-        // second it is in the kernel; it stays seized until we exit, which detaches it.
+        // A running tracee cannot be detached: stop it first. One that does not stop soon sleeps
+        // in the kernel where nothing wakes it, and is let go when it comes back.
         if self.armed && self.interrupt().is_ok() {
-            let deadline = Instant::now() + Duration::from_secs(1);
-            if let Ok(stop) = wait_stop(self.tid, self.own_child, deadline) {
-                let signal = if let Stop::Signal(s) = stop { s } else { 0 };
-                let _ = request(libc::PTRACE_DETACH, self.tid, 0, signal as usize);
+            let straggler = (self.tid, self.own_child);
+            if !let_go(straggler, Instant::now() + Duration::from_secs(1)) {
+                STRAGGLERS.with_borrow_mut(|all| all.push(straggler));
             }
         }
     }
+}
+
+thread_local! {
+    /// Threads that this one seized and that had not stopped when they were given up: they will
+    /// stop some day, and stand until they are let go. Tracing belongs to a thread, so do these.
+    static STRAGGLERS: RefCell<Vec<(u32, bool)>> = const { RefCell::new(Vec::new()) };
+}
+
+/// Detaches a thread that has stopped by the deadline; whether it needs no more care.
+fn let_go((tid, own_child): (u32, bool), deadline: Instant) -> bool {
+    match wait_stop(tid, own_child, deadline) {
+        Ok(stop) => {
+            let signal = if let Stop::Signal(s) = stop { s } else { 0 };
+            let _ = request(libc::PTRACE_DETACH, tid, 0, signal as usize);
+            true
+        }
+        Err(WaitError::Timeout { .. }) => false,
+        Err(_) => true,
+    }
+}
+
+/// Lets threads go that the calling thread had seized and that did not stop in time, but have
+/// stopped by now; returns how many are still on their way. A tracer that lives on calls this again
+/// until there are none, or they would stand for ever once they come back from the kernel.
+pub fn release_stragglers() -> usize {
+    STRAGGLERS.with_borrow_mut(|all| {
+        all.retain(|&straggler| !let_go(straggler, Instant::now()));
+        all.len()
+    })
 }
 
 impl Halted {
@@ -365,6 +395,38 @@ impl Halted {
             if n < BATCH {
                 return Ok(all);
             }
+        }
+    }
+
+    /// Whether system calls of the thread are handed to a handler of its own
+    /// (`PR_SET_SYSCALL_USER_DISPATCH`): then no remote call may be made.
+    pub fn dispatches_calls(&self) -> Result<bool, Errno> {
+        const GET_SYSCALL_USER_DISPATCH_CONFIG: libc::c_uint = 0x4211;
+        let mut config = [0u64; 4];
+        let size = size_of_val(&config);
+        let at = config.as_mut_ptr() as usize;
+        match request(GET_SYSCALL_USER_DISPATCH_CONFIG, self.tid, size, at) {
+            Ok(_) => Ok(config[0] != 0),
+            // Kernels before 6.4 cannot tell.
+            Err(Errno::IO | Errno::INVAL) => Ok(false),
+            Err(e) => Err(e),
+        }
+    }
+
+    /// Whether the thread may access I/O ports (`ioperm(2)`).
+    pub fn accesses_ports(&self) -> Result<bool, Errno> {
+        const NT_386_IOPERM: usize = 0x201;
+        let mut bitmap = [0u8; 8192];
+        let mut room = libc::iovec {
+            iov_base: bitmap.as_mut_ptr().cast(),
+            iov_len: bitmap.len(),
+        };
+        let at = &raw mut room as usize;
+        match request(libc::PTRACE_GETREGSET, self.tid, NT_386_IOPERM, at) {
+            Ok(_) => Ok(room.iov_len > 0),
+            // No permissions, or a kernel without them.
+            Err(Errno::NXIO | Errno::NODEV | Errno::INVAL) => Ok(false),
+            Err(e) => Err(e),
         }
     }
 

@@ -102,6 +102,151 @@ pub fn set_u32(socket: BorrowedFd<'_>, level: i32, name: i32, value: u32) -> Res
     set(socket, level, name, &value.to_ne_bytes())
 }
 
+/// Whether a socket has a packet filter (`SO_GET_FILTER`), classic or eBPF.
+///
+/// # Errors
+/// What `getsockopt(2)` says.
+pub fn has_filter(socket: BorrowedFd<'_>) -> Result<bool, Errno> {
+    const SO_GET_FILTER: i32 = 26;
+    let mut len: libc::socklen_t = 0;
+    // SAFETY: with a length of 0 the kernel tells how many instructions there are, and writes none.
+    let answer = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            SO_GET_FILTER,
+            std::ptr::null_mut(),
+            &raw mut len,
+        )
+    };
+    match answer {
+        0 => Ok(len != 0),
+        _ => match last_error() {
+            // An eBPF program cannot be read like this.
+            Errno::ACCESS => Ok(true),
+            Errno::NOPROTOOPT | Errno::OPNOTSUPP => Ok(false),
+            error => Err(error),
+        },
+    }
+}
+
+/// Bytes that wait in a socket to be sent (`SO_MEMINFO`), with what the kernel needs to keep them.
+///
+/// # Errors
+/// What `getsockopt(2)` says.
+pub fn unsent(socket: BorrowedFd<'_>) -> Result<u32, Errno> {
+    const SO_MEMINFO: i32 = 55;
+    const WRITE_MEMORY: usize = 2;
+    let words = get(socket, libc::SOL_SOCKET, SO_MEMINFO, 36)?.unwrap_or_default();
+    let (words, _) = words.as_chunks::<4>();
+    Ok(words
+        .get(WRITE_MEMORY)
+        .map_or(0, |w| u32::from_ne_bytes(*w)))
+}
+
+/// How a socket belongs to a multicast group.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Membership {
+    /// It does not.
+    None,
+    /// Everything that is sent to the group is received.
+    Whole,
+    /// By a list of senders.
+    Filtered,
+}
+
+/// `struct group_filter` up to its list of senders, bytes.
+const GROUP_FILTER: usize = 144;
+/// `struct sockaddr_storage`, bytes.
+const STORAGE: usize = 128;
+
+fn group_request(interface: u32, group: std::net::IpAddr) -> [u8; 8 + STORAGE] {
+    let mut request = [0; 8 + STORAGE];
+    request[..4].copy_from_slice(&interface.to_ne_bytes());
+    let mut put =
+        |at: usize, bytes: &[u8]| request[8 + at..8 + at + bytes.len()].copy_from_slice(bytes);
+    match group {
+        std::net::IpAddr::V4(group) => {
+            put(0, &(libc::AF_INET as u16).to_ne_bytes());
+            put(4, &group.octets());
+        }
+        std::net::IpAddr::V6(group) => {
+            put(0, &(libc::AF_INET6 as u16).to_ne_bytes());
+            put(8, &group.octets());
+        }
+    }
+    request
+}
+
+fn level_of(group: std::net::IpAddr) -> i32 {
+    if group.is_ipv4() {
+        libc::IPPROTO_IP
+    } else {
+        libc::IPPROTO_IPV6
+    }
+}
+
+/// Whether a socket is in a multicast group on the interface with this number
+/// (`MCAST_MSFILTER`, ip(7)).
+///
+/// # Errors
+/// What `getsockopt(2)` says.
+pub fn membership(
+    socket: BorrowedFd<'_>,
+    interface: u32,
+    group: std::net::IpAddr,
+) -> Result<Membership, Errno> {
+    const MCAST_MSFILTER: i32 = 48;
+    const EXCLUDE: u32 = 0;
+    let mut filter = [0u8; GROUP_FILTER];
+    filter[..8 + STORAGE].copy_from_slice(&group_request(interface, group));
+    let mut len = GROUP_FILTER as libc::socklen_t;
+    // SAFETY: filter is a live array of len bytes, and asks for no senders; the kernel writes no
+    // more than that.
+    let answer = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            level_of(group),
+            MCAST_MSFILTER,
+            filter.as_mut_ptr().cast(),
+            &raw mut len,
+        )
+    };
+    if answer != 0 {
+        return match last_error() {
+            Errno::ADDRNOTAVAIL
+            | Errno::NODEV
+            | Errno::NOPROTOOPT
+            | Errno::OPNOTSUPP
+            | Errno::INVAL => Ok(Membership::None),
+            error => Err(error),
+        };
+    }
+    let word = |at: usize| {
+        u32::from_ne_bytes([filter[at], filter[at + 1], filter[at + 2], filter[at + 3]])
+    };
+    let (mode, senders) = (word(8 + STORAGE), word(12 + STORAGE));
+    Ok(if mode == EXCLUDE && senders == 0 {
+        Membership::Whole
+    } else {
+        Membership::Filtered
+    })
+}
+
+/// Joins a multicast group on the interface with this number (`MCAST_JOIN_GROUP`, ip(7)).
+///
+/// # Errors
+/// What `setsockopt(2)` says.
+pub fn join(socket: BorrowedFd<'_>, interface: u32, group: std::net::IpAddr) -> Result<(), Errno> {
+    const MCAST_JOIN_GROUP: i32 = 42;
+    set(
+        socket,
+        level_of(group),
+        MCAST_JOIN_GROUP,
+        &group_request(interface, group),
+    )
+}
+
 /// What a TCP socket tells of itself (`TCP_INFO`), as far as it is needed here.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TcpInfo {

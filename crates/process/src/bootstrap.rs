@@ -92,6 +92,14 @@ pub fn make_arena(
         args,
         "making working memory executable",
     );
+    let executable = executable.map_err(|e| match e {
+        ProcessError::NotPermitted { .. } => {
+            let what = "memory that may not become executable (PR_SET_MDWE, or a security module)";
+            let remedy = "run the program without this restriction";
+            ProcessError::Refused(vec![target.refusal("", what, remedy)])
+        }
+        other => other,
+    });
     match arena.and_then(|arena| executable.map(|_| arena)) {
         Ok(arena) => Ok(arena),
         Err(e) => {

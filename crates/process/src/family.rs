@@ -42,16 +42,18 @@ pub fn list(root: u32, adopters: &[u32]) -> Vec<Kin> {
             all.extend(children(pid).into_iter().map(|child| Kin {
                 pid: child,
                 parent: pid,
-                zombie: Status::read(child, child).is_ok_and(|s| matches!(s.state, b'Z' | b'X')),
+                zombie: has_ended(child),
             }));
         }
     }
     all
 }
 
-/// Whether a process has ended, and perhaps waits for its parent to ask for its exit status.
+/// Whether a process has ended, and perhaps waits for its parent to ask for its exit status. One
+/// whose leading thread alone has ended has not.
 pub fn has_ended(pid: u32) -> bool {
-    Status::tells_end(pid, pid)
+    let alone = || std::fs::read_dir(format!("/proc/{pid}/task")).map_or(true, |t| t.count() < 2);
+    Status::tells_end(pid, pid) && alone()
 }
 
 /// The child of a process that sees itself with this ID.
@@ -60,9 +62,10 @@ pub fn child_with_id(parent: u32, id: u32) -> Option<u32> {
     children(parent).into_iter().find(is)
 }
 
-/// The same, or will have in a moment: its memory goes before it is seen to have ended.
+/// Whether a process has ended, or will have in a moment: its memory goes before it is seen to have
+/// ended, and its leading thread may go before the others.
 pub fn is_ending(pid: u32) -> bool {
-    const MOMENT: Duration = Duration::from_millis(50);
+    const MOMENT: Duration = Duration::from_millis(100);
     let deadline = Instant::now() + MOMENT;
     while !has_ended(pid) {
         if Instant::now() > deadline {

@@ -4,7 +4,9 @@
 //! # A known limit
 //! `madvise` and `mlock` on whole mappings leave no trace but these flags. They are read again
 //! whenever mappings changed, at the two epochs after that, and every [`MAX_AGE`]; a later change
-//! of flags alone can therefore be missing from the epochs of that time.
+//! of flags alone can therefore be missing from the epochs of that time. That future memory is to
+//! be locked (`MCL_FUTURE`) is seen when a process is first looked at, and policies of memory nodes
+//! (`mbind(2)`) only then.
 
 use crate::ProcessError;
 use crate::target::Target;
@@ -41,6 +43,14 @@ impl FlagsCache {
         self.known = maps::read_with_flags(target.pid).map_err(failed)?;
         self.read_at = Some(Instant::now());
         Ok(())
+    }
+
+    /// The flags of the mapping at an address, as they were read last.
+    #[must_use]
+    pub fn at(&self, address: u64) -> VmFlags {
+        let at = self.known.partition_point(|(k, _)| k.end <= address);
+        let found = self.known.get(at).filter(|(k, _)| k.start <= address);
+        found.map_or(VmFlags::default(), |(_, flags)| *flags)
     }
 
     /// Gives flags to the mappings found at the stop: those of the mapping that lay there when the

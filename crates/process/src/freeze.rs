@@ -5,8 +5,8 @@
 //!   the registers and the signal mask that it had, unless the caller says otherwise.
 //! - Nobody stays seized: seize, work, detach.
 
-use crate::ProcessError;
 use crate::target::{Status, Target};
+use crate::{ProcessError, preflight};
 use outlive_linux::Errno;
 use outlive_linux::ptrace::{Halted, Registers, Running, Stop, WaitError};
 use outlive_linux::remote::{Arena, Batch, InFlight, RemoteError, Rescue, Results, single};
@@ -261,6 +261,14 @@ fn seize(target: &Target, tid: u32) -> Result<Option<Running>, ProcessError> {
         // The thread ended between the listing and now, or is a zombie.
         Err(Errno::SRCH) => return Ok(None),
         Err(Errno::PERM) if Status::tells_end(target.pid, tid) => return Ok(None),
+        Err(Errno::PERM) => {
+            let status = Status::read(target.pid, tid).ok();
+            let traced = status.map(|status| preflight::of_thread(target, tid, &status));
+            return Err(match traced {
+                Some(refusals) if !refusals.is_empty() => ProcessError::Refused(refusals),
+                _ => target.kernel(format!("tracing thread {tid}"), Errno::PERM),
+            });
+        }
         Err(e) => return Err(target.kernel(format!("tracing thread {tid}"), e)),
     };
     match running.interrupt() {

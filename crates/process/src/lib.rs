@@ -35,5 +35,6 @@ mod waits;
 
 pub use captured::Captured;
 pub use error::{ProcessError, Refusal};
+pub use outlive_linux::ptrace::release_stragglers;
 pub use restore::{FilesPolicy, Ready, RestoreOptions, Restored, restore};
 pub use track::{Stopped, TrackOptions, Tracked, Tracking};

@@ -11,7 +11,7 @@ use crate::reentry::{Sleepers, WaitBook};
 use crate::resources::shared::{self, SharedObjects};
 use crate::resources::{attributes, memory, signals, thread, timers};
 use crate::target::Target;
-use crate::{ProcessError, Refusal, preflight};
+use crate::{ProcessError, Refusal, namespaces, preflight};
 use outlive_epoch::{PageSink, Run};
 use outlive_linux::maps::{self, Mapping, VmFlags};
 use outlive_linux::remote::{Arena, Batch, CallId, Results};
@@ -27,6 +27,8 @@ pub struct Member {
     waits: WaitBook,
     build_ids: memory::BuildIds,
     flags: FlagsCache,
+    /// How the program locks memory that it will map, once that was looked at.
+    lock_future: Option<u32>,
     /// The buffer of an earlier stop, to be used again: fresh memory is faulted in at the stop.
     pub spare: Vec<u8>,
 }
@@ -85,10 +87,13 @@ pub fn look(
     sleepers: &Sleepers,
 ) -> Result<Vec<Seen>, ProcessError> {
     let mut seen = Vec::with_capacity(threads.len());
-    for held in threads {
+    for held in threads.iter_mut() {
         let sight = thread::look(target, held)?;
         let left = waits.prepare(target, held, &sight.status, sleepers);
         seen.push((sight, left));
+    }
+    for held in threads {
+        thread::refuse(target, held)?;
     }
     Ok(seen)
 }
@@ -139,6 +144,7 @@ impl Member {
             waits,
             build_ids: memory::BuildIds::default(),
             flags: FlagsCache::default(),
+            lock_future: None,
             spare: Vec::new(),
         };
         Ok((member, tracking))
@@ -169,6 +175,9 @@ impl Member {
     /// What is done before a stop, while the program runs.
     pub fn before_stop(&mut self) -> Result<Sleepers, ProcessError> {
         self.flags.refresh(&self.target)?;
+        if self.lock_future.is_none() {
+            self.lock_future = Some(future_locking(self.flags.at(self.arena.range().0)));
+        }
         Ok(self.waits.look(&self.target))
     }
 
@@ -176,6 +185,14 @@ impl Member {
     #[must_use]
     pub fn has_nameless(&self, threads: &[Held], sleepers: &Sleepers) -> bool {
         threads.iter().any(|t| self.waits.is_nameless(t, sleepers))
+    }
+
+    /// Refuses a process that has gone to other namespaces since it was adopted.
+    pub fn refuse_moved(&self, root: u32) -> Result<(), ProcessError> {
+        match namespaces::refusals(&self.target, root)? {
+            moved if moved.is_empty() => Ok(()),
+            moved => Err(ProcessError::Refused(moved)),
+        }
     }
 
     /// See [`look`].
@@ -246,7 +263,7 @@ impl Member {
         let timers = timers::collect(&self.target, &self.arena, threads)?;
         let (leader, signals) = (&threads[0], &asked.signals);
         let signals = signals::collect(&self.target, leader, signals, &answers[0], timers)?;
-        let memory = memory::collect(
+        let mut memory = memory::collect(
             &self.target,
             &mappings,
             &guards,
@@ -255,6 +272,7 @@ impl Member {
             asked.memory,
             &answers[0],
         )?;
+        memory.lock_future = self.lock_future.unwrap_or(0);
         laps.lap("describe");
         let mut states = Vec::with_capacity(threads.len());
         for (((held, (sight, left)), asked), answers) in
@@ -319,6 +337,34 @@ impl Member {
     }
 }
 
+/// The flags of `mlockall(2)` by which new memory is locked. Nothing tells of them but new memory
+/// itself: our own, which is as old as the foothold.
+fn future_locking(ours: VmFlags) -> u32 {
+    let has = |flag, word: libc::c_int| if ours.has(flag) { word as u32 } else { 0 };
+    has(VmFlags::LOCKED, libc::MCL_FUTURE) | has(VmFlags::LOCKED_ON_FAULT, libc::MCL_ONFAULT)
+}
+
+/// Refuses memory that is bound to memory nodes in ranges of its own (`mbind(2)`). A range without
+/// a policy shows that of the process.
+fn refuse_policies(target: &Target, refusals: &mut Vec<Refusal>) {
+    // A kernel without memory nodes has no such file.
+    let text = target.proc_file("numa_maps").unwrap_or_default();
+    let text = String::from_utf8_lossy(&text);
+    let ranges = text.lines().filter_map(|line| {
+        let mut words = line.split(' ');
+        Some((words.next()?, words.next()?))
+    });
+    let mut first = None;
+    for (address, policy) in ranges {
+        if *first.get_or_insert(policy) != policy {
+            let what = format!("memory with a policy of its own (mbind: {policy})");
+            let remedy = "run the program under numactl instead";
+            refusals.push(target.refusal(format!("address {address}"), what, remedy));
+            return;
+        }
+    }
+}
+
 type Foothold = (Arena, u64, Result<WriteTracker, String>);
 
 fn foothold(
@@ -369,6 +415,7 @@ pub fn refusals(target: &Target, root: u32) -> Result<Vec<Refusal>, ProcessError
             refusals.push(memory::refusal(target, m, what));
         }
     }
+    refuse_policies(target, &mut refusals);
     Ok(refusals)
 }
 

@@ -41,6 +41,15 @@ impl Target {
             return Err(ProcessError::Gone { pid, what });
         }
         if matches!(status.state, b'Z' | b'X') {
+            if !crate::family::is_ending(pid) {
+                return Err(ProcessError::Refused(vec![Refusal {
+                    pid,
+                    program: status.name,
+                    place: String::new(),
+                    what: "its leading thread has ended while others run".into(),
+                    remedy: "this cannot be saved yet".into(),
+                }]));
+            }
             return Err(ProcessError::Gone {
                 pid,
                 what: "has ended".into(),
@@ -306,6 +315,8 @@ pub struct Stat {
     /// `start_code`, `end_code`, `start_stack`, `start_data`, `end_data`, `start_brk`,
     /// `arg_start`, `arg_end`, `env_start`, `env_end`.
     pub layout: [u64; 10],
+    /// The signal by which the parent is told of its end; 0 for none.
+    pub exit_signal: u32,
     /// Exit status of a zombie, as `wait(2)` gives it.
     pub exit_status: u32,
 }
@@ -346,6 +357,7 @@ impl Stat {
                 .filter(|&group| group != 0),
             flags: field(9)?,
             layout: values,
+            exit_signal: field(38)? as u32,
             exit_status: field(52)? as u32,
         })
     }

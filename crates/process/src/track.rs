@@ -226,6 +226,7 @@ impl Tracked {
         if self.tracking != Tracking::WriteProtect {
             return Ok(());
         }
+        let_spawn(self.root, &self.adopters)?;
         self.adopt_all()?;
         for run in self.retired.drain(..) {
             sink.absent(run)?;
@@ -244,7 +245,7 @@ impl Tracked {
                     Err(_) if !member.is_intact() => {}
                     // A child may end at any time.
                     Err(_) if *pid != self.root && family::is_ending(*pid) => {}
-                    Err(e) => return Err(e),
+                    Err(e) => return Err(cause(e, &member.target, self.root)),
                 }
             }
             if pass == 0 {
@@ -261,7 +262,7 @@ impl Tracked {
     /// Freezes the program and takes everything that is left into memory. On failure the program
     /// runs on as before.
     pub fn stop(&mut self) -> Result<(Stopped<'_>, Captured), ProcessError> {
-        let_spawn(self.root, &self.adopters);
+        let_spawn(self.root, &self.adopters)?;
         let urgent = Urgent::begin();
         let mut tries = 0;
         let (began, mut frozen, zombies) = loop {
@@ -295,7 +296,8 @@ impl Tracked {
             }
             Err(e) => {
                 self.let_go(frozen)?;
-                Err(e)
+                let explained = |e, member: &Member| cause(e, &member.target, self.root);
+                Err(self.members.values().fold(e, explained))
             }
         }
     }
@@ -303,7 +305,10 @@ impl Tracked {
     fn before_stop(&mut self) -> Result<BTreeMap<u32, Sleepers>, ProcessError> {
         let mut sleepers = BTreeMap::new();
         for (pid, member) in &mut self.members {
-            match member.before_stop() {
+            match member
+                .refuse_moved(self.root)
+                .and_then(|()| member.before_stop())
+            {
                 Ok(found) => drop(sleepers.insert(*pid, found)),
                 Err(_) if *pid != self.root && family::is_ending(*pid) => {}
                 Err(e) => return Err(e),
@@ -569,6 +574,16 @@ impl Tracked {
     }
 }
 
+/// What made a call fail: memory of a sort that cannot be tracked is refused by its name.
+fn cause(error: ProcessError, target: &Target, root: u32) -> ProcessError {
+    match (error, member::refusals(target, root)) {
+        (ProcessError::Kernel { .. }, Ok(found)) if !found.is_empty() => {
+            ProcessError::Refused(found)
+        }
+        (error, _) => error,
+    }
+}
+
 fn remove_from(member: &mut Member, timeout: Duration) -> Result<(), ProcessError> {
     let sleepers = member.before_stop()?;
     let mut threads = freeze(&member.target, timeout)?;
@@ -620,17 +635,40 @@ impl Drop for Tracked {
 }
 
 /// Waits a while for processes that are about to begin a program of their own: their parents
-/// could not be stopped, while everything else stands still already.
-fn let_spawn(root: u32, adopters: &[u32]) {
+/// could not be stopped, while everything else stands still already. One that does not come to it
+/// is refused.
+fn let_spawn(root: u32, adopters: &[u32]) -> Result<(), ProcessError> {
+    let spawning = || {
+        let all = family::list(root, adopters).into_iter();
+        all.filter(family::is_spawning)
+            .map(|kin| kin.pid)
+            .collect::<BTreeSet<u32>>()
+    };
     let deadline = Instant::now() + SPAWN_PATIENCE;
-    while family::list(root, adopters).iter().any(family::is_spawning) && Instant::now() < deadline
-    {
+    let first = spawning();
+    let mut now = first.clone();
+    while !now.is_empty() && Instant::now() < deadline {
         std::thread::sleep(SPAWN_POLL);
+        now = spawning();
+    }
+    let stuck = first
+        .intersection(&now)
+        .filter_map(|&pid| Target::open(pid).ok());
+    let refusals: Vec<Refusal> = stuck
+        .map(|target| {
+            let what = "its parent waits until it begins a program of its own (vfork)";
+            target.refusal("", what, "try again when it has")
+        })
+        .collect();
+    if refusals.is_empty() {
+        Ok(())
+    } else {
+        Err(ProcessError::Refused(refusals))
     }
 }
 
 fn refuse_early(root: u32, adopters: &[u32]) -> Result<(), ProcessError> {
-    let_spawn(root, adopters);
+    let_spawn(root, adopters)?;
     let mut refusals: Vec<Refusal> = Vec::new();
     let mut targets = vec![Target::open(root)?];
     for kin in family::list(root, adopters)

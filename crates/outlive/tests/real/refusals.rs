@@ -214,12 +214,16 @@ fn state_that_cannot_be_saved_is_named_and_the_program_runs_on() {
         return;
     }
     let (_alone, place) = (alone(), Place::new());
-    let refused = test_program("refused");
+    let refused = test_program("kinds");
     for (kind, words) in [
-        ("foreign-memory", &["System V", "outside"][..]),
-        ("netlink", &["fd ", "netlink"]),
+        ("system-v-memory-of-others", &["System V", "outside"][..]),
+        ("asynchronous-io", &["address", "asynchronous"]),
+        ("socket-netlink", &["fd ", "netlink"]),
         ("io-uring", &["fd ", "io_uring"]),
-        ("stranger-owns", &["fd ", "which is not of this program"]),
+        (
+            "file-signals-stranger",
+            &["fd ", "which is not of this program"],
+        ),
     ] {
         let mut program = place.program(&refused, &[kind]);
         let pid = program.pid();
@@ -227,12 +231,12 @@ fn state_that_cannot_be_saved_is_named_and_the_program_runs_on() {
         until("it is ready", || out().contains("ready"));
         let number = pid.to_string();
         let done = place.call(&["checkpoint", "--pid", &number, "--image", "image"]);
-        done.fails(3, &["refused", &format!("pid {pid} (refused)")]);
+        done.fails(3, &["refused", &format!("pid {pid} (kinds)")]);
         done.fails(3, words);
         assert!(!place.path("image").exists(), "{kind}");
         signal(pid, Signal::USR1);
         assert_eq!(program.keeper.wait().unwrap().code(), Some(0), "{kind}");
-        assert!(out().contains("unharmed"), "{kind}");
+        assert!(out().contains("intact"), "{kind}");
     }
 }
 
@@ -242,10 +246,17 @@ fn under_run_what_cannot_be_saved_is_said_once_and_the_program_goes_on() {
         return;
     }
     let (_alone, place) = (alone(), Place::new());
-    let refused = test_program("refused");
+    let refused = test_program("kinds");
     let program = refused.as_str();
     let words = [
-        "run", "--name", "a", "--every", "20ms", "--", program, "netlink",
+        "run",
+        "--name",
+        "a",
+        "--every",
+        "20ms",
+        "--",
+        program,
+        "socket-netlink",
     ];
     let mut command = place.command(&words);
     let errors = place.new_errors();
@@ -269,6 +280,6 @@ fn under_run_what_cannot_be_saved_is_said_once_and_the_program_goes_on() {
     let said = place.said();
     assert_eq!(said.matches("netlink").count(), 1, "{said}");
     signal(kept.keeper.id(), Signal::USR1);
-    assert_eq!(kept.line(), "unharmed");
+    assert_eq!(kept.line(), "intact");
     assert_eq!(kept.code(), 0);
 }

@@ -5,6 +5,7 @@ use crate::ProcessError;
 use crate::target::{Stat, Status, Target};
 use outlive_linux::remote::{Arg, Batch, CallId, Results};
 use outlive_state_tree::StateNode;
+use std::os::unix::fs::MetadataExt;
 
 /// A process.
 #[derive(StateNode, Clone, Debug, PartialEq, Eq)]
@@ -15,6 +16,8 @@ pub struct ProcessState {
     pub pid: u32,
     /// Parent within the subject; 0 for the root, and where the parent has ended.
     pub parent: u32,
+    /// The signal by which its parent is told of its end; 0 for none.
+    pub exit_signal: u32,
     /// Process group, 0 where it is one of an outer PID namespace.
     pub pgid: u32,
     /// Session, 0 where it is one of an outer PID namespace.
@@ -49,6 +52,14 @@ pub struct ProcessState {
     pub child_subreaper: u32,
     /// `PR_GET_THP_DISABLE`.
     pub thp_disable: u64,
+    /// `PR_MCE_KILL_GET`.
+    pub machine_check_policy: u64,
+    /// `PR_GET_MEMORY_MERGE`.
+    pub memory_merge: u64,
+    /// `PR_GET_IO_FLUSHER`.
+    pub io_flusher: u64,
+    /// `PR_GET_SPECULATION_CTRL` for store bypass, indirect branches and the L1 data cache.
+    pub speculation: Vec<u64>,
     /// `PR_GET_TIMERSLACK`, nanoseconds, of the leading thread.
     pub timer_slack_ns: u64,
     /// Registrations of `membarrier(2)`, as a bit mask of its commands.
@@ -66,6 +77,92 @@ pub struct Asked {
     values: [CallId; 5],
     words: [CallId; 2],
     membarrier: CallId,
+    /// What kernels of some age, or without the feature, do not answer.
+    optional: [CallId; OPTIONAL.len()],
+    refused: RefusedIfSet,
+}
+
+/// Switches that may be unknown: then they are as at the start of every process.
+const OPTIONAL: [(u64, u64); 6] = [
+    (PR_MCE_KILL_GET, 0),
+    (PR_GET_MEMORY_MERGE, 0),
+    (PR_GET_IO_FLUSHER, 0),
+    (libc::PR_GET_SPECULATION_CTRL as u64, 0),
+    (libc::PR_GET_SPECULATION_CTRL as u64, 1),
+    (libc::PR_GET_SPECULATION_CTRL as u64, 2),
+];
+
+const PR_MCE_KILL_GET: u64 = libc::PR_MCE_KILL_GET as u64;
+const PR_GET_IO_FLUSHER: u64 = 58;
+const PR_SET_IO_FLUSHER: u64 = 57;
+const PR_GET_MDWE: u64 = 66;
+const PR_SET_MEMORY_MERGE: u64 = 67;
+const PR_GET_MEMORY_MERGE: u64 = 68;
+const PR_SCHED_CORE: u64 = 62;
+const ARCH_GET_CPUID: u64 = 0x1011;
+
+/// Questions about what is not restored, so that a program that uses it is refused.
+#[derive(Clone, Debug)]
+struct RefusedIfSet {
+    write_or_execute: CallId,
+    time_stamp_counter: CallId,
+    core_scheduling: CallId,
+    processor_id: CallId,
+    local_descriptors: CallId,
+}
+
+impl RefusedIfSet {
+    fn ask(batch: &mut Batch) -> Self {
+        let v = Arg::Value;
+        let zero = || Arg::Value(0);
+        Self {
+            write_or_execute: batch.push(
+                libc::SYS_prctl,
+                [v(PR_GET_MDWE), zero(), zero(), zero(), zero()],
+            ),
+            time_stamp_counter: prctl(batch, libc::PR_GET_TSC, Arg::Out(4)),
+            core_scheduling: batch.push(
+                libc::SYS_prctl,
+                [v(PR_SCHED_CORE), zero(), zero(), zero(), Arg::Out(8)],
+            ),
+            processor_id: batch.push(libc::SYS_arch_prctl, [v(ARCH_GET_CPUID), zero()]),
+            local_descriptors: batch.push(libc::SYS_modify_ldt, [zero(), Arg::Out(16), v(16)]),
+        }
+    }
+
+    /// What is set of these. A question that is not understood is about something that is not there.
+    fn found(&self, answers: &Results) -> Vec<&'static str> {
+        let nonzero = |id| answers.value(id).is_ok_and(|v| v != 0);
+        let written = |id, arg: usize| {
+            answers.value(id).is_ok() && answers.out(id, arg).iter().any(|&b| b != 0)
+        };
+        let off = answers.value(self.time_stamp_counter).is_ok()
+            && answers.out(self.time_stamp_counter, 1).first()
+                == Some(&(libc::PR_TSC_SIGSEGV as u8));
+        let list = [
+            (
+                nonzero(self.write_or_execute),
+                "memory that may not become executable (PR_SET_MDWE)",
+            ),
+            (off, "the time stamp counter is switched off (PR_SET_TSC)"),
+            (
+                written(self.core_scheduling, 4),
+                "a core-scheduling group (PR_SCHED_CORE)",
+            ),
+            (
+                answers.value(self.processor_id) == Ok(0),
+                "the CPUID instruction is switched off (ARCH_SET_CPUID)",
+            ),
+            (
+                nonzero(self.local_descriptors),
+                "a local descriptor table (modify_ldt)",
+            ),
+        ];
+        list.into_iter()
+            .filter(|(set, _)| *set)
+            .map(|(_, what)| what)
+            .collect()
+    }
 }
 
 const MEMBARRIER_GET_REGISTRATIONS: u64 = 1 << 9;
@@ -97,11 +194,24 @@ pub fn ask(batch: &mut Batch) -> Asked {
         Arg::Value(0),
         Arg::Value(0),
     ];
+    let optional = OPTIONAL.map(|(option, argument)| {
+        let zero = || Arg::Value(0);
+        let args = [
+            Arg::Value(option),
+            Arg::Value(argument),
+            zero(),
+            zero(),
+            zero(),
+        ];
+        batch.push(libc::SYS_prctl, args)
+    });
     Asked {
         timers,
         values,
         words,
         membarrier: batch.push(libc::SYS_membarrier, args),
+        optional,
+        refused: RefusedIfSet::ask(batch),
     }
 }
 
@@ -112,6 +222,14 @@ pub fn collect(
     asked: &Asked,
     answers: &Results,
 ) -> Result<ProcessState, ProcessError> {
+    let mut found = asked.refused.found(answers);
+    let namespace =
+        |name: &str| std::fs::metadata(format!("/proc/{}/ns/{name}", target.pid)).map(|m| m.ino());
+    if namespace("pid_for_children").ok() != namespace("pid").ok() {
+        found.push("its children will live in another PID namespace (unshare)");
+    }
+    refuse(target, found)?;
+    let optional = asked.optional.map(|id| answers.value(id).unwrap_or(0));
     let stat = Stat::read(target.pid).map_err(|e| target.kernel("reading its stat", e))?;
     let mut interval_timers = Vec::with_capacity(12);
     for id in asked.timers {
@@ -138,13 +256,14 @@ pub fn collect(
     Ok(ProcessState {
         pid: target.id,
         parent: 0,
+        exit_signal: stat.exit_signal,
         pgid: status.inner.pgid,
         sid: status.inner.sid,
         led_terminal_session: stat.sid == target.pid && stat.tty != 0,
         executable: target.proc_link("exe")?,
         command_line: target.proc_file("cmdline")?,
-        working_directory: target.proc_link("cwd")?,
-        root_directory: target.proc_link("root")?,
+        working_directory: directory(target, "cwd", "working directory")?,
+        root_directory: directory(target, "root", "root directory")?,
         umask: status.umask,
         limits: parse_limits(&target.proc_file("limits")?),
         interval_timers,
@@ -155,6 +274,10 @@ pub fn collect(
         secure_bits: values[2],
         child_subreaper: words[1],
         thp_disable: values[3],
+        machine_check_policy: optional[0],
+        memory_merge: optional[1],
+        io_flusher: optional[2],
+        speculation: optional[3..].to_vec(),
         timer_slack_ns: values[4],
         // Kernels before 6.3 cannot tell; programs there register again at their next use or not.
         membarrier: answers.value(asked.membarrier).unwrap_or(0),
@@ -163,6 +286,30 @@ pub fn collect(
             .proc_file("coredump_filter")
             .map_or(0x33, |t| number(&t, 16) as u64),
     })
+}
+
+fn refuse(target: &Target, found: Vec<&'static str>) -> Result<(), ProcessError> {
+    if found.is_empty() {
+        return Ok(());
+    }
+    let refusal = |what| target.refusal("", what, "this cannot be saved yet");
+    Err(ProcessError::Refused(
+        found.into_iter().map(refusal).collect(),
+    ))
+}
+
+/// The path of a directory that the process stands in, which must still be there.
+fn directory(target: &Target, link: &str, what: &str) -> Result<Vec<u8>, ProcessError> {
+    let path = target.proc_link(link)?;
+    let followed = std::fs::metadata(format!("/proc/{}/{link}", target.pid));
+    if path.ends_with(b" (deleted)") && followed.is_ok_and(|m| m.nlink() == 0) {
+        let what = format!("its {what} was deleted: {}", String::from_utf8_lossy(&path));
+        let remedy = "have the program change to another directory";
+        return Err(ProcessError::Refused(vec![
+            target.refusal("", what, remedy),
+        ]));
+    }
+    Ok(path)
 }
 
 fn number(text: &[u8], radix: u32) -> i64 {
@@ -267,10 +414,53 @@ pub fn recreate(state: &ProcessState, batch: &mut Batch) -> Vec<String> {
         prctl(batch, option, v(value));
         what.push(format!("prctl option {option}"));
     }
+    what.extend(recreate_optional(state, batch));
     // Each bit is a registration command of its own.
     for bit in (0..64).filter(|b| state.membarrier & 1 << b != 0) {
         batch.push(libc::SYS_membarrier, [v(1 << bit), v(0), v(0)]);
         what.push("registering for membarrier".into());
+    }
+    what
+}
+
+/// Adds the calls for switches that not every kernel has, where they are not as at the start.
+/// Threads that are made afterwards inherit what belongs to a thread.
+fn recreate_optional(state: &ProcessState, batch: &mut Batch) -> Vec<String> {
+    /// `PR_MCE_KILL_DEFAULT`.
+    const MACHINE_CHECK_DEFAULT: u64 = 2;
+    /// It can be chosen for each thread (`PR_SPEC_PRCTL`).
+    const CHOSEN: u64 = 1;
+    /// It was chosen otherwise than allowed: `PR_SPEC_DISABLE` and the stronger forms.
+    const RESTRICTED: u64 = 0x4 | 0x8 | 0x10;
+    let mut calls = Vec::new();
+    if state.machine_check_policy < MACHINE_CHECK_DEFAULT {
+        let set = libc::PR_MCE_KILL_SET as u64;
+        calls.push([libc::PR_MCE_KILL as u64, set, state.machine_check_policy]);
+    }
+    if state.memory_merge != 0 {
+        calls.push([PR_SET_MEMORY_MERGE, 1, 0]);
+    }
+    if state.io_flusher != 0 {
+        calls.push([PR_SET_IO_FLUSHER, 1, 0]);
+    }
+    for (which, &value) in state.speculation.iter().take(3).enumerate() {
+        if value & CHOSEN != 0 && value & RESTRICTED != 0 {
+            let set = libc::PR_SET_SPECULATION_CTRL as u64;
+            calls.push([set, which as u64, value & RESTRICTED]);
+        }
+    }
+    let zero = || Arg::Value(0);
+    let mut what = Vec::new();
+    for [option, first, second] in calls {
+        let args = [
+            Arg::Value(option),
+            Arg::Value(first),
+            Arg::Value(second),
+            zero(),
+            zero(),
+        ];
+        batch.push(libc::SYS_prctl, args);
+        what.push(format!("prctl option {option}"));
     }
     what
 }

@@ -23,6 +23,8 @@ pub struct MemoryState {
     pub brk: u64,
     /// The auxiliary vector, as the kernel shows it.
     pub auxiliary_vector: Vec<u8>,
+    /// How memory is locked that will be mapped: the flags of `mlockall(2)`, 0 for not at all.
+    pub lock_future: u32,
     /// Guard regions: start and end addresses in turn.
     pub guards: Vec<u64>,
     /// The files that are mapped.
@@ -163,6 +165,7 @@ pub fn kind_of(m: &Mapping, flags: VmFlags) -> Result<AreaKind, &'static str> {
         true if shared::Sort::of(m) == Some(shared::Sort::Segment) => Ok(AreaKind::Segment),
         true if shared::Sort::of(m).is_some() => Ok(AreaKind::SharedMemory),
         false if shared::Sort::of(m).is_some() => Ok(AreaKind::PrivateMemory),
+        _ if starts(b"/secretmem") => Err("secret memory"),
         _ if starts(b"/[aio]") => Err("an asynchronous I/O context"),
         _ if starts(b"anon_inode:") => Err("memory of a kernel object"),
         _ if !starts(b"/") => Err("memory of an unknown sort"),
@@ -236,6 +239,7 @@ pub fn collect(
         layout: stat.layout.to_vec(),
         brk,
         auxiliary_vector: target.proc_file("auxv")?,
+        lock_future: 0,
         guards: guards.iter().flat_map(|&(s, e)| [s, e]).collect(),
         files: files.list,
         areas,

@@ -47,6 +47,10 @@ pub struct ThreadState {
     pub io_priority: u32,
     /// `PR_GET_TIMERSLACK`, nanoseconds.
     pub timer_slack_ns: u64,
+    /// Memory policy: mode and flags (`get_mempolicy(2)`), 0 for the default.
+    pub memory_policy: u32,
+    /// Its nodes, as a bit mask; empty for the default.
+    pub memory_nodes: Vec<u8>,
     /// Users, groups and capabilities.
     #[state(child)]
     pub credentials: Credentials,
@@ -140,7 +144,12 @@ pub struct Asked {
     stack: CallId,
     tid_address: CallId,
     timer_slack: CallId,
+    policy: CallId,
 }
+
+/// Most memory nodes that a kernel may be built for, and the bytes of their mask.
+const NODES: u64 = 1024;
+const NODE_BYTES: usize = 128;
 
 /// Adds the questions that only the thread itself can answer.
 pub fn ask(batch: &mut Batch) -> Asked {
@@ -149,10 +158,18 @@ pub fn ask(batch: &mut Batch) -> Asked {
     let tid_address = batch.push(libc::SYS_prctl, [Arg::Value(get), Arg::Out(8)]);
     let get = libc::PR_GET_TIMERSLACK as u64;
     let timer_slack = batch.push(libc::SYS_prctl, [Arg::Value(get)]);
+    let args = [
+        Arg::Out(4),
+        Arg::Out(NODE_BYTES),
+        Arg::Value(NODES),
+        Arg::Value(0),
+        Arg::Value(0),
+    ];
     Asked {
         stack,
         tid_address,
         timer_slack,
+        policy: batch.push(libc::SYS_get_mempolicy, args),
     }
 }
 
@@ -171,6 +188,30 @@ pub struct Sight {
     /// Its queued signals.
     pending: Vec<[u8; 128]>,
     rseq: Option<RseqState>,
+}
+
+/// Refuses a thread in which no remote call may be made, or whose rights are not restored. Comes
+/// after all threads were looked at, so that each can go on with what it was in.
+pub fn refuse(target: &Target, held: &Held) -> Result<(), ProcessError> {
+    let halted = held
+        .halted()
+        .map_err(|e| crate::freeze::remote_failed(target, e))?;
+    let dispatched = "system calls are dispatched (PR_SET_SYSCALL_USER_DISPATCH)";
+    for (set, what) in [
+        (halted.dispatches_calls(), dispatched),
+        (
+            halted.accesses_ports(),
+            "I/O ports may be accessed (ioperm)",
+        ),
+    ] {
+        let place = format!("thread {}", held.tid);
+        let asking = format!("{place}: asking for what it may do");
+        if set.map_err(|e| target.kernel(asking, e))? {
+            let refusal = target.refusal(place, what, "this cannot be saved yet");
+            return Err(ProcessError::Refused(vec![refusal]));
+        }
+    }
+    Ok(())
 }
 
 /// Looks at a stopped thread. If it stands inside a restartable sequence, it is moved to the
@@ -246,6 +287,19 @@ pub fn collect(
     let (robust_list, robust_list_length) =
         thread::robust_list(tid).map_err(|e| kernel("reading its robust list", e))?;
     let comm = target.proc_file(&format!("task/{tid}/comm"))?;
+    // A kernel without memory nodes has no such call.
+    let policy = answers.value(asked.policy).map_or(0, |_| {
+        answers
+            .out(asked.policy, 0)
+            .iter()
+            .rev()
+            .fold(0, |n, &b| n << 8 | u32::from(b))
+    });
+    let nodes = if policy == 0 {
+        &[][..]
+    } else {
+        answers.out(asked.policy, 1)
+    };
     Ok(ThreadState {
         tid: sight.status.inner.tid,
         comm: comm.strip_suffix(b"\n").unwrap_or(&comm).to_vec(),
@@ -276,6 +330,8 @@ pub fn collect(
             .map_err(|e| kernel("asking for its timer slack", e))?,
         io_priority: thread::io_priority(tid).map_err(|e| kernel("reading I/O priority", e))?,
         call_again: interruption_of(&held.registers, &sight.status).is_some(),
+        memory_policy: policy,
+        memory_nodes: nodes.to_vec(),
         credentials: Credentials::of(&sight.status),
         wait_left_ns,
     })
@@ -312,6 +368,15 @@ pub fn recreate(state: &ThreadState, batch: &mut Batch) {
     );
     let set = libc::PR_SET_TIMERSLACK as u64;
     batch.push(libc::SYS_prctl, [value(set), value(state.timer_slack_ns)]);
+    if state.memory_policy != 0 {
+        let mut nodes = state.memory_nodes.clone();
+        nodes.resize(NODE_BYTES, 0);
+        let mode = value(u64::from(state.memory_policy));
+        batch.push(
+            libc::SYS_set_mempolicy,
+            [mode, Arg::In(nodes), value(NODES)],
+        );
+    }
 }
 
 /// Sets what can be set from outside: scheduling, affinity, I/O priority, where they differ.

@@ -200,6 +200,7 @@ mod tests {
             layout: Vec::new(),
             brk: 0,
             auxiliary_vector: Vec::new(),
+            lock_future: 0,
             guards: Vec::new(),
             files: Vec::new(),
             areas,

@@ -544,11 +544,10 @@ pub fn finish(stub: &mut Stub, state: &MemoryState) -> Result<(), ProcessError> 
             steps.push(s);
         }
         if flags.has(VmFlags::LOCKED) {
-            steps.push(step(
-                libc::SYS_mlock,
-                [start, len],
-                format!("locking {start:x}"),
-            ));
+            let on_fault = flags.has(VmFlags::LOCKED_ON_FAULT);
+            let how = if on_fault { libc::MLOCK_ONFAULT } else { 0 };
+            let args = [start, len, u64::from(how)];
+            steps.push(step(libc::SYS_mlock2, args, format!("locking {start:x}")));
         }
     }
     for area in state
@@ -564,6 +563,10 @@ pub fn finish(stub: &mut Stub, state: &MemoryState) -> Result<(), ProcessError> 
                 "sealing memory",
             ));
         }
+    }
+    if state.lock_future != 0 {
+        let args = [u64::from(state.lock_future)];
+        steps.push(step(libc::SYS_mlockall, args, "locking future memory"));
     }
     stub.steps(steps).map(drop)
 }

@@ -127,10 +127,10 @@ impl Stub {
     }
 
     /// Makes a child of this process, which is still empty and so is the child. It has this ID
-    /// where it lives.
-    pub fn child(&mut self, id: u32) -> Result<Self, ProcessError> {
+    /// where it lives. Its end is told by this signal.
+    pub fn child(&mut self, id: u32, exit_signal: u32) -> Result<Self, ProcessError> {
         let at = self.scratch(&id.to_ne_bytes())?;
-        let args = clone_args(libc::CLONE_PTRACE as u64, libc::SIGCHLD as u64, at);
+        let args = clone_args(libc::CLONE_PTRACE as u64, exit_signal.into(), at);
         let args = [Arg::In(args.to_vec()), Arg::Value(CLONE_ARGS_SIZE as u64)];
         let made = Step::new(libc::SYS_clone3, args, format!("making process {id}"));
         self.steps(vec![made])?;

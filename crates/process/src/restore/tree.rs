@@ -89,16 +89,18 @@ fn children(
         .ok_or_else(|| ProcessError::Image(format!("process {pid} has no parent")))?;
     let mut made = Vec::new();
     for child in saved.processes.iter().filter(of_this).filter(|p| !later(p)) {
-        made.push(parent.child(child.process.pid)?);
+        made.push(parent.child(child.process.pid, child.process.exit_signal)?);
     }
     if leads {
         parent.steps(vec![step(libc::SYS_setsid, [], "beginning a session")])?;
     }
     for child in saved.processes.iter().filter(of_this).filter(later) {
-        made.push(parent.child(child.process.pid)?);
+        made.push(parent.child(child.process.pid, child.process.exit_signal)?);
     }
     for zombie in saved.subject.zombies.iter().filter(|z| z.parent == pid) {
-        parent.child(zombie.pid)?.become_zombie(zombie.status)?;
+        parent
+            .child(zombie.pid, libc::SIGCHLD as u32)?
+            .become_zombie(zombie.status)?;
     }
     if saved.subject.zombies.iter().any(|z| z.parent == pid) {
         // What the ended children told their parent is in the epoch, if it is still to be told.

@@ -173,6 +173,7 @@ mod tests {
             layout: vec![0; 10],
             brk: 0,
             auxiliary_vector: Vec::new(),
+            lock_future: 0,
             guards: Vec::new(),
             files: Vec::new(),
             areas,

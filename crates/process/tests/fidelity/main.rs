@@ -16,6 +16,7 @@
 mod deaths;
 mod eintr;
 mod kernels;
+mod kinds;
 mod registers;
 mod stand;
 mod store;

@@ -46,7 +46,8 @@ pub fn times(short: usize, long: usize) -> usize {
     }
 }
 
-fn programs() -> PathBuf {
+/// Where the test programs are, built once.
+pub fn programs() -> PathBuf {
     static BUILT: Once = Once::new();
     let own = std::env::current_exe().expect("this test has a path");
     let dir = own
@@ -164,6 +165,7 @@ impl Program {
         let deadline = Instant::now() + PATIENCE;
         while !self.has_ended() {
             assert!(Instant::now() < deadline, "no report; {}", self.story());
+            outlive_process::release_stragglers();
             std::thread::sleep(Duration::from_millis(5));
         }
         let status = self.reap();
@@ -261,6 +263,22 @@ impl Drop for Program {
                 }
             };
         }
+    }
+}
+
+/// From now on, whoever loses its parent becomes this process's child.
+pub fn adopt_orphans() {
+    // SAFETY: only numbers are passed.
+    unsafe { libc::prctl(libc::PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) };
+}
+
+/// Ends a child of this process.
+pub fn end(child: i32) {
+    let mut status = 0;
+    // SAFETY: status is live.
+    unsafe {
+        libc::kill(child, libc::SIGKILL);
+        libc::waitpid(child, &raw mut status, libc::__WALL);
     }
 }
 

@@ -19,6 +19,11 @@
 //!   to the place that the program gave for it.
 //! - The processor numbers in the restartable-sequences area, which the kernel writes.
 //! - The order in which POSIX timers are listed: that in which they were made.
+//! - Memory that processes share: it is a memory file afterwards, and bears another name.
+//! - Who took a lock of an open file description: whoever restores. It is nobody's in particular.
+//! - A one-shot watch of epoll that had fired: the kernel adds errors and hang-ups to it.
+//! - `O_TMPFILE`, which has done its work.
+//! - Watches of inotify, which are made as the last thing.
 //! - Counters: faults, context switches, CPU time, resident pages, start time, the parent.
 //! - In a PID namespace of its own: that, its mount namespace, and all numbers that it does not see
 //!   itself. Threads and processes go by the numbers that they see.
@@ -226,11 +231,16 @@ fn area(line: &str) -> Area {
     let words: Vec<&str> = line.split_whitespace().collect();
     let (start, end) = words[0].split_once('-').expect("a range");
     let hex = |digits| u64::from_str_radix(digits, 16).expect("hexadecimal digits");
-    let name = words[5..].join(" ");
+    let shared = ["/dev/zero (deleted)", "/memfd:outlive-shared (deleted)"];
+    let mut name = words[5..].join(" ");
+    let mut inode = words[4];
+    if words[1].ends_with('s') && shared.contains(&name.as_str()) {
+        (name, inode) = ("shared memory".into(), "");
+    }
     Area {
         start: hex(start),
         end: hex(end),
-        what: format!("{} {} {} {name}", words[1], words[3], words[4]),
+        what: format!("{} {} {inode} {name}", words[1], words[3]),
         file: words[4] != "0",
         offset: hex(words[2]),
         flags: Vec::new(),
@@ -405,7 +415,7 @@ fn process_facts(pid: u32, facts: &mut BTreeMap<String, String>) {
 }
 
 /// Of the status of a thread: what belongs to it and not to the moment.
-const STATUS: [&str; 20] = [
+const STATUS: [&str; 19] = [
     "Name",
     "Umask",
     "Uid",
@@ -414,7 +424,6 @@ const STATUS: [&str; 20] = [
     "NStgid",
     "NSpgid",
     "NSsid",
-    "VmLck",
     "CoreDumping",
     "SigPnd",
     "ShdPnd",
@@ -543,18 +552,47 @@ fn stable(info: &str) -> String {
     let mut lines: Vec<String> = info
         .lines()
         .filter(|l| {
-            !["ino:", "mnt_id:", "eventfd-id:", "it_value:", "ticks:"]
-                .iter()
-                .any(|p| l.starts_with(p))
+            ![
+                "ino:",
+                "mnt_id:",
+                "eventfd-id:",
+                "it_value:",
+                "ticks:",
+                "inotify wd:",
+            ]
+            .iter()
+            .any(|p| l.starts_with(p))
         })
         .map(|l| match l.strip_prefix("tfd:") {
             // tfd: N events: E data: D pos:P ino:I sdev:S
-            Some(rest) => rest.split(" pos:").next().unwrap_or_default().to_owned(),
+            Some(rest) => {
+                let line = rest.split(" pos:").next().unwrap_or_default();
+                line.replace("events: 40000018", "events: 40000000")
+            }
+            None if l.contains(": FLOCK ") => without_taker(l),
+            None if l.starts_with("flags:") => without_tmpfile(l),
             None => l.to_owned(),
         })
         .collect();
     lines.sort();
     lines.join("\n")
+}
+
+/// `flags: …` in octal digits without `O_TMPFILE`.
+fn without_tmpfile(line: &str) -> String {
+    let flags = line.split_whitespace().nth(1).unwrap_or_default();
+    let mut flags = i32::from_str_radix(flags, 8).expect("flags");
+    if flags & libc::O_TMPFILE == libc::O_TMPFILE {
+        flags &= !libc::O_TMPFILE;
+    }
+    format!("flags: {flags:o}")
+}
+
+/// `lock: N: FLOCK ADVISORY WRITE pid …` without the process.
+fn without_taker(line: &str) -> String {
+    let words: Vec<&str> = line.split_whitespace().collect();
+    let kept = words.iter().enumerate().filter(|(i, _)| *i != 5);
+    kept.map(|(_, word)| *word).collect::<Vec<_>>().join(" ")
 }
 
 fn same_file(pid: u32, a: u32, b: u32) -> bool {

@@ -31,6 +31,9 @@ impl Descriptor for DirectoryState {
 
     fn collect(probe: &Probe<'_>, cx: &mut CollectContext<'_>) -> Result<Self, ProcessError> {
         refuse_lost(probe, cx.memory)?;
+        if !probe.has(OFlags::PATH) {
+            refuse_watched(probe)?;
+        }
         Ok(Self {
             path: probe.link.clone(),
             position: u64::try_from(probe.info.position).unwrap_or(0),
@@ -75,4 +78,18 @@ impl Descriptor for DirectoryState {
         seek(cx.pid, about, &fd, self.position, false)?;
         Ok(fd)
     }
+}
+
+/// Refuses a directory that is watched by `F_NOTIFY` (fcntl(2)). The kernel does not tell so, but
+/// whoever watches becomes the owner of the descriptor, and nothing else gives a directory one.
+fn refuse_watched(probe: &Probe<'_>) -> Result<(), ProcessError> {
+    let owner = outlive_linux::descriptors::signal_owner(probe.duplicate()?)
+        .map_err(|errno| probe.failed("ask for the owner of", errno))?;
+    if owner.id == 0 {
+        return Ok(());
+    }
+    Err(probe.refuse(
+        format!("directory watched by F_NOTIFY ({})", probe.shown()),
+        "have the program use inotify",
+    ))
 }

@@ -197,6 +197,15 @@ fn is_of_a_process(path: &[u8]) -> bool {
         .is_some_and(|rest| rest.first().is_some_and(u8::is_ascii_digit))
 }
 
+/// A path as the kernel prints it to us, in the mounts that a process sees. A root directory that
+/// the process has of its own is part of what is printed.
+fn in_its_mounts(pid: u32, path: &[u8]) -> Vec<u8> {
+    let root = format!("/proc/{pid}/root");
+    let own = std::fs::read_link(&root).is_ok_and(|to| to.as_os_str() != "/");
+    let prefix = if own { "" } else { &root };
+    [prefix.as_bytes(), path].concat()
+}
+
 /// Refuses a file that could not be found again under its path. What was found once is not looked
 /// for again as long as the kernel prints the same path for the same inode.
 pub(crate) fn refuse_lost(probe: &Probe<'_>, memory: &mut Memory) -> Result<(), ProcessError> {
@@ -220,11 +229,7 @@ pub(crate) fn refuse_lost(probe: &Probe<'_>, memory: &mut Memory) -> Result<(), 
             "run the program without explicit huge pages",
         );
     }
-    let inside = [
-        format!("/proc/{}/root", probe.target.pid).as_bytes(),
-        &probe.link,
-    ]
-    .concat();
+    let inside = in_its_mounts(probe.target.pid, &probe.link);
     let found = rustix::fs::statx(
         rustix::fs::CWD,
         inside,
@@ -259,7 +264,8 @@ impl Descriptor for FileState {
     const NAME: &'static str = "regular file";
 
     fn claims(probe: &Probe<'_>, _: &Around) -> Result<bool, ProcessError> {
-        Ok(probe.has_path() && probe.file_type()? == FileType::RegularFile)
+        let secret = probe.link.starts_with(b"/secretmem");
+        Ok(probe.has_path() && !secret && probe.file_type()? == FileType::RegularFile)
     }
 
     fn collect(probe: &Probe<'_>, cx: &mut CollectContext<'_>) -> Result<Self, ProcessError> {

@@ -43,6 +43,7 @@ mod inet;
 mod inet_diag;
 mod inotify;
 mod locks;
+mod multicast;
 mod nameless;
 mod owner;
 mod pidfd;

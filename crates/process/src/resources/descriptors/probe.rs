@@ -262,6 +262,18 @@ impl<'a> Probe<'a> {
         show(&self.link)
     }
 
+    /// What `fdinfo` says by now.
+    ///
+    /// # Errors
+    /// What `open(2)` and `read(2)` say.
+    pub(crate) fn info_now(&self) -> Result<FdInfo, ProcessError> {
+        let mut reader = InfoReader::default();
+        let text = reader
+            .read(self.dirs, self.place(), &self.number.to_string())
+            .map_err(|errno| self.failed("read fdinfo of", errno))?;
+        FdInfo::parse(text).ok_or_else(|| self.failed("understand fdinfo of", Errno::PROTO))
+    }
+
     /// `O_RDONLY`, `O_WRONLY` or `O_RDWR`.
     #[must_use]
     pub fn access(&self) -> u32 {

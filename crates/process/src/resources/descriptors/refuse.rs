@@ -58,11 +58,6 @@ const ANONYMOUS: &[(&str, &str, &str)] = &[
         "try again in a moment",
     ),
     (
-        "anon_inode:[secretmem]",
-        "secret memory",
-        "run the program without secret memory",
-    ),
-    (
         "anon_inode:[timens",
         "time namespace",
         "have the program close it",
@@ -86,6 +81,11 @@ const ANONYMOUS: &[(&str, &str, &str)] = &[
         "anon_inode:[liveupdate",
         "live update session",
         "finish the update first",
+    ),
+    (
+        "/secretmem",
+        "secret memory",
+        "run the program without secret memory",
     ),
     (
         "/dmabuf:",

@@ -19,8 +19,6 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 const SO_BUF_LOCK: i32 = 72;
 const SEND_LOCKED: u32 = 1;
 const RECEIVE_LOCKED: u32 = 2;
-/// `SO_GET_FILTER`
-const SO_GET_FILTER: i32 = 26;
 
 /// When an option must be set.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -160,6 +158,12 @@ options! {
     free_bind: IPPROTO_IP, libc::IP_FREEBIND, BeforeBind;
     /// `IP_TRANSPARENT`
     transparent: IPPROTO_IP, libc::IP_TRANSPARENT, BeforeBind;
+    /// `IP_BIND_ADDRESS_NO_PORT`
+    bind_without_port: IPPROTO_IP, libc::IP_BIND_ADDRESS_NO_PORT, BeforeBind;
+    /// `IP_MINTTL`
+    least_ttl: IPPROTO_IP, libc::IP_MINTTL, Last;
+    /// `TCP_SAVE_SYN`
+    save_syn: IPPROTO_TCP, libc::TCP_SAVE_SYN, Last;
     /// `IPV6_V6ONLY`
     v6_only: IPPROTO_IPV6, libc::IPV6_V6ONLY, BeforeBind;
     /// `IPV6_TCLASS`
@@ -286,7 +290,7 @@ impl SocketOptions {
         let Some(facts) = probe.socket()? else {
             return Err(fail(Errno::NOTSOCK));
         };
-        if sockopt::get(socket, SOL_SOCKET, SO_GET_FILTER, 0) != Ok(Some(Vec::new())) {
+        if sockopt::has_filter(socket).map_err(fail)? {
             return Err(probe.refuse(
                 "socket with a packet filter (SO_ATTACH_FILTER)",
                 "run the program without the filter",

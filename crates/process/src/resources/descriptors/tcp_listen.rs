@@ -9,9 +9,13 @@ use super::inet::{self, InetAddress, Transport, tcp_state};
 use super::probe::{Probe, failed};
 use super::socket_options::SocketOptions;
 use crate::ProcessError;
+use outlive_linux::sockopt;
 use outlive_state_tree::StateNode;
 use rustix::io::Errno;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
+
+/// What `TCP_MAXSEG` says where nothing was set (`TCP_MSS_DEFAULT`).
+const DEFAULT_SEGMENT: u32 = 536;
 
 /// A listening TCP socket.
 #[derive(StateNode, Debug, Clone, PartialEq)]
@@ -21,6 +25,10 @@ pub struct TcpListenState {
     pub version: u32,
     /// How many connections may wait to be accepted.
     pub backlog: u32,
+    /// The largest window of connections (`TCP_WINDOW_CLAMP`), where one was set.
+    pub window_clamp: Option<u32>,
+    /// The largest segment of connections, bytes (`TCP_MAXSEG`), where one was set.
+    pub max_segment: Option<u32>,
     /// Where it listens.
     #[state(child)]
     pub address: InetAddress,
@@ -37,13 +45,21 @@ impl Descriptor for TcpListenState {
     }
 
     fn collect(probe: &Probe<'_>, cx: &mut CollectContext<'_>) -> Result<Self, ProcessError> {
-        let info = outlive_linux::sockopt::tcp_info(probe.duplicate()?)
+        let info = sockopt::tcp_info(probe.duplicate()?)
             .map_err(|errno| probe.failed("read TCP_INFO of", errno))?;
+        let option = |name| {
+            sockopt::get_u32(probe.duplicate()?, libc::IPPROTO_TCP, name)
+                .map_err(|errno| probe.failed("read options of", errno))
+        };
+        let window_clamp = option(libc::TCP_WINDOW_CLAMP)?;
+        let max_segment = option(libc::TCP_MAXSEG)?;
         let address = inet::local(probe)?
             .ok_or_else(|| probe.failed("get the address of", Errno::ADDRNOTAVAIL))?;
         Ok(Self {
             version: inet::version(probe)?,
             backlog: info.map_or(0, |info| info.backlog),
+            window_clamp: window_clamp.filter(|&clamp| clamp != 0),
+            max_segment: max_segment.filter(|&bytes| bytes != DEFAULT_SEGMENT),
             address,
             options: SocketOptions::collect(probe, cx.memory)?,
         })
@@ -68,9 +84,23 @@ impl Descriptor for TcpListenState {
         let backlog = i32::try_from(self.backlog).unwrap_or(i32::MAX);
         rustix::net::listen(&socket, backlog)
             .map_err(|errno| failed(cx.pid, format!("listen on {}", self.address), errno))?;
-        self.options.apply_last(&socket).map_err(|(name, errno)| {
-            failed(cx.pid, format!("set {name} of fd {}", about.number), errno)
-        })?;
+        let numbers = [
+            (
+                self.window_clamp,
+                "TCP_WINDOW_CLAMP",
+                libc::TCP_WINDOW_CLAMP,
+            ),
+            (self.max_segment, "TCP_MAXSEG", libc::TCP_MAXSEG),
+        ];
+        let mut set = numbers.into_iter().filter_map(|(value, shown, name)| {
+            let set = sockopt::set_u32(socket.as_fd(), libc::IPPROTO_TCP, name, value?);
+            Some(set.map_err(|errno| (shown, errno)))
+        });
+        set.try_for_each(|set| set)
+            .and_then(|()| self.options.apply_last(&socket))
+            .map_err(|(name, errno)| {
+                failed(cx.pid, format!("set {name} of fd {}", about.number), errno)
+            })?;
         Ok(socket)
     }
 }

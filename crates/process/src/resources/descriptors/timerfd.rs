@@ -12,7 +12,7 @@ use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 use rustix::time::{
     ClockId, Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec, clock_gettime,
-    timerfd_create, timerfd_settime,
+    timerfd_create, timerfd_gettime, timerfd_settime,
 };
 use std::os::fd::{AsFd, OwnedFd};
 
@@ -98,6 +98,21 @@ impl Descriptor for TimerFdState {
             interval: time("it_interval")?,
             deadline: None,
         };
+        if state.remaining == 0 && state.interval != 0 && state.ticks != 0 {
+            // A repeated timer that has expired stands until somebody looks, and only then are the
+            // expirations counted that were due meanwhile. Looking is what a read does, too.
+            let now = timerfd_gettime(probe.duplicate()?)
+                .map_err(|errno| probe.failed("ask for the time left of", errno))?;
+            let left = now.it_value;
+            state.remaining = (left.tv_sec as u64)
+                .saturating_mul(NANOSECONDS)
+                .saturating_add(left.tv_nsec as u64);
+            let ticks = probe
+                .info_now()?
+                .field("ticks")
+                .and_then(|t| t.parse().ok());
+            state.ticks = ticks.unwrap_or(state.ticks);
+        }
         let absolute = state.settings & TimerfdTimerFlags::ABSTIME.bits() != 0;
         if absolute && is_wall_clock(state.clock) && state.remaining != 0 {
             let now = clock_gettime(ClockId::Realtime);

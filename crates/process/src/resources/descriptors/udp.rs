@@ -3,15 +3,20 @@
 //! Datagrams may be lost, and are: those which wait to be read, and those which arrive until the
 //! restore. A notice says so.
 //!
-//! # What else is lost
-//! Multicast groups that were joined: the kernel does not tell which socket is in which group.
+//! Multicast groups are joined again; the kernel does not list the groups of a socket, but says for
+//! a given one whether the socket is in it ([`super::multicast`]).
+//!
+//! # What it refuses
+//! A socket that holds back what was written until it is uncorked (`UDP_CORK`): it cannot be read.
 
 use super::Descriptor;
 use super::context::{About, Around, CheckContext, CollectContext, RecreateContext};
 use super::inet::{self, InetAddress, Transport};
+use super::multicast::{self, GroupState};
 use super::probe::{Probe, failed};
 use super::socket_options::SocketOptions;
 use crate::ProcessError;
+use outlive_linux::sockopt;
 use outlive_state_tree::StateNode;
 use rustix::net::{AddressFamily, SocketType, connect};
 use std::os::fd::OwnedFd;
@@ -31,6 +36,9 @@ pub struct UdpState {
     /// To what it is connected, if it is.
     #[state(child)]
     pub peer: Option<InetAddress>,
+    /// The multicast groups that it is in.
+    #[state(children)]
+    pub groups: Vec<GroupState>,
     /// What was set on it.
     #[state(child)]
     pub options: SocketOptions,
@@ -48,17 +56,33 @@ impl Descriptor for UdpState {
     }
 
     fn collect(probe: &Probe<'_>, cx: &mut CollectContext<'_>) -> Result<Self, ProcessError> {
+        let options = SocketOptions::collect(probe, cx.memory)?;
+        let corked = options.udp_cork.is_some();
+        let unsent = || {
+            sockopt::unsent(probe.duplicate()?)
+                .map_err(|e| probe.failed("ask for what waits in", e))
+        };
+        if corked && unsent()? != 0 {
+            return Err(probe.refuse(
+                "UDP socket that holds back a datagram (UDP_CORK)",
+                "try again when the program has sent it",
+            ));
+        }
         Ok(Self {
             version: inet::version(probe)?,
             local: inet::local(probe)?,
             peer: inet::peer(probe)?,
-            options: SocketOptions::collect(probe, cx.memory)?,
+            groups: multicast::collect(probe)?,
+            options,
         })
     }
 
     fn check(&self, about: &About, cx: &mut CheckContext<'_>) -> Result<(), ProcessError> {
         if let Some(peer) = &self.peer {
             peer.socket_address()?;
+        }
+        for group in &self.groups {
+            group.check(about)?;
         }
         let make = |address| {
             inet::bound_socket(
@@ -96,6 +120,16 @@ impl Descriptor for UdpState {
         self.options.apply_last(&socket).map_err(|(name, errno)| {
             failed(cx.pid, format!("set {name} of fd {}", about.number), errno)
         })?;
+        for group in &self.groups {
+            if let Err(why) = group.join(&socket) {
+                cx.notices.push(format!(
+                    "UDP socket fd {} of pid {} is not in multicast group {} any more: {why}",
+                    about.number,
+                    about.process,
+                    group.shown()
+                ));
+            }
+        }
         if let Some(peer) = &self.peer
             && let Err(errno) = connect(&socket, &peer.socket_address()?)
         {

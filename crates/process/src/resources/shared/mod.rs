@@ -120,7 +120,10 @@ impl Sort {
             Some(Self::Segment)
         } else if known(nameless::MEMFD) {
             Some(Self::Memfd)
-        } else if known(b"/[aio]") || known(b"/anon_hugepage") {
+        } else if ["/[aio]", "/anon_hugepage", "/secretmem"]
+            .iter()
+            .any(|start| known(start.as_bytes()))
+        {
             None
         } else {
             Some(Self::Deleted)

@@ -1,0 +1,181 @@
+//! Objects of System V and POSIX that outlive who made them, and asynchronous I/O contexts.
+
+use crate::{Absent, Check, Kind, look, must, offered, same};
+use outlive_test_programs::say;
+use std::path::Path;
+
+pub(crate) const KINDS: &[Kind] = &[
+    ("system-v-memory", |_| memory(false, true)),
+    ("system-v-memory-removed", |_| memory(true, true)),
+    ("system-v-memory-detached", |_| memory(false, false)),
+    ("system-v-memory-of-others", memory_of_others),
+    ("system-v-semaphores", semaphores),
+    ("system-v-messages", messages),
+    ("posix-message-queue", posix_queue),
+    ("posix-semaphore-shared", posix_semaphore),
+    ("asynchronous-io", aio),
+];
+
+const SIZE: usize = 3 * 4096;
+
+fn memory(removed: bool, attached: bool) -> Result<Check, Absent> {
+    // SAFETY: the segment is accessed within its size while it is attached.
+    unsafe {
+        let id = must("shmget", libc::shmget(libc::IPC_PRIVATE, SIZE, 0o640)) as i32;
+        // Whoever looks after the tests removes what is named like this.
+        say(&format!("shm {id}"));
+        let at = libc::shmat(id, std::ptr::null(), 0).cast::<u8>();
+        must("shmat", at as i64);
+        std::slice::from_raw_parts_mut(at, SIZE).fill(0xa7);
+        if removed {
+            must(
+                "shmctl",
+                libc::shmctl(id, libc::IPC_RMID, std::ptr::null_mut()),
+            );
+        }
+        if !attached {
+            must("shmdt", libc::shmdt(at.cast()));
+        }
+        look(move || {
+            let at = if attached {
+                at
+            } else {
+                libc::shmat(id, std::ptr::null(), 0).cast::<u8>()
+            };
+            must("shmat", at as i64);
+            let bytes = std::slice::from_raw_parts(at, SIZE);
+            same("the contents", bytes.iter().all(|&b| b == 0xa7), true);
+            let mut state: libc::shmid_ds = std::mem::zeroed();
+            must("IPC_STAT", libc::shmctl(id, libc::IPC_STAT, &raw mut state));
+            same("its mode", state.shm_perm.mode & 0o777, 0o640);
+            same("who has it", state.shm_nattch, 1);
+        })
+    }
+}
+
+/// A process that is nobody's in the program has the segment too, until we are gone.
+fn memory_of_others(_: &Path) -> Result<Check, Absent> {
+    let me = std::process::id() as i32;
+    let check = memory(true, true)?;
+    // SAFETY: numbers only; the children make system calls only.
+    unsafe {
+        let child = must("fork", libc::fork()) as i32;
+        if child == 0 {
+            if libc::fork() == 0 {
+                while libc::kill(me, 0) == 0 {
+                    libc::usleep(10_000);
+                }
+            }
+            libc::_exit(0);
+        }
+        must("waitpid", libc::waitpid(child, std::ptr::null_mut(), 0));
+    }
+    // It is shared on purpose: how many have it is not looked at.
+    drop(check);
+    look(|| ())
+}
+
+fn semaphores(_: &Path) -> Result<Check, Absent> {
+    // SAFETY: only numbers are passed.
+    unsafe {
+        let id = must("semget", libc::semget(libc::IPC_PRIVATE, 2, 0o600)) as i32;
+        say(&format!("sem {id}"));
+        must("SETVAL", libc::semctl(id, 1, libc::SETVAL, 41));
+        let mut up = libc::sembuf {
+            sem_num: 1,
+            sem_op: 1,
+            sem_flg: 0,
+        };
+        must("semop", libc::semop(id, &raw mut up, 1));
+        look(move || same("its value", libc::semctl(id, 1, libc::GETVAL), 42))
+    }
+}
+
+fn messages(_: &Path) -> Result<Check, Absent> {
+    // SAFETY: the messages are live, and their type is followed by as many bytes as is said.
+    unsafe {
+        let id = must("msgget", libc::msgget(libc::IPC_PRIVATE, 0o600)) as i32;
+        say(&format!("msg {id}"));
+        let message: [i64; 2] = [3, 0x0102_0304];
+        must("msgsnd", libc::msgsnd(id, message.as_ptr().cast(), 8, 0));
+        look(move || {
+            let mut got = [0i64; 2];
+            let n = libc::msgrcv(id, got.as_mut_ptr().cast(), 8, 0, libc::IPC_NOWAIT);
+            same("its length", n, 8);
+            same("the message", got, [3, 0x0102_0304]);
+        })
+    }
+}
+
+fn posix_queue(_: &Path) -> Result<Check, Absent> {
+    let name = std::ffi::CString::new(format!("/outlive-test-{}", std::process::id()));
+    let name = name.unwrap_or_default();
+    // SAFETY: the name and the message are live.
+    unsafe {
+        let flags = libc::O_RDWR | libc::O_CREAT | libc::O_NONBLOCK;
+        let queue = libc::mq_open(
+            name.as_ptr(),
+            flags,
+            0o600,
+            std::ptr::null::<libc::mq_attr>(),
+        );
+        offered("mq_open", queue.into())?;
+        must("mq_unlink", libc::mq_unlink(name.as_ptr()));
+        must("mq_send", libc::mq_send(queue, c"hello".as_ptr(), 5, 2));
+        look(move || {
+            let mut text = vec![0u8; 8192];
+            let n = libc::mq_receive(queue, text.as_mut_ptr().cast(), 8192, std::ptr::null_mut());
+            same("its length", n, 5);
+        })
+    }
+}
+
+fn posix_semaphore(_: &Path) -> Result<Check, Absent> {
+    let name = std::ffi::CString::new(format!("/outlive-test-{}", std::process::id()));
+    let name = name.unwrap_or_default();
+    // SAFETY: the name is live; the semaphore stays mapped.
+    unsafe {
+        let semaphore = libc::sem_open(name.as_ptr(), libc::O_CREAT, 0o600, 5);
+        if semaphore == libc::SEM_FAILED {
+            return Err(Absent("no named semaphores".into()));
+        }
+        // Its file is then mapped without a name.
+        must("sem_unlink", libc::sem_unlink(name.as_ptr()));
+        look(move || {
+            let mut value = 0;
+            must("sem_wait", libc::sem_wait(semaphore));
+            must(
+                "sem_getvalue",
+                libc::sem_getvalue(semaphore, &raw mut value),
+            );
+            same("its value", value, 4);
+        })
+    }
+}
+
+fn aio(_: &Path) -> Result<Check, Absent> {
+    let mut context = 0u64;
+    // SAFETY: the context is live.
+    offered("io_setup", unsafe {
+        libc::syscall(libc::SYS_io_setup, 8, &raw mut context)
+    })?;
+    look(move || {
+        let mut event = [0u64; 4];
+        let none = libc::timespec {
+            tv_sec: 0,
+            tv_nsec: 0,
+        };
+        // SAFETY: the event and the time are live.
+        let n = unsafe {
+            libc::syscall(
+                libc::SYS_io_getevents,
+                context,
+                0,
+                1,
+                event.as_mut_ptr(),
+                &raw const none,
+            )
+        };
+        same("events", n, 0);
+    })
+}

@@ -1,0 +1,111 @@
+//! One kind of state at a time: `kinds NAME` makes it, waits, and on SIGUSR1 looks whether it is
+//! still what it was; `kinds NAME later` makes it on SIGUSR2 only, so that a tracker is there
+//! already; `kinds --list` names all kinds.
+//!
+//! This is the list of what a process can hold, as complete as the kernel's interface is known
+//! here: a kind that is missing is one that nobody has asked about yet. Each is shaped so that a
+//! loss shows: what can be read is read, what can be used is used.
+//!
+//! # Safety
+//! Plain C library calls with numbers, literals and live local values; mappings are accessed within
+//! the length that they were made with.
+#![allow(unsafe_code)]
+
+mod files;
+mod ipc;
+mod limits;
+mod memory;
+mod objects;
+mod process;
+mod sockets;
+
+use outlive_test_programs::{await_report_order, await_signal, block, fail, say};
+use std::path::PathBuf;
+
+/// Looks whether it is still what it was; fails loudly where it is not.
+pub(crate) type Check = Box<dyn FnOnce()>;
+
+/// Why this machine does not offer a kind.
+pub(crate) struct Absent(String);
+
+/// Makes one; the directory is the program's own.
+pub(crate) type Make = fn(&std::path::Path) -> Result<Check, Absent>;
+
+/// A kind of state by name.
+pub(crate) type Kind = (&'static str, Make);
+
+/// The answer of a call that a kernel, a machine or a user may not offer.
+pub(crate) fn offered(what: &str, answer: i64) -> Result<i64, Absent> {
+    if answer >= 0 {
+        return Ok(answer);
+    }
+    Err(Absent(format!(
+        "{what}: {}",
+        std::io::Error::last_os_error()
+    )))
+}
+
+/// The answer of a call that must succeed.
+pub(crate) fn must(what: &str, answer: impl Into<i64>) -> i64 {
+    let answer = answer.into();
+    if answer < 0 {
+        fail(&format!("{what}: {}", std::io::Error::last_os_error()));
+    }
+    answer
+}
+
+/// A check.
+pub(crate) fn look(check: impl FnOnce() + 'static) -> Result<Check, Absent> {
+    Ok(Box::new(check))
+}
+
+/// Fails unless both are equal.
+pub(crate) fn same<T: PartialEq + std::fmt::Debug>(what: &str, got: T, wanted: T) {
+    if got != wanted {
+        fail(&format!("{what} is {got:?}, not {wanted:?}"));
+    }
+}
+
+fn kinds() -> impl Iterator<Item = Kind> {
+    let lists = [
+        files::KINDS,
+        objects::KINDS,
+        sockets::KINDS,
+        memory::KINDS,
+        ipc::KINDS,
+        process::KINDS,
+        limits::KINDS,
+    ];
+    lists.into_iter().flatten().copied()
+}
+
+fn main() {
+    let mut words = std::env::args().skip(1);
+    let name = words.next().unwrap_or_default();
+    if name == "--list" {
+        for (name, _) in kinds() {
+            say(name);
+        }
+        return;
+    }
+    let Some((_, make)) = kinds().find(|(n, _)| *n == name) else {
+        fail("usage: kinds NAME [later] | kinds --list")
+    };
+    let here = std::env::current_dir().unwrap_or_else(|_| PathBuf::from("/"));
+    block(&[libc::SIGUSR1, libc::SIGUSR2]);
+    let later = words.next().as_deref() == Some("later");
+    if later {
+        say("ready");
+        await_signal(libc::SIGUSR2);
+    }
+    let made = make(&here);
+    if let Err(Absent(why)) = &made {
+        say(&format!("absent: {why}"));
+    }
+    say(if later { "held" } else { "ready" });
+    await_report_order();
+    if let Ok(check) = made {
+        check();
+    }
+    say("intact");
+}
