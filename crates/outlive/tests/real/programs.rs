@@ -101,7 +101,7 @@ fn a_program_that_becomes_another_one_goes_on() {
     }
     let (_alone, place) = (alone(), Place::new());
     let python = installed("python3");
-    let count = "import time\nfor n in range(300):\n time.sleep(0.005)\nraise SystemExit(n % 256)";
+    let count = "import time\nfor n in range(1200):\n time.sleep(0.005)\nraise SystemExit(n % 256)";
     // Epochs are taken of the shell, of its short-lived children, and of what it becomes.
     let script =
         format!("for i in $(seq 25); do /bin/sleep 0.01; done; exec {python} -c '{count}'");
@@ -111,7 +111,7 @@ fn a_program_that_becomes_another_one_goes_on() {
     for epochs in [2, 12, 8] {
         kept = die_and_come_back(&place, kept, epochs);
     }
-    assert_eq!(kept.code(), 299 % 256, "{}", place.said());
+    assert_eq!(kept.code(), 1199 % 256, "{}", place.said());
 }
 
 /// Users, groups and privileges are those of the program, not of whoever restores it.
