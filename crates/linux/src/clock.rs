@@ -65,6 +65,12 @@ impl TimeOffsets {
         }
     }
 
+    /// Whether the kernel has time namespaces.
+    #[must_use]
+    pub fn are_possible() -> bool {
+        std::path::Path::new("/proc/self/timens_offsets").exists()
+    }
+
     fn parse(text: &str) -> Self {
         let mut offsets = Self::default();
         for line in text.lines() {

@@ -91,6 +91,7 @@ vm_flags! {
     SHARED = 23, b"sh", "It was shared through a descriptor that may write.";
     MAY_READ = 22, b"mr", "It may be made readable: true of all that was looked at.";
     LOCKED_ON_FAULT = 24, b"lf", "Locked page by page as it is touched (`MLOCK_ONFAULT`).";
+    PROTECTION_KEY = 25, b"pk", "Protected by a key (`pkeys(7)`); no code of the kernel's, which says it in a line of its own.";
     MIXED = 20, b"mm", "Mixed page frames and pages.";
 }
 
@@ -162,6 +163,12 @@ fn parse_smaps(text: &[u8]) -> io::Result<Vec<(Mapping, VmFlags)>> {
                 for code in codes.split(|&b| b == b' ') {
                     flags.0 |= VmFlags::of_code(code).0;
                 }
+            }
+        } else if let Some(key) = line.strip_prefix(b"ProtectionKey:") {
+            if let Some((_, flags)) = all.last_mut()
+                && key.trim_ascii() != b"0"
+            {
+                flags.0 |= VmFlags::PROTECTION_KEY.0;
             }
         } else if !line[0].is_ascii_uppercase() {
             all.push((
@@ -262,6 +269,15 @@ mod tests {
         assert_eq!(codes, ["gd", "lo", "mr"]);
         assert_eq!(VmFlags::from_codes(&codes), Some(maps[0].1));
         assert_eq!(VmFlags::from_codes(&["??".to_owned()]), None);
+    }
+
+    #[test]
+    fn protection_keys_are_read_from_smaps() {
+        let text = b"1000-2000 rw-p 00000000 00:00 0 \nProtectionKey:         3\nVmFlags: rd wr \n\
+            2000-3000 rw-p 00000000 00:00 0 \nProtectionKey:         0\nVmFlags: rd wr \n";
+        let maps = parse_smaps(text).unwrap();
+        let has = |n: usize| maps[n].1.has(VmFlags::PROTECTION_KEY);
+        assert!(has(0) && !has(1));
     }
 
     #[test]

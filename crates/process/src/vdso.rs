@@ -18,7 +18,8 @@
 //! finds no time source, and makes the system call. The coarse clocks and `time` need no time
 //! source and would read zeros: a thread that stands there is refused when it is made again, before
 //! anything runs (`restore/leave.rs`). Where only a signal handler's return leads back into such a
-//! function, that call gives a time of zero.
+//! function, that call gives a time of zero; and where it leads to the first instructions of any
+//! function, which are written over, the program ends by a signal.
 
 use object::read::elf::ElfFile64;
 use object::{Endianness, Object, ObjectSegment, ObjectSymbol, SymbolKind};
@@ -140,6 +141,12 @@ impl Bridge {
             old: old.to_vec(),
             functions: bridge,
         })
+    }
+
+    /// The old object as it was.
+    #[must_use]
+    pub fn original(&self) -> &[u8] {
+        &self.old
     }
 
     /// The contents of the old object when the new one lies at `new_at`.

@@ -156,6 +156,10 @@ pub fn kind_of(m: &Mapping, flags: VmFlags) -> Result<AreaKind, &'static str> {
         (VmFlags::DROPPABLE, "droppable memory"),
         (VmFlags::MIXED, "memory of a device"),
     ];
+    // Execute-only memory is made with such a key by the kernel itself, and made so again.
+    if flags.has(VmFlags::PROTECTION_KEY) && m.prot != 4 {
+        return Err("memory with a protection key (pkey_mprotect)");
+    }
     if let Some((_, what)) = unsupported.iter().find(|(flag, _)| flags.has(*flag)) {
         return Err(what);
     }
@@ -228,6 +232,7 @@ pub fn collect(
             kind,
             flags: flags
                 .without(VmFlags::WRITE_PROTECT.with(VmFlags::MAY_READ))
+                .without(VmFlags::PROTECTION_KEY)
                 .codes(),
             file,
             space,

@@ -9,6 +9,7 @@ use super::saved::{Saved, SavedProcess};
 use super::vdso::{self, Kernel};
 use crate::resources::machine::{MachineState, XstateLayout};
 use crate::{ProcessError, Refusal};
+use outlive_linux::clock::TimeOffsets;
 use outlive_linux::maps::{Mapping, VmFlags};
 use outlive_linux::memory;
 
@@ -24,6 +25,14 @@ pub fn adapt(saved: &mut Saved, ours: &[Mapping]) -> Result<Vec<Refusal>, Proces
     let mut refusals = processor(saved, &layout)?;
     for process in &saved.processes {
         refusals.extend(kernel(process));
+    }
+    if let Some(root) = saved
+        .processes
+        .first()
+        .filter(|_| !TimeOffsets::are_possible())
+    {
+        let what = "this kernel has no time namespaces, by which its clocks go on";
+        refusals.push(root.refusal(what, "restore it under a kernel with CONFIG_TIME_NS"));
     }
     let memories: Vec<_> = saved.processes.iter().map(|p| &p.memory).collect();
     match vdso::judge(&saved.machine, &here, &memories, ours) {

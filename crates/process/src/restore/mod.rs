@@ -372,6 +372,7 @@ fn memory(
         space::set_layout(stub, &saved.memory, &files.executable)?;
         if let Some(code) = &saved.old_code {
             leave::leave(stub, &code.places, &mut saved.threads.threads)?;
+            vdso::connect(stub, code)?;
         }
     }
     Ok(())

@@ -32,6 +32,9 @@ pub enum Kernel {
 pub struct OldCode {
     /// Where it lies, and the data beside it.
     pub places: OldPlaces,
+    /// As it was.
+    original: Vec<u8>,
+    /// With the way to the new object.
     contents: Vec<u8>,
 }
 
@@ -84,6 +87,7 @@ pub fn transplant(
     let new_at = new_at.map_or(to, |(_, m)| m.start - from + to);
     let old = OldPlaces::of(state).map(|places| OldCode {
         places,
+        original: bridge.original().to_vec(),
         contents: bridge.contents(new_at),
     });
     for area in state.areas.iter_mut().filter(|a| is_kernels(a.kind)) {
@@ -137,15 +141,24 @@ fn free_place(state: &MemoryState, ours: &[Mapping], length: u64) -> Result<u64,
     Ok(best.0 + MARGIN + u64::from_ne_bytes(random) % choices * PAGE)
 }
 
-/// Writes the old code. Its mapping is there, and nothing of it has run.
+/// Writes the old code as it was, for those threads that stand in it.
 pub fn write(stub: &mut Stub, old: &OldCode) -> Result<(), ProcessError> {
-    let (at, len) = (old.places.code.start, old.contents.len() as u64);
+    put(stub, old, &old.original)
+}
+
+/// Has the old code lead to the new, once no thread stands in it any more.
+pub fn connect(stub: &mut Stub, old: &OldCode) -> Result<(), ProcessError> {
+    put(stub, old, &old.contents)
+}
+
+fn put(stub: &mut Stub, old: &OldCode, contents: &[u8]) -> Result<(), ProcessError> {
+    let (at, len) = (old.places.code.start, contents.len() as u64);
     let protect = |protection| {
         let args = [at, len, protection];
         vec![step(libc::SYS_mprotect, args, "protecting the old vDSO")]
     };
     stub.steps(protect(3))?;
-    memory::write(stub.target.pid, at, &old.contents)
+    memory::write(stub.target.pid, at, contents)
         .map_err(|e| stub.target.kernel("writing the old vDSO", e))?;
     stub.steps(protect(5)).map(drop)
 }
