@@ -4,7 +4,7 @@
 
 use crate::store::Store;
 use crate::support::{
-    Program, alone, bring_back, descriptors, epoch, last_epoch, may_run, programs, track,
+    Program, alone, bring_back, clean_up, descriptors, epoch, last_epoch, may_run, programs, track,
 };
 use crate::unharmed::must_be_free;
 use outlive_process::{ProcessError, Refusal, TrackOptions, Tracked};
@@ -266,25 +266,6 @@ fn the_page_of_kinds_says_what_the_tests_say() {
         written == page,
         "docs/kinds.md is stale: set OUTLIVE_UPDATE_DOCS=1 and run this again"
     );
-}
-
-/// Ends and reaps whatever a kind left behind.
-fn clean_up() {
-    let tasks = std::fs::read_dir("/proc/self/task")
-        .into_iter()
-        .flatten()
-        .flatten();
-    let children = tasks.filter_map(|t| std::fs::read_to_string(t.path().join("children")).ok());
-    let pids: Vec<i32> = children
-        .flat_map(|c| {
-            c.split_whitespace()
-                .filter_map(|w| w.parse().ok())
-                .collect::<Vec<_>>()
-        })
-        .collect();
-    for pid in pids {
-        crate::support::end(pid);
-    }
 }
 
 #[test]

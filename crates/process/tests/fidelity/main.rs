@@ -22,6 +22,7 @@ mod stand;
 mod store;
 mod streams;
 mod support;
+mod trees;
 mod unharmed;
 mod view;
 mod zoo;

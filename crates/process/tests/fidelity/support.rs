@@ -282,17 +282,40 @@ pub fn end(child: i32) {
     }
 }
 
+/// Ends and reaps whatever a kind left behind.
+pub fn clean_up() {
+    let tasks = std::fs::read_dir("/proc/self/task")
+        .into_iter()
+        .flatten()
+        .flatten();
+    let children = tasks.filter_map(|t| std::fs::read_to_string(t.path().join("children")).ok());
+    let pids: Vec<i32> = children
+        .flat_map(|c| {
+            c.split_whitespace()
+                .filter_map(|w| w.parse().ok())
+                .collect::<Vec<_>>()
+        })
+        .collect();
+    for pid in pids {
+        end(pid);
+    }
+}
+
 /// Begins to track a program.
 pub fn track(program: &Program) -> Tracked {
     Tracked::attach(program.pid, TrackOptions::default())
         .unwrap_or_else(|e| panic!("attaching: {e}; {}", program.story()))
 }
 
-/// Where the time that is left of an interrupted call is written, by the kernel or by the capture.
 fn moving(epoch: &Epoch) -> Vec<(u64, u64)> {
     let root = image::describe(epoch).expect("the subject").root_process;
+    moving_of(epoch, root)
+}
+
+/// Where the time that is left of an interrupted call is written, by the kernel or by the capture.
+fn moving_of(epoch: &Epoch, process: u32) -> Vec<(u64, u64)> {
     let threads: ThreadsState =
-        image::get(epoch, &group(kinds::THREADS, root)).expect("the threads of the epoch");
+        image::get(epoch, &group(kinds::THREADS, process)).expect("the threads of the epoch");
     let mut places = Vec::new();
     for thread in threads.threads {
         let r = thread.registers;
@@ -352,6 +375,11 @@ pub fn last_epoch(program: &mut Program, mut tracked: Tracked, store: &mut Store
 pub fn prepare(epoch: &Epoch) -> Ready {
     restore(epoch as &dyn EpochReader, &RestoreOptions::default())
         .unwrap_or_else(|e| panic!("restoring epoch {}: {e}", epoch.id()))
+}
+
+/// Looks at a process that stands still.
+pub fn look_at(pid: u32, epoch: &Epoch) -> View {
+    View::take(pid, &moving_of(epoch, pid))
 }
 
 /// Looks at a program that is restored and has not run yet.

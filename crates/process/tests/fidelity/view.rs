@@ -305,8 +305,9 @@ fn pages(pid: u32, areas: &[Area], blanks: &[(u64, u64)]) -> BTreeMap<u64, Vec<u
             for i in (0..entries.len() / 8).filter(|i| entries[i * 8 + 7] & GUARD != 0) {
                 pages.insert(at + i as u64 * PAGE, b"a guard ".repeat(PAGE as usize / 8));
             }
-            // What is neither is zero, unless a file lies below.
-            let exists = |i: usize| area.file || entries[i * 8 + 7] & kept != 0;
+            // What is neither is zero, unless a file lies below, or the kernel's own code.
+            let below = area.file || area.what.contains("[vdso]");
+            let exists = |i: usize| below || entries[i * 8 + 7] & kept != 0;
             if (0..entries.len() / 8).any(exists) {
                 read_piece(
                     &mem,

@@ -1,6 +1,7 @@
 //! One kind of state at a time: `kinds NAME` makes it, waits, and on SIGUSR1 looks whether it is
 //! still what it was; `kinds NAME later` makes it on SIGUSR2 only, so that a tracker is there
-//! already; `kinds --list` names all kinds.
+//! already; `kinds --list` names all kinds. `kinds --tree A,B C,D …` makes many at once: the first
+//! list itself, each further one in a child, which tells by its exit status what it found.
 //!
 //! This is the list of what a process can hold, as complete as the kernel's interface is known
 //! here: a kind that is missing is one that nobody has asked about yet. Each is shaped so that a
@@ -88,6 +89,9 @@ fn main() {
         }
         return;
     }
+    if name == "--tree" {
+        return tree(&words.collect::<Vec<_>>());
+    }
     let Some((_, make)) = kinds().find(|(n, _)| *n == name) else {
         fail("usage: kinds NAME [later] | kinds --list")
     };
@@ -107,5 +111,59 @@ fn main() {
     if let Ok(check) = made {
         check();
     }
+    say("intact");
+}
+
+/// Makes the kinds of a list, all of which this machine must offer.
+fn make_all(list: &str, dir: &std::path::Path) -> Vec<Check> {
+    let make = |name: &str| {
+        let Some((_, make)) = kinds().find(|(n, _)| *n == name) else {
+            fail(&format!("there is no kind {name}"))
+        };
+        let own = dir.join(name);
+        if std::fs::create_dir(&own).is_err() {
+            fail("no directory");
+        }
+        make(&own).unwrap_or_else(|Absent(why)| fail(&format!("{name}: {why}")))
+    };
+    list.split(',').map(make).collect()
+}
+
+fn tree(lists: &[String]) {
+    let here = std::env::current_dir().unwrap_or_else(|_| PathBuf::from("/"));
+    block(&[libc::SIGUSR1, libc::SIGUSR2]);
+    let Some((own, others)) = lists.split_first() else {
+        fail("usage: kinds --tree A,B C,D …")
+    };
+    let (mut told, tell) = std::io::pipe().unwrap_or_else(|e| fail(&e.to_string()));
+    let mut children = Vec::new();
+    for list in others {
+        // SAFETY: the program has one thread, so the child may do anything.
+        let child = must("fork", unsafe { libc::fork() });
+        if child == 0 {
+            let checks = make_all(list, &here);
+            if std::io::Write::write_all(&mut &tell, b"+").is_err() {
+                fail("nobody is told");
+            }
+            await_report_order();
+            checks.into_iter().for_each(|check| check());
+            // SAFETY: does not return.
+            unsafe { libc::_exit(0) }
+        }
+        let mut byte = [0];
+        if std::io::Read::read_exact(&mut told, &mut byte).is_err() {
+            fail("a child is gone");
+        }
+        children.push(child as i32);
+    }
+    let checks = make_all(own, &here);
+    say("ready");
+    await_report_order();
+    for child in children {
+        // SAFETY: only numbers are passed.
+        must("kill", unsafe { libc::kill(child, libc::SIGUSR1) });
+        same("how a child ended", process::ended(child), 0);
+    }
+    checks.into_iter().for_each(|check| check());
     say("intact");
 }
