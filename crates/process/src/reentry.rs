@@ -155,8 +155,13 @@ impl WaitBook {
                 // As good as ended counts too, as exactly as this is known: rather late than early.
                 let rest = sleeper.map(|s| s.since_ns.saturating_add(ns));
                 let earliest = now.saturating_add(doubt_ns(limit));
-                rest.filter(|end| (earliest..=whole).contains(end))
-                    .unwrap_or(whole)
+                let rest = rest.filter(|end| (earliest..=whole).contains(end));
+                // Whoever is told by us that the time is over must not be told too early either.
+                let late = match limit {
+                    Limit::SocketReceive | Limit::SocketSend => doubt_ns(limit),
+                    _ => 0,
+                };
+                rest.map_or(whole, |end| whole.min(end.saturating_add(late)))
             }),
         };
         let left = deadline_ns.map(|d| d.saturating_sub(now));
@@ -164,7 +169,10 @@ impl WaitBook {
             held.go_on = made_again(target.pid, &held.go_on, limit, left);
         }
         let restarts = matches!(interruption, Interruption::RestartBlock(_));
-        if deadline_ns.is_some() || restarts {
+        // A socket's call that is told so has returned: whatever sleeps next is a later one, which
+        // looks the same.
+        let told = left == Some(0) && matches!(limit, Limit::SocketReceive | Limit::SocketSend);
+        if !told && (deadline_ns.is_some() || restarts) {
             let call = Call {
                 number: call.number,
                 ..call_of(&held.go_on)
