@@ -18,6 +18,9 @@ here = os.getcwd()
 
 def fail(what):
     os.write(2, ("WRONG: %s\n" % what).encode())
+    # It removes its System V segment.
+    server.send_signal(signal.SIGQUIT)
+    server.wait()
     os._exit(1)
 
 
@@ -44,6 +47,8 @@ settings = {
     "listen_addresses": "",
     "unix_socket_directories": here,
     "shared_buffers": "16MB",
+    # Files of the cluster, so that nothing is left elsewhere.
+    "dynamic_shared_memory_type": "mmap",
     "max_connections": "20",
     "logging_collector": "off",
     "autovacuum_naptime": "1s",
