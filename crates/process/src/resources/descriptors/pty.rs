@@ -6,8 +6,8 @@
 //!
 //! # What is lost
 //! What was written to either side and not read yet: the kernel does not show it, and taking it out
-//! and putting it in again could lose it for the program that goes on. Output that waits for the
-//! master is told of at the restore. Whether output is stopped (Ctrl-S).
+//! and putting it in again could lose it for the program that goes on. It is told of at the restore,
+//! but for a line of input that has no end yet. Whether output is stopped (Ctrl-S).
 
 use super::context::{About, Around, CheckContext, CollectContext, RecreateContext, RemoteCall};
 use super::probe::{Probe, failed};
@@ -58,6 +58,8 @@ pub struct PtyMasterState {
 pub struct PtyState {
     /// Its number.
     pub number: u32,
+    /// Something was typed and not read.
+    pub unread: bool,
 }
 
 /// Of a master: its number.
@@ -202,11 +204,19 @@ impl Descriptor for PtyState {
     fn collect(probe: &Probe<'_>, _: &mut CollectContext<'_>) -> Result<Self, ProcessError> {
         let number = number_of(probe)?;
         let number = number.ok_or_else(|| probe.failed("find the number of", Errno::NOTTY))?;
-        Ok(Self { number })
+        // One that was hung up says nothing, and has nothing.
+        let unread = rustix::io::ioctl_fionread(probe.duplicate()?).is_ok_and(|bytes| bytes > 0);
+        Ok(Self { number, unread })
     }
 
     fn recreate(&self, about: &About, cx: &mut RecreateContext) -> Result<OwnedFd, ProcessError> {
         let number = cx.ptys.get(&self.number).map(|(_, number)| *number);
+        if self.unread {
+            cx.notices.push(format!(
+                "what was typed and not read yet is lost of the terminal /dev/pts/{}",
+                number.unwrap_or(self.number)
+            ));
+        }
         let path = format!("/dev/pts/{}", number.unwrap_or(self.number));
         let access = OFlags::from_bits_retain(about.flags) & OFlags::ACCMODE;
         let flags = access | OFlags::NOCTTY | OFlags::CLOEXEC;

@@ -455,6 +455,9 @@ fn terminals_that_make_no_sense_are_errors() {
     twice.descriptions.push(second);
     assert!(twice.validate().is_err());
     let mut orphan = table;
-    orphan.descriptions[0].object = Description::Pty(super::super::pty::PtyState { number: 3 });
+    orphan.descriptions[0].object = Description::Pty(super::super::pty::PtyState {
+        number: 3,
+        unread: false,
+    });
     assert!(orphan.validate().is_err());
 }
