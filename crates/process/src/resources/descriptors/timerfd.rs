@@ -8,7 +8,6 @@ use super::context::{About, Around, CheckContext, CollectContext, RecreateContex
 use super::probe::{Probe, failed};
 use crate::ProcessError;
 use outlive_state_tree::StateNode;
-use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 use rustix::time::{
     ClockId, Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec, clock_gettime,
@@ -32,14 +31,6 @@ pub struct TimerFdState {
     pub interval: u64,
     /// For a timer set to a wall-clock time: that time, nanoseconds since 1970.
     pub deadline: Option<u64>,
-}
-
-impl TimerFdState {
-    /// Whether it is a periodic timer that expired and was not read since: the kernel lets it run
-    /// on only when it is.
-    fn waits_for_reader(&self) -> bool {
-        self.ticks != 0 && self.interval != 0 && self.remaining == 0
-    }
 }
 
 const NANOSECONDS: u64 = 1_000_000_000;
@@ -147,8 +138,6 @@ impl Descriptor for TimerFdState {
                         TimerfdTimerFlags::from_bits_truncate(self.settings) & known,
                     )
                 }
-                // It expired, and goes on only when that is read: it expires again at once.
-                None if self.waits_for_reader() => (1, TimerfdTimerFlags::empty()),
                 None => (self.remaining, TimerfdTimerFlags::empty()),
             };
             let it_interval = timespec(self.interval);
@@ -160,10 +149,6 @@ impl Descriptor for TimerFdState {
                     it_value: timespec(value),
                 },
             )?;
-            if self.waits_for_reader() {
-                let mut fds = [PollFd::new(&fd, PollFlags::IN)];
-                poll(&mut fds, None)?;
-            }
             if self.ticks != 0 {
                 outlive_linux::descriptors::timerfd_set_ticks(fd.as_fd(), self.ticks)?;
             }

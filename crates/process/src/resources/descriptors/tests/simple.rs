@@ -210,7 +210,8 @@ fn a_periodic_timer_that_was_not_read_goes_on_when_it_is() {
     let Description::TimerFd(state) = &table.descriptions[0].object else {
         panic!()
     };
-    assert_eq!((state.ticks, state.remaining), (1, 0));
+    // It stands until somebody looks; then what was due meanwhile is counted, and it goes on.
+    assert!(state.ticks > 0 && (1..=1_000_000).contains(&state.remaining));
     let again = made_for(&recreate(&table), number(&periodic));
     for _ in 0..3 {
         assert!(ticks(&again) > 0);
