@@ -251,11 +251,8 @@ impl Saved {
         for saved in &self.processes {
             files.extend(saved.open(options.files == FilesPolicy::Keep, &mut made, &mut refusals));
         }
-        let program = self
-            .processes
-            .first()
-            .map(SavedProcess::program)
-            .unwrap_or_default();
+        let named = |p: &SavedProcess| (p.process.pid, p.program());
+        let programs: Vec<_> = self.processes.iter().map(named).collect();
         let mapped = self.processes.iter().flat_map(|p| &p.memory.files);
         let contents: Vec<Vec<u8>> = mapped
             .filter(|f| f.contents.is_some())
@@ -267,7 +264,7 @@ impl Saved {
             spaces: &spaces,
             contents: &contents,
             pid: self.subject.root_process,
-            program: &program,
+            programs: &programs,
             epoch: reader.id().0,
             files: options.files,
         };

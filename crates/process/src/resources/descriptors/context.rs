@@ -186,9 +186,11 @@ impl CheckContext<'_> {
         what: impl Into<String>,
         remedy: impl Into<String>,
     ) -> ProcessError {
+        let mut programs = self.request.programs.iter();
+        let program = programs.find(|(pid, _)| *pid == about.process);
         ProcessError::Refused(vec![Refusal {
             pid: about.process,
-            program: self.request.program.to_owned(),
+            program: program.map_or_else(String::new, |(_, name)| name.clone()),
             place: format!("fd {}", about.number),
             what: what.into(),
             remedy: remedy.into(),

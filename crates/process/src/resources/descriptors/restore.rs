@@ -38,8 +38,8 @@ const SPARE: u64 = 128;
 pub struct CheckRequest<'a> {
     /// The root process that is restored.
     pub pid: u32,
-    /// Its name (`comm`), for messages.
-    pub program: &'a str,
+    /// Each process and its name (`comm`), for messages.
+    pub programs: &'a [(u32, String)],
     /// The epoch that is restored.
     pub epoch: u64,
     /// What to do with files that are not as they were.

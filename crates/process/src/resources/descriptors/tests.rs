@@ -109,7 +109,7 @@ fn refused(numbers: &[u32]) -> Vec<Refusal> {
 fn request(files: FilesPolicy) -> CheckRequest<'static> {
     CheckRequest {
         pid: std::process::id(),
-        program: "test",
+        programs: &[],
         epoch: 9,
         files,
         spaces: &[],
