@@ -396,6 +396,21 @@ fn foothold(
     }
 }
 
+/// A refusal of a process whose memory somebody tracks already: an outlive, or the program itself.
+pub fn tracked_already(target: &Target) -> Result<Option<Refusal>, ProcessError> {
+    let mappings =
+        maps::read_with_flags(target.pid).map_err(|e| target.kernel("reading its mappings", e))?;
+    let tracked = mappings
+        .iter()
+        .find(|(_, flags)| flags.has(VmFlags::WRITE_PROTECT));
+    Ok(tracked.map(|(m, _)| {
+        let place = format!("address {:x}-{:x}", m.start, m.end);
+        let what = "memory whose writes are tracked by a userfaultfd already";
+        let remedy = "see whether `outlive ps` lists the program, and give its name then";
+        target.refusal(place, what, remedy)
+    }))
+}
+
 /// Everything of one process that would be refused later, as far as it can be seen before; of a
 /// program with this root.
 pub fn refusals(target: &Target, root: u32) -> Result<Vec<Refusal>, ProcessError> {
@@ -408,10 +423,7 @@ pub fn refusals(target: &Target, root: u32) -> Result<Vec<Refusal>, ProcessError
         };
         // What an outlive that died left behind is removed at the first stop.
         let leftover = stamped(m) || (at > 0 && m.shared && stamped(&mappings[at - 1].0));
-        if flags.has(VmFlags::WRITE_PROTECT) {
-            let what = "memory that a userfaultfd tracks";
-            refusals.push(memory::refusal(target, m, what));
-        } else if !leftover && let Err(what) = memory::kind_of(m, *flags) {
+        if !leftover && let Err(what) = memory::kind_of(m, *flags) {
             refusals.push(memory::refusal(target, m, what));
         }
     }

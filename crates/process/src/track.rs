@@ -690,6 +690,11 @@ fn refuse_early(root: u32, adopters: &[u32]) -> Result<(), ProcessError> {
         targets.push(target);
     }
     for target in &targets {
+        match member::tracked_already(target) {
+            Ok(found) => refusals.extend(found),
+            Err(_) if target.pid != root && target.has_ended() => {}
+            Err(e) => return Err(e),
+        }
         match member::refusals(target, root) {
             Ok(found) => refusals.extend(found),
             Err(_) if target.pid != root && target.has_ended() => {}

@@ -71,7 +71,7 @@ fn a_dead_tracer_leaves_the_program_running() {
         return;
     }
     let program = Program::start("registers", &["patient"]);
-    let maps = program.mappings();
+    let maps = program.settled_mappings();
     for round in 0..times(12, 300) {
         let mut tracer = Command::new(std::env::current_exe().expect("this test has a path"))
             .args(["--exact", "deaths::tracer", "--ignored"])

@@ -196,6 +196,20 @@ impl Program {
         std::fs::read_to_string(format!("/proc/{}/maps", self.pid)).expect("its mappings")
     }
 
+    /// Its `maps` once they do not change any more: threads make their stacks for signals after
+    /// they have begun.
+    pub fn settled_mappings(&self) -> String {
+        let mut before = self.mappings();
+        loop {
+            std::thread::sleep(Duration::from_millis(200));
+            let now = self.mappings();
+            if now == before {
+                return now;
+            }
+            before = now;
+        }
+    }
+
     /// Pages of it that are in memory.
     pub fn resident_pages(&self) -> u64 {
         let text = std::fs::read_to_string(format!("/proc/{}/statm", self.pid));
