@@ -263,7 +263,7 @@ impl Drop for Program {
     fn drop(&mut self) {
         self.kill();
         let said = self.output();
-        let words: Vec<&str> = said.lines().next().unwrap_or_default().split(' ').collect();
+        let words: Vec<&str> = said.split_whitespace().collect();
         for pair in words.windows(2) {
             let Ok(id) = pair[1].parse::<i32>() else {
                 continue;
@@ -272,6 +272,7 @@ impl Drop for Program {
             let _ = unsafe {
                 match pair[0] {
                     "sem" => libc::semctl(id, 0, libc::IPC_RMID),
+                    "shm" => libc::shmctl(id, libc::IPC_RMID, std::ptr::null_mut()),
                     "msg" => libc::msgctl(id, libc::IPC_RMID, std::ptr::null_mut()),
                     _ => 0,
                 }
