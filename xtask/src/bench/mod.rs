@@ -35,5 +35,6 @@ fn machine() -> String {
         .filter(|line| line.starts_with("processor"))
         .count();
     let kernel = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
-    format!("Machine: {cores} x {model}, Linux {}", kernel.trim())
+    let version: Vec<&str> = kernel.trim().split('.').take(2).collect();
+    format!("Machine: {cores} x {model}, Linux {}", version.join("."))
 }

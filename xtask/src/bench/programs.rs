@@ -119,7 +119,7 @@ fn tables(programs: &[Program], other_work: &str) -> Result<String> {
     let machine = machine();
     writeln!(
         out,
-        "\n{machine}; load average before the run, from other work: {other_work}."
+        "\n{machine}; load average before the run: {other_work}."
     )?;
     Ok(out)
 }

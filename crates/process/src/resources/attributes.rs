@@ -228,6 +228,9 @@ pub fn collect(
     if namespace("pid_for_children").ok() != namespace("pid").ok() {
         found.push("its children will live in another PID namespace (unshare)");
     }
+    if namespace("time_for_children").ok() != namespace("time").ok() {
+        found.push("its children will live in another time namespace (unshare)");
+    }
     refuse(target, found)?;
     let optional = asked.optional.map(|id| answers.value(id).unwrap_or(0));
     let stat = Stat::read(target.pid).map_err(|e| target.kernel("reading its stat", e))?;

@@ -301,6 +301,13 @@ impl SocketOptions {
             kind: facts.kind.as_raw(),
             connected: facts.tcp_state.is_some_and(tcp_state::is_connection),
         };
+        let inet = matches!(facts.family, AddressFamily::INET | AddressFamily::INET6);
+        if inet && facts.kind == SocketType::STREAM && protocol_on_top(socket).map_err(fail)? {
+            return Err(probe.refuse(
+                "TCP socket encrypted by the kernel (TCP_ULP)",
+                "have the program encrypt by itself",
+            ));
+        }
         let mut options = Self::read(socket, sort).map_err(fail)?;
         let fresh = match memory.fresh_sockets.entry(sort) {
             Entry::Occupied(known) => known.into_mut(),
@@ -399,6 +406,12 @@ impl SocketOptions {
         }
         Ok(())
     }
+}
+
+/// Whether a TCP socket has a protocol on top, such as kernel TLS (`TCP_ULP`).
+fn protocol_on_top(socket: BorrowedFd<'_>) -> Result<bool, Errno> {
+    let name = sockopt::get(socket, IPPROTO_TCP, libc::TCP_ULP, NAME_ROOM)?;
+    Ok(name.is_some_and(|name| name.iter().any(|&b| b != 0)))
 }
 
 fn fresh_socket(family: AddressFamily, kind: SocketType) -> Result<OwnedFd, Errno> {

@@ -77,6 +77,9 @@ pub(crate) const KINDS: &[Kind] = &[
         written("/proc/self/coredump_filter", "00000073\n")
     }),
     ("scheduling-group", |_| {
+        // That of the session, which is to be no other's.
+        // SAFETY: takes no argument.
+        offered("setsid", unsafe { libc::setsid() }.into())?;
         written("/proc/self/autogroup", "nice 7")
     }),
     ("mount-namespace", |_| unshared(libc::CLONE_NEWNS)),
