@@ -166,6 +166,8 @@ fn end(status: u32) -> ! {
                 no_set,
                 8,
             );
+            // What its maker ignored is ignored here too.
+            libc::signal(signal, libc::SIG_DFL);
             libc::kill(libc::getpid(), signal);
         }
         libc::_exit((status >> 8 & 0xff) as i32)
@@ -470,7 +472,7 @@ mod tests {
 
     #[test]
     fn a_child_that_ended_tells_how_and_is_gone() {
-        for status in [0, 7 << 8, 9, 6] {
+        for status in [0, 7 << 8, 9, 6, 13] {
             let pidfd = ended_child(status).unwrap();
             let info = format!("/proc/self/fdinfo/{}", pidfd.as_raw_fd());
             let info = std::fs::read_to_string(info).unwrap();

@@ -152,12 +152,26 @@ fn owner_of(clock: i32) -> Option<u32> {
     (clock < 0 && !is_device(clock)).then_some(!(clock >> 3) as u32)
 }
 
+/// Whether the process sees itself, or a thread of its own, with this ID.
+fn is_own(target: &Target, id: u32) -> bool {
+    let threads = target.threads().unwrap_or_default().into_iter();
+    let mut inside = threads.filter_map(|tid| Some(Status::read(target.pid, tid).ok()?.inner.tid));
+    id != 0 && (id == target.id || inside.any(|tid| tid == id))
+}
+
 fn refusals_of(target: &Target, timers: &[TimerState], alone: bool) -> Vec<Refusal> {
     let mut found = Vec::new();
     for timer in timers {
         let place = format!("timer {}", timer.id);
         if is_device(timer.clock) {
             let what = "POSIX timer (timer_create) by the clock of a device";
+            found.push(target.refusal(place, what, "have the program use another clock"));
+        } else if timer.notify == Notify::Thread && !is_own(target, timer.thread) {
+            let what = "POSIX timer (timer_create) that tells a thread which has ended";
+            found.push(target.refusal(place, what, "have the program delete the timer"));
+        } else if owner_of(timer.clock).is_some_and(|id| id != 0 && !is_own(target, id)) {
+            let what = "POSIX timer (timer_create) by the processor time of another process, or of \
+                        a thread that has ended";
             found.push(target.refusal(place, what, "have the program use another clock"));
         } else if OF_THREAD.contains(&timer.clock) && counts(timer).is_none() && !alone {
             let what = "POSIX timer (timer_create) by the processor time of an unknown thread";

@@ -118,6 +118,9 @@ fn walk(
         if !places.code.contains(&now.rip) {
             break;
         }
+        if enters_kernel(pid, now.rip) {
+            return Err(stuck(stub, thread));
+        }
         match one_step(stub, thread, &now)? {
             Some(next) => now = next,
             None if misled => return Err(stuck(stub, thread)),
@@ -132,6 +135,31 @@ fn walk(
     }
     thread.registers = RegistersState::of(&now);
     Ok(if misled { Out::Misled } else { Out::Safe })
+}
+
+/// Whether the instruction there enters the kernel in a way that no vDSO does: what is stepped
+/// through comes from an image, and no system call of its choice may be made.
+fn enters_kernel(pid: u32, rip: u64) -> bool {
+    const LONGEST: usize = 15;
+    let mut code = [0u8; LONGEST];
+    let length = (2..=LONGEST)
+        .rev()
+        .find(|&n| memory::read_exact(pid, rip, &mut code[..n]).is_ok());
+    is_entry(&code[..length.unwrap_or(0)])
+}
+
+/// The same of an instruction's bytes, whatever prefixes it has.
+fn is_entry(code: &[u8]) -> bool {
+    const PREFIXES: [u8; 11] = [
+        0x26, 0x2e, 0x36, 0x3e, 0x64, 0x65, 0x66, 0x67, 0xf0, 0xf2, 0xf3,
+    ];
+    let is_prefix = |b: &&u8| PREFIXES.contains(b) || **b & 0xf0 == 0x40;
+    let prefixes = code.iter().take_while(is_prefix).count();
+    match code[prefixes..] {
+        // syscall, sysret, sysenter, sysexit; int n, iret
+        [0x0f, 0x05 | 0x07 | 0x34 | 0x35, ..] | [0xcc..=0xcf, ..] => true,
+        _ => false,
+    }
 }
 
 fn stuck(stub: &Stub, thread: &ThreadState) -> ProcessError {
@@ -171,4 +199,30 @@ fn one_step(
     held.touch();
     stub.threads.insert(0, held);
     Ok(next)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn whatever_enters_the_kernel_is_known() {
+        for code in [
+            &[0x0f, 0x05][..],
+            &[0x48, 0x0f, 0x05],
+            &[0xcd, 0x80],
+            &[0x66, 0x0f, 0x34],
+        ] {
+            assert!(is_entry(code), "{code:x?}");
+        }
+        for code in [
+            &[][..],
+            &[0x48],
+            &[0x0f, 0xa2],
+            &[0x0f, 0x31],
+            &[0x90, 0x0f, 0x05],
+        ] {
+            assert!(!is_entry(code), "{code:x?}");
+        }
+    }
 }

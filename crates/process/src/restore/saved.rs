@@ -182,7 +182,8 @@ impl Saved {
         }
         for zombie in &self.subject.zombies {
             let in_range = i32::try_from(zombie.pid).is_ok_and(|p| p > 0);
-            if !in_range || !ids.insert(zombie.pid) || !pids.contains(&zombie.parent) {
+            let died = is_of_a_death(zombie.status);
+            if !in_range || !died || !ids.insert(zombie.pid) || !pids.contains(&zombie.parent) {
                 return bad(format!("the ended process {} makes no sense", zombie.pid));
             }
         }
@@ -275,5 +276,43 @@ impl Saved {
             Err(e) => return Err(e),
         }
         Err(ProcessError::Refused(refusals))
+    }
+}
+
+/// Whether a status as `wait(2)` gives it can be that of a process that has ended: an exit status,
+/// or a signal that ends processes (signal(7)).
+fn is_of_a_death(status: u32) -> bool {
+    const IGNORED_OR_STOPPING: [u32; 8] = [17, 18, 19, 20, 21, 22, 23, 28];
+    let (code, core, signal) = (status >> 8, status & 0x80, status & 0x7f);
+    match signal {
+        0 => code <= 0xff && core == 0,
+        1..=64 => code == 0 && !IGNORED_OR_STOPPING.contains(&signal),
+        _ => false,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::is_of_a_death;
+
+    #[test]
+    fn a_status_is_that_of_a_death() {
+        for good in [0, 7 << 8, 0xff00, 9, 11 | 0x80, 64] {
+            assert!(is_of_a_death(good), "{good:#x}");
+        }
+        for bad in [
+            17,
+            19,
+            23,
+            28,
+            65,
+            0x7f,
+            0x80,
+            0x1_0000,
+            9 | 7 << 8,
+            u32::MAX,
+        ] {
+            assert!(!is_of_a_death(bad), "{bad:#x}");
+        }
     }
 }

@@ -192,7 +192,13 @@ impl Stub {
             held.release().map_err(|e| target.kernel("ending it", e))?;
         }
         let deadline = Instant::now() + PATIENCE;
-        while !self.target.has_ended() && Instant::now() < deadline {
+        while !self.target.has_ended() {
+            if Instant::now() > deadline {
+                // Nobody would kill it any more.
+                let _ = outlive_linux::thread::kill(self.target.pid);
+                let what = std::io::Error::other("it did not end");
+                return Err(self.target.kernel("ending it", what));
+            }
             std::thread::sleep(Duration::from_micros(200));
         }
         Ok(())

@@ -155,6 +155,7 @@ const REFUSED: &[(&str, &str)] = &[
         "time-namespace-of-children",
         "will live in another time namespace",
     ),
+    ("posix-timer-of-ended-thread", "which has ended"),
 ];
 
 /// What is looked for once, when tracking begins, and why.

@@ -73,7 +73,7 @@ fn interface_number(name: &[u8], known: &[Known]) -> Option<u32> {
     listed.or_else(|| {
         let name = std::str::from_utf8(name)
             .ok()
-            .filter(|n| !n.contains(['/', '.']))?;
+            .filter(|n| !n.contains('/') && ![".", ".."].contains(n))?;
         let text = std::fs::read_to_string(format!("/sys/class/net/{name}/ifindex")).ok()?;
         text.trim().parse().ok()
     })
@@ -108,6 +108,8 @@ fn parse_v4(text: &str) -> Vec<Known> {
                 });
             }
         } else if let (Ok(number), Some(name)) = (first.parse(), words.next()) {
+            // A long name leaves no room before the colon.
+            let name = name.trim_end_matches(':');
             current = Some((number, name.as_bytes().to_vec()));
         }
     }

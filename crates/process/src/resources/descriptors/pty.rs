@@ -236,6 +236,21 @@ fn masters(table: &FdTable) -> impl Iterator<Item = &PtyMasterState> {
     })
 }
 
+/// Locks the terminals again whose other sides could not be opened; comes after all were opened.
+pub(crate) fn lock(
+    table: &FdTable,
+    made: &HashMap<u32, (OwnedFd, u32)>,
+    process: u32,
+) -> Result<(), ProcessError> {
+    for master in masters(table).filter(|master| master.locked) {
+        if let Some((fd, number)) = made.get(&master.number) {
+            terminal::set_switch(fd.as_fd(), Switch::Locked, true)
+                .map_err(|e| failed(process, format!("lock the terminal /dev/pts/{number}"), e))?;
+        }
+    }
+    Ok(())
+}
+
 /// Whether a process is to have one of the subject's own terminals as its controlling one.
 #[must_use]
 pub(crate) fn controls(table: &FdTable, process: u32) -> bool {

@@ -341,6 +341,7 @@ pub fn recreate_table(table: &FdTable, checked: Checked) -> Result<Made, Process
             fds[about.index] = Some(fd);
         }
     }
+    pty::lock(table, &cx.ptys, pid)?;
     let described = fds.into_iter().zip(&table.descriptions);
     made.descriptors = described
         .filter_map(|(fd, description)| Some((fd?, description.holders.clone())))

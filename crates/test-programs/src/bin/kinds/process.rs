@@ -34,6 +34,7 @@ pub(crate) const KINDS: &[Kind] = &[
     ("posix-timer-signal", posix_timer_signal),
     ("posix-timer-thread", posix_timer_thread),
     ("posix-timer-silent", posix_timer_silent),
+    ("posix-timer-of-ended-thread", posix_timer_of_ended),
     ("posix-timer-of-a-thread", |_| {
         let id = posix_timer(libc::CLOCK_THREAD_CPUTIME_ID, libc::SIGEV_NONE, 0, 0)?;
         arm(id, &value(LONG, 2 * LONG));
@@ -488,6 +489,24 @@ fn posix_timer_thread(_: &Path) -> Result<Check, Absent> {
         arm(id, &value(1_000_000, 0));
         await_signal(libc::SIGUSR2);
     })
+}
+
+fn posix_timer_of_ended(_: &Path) -> Result<Check, Absent> {
+    let thread = std::thread::spawn(|| {
+        // SAFETY: takes no argument.
+        let me = unsafe { libc::gettid() };
+        posix_timer(
+            libc::CLOCK_MONOTONIC,
+            libc::SIGEV_THREAD_ID,
+            libc::SIGUSR2,
+            me,
+        )
+    });
+    let id = thread
+        .join()
+        .unwrap_or_else(|_| Err(Absent("no thread".into())))?;
+    arm(id, &value(LONG, 2 * LONG));
+    look(move || must_run(id))
 }
 
 fn posix_timer_silent(_: &Path) -> Result<Check, Absent> {
