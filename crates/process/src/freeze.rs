@@ -10,7 +10,7 @@ use crate::{ProcessError, preflight};
 use outlive_linux::Errno;
 use outlive_linux::ptrace::{Halted, Registers, Running, Stop, WaitError};
 use outlive_linux::remote::{Arena, Batch, InFlight, RemoteError, Rescue, Results, single};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::time::{Duration, Instant};
 
 /// A stopped thread.
@@ -184,50 +184,102 @@ pub fn run_all(
 
 /// Stops every thread of a process; its leader comes first. New threads that appear meanwhile are
 /// stopped too: when a listing shows no new one while all known ones stand still, all are held.
-pub fn freeze(target: &Target, timeout: Duration) -> Result<Vec<Held>, ProcessError> {
-    let deadline = Instant::now() + timeout;
-    let mut held: BTreeMap<u32, Held> = BTreeMap::new();
-    loop {
-        let mut fresh = Vec::new();
-        for tid in target.threads()? {
-            if !held.contains_key(&tid) {
-                fresh.extend(seize(target, tid)?);
-            }
-        }
-        if fresh.is_empty() {
-            break;
-        }
-        let mut fresh = fresh.into_iter();
-        while let Some(running) = fresh.next() {
-            let tid = running.tid();
-            match await_stop(target, running, deadline) {
-                Ok(halted) => {
-                    refuse_group_stop(target, &halted)?;
-                    let h = Held::new(halted).map_err(|e| target.kernel("reading registers", e))?;
-                    held.insert(tid, h);
+///
+/// If that fails, those that stand go on as they were: `prepare` is called with each, so that a
+/// call which the stop interrupted is made again.
+pub fn freeze(
+    target: &Target,
+    timeout: Duration,
+    prepare: &mut dyn FnMut(&mut Held),
+) -> Result<Vec<Held>, ProcessError> {
+    let mut stopping = Stopping::default();
+    let stopped = stopping
+        .stop_all(target, timeout)
+        .and_then(|()| stopping.leader_first(target));
+    stopped.inspect_err(|_| stopping.give_up(prepare))
+}
+
+/// Threads on their way to a stop.
+#[derive(Default)]
+struct Stopping {
+    held: BTreeMap<u32, Held>,
+    /// Ordered to stop, and not seen to stand.
+    fresh: VecDeque<Running>,
+    /// The one that could not be waited for.
+    stuck: Option<Running>,
+}
+
+impl Stopping {
+    fn stop_all(&mut self, target: &Target, timeout: Duration) -> Result<(), ProcessError> {
+        let deadline = Instant::now() + timeout;
+        loop {
+            for tid in target.threads()? {
+                if !self.held.contains_key(&tid) {
+                    self.fresh.extend(seize(target, tid)?);
                 }
-                Err((_, WaitError::Ended { .. })) if tid != target.pid => {}
-                Err((leader, e)) => {
-                    // The last thread that is waited for is the leading one.
-                    drop((fresh, held, leader));
-                    return Err(wait_failed(target, timeout, e));
+            }
+            if self.fresh.is_empty() {
+                return Ok(());
+            }
+            while let Some(running) = self.fresh.pop_front() {
+                let tid = running.tid();
+                match await_stop(target, running, deadline) {
+                    Ok(halted) => {
+                        refuse_group_stop(target, &halted)?;
+                        let h =
+                            Held::new(halted).map_err(|e| target.kernel("reading registers", e))?;
+                        self.held.insert(tid, h);
+                    }
+                    Err((_, WaitError::Ended { .. })) if tid != target.pid => {}
+                    Err((stuck, e)) => {
+                        self.stuck = stuck;
+                        return Err(wait_failed(target, timeout, e));
+                    }
                 }
             }
         }
     }
-    let mut all: Vec<Held> = held.into_values().collect();
-    match all.iter().position(|h| h.tid == target.pid) {
-        Some(leader) => all.swap(0, leader),
-        None => {
-            let what = "its leading thread has ended while others run".to_owned();
+
+    fn leader_first(&mut self, target: &Target) -> Result<Vec<Held>, ProcessError> {
+        let Some(leader) = self.held.remove(&target.pid) else {
             return Err(ProcessError::Gone {
                 pid: target.pid,
-                what,
+                what: "its leading thread has ended while others run".into(),
             });
+        };
+        let rest = std::mem::take(&mut self.held).into_values();
+        Ok([leader].into_iter().chain(rest).collect())
+    }
+
+    /// Lets all go on. Those that were ordered to stop will, and mostly at once.
+    fn give_up(&mut self, prepare: &mut dyn FnMut(&mut Held)) {
+        const SOON: Duration = Duration::from_millis(100);
+        let deadline = Instant::now() + SOON;
+        for running in self.fresh.drain(..) {
+            let tid = running.tid();
+            // One that does not stop is let go when it comes back from the kernel.
+            if let Ok(halted) = running.wait_interrupted(deadline)
+                && let Ok(held) = Held::new(halted)
+            {
+                self.held.insert(tid, held);
+            }
+        }
+        for mut held in std::mem::take(&mut self.held).into_values() {
+            prepare(&mut held);
+            // It may have been killed meanwhile.
+            let _ = held.release();
+        }
+        // The last thread that is waited for is the leading one, where all were killed.
+        let Some(stuck) = self.stuck.take() else {
+            return;
+        };
+        if let Ok(halted) = stuck.wait_interrupted(deadline)
+            && let Ok(mut held) = Held::new(halted)
+        {
+            prepare(&mut held);
+            let _ = held.release();
         }
     }
-    all[1..].sort_by_key(|h| h.tid);
-    Ok(all)
 }
 
 /// Waits for a thread that was ordered to stop. The leading thread of a process that was killed

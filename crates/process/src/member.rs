@@ -3,19 +3,20 @@
 
 use crate::bootstrap::{self, Plan};
 use crate::flags::FlagsCache;
-use crate::freeze::{Held, remote_failed, run_all};
+use crate::freeze::{Held, freeze, remote_failed, run_all};
 use crate::image::ThreadsState;
 use crate::laps::Laps;
 use crate::pages::{Changes, PageTracker, PrivateArea, Residue, World};
 use crate::reentry::{Sleepers, WaitBook};
 use crate::resources::shared::{self, SharedObjects};
 use crate::resources::{attributes, memory, signals, thread, timers};
-use crate::target::Target;
+use crate::target::{Status, Target};
 use crate::{ProcessError, Refusal, namespaces, preflight};
 use outlive_epoch::{PageSink, Run};
 use outlive_linux::maps::{self, Mapping, VmFlags};
 use outlive_linux::remote::{Arena, Batch, CallId, Results};
 use outlive_linux::userfault::WriteTracker;
+use std::time::Duration;
 
 /// A process under tracking. Between epochs nothing is attached to it.
 pub struct Member {
@@ -96,6 +97,15 @@ pub fn look(
         thread::refuse(target, held)?;
     }
     Ok(seen)
+}
+
+/// Prepares a stopped thread to go on as if it had not been stopped, where it was not looked at.
+pub fn prepare(target: &Target, waits: &mut WaitBook, held: &mut Held, sleepers: &Sleepers) {
+    // One that cannot be read is about to end.
+    if let Ok(status) = Status::read(target.pid, held.tid) {
+        waits.prepare(target, held, &status, sleepers);
+        waits.going_on(target, held.tid);
+    }
 }
 
 /// Lets all threads go on. All are let go even if one cannot be.
@@ -193,6 +203,30 @@ impl Member {
             moved if moved.is_empty() => Ok(()),
             moved => Err(ProcessError::Refused(moved)),
         }
+    }
+
+    /// Stops all threads.
+    pub fn freeze(
+        &mut self,
+        timeout: Duration,
+        sleepers: &Sleepers,
+    ) -> Result<Vec<Held>, ProcessError> {
+        let (target, waits) = (&self.target, &mut self.waits);
+        freeze(target, timeout, &mut |held| {
+            prepare(target, waits, held, sleepers);
+        })
+    }
+
+    /// Lets threads go on that were not looked at.
+    pub fn give_back(
+        &mut self,
+        mut threads: Vec<Held>,
+        sleepers: &Sleepers,
+    ) -> Result<(), ProcessError> {
+        for held in &mut threads {
+            prepare(&self.target, &mut self.waits, held, sleepers);
+        }
+        self.let_go(threads)
     }
 
     /// See [`look`].

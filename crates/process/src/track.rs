@@ -167,7 +167,9 @@ impl Tracked {
         }
         let mut waits = WaitBook::default();
         let sleepers = waits.look(&target);
-        let mut threads = freeze(&target, self.options.stop_timeout)?;
+        let mut threads = freeze(&target, self.options.stop_timeout, &mut |held| {
+            member::prepare(&target, &mut waits, held, &sleepers);
+        })?;
         if let Err(e) = member::look(&target, &mut waits, &mut threads, &sleepers) {
             member::let_go(&target, &mut waits, threads)?;
             return Err(e);
@@ -352,10 +354,10 @@ impl Tracked {
     fn freeze_one(&mut self, kin: Kin, sleepers: Sleepers) -> Result<Frozen, ProcessError> {
         let timeout = self.options.stop_timeout;
         if let Some(member) = self.members.get_mut(&kin.pid) {
-            let mut threads = freeze(&member.target, timeout)?;
+            let mut threads = member.freeze(timeout, &sleepers)?;
             if !member.is_intact() {
                 // It began another program since it was looked at.
-                member.let_go(threads)?;
+                member.give_back(threads, &sleepers)?;
                 let member = self.members.remove(&kin.pid);
                 self.retired
                     .extend(member.into_iter().flat_map(Member::retire));
@@ -378,7 +380,9 @@ impl Tracked {
         }
         let target = Target::open(kin.pid)?;
         let mut waits = WaitBook::default();
-        let mut threads = freeze(&target, timeout)?;
+        let mut threads = freeze(&target, timeout, &mut |held| {
+            member::prepare(&target, &mut waits, held, &sleepers);
+        })?;
         let nameless = threads.iter().any(|t| waits.is_nameless(t, &sleepers));
         match member::look(&target, &mut waits, &mut threads, &sleepers) {
             Ok(seen) => Ok(Frozen {
@@ -586,7 +590,7 @@ fn cause(error: ProcessError, target: &Target, root: u32) -> ProcessError {
 
 fn remove_from(member: &mut Member, timeout: Duration) -> Result<(), ProcessError> {
     let sleepers = member.before_stop()?;
-    let mut threads = freeze(&member.target, timeout)?;
+    let mut threads = member.freeze(timeout, &sleepers)?;
     let seen = member.look(&mut threads, &sleepers);
     let removed = seen.and_then(|_| member.remove_foothold(&mut threads));
     member.let_go(threads)?;

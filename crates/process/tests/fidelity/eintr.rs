@@ -4,6 +4,7 @@ use crate::store::Store;
 use crate::support::{
     Program, alone, bring_back, epoch, last_epoch, may_run, stop_and_resume, times, track,
 };
+use outlive_process::{ProcessError, TrackOptions, Tracked};
 use std::time::Duration;
 
 /// How long the program runs between two stops.
@@ -22,6 +23,36 @@ fn calls_do_not_notice_stops() {
         std::thread::sleep(PAUSE);
     }
     tracked.detach().expect("detaching");
+    program.must_report();
+}
+
+/// A stop that is given up, because not all threads stood in time, is not noticed either.
+#[test]
+fn calls_do_not_notice_stops_that_fail() {
+    let _alone = alone();
+    if !may_run("calls_do_not_notice_stops_that_fail") {
+        return;
+    }
+    let program = Program::start("eintr", &[]);
+    let mut failed = 0;
+    for round in 0..times(200, 5_000) {
+        let options = TrackOptions {
+            stop_timeout: Duration::from_micros(round as u64 * 13 % 400),
+            ..TrackOptions::default()
+        };
+        match Tracked::attach(program.pid, options) {
+            Err(ProcessError::NotStopped { .. }) => failed += 1,
+            Err(e) => panic!("attaching: {e}; {}", program.story()),
+            Ok(tracked) => drop(tracked),
+        }
+        program.must_be_well();
+        std::thread::sleep(PAUSE);
+    }
+    assert!(failed > 10, "{failed}");
+    // What could not be removed in time is removed by whoever has more of it.
+    track(&program).detach().expect("detaching");
+    // Each new tracer gives a socket's call its whole time again: let it have that once.
+    std::thread::sleep(Duration::from_secs(1));
     program.must_report();
 }
 
