@@ -241,8 +241,11 @@ fn queue(
     let reading = |e| failed(&format!("reading {}", shown(Sort::Queue, &queue.object)), e);
     let capacity = sysv::queue_capacity(id).map_err(reading)?;
     let mut messages = Vec::new();
+    // The capacity may have been lowered since they were sent.
+    let largest = std::fs::read_to_string("/proc/sys/kernel/msgmax").unwrap_or_default();
+    let largest = largest.trim().parse().unwrap_or(0);
+    let longest = capacity.max(largest).min(LONGEST) as usize;
     for n in 0..queue.messages {
-        let longest = capacity.min(LONGEST) as usize;
         match sysv::message(id, n, longest).map_err(reading)? {
             Some((sort, text)) => messages.push(MessageState { sort, text }),
             None => break,

@@ -408,8 +408,14 @@ fn set_values(set: &SemaphoresState, stubs: &mut [Stub]) -> Result<(), ProcessEr
 /// though it be empty.
 fn send(queue: &QueueState, id: i32, stub: &mut Stub) -> Result<(), ProcessError> {
     let failed = |e: outlive_linux::Errno| super::internal("setting the size of a queue", e.into());
-    if sysv::queue_capacity(id).map_err(failed)? != queue.capacity {
-        sysv::set_queue_capacity(id, queue.capacity).map_err(failed)?;
+    // As many bytes as this may be in it, and as many messages; it may have held more.
+    let bytes: u64 = queue.messages.iter().map(|m| m.text.len() as u64).sum();
+    let room = queue
+        .capacity
+        .max(bytes)
+        .max(queue.messages.len() as u64 + 1);
+    if sysv::queue_capacity(id).map_err(failed)? != room {
+        sysv::set_queue_capacity(id, room).map_err(failed)?;
     }
     let number = Arg::Value(u64::from(id.cast_unsigned()));
     let now = Arg::Value(libc::IPC_NOWAIT as u64);
@@ -426,7 +432,11 @@ fn send(queue: &QueueState, id: i32, stub: &mut Stub) -> Result<(), ProcessError
         Step::new(libc::SYS_msgrcv, args, "receiving a message"),
     ];
     steps.extend(queue.messages.iter().map(|m| message(m.sort, &m.text)));
-    stub.steps(steps).map(drop)
+    stub.steps(steps)?;
+    if room != queue.capacity {
+        sysv::set_queue_capacity(id, queue.capacity).map_err(failed)?;
+    }
+    Ok(())
 }
 
 /// Attaches a segment aside, and moves its parts to their places.

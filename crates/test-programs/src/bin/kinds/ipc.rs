@@ -11,6 +11,7 @@ pub(crate) const KINDS: &[Kind] = &[
     ("system-v-memory-of-others", memory_of_others),
     ("system-v-semaphores", semaphores),
     ("system-v-messages", messages),
+    ("system-v-messages-over-capacity", messages_over_capacity),
     ("posix-message-queue", posix_queue),
     ("posix-semaphore-shared", posix_semaphore),
     ("asynchronous-io", aio),
@@ -103,6 +104,30 @@ fn messages(_: &Path) -> Result<Check, Absent> {
             let n = libc::msgrcv(id, got.as_mut_ptr().cast(), 8, 0, libc::IPC_NOWAIT);
             same("its length", n, 8);
             same("the message", got, [3, 0x0102_0304]);
+        })
+    }
+}
+
+/// A queue whose capacity was lowered below what it holds.
+fn messages_over_capacity(_: &Path) -> Result<Check, Absent> {
+    // SAFETY: the messages and the state are live, and messages as long as is said.
+    unsafe {
+        let id = must("msgget", libc::msgget(libc::IPC_PRIVATE, 0o600)) as i32;
+        say(&format!("msg {id}"));
+        let message = [5i64; 65];
+        must("msgsnd", libc::msgsnd(id, message.as_ptr().cast(), 512, 0));
+        must("msgsnd", libc::msgsnd(id, message.as_ptr().cast(), 256, 0));
+        let mut state: libc::msqid_ds = std::mem::zeroed();
+        must("IPC_STAT", libc::msgctl(id, libc::IPC_STAT, &raw mut state));
+        state.msg_qbytes = 100;
+        must("IPC_SET", libc::msgctl(id, libc::IPC_SET, &raw mut state));
+        look(move || {
+            let mut state: libc::msqid_ds = std::mem::zeroed();
+            must("IPC_STAT", libc::msgctl(id, libc::IPC_STAT, &raw mut state));
+            same("its capacity", state.msg_qbytes, 100);
+            let mut got = [0i64; 65];
+            let mut next = || libc::msgrcv(id, got.as_mut_ptr().cast(), 512, 0, libc::IPC_NOWAIT);
+            same("the messages", (next(), next()), (512, 256));
         })
     }
 }
