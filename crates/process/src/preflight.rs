@@ -1,10 +1,101 @@
 //! What is refused before any harm: everything about a process that could not be made again.
 
+use crate::family;
+use crate::member;
 use crate::namespaces;
-use crate::resources::timers;
+use crate::resources::{descriptors, timers};
 use crate::target::{Status, Target};
 use crate::{ProcessError, Refusal};
 use outlive_linux::processor;
+use std::collections::BTreeSet;
+use std::time::{Duration, Instant};
+
+/// How long a stop waits for processes that are about to begin a program of their own …
+const SPAWN_PATIENCE: Duration = Duration::from_millis(500);
+/// … looking again after so long.
+const SPAWN_POLL: Duration = Duration::from_micros(200);
+
+/// Waits a while for processes that are about to begin a program of their own: their parents
+/// could not be stopped, while everything else stands still already. One that does not come to it
+/// is refused.
+pub fn let_spawn(root: u32, adopters: &[u32]) -> Result<(), ProcessError> {
+    let spawning = || {
+        let all = family::list(root, adopters).into_iter();
+        all.filter(family::is_spawning)
+            .map(|kin| kin.pid)
+            .collect::<BTreeSet<u32>>()
+    };
+    let deadline = Instant::now() + SPAWN_PATIENCE;
+    let first = spawning();
+    let mut now = first.clone();
+    while !now.is_empty() && Instant::now() < deadline {
+        std::thread::sleep(SPAWN_POLL);
+        now = spawning();
+    }
+    let stuck = first
+        .intersection(&now)
+        .filter_map(|&pid| Target::open(pid).ok());
+    let refusals: Vec<Refusal> = stuck
+        .map(|target| {
+            let what = "its parent waits until it begins a program of its own (vfork)";
+            target.refusal("", what, "try again when it has")
+        })
+        .collect();
+    if refusals.is_empty() {
+        Ok(())
+    } else {
+        Err(ProcessError::Refused(refusals))
+    }
+}
+
+/// Refuses what of a program could not be restored, before anything of it is touched.
+pub fn of_program(root: u32, adopters: &[u32]) -> Result<(), ProcessError> {
+    let_spawn(root, adopters)?;
+    let mut refusals: Vec<Refusal> = Vec::new();
+    let mut targets = vec![Target::open(root)?];
+    for kin in family::list(root, adopters)
+        .into_iter()
+        .skip(1)
+        .filter(|k| !k.zombie)
+    {
+        // A child may end at any time.
+        let Ok(target) = Target::open(kin.pid) else {
+            continue;
+        };
+        if family::is_spawning(&kin) {
+            continue;
+        }
+        refusals.extend(family::refuse_shared(
+            &target,
+            targets.iter().map(|t| t.pid),
+        ));
+        targets.push(target);
+    }
+    for target in &targets {
+        match member::tracked_already(target) {
+            Ok(found) => refusals.extend(found),
+            Err(_) if target.pid != root && target.has_ended() => {}
+            Err(e) => return Err(e),
+        }
+        match member::refusals(target, root) {
+            Ok(found) => refusals.extend(found),
+            Err(_) if target.pid != root && target.has_ended() => {}
+            Err(e) => return Err(e),
+        }
+    }
+    let views: Vec<_> = targets.iter().map(Target::view).collect();
+    match descriptors::preflight(&views) {
+        Ok(()) => {}
+        Err(ProcessError::Refused(more)) => refusals.extend(more),
+        Err(ProcessError::Gone { pid, .. }) if pid != root => {}
+        Err(e) => return Err(e),
+    }
+    if refusals.is_empty() {
+        Ok(())
+    } else {
+        Err(ProcessError::Refused(refusals))
+    }
+}
 
 /// Everything that would be refused later, as far as it can be seen while the program runs, of a
 /// process of the program with this root.

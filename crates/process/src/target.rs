@@ -1,7 +1,8 @@
 //! One process seen from outside through `/proc`.
 
+use crate::resources::descriptors;
 use crate::{ProcessError, Refusal};
-use rustix::fd::OwnedFd;
+use rustix::fd::{AsFd, OwnedFd};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use std::io;
 use std::os::unix::ffi::OsStrExt;
@@ -75,6 +76,17 @@ impl Target {
             tv_nsec: 0,
         };
         poll(&mut watched, Some(&now)).is_ok_and(|ready| ready > 0)
+    }
+
+    /// The process as it is handed to whoever looks at descriptors.
+    #[must_use]
+    pub fn view(&self) -> descriptors::Target<'_> {
+        descriptors::Target {
+            pid: self.pid,
+            program: &self.program,
+            pidfd: self.pidfd.as_fd(),
+            ignore: &[],
+        }
     }
 
     /// A refusal that names this process.

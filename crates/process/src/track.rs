@@ -18,10 +18,9 @@ use crate::resources::machine::MachineState;
 use crate::resources::shared::SharedObjects;
 use crate::resources::system_v::{self, SystemV};
 use crate::target::{Status, Target};
-use crate::{ProcessError, Refusal, namespaces, preflight};
+use crate::{ProcessError, namespaces, preflight};
 use outlive_epoch::{EpochFacts, PageSink, Run};
 use outlive_linux::thread::Urgent;
-use rustix::fd::AsFd;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -62,11 +61,6 @@ pub enum Tracking {
 const NAMING_TRIES: u32 = 5;
 /// … and how long the program runs in between.
 const A_MOMENT: Duration = Duration::from_millis(2);
-
-/// How long a stop waits for processes that are about to begin a program of their own …
-const SPAWN_PATIENCE: Duration = Duration::from_millis(500);
-/// … looking again after so long.
-const SPAWN_POLL: Duration = Duration::from_micros(200);
 
 /// Pre-copying ends when a pass finds less than this, bytes …
 const SMALL_PASS: u64 = 1 << 20;
@@ -110,7 +104,7 @@ impl Tracked {
         if options.strays {
             adopters.push(std::process::id());
         }
-        refuse_early(pid, &adopters)?;
+        preflight::of_program(pid, &adopters)?;
         let mut tracked = Self {
             root: pid,
             adopters,
@@ -228,7 +222,7 @@ impl Tracked {
         if self.tracking != Tracking::WriteProtect {
             return Ok(());
         }
-        let_spawn(self.root, &self.adopters)?;
+        preflight::let_spawn(self.root, &self.adopters)?;
         self.adopt_all()?;
         for run in self.retired.drain(..) {
             sink.absent(run)?;
@@ -264,7 +258,7 @@ impl Tracked {
     /// Freezes the program and takes everything that is left into memory. On failure the program
     /// runs on as before.
     pub fn stop(&mut self) -> Result<(Stopped<'_>, Captured), ProcessError> {
-        let_spawn(self.root, &self.adopters)?;
+        preflight::let_spawn(self.root, &self.adopters)?;
         let urgent = Urgent::begin();
         let mut tries = 0;
         let (began, mut frozen, zombies) = loop {
@@ -540,7 +534,7 @@ impl Tracked {
         let targets: Vec<descriptors::Target<'_>> = frozen
             .iter()
             .filter_map(|p| self.members.get(&p.kin.pid))
-            .map(|m| view(&m.target))
+            .map(|m| m.target.view())
             .collect();
         let mut collected =
             descriptors::collect_table(&targets, &mut self.descriptors, &mut self.shared)?;
@@ -620,102 +614,12 @@ fn gone(pid: u32) -> ProcessError {
     }
 }
 
-fn view(target: &Target) -> descriptors::Target<'_> {
-    descriptors::Target {
-        pid: target.pid,
-        program: &target.program,
-        pidfd: target.pidfd.as_fd(),
-        ignore: &[],
-    }
-}
-
 impl Drop for Tracked {
     fn drop(&mut self) {
         if !self.detached {
             // A process that ended needs nothing removed.
             let _ = self.remove_trace();
         }
-    }
-}
-
-/// Waits a while for processes that are about to begin a program of their own: their parents
-/// could not be stopped, while everything else stands still already. One that does not come to it
-/// is refused.
-fn let_spawn(root: u32, adopters: &[u32]) -> Result<(), ProcessError> {
-    let spawning = || {
-        let all = family::list(root, adopters).into_iter();
-        all.filter(family::is_spawning)
-            .map(|kin| kin.pid)
-            .collect::<BTreeSet<u32>>()
-    };
-    let deadline = Instant::now() + SPAWN_PATIENCE;
-    let first = spawning();
-    let mut now = first.clone();
-    while !now.is_empty() && Instant::now() < deadline {
-        std::thread::sleep(SPAWN_POLL);
-        now = spawning();
-    }
-    let stuck = first
-        .intersection(&now)
-        .filter_map(|&pid| Target::open(pid).ok());
-    let refusals: Vec<Refusal> = stuck
-        .map(|target| {
-            let what = "its parent waits until it begins a program of its own (vfork)";
-            target.refusal("", what, "try again when it has")
-        })
-        .collect();
-    if refusals.is_empty() {
-        Ok(())
-    } else {
-        Err(ProcessError::Refused(refusals))
-    }
-}
-
-fn refuse_early(root: u32, adopters: &[u32]) -> Result<(), ProcessError> {
-    let_spawn(root, adopters)?;
-    let mut refusals: Vec<Refusal> = Vec::new();
-    let mut targets = vec![Target::open(root)?];
-    for kin in family::list(root, adopters)
-        .into_iter()
-        .skip(1)
-        .filter(|k| !k.zombie)
-    {
-        // A child may end at any time.
-        let Ok(target) = Target::open(kin.pid) else {
-            continue;
-        };
-        if family::is_spawning(&kin) {
-            continue;
-        }
-        refusals.extend(family::refuse_shared(
-            &target,
-            targets.iter().map(|t| t.pid),
-        ));
-        targets.push(target);
-    }
-    for target in &targets {
-        match member::tracked_already(target) {
-            Ok(found) => refusals.extend(found),
-            Err(_) if target.pid != root && target.has_ended() => {}
-            Err(e) => return Err(e),
-        }
-        match member::refusals(target, root) {
-            Ok(found) => refusals.extend(found),
-            Err(_) if target.pid != root && target.has_ended() => {}
-            Err(e) => return Err(e),
-        }
-    }
-    let views: Vec<_> = targets.iter().map(view).collect();
-    match descriptors::preflight(&views) {
-        Ok(()) => {}
-        Err(ProcessError::Refused(more)) => refusals.extend(more),
-        Err(ProcessError::Gone { pid, .. }) if pid != root => {}
-        Err(e) => return Err(e),
-    }
-    if refusals.is_empty() {
-        Ok(())
-    } else {
-        Err(ProcessError::Refused(refusals))
     }
 }
 
