@@ -7,7 +7,7 @@ use std::os::unix::fs::FileExt;
 
 const PAGE: usize = 4096;
 /// How often a change is tried.
-const TRIES: u32 = 50;
+const TRIES: u32 = 5;
 
 /// Data that the judgement depends on.
 pub struct Spot {

@@ -46,7 +46,8 @@ def cell(number):
 settings = {
     "listen_addresses": "",
     "unix_socket_directories": here,
-    "shared_buffers": "16MB",
+    # More than all tables: what is looked for in memory is there.
+    "shared_buffers": "64MB",
     # Files of the cluster, so that nothing is left elsewhere.
     "dynamic_shared_memory_type": "mmap",
     "max_connections": "20",
