@@ -1,7 +1,10 @@
 //! Programs of several processes: killed with their keeper in the middle of their work, restored,
 //! and judged by what they compute.
 
-use crate::support::{Kept, Place, alone, end, family, installed, may_run, test_program, until};
+use crate::support::{
+    Kept, Place, alone, end, family, installed, may_run, signal, test_program, until,
+};
+use rustix::process::Signal;
 use std::process::Command;
 
 /// Kills the keeper and the whole program at once, and restores what is left: the newest epoch.
@@ -785,4 +788,26 @@ fn what_is_in_swap_is_kept() {
     }
     std::fs::write(file, "").unwrap();
     assert_eq!(kept.code(), 7, "{}", place.said());
+}
+
+/// Much of everything in one process; it looks at all of it when it is asked for its report.
+#[test]
+fn a_crowd_of_threads_descriptors_and_mappings_comes_back() {
+    if !may_run("a_crowd_of_threads_descriptors_and_mappings_comes_back") {
+        return;
+    }
+    let (_alone, place) = (alone(), Place::new());
+    let crowd = test_program("crowd");
+    let much = "--threads 150 --descriptors 1500 --mappings 600 --memory 16 --dirty-rate 20";
+    let mut words = vec!["run", "--name", "a", "--every", "50ms", "--", &crowd];
+    words.extend(much.split(' '));
+    let mut kept = place.start(&words);
+    assert!(kept.line().starts_with("ready"), "{}", place.said());
+    for _ in 0..2 {
+        kept = die_and_come_back(&place, kept, 3);
+    }
+    // A keeper at work passes on to its program what it is sent itself.
+    place.epoch_after("a", place.newest("a"));
+    signal(kept.pid(), Signal::USR1);
+    assert_eq!(kept.code(), 0, "{}", place.said());
 }
