@@ -13,6 +13,7 @@
 use crate::KeeperError;
 use crate::epoch::Taken;
 use crate::procfs::Pids;
+use crate::subject::Capture;
 use rustix::event::{PollFd, PollFlags};
 use rustix::fs::{Mode, OFlags};
 use serde::{Deserialize, Serialize};
@@ -96,7 +97,10 @@ pub struct Status {
     pub failures: u64,
     /// Why the last of them failed.
     pub last_failure: Option<String>,
-    /// How written pages are found: `write-protect`, `full-copy: why`, or `none yet`.
+    /// How memory is captured.
+    pub capture: Capture,
+    /// How written pages are found: `write-protect`, `off` (everything is copied, as was asked
+    /// for), `full-copy: why`, or `none yet`.
     pub tracking: String,
     /// Bytes of the log.
     pub log_bytes: u64,

@@ -31,7 +31,7 @@ pub trait Program {
     fn forget_progress(&mut self);
     /// Ends tracking; the program runs on.
     fn detach(self) -> Result<(), ProcessError>;
-    /// Why every epoch copies everything, where that is so.
+    /// Why every epoch copies everything, where that is so although the strategy is another.
     fn full_copy_because(&self) -> Option<String>;
 }
 
@@ -202,7 +202,7 @@ impl Program for Tracked {
 
     fn full_copy_because(&self) -> Option<String> {
         match self.tracking() {
-            Tracking::WriteProtect => None,
+            Tracking::WriteProtect | Tracking::Off => None,
             Tracking::FullCopy(reason) => Some(reason.clone()),
         }
     }

@@ -18,8 +18,9 @@ use crate::epoch::{self, EpochLog, Program, Taken};
 use crate::plan::{Begin, Plan};
 use crate::procfs::{self, Pids};
 use crate::stats::Stops;
+use crate::subject::Capture;
 use outlive_linux::signals::{Received, SignalQueue};
-use outlive_process::ProcessError;
+use outlive_process::{ProcessError, Strategy};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fd::OwnedFd;
 use rustix::process::{
@@ -57,6 +58,8 @@ pub struct Settings {
     pub pid: u32,
     /// Time between epochs.
     pub every: Duration,
+    /// How memory is captured.
+    pub capture: Capture,
     /// Whether the program is our child: its exit status is ours to collect and signals are passed
     /// on to it. Otherwise signals that would end us end the tracking.
     pub child: bool,
@@ -137,6 +140,7 @@ impl<'a, P: Program> Keeper<'a, P> {
             last_time_ns: None,
             failures: 0,
             last_failure: None,
+            capture: settings.capture.clone(),
             tracking: "none yet".into(),
             log_bytes: 0,
             live_bytes: 0,
@@ -329,7 +333,8 @@ impl<'a, P: Program> Keeper<'a, P> {
     }
 
     fn adopt(&mut self, program: P) {
-        self.status.tracking = "write-protect".into();
+        let tracks = self.settings.capture.strategy != Strategy::Copy.to_string();
+        self.status.tracking = if tracks { "write-protect" } else { "off" }.into();
         if let Some(reason) = program.full_copy_because() {
             self.say(&format!("every epoch copies everything: {reason}"));
             self.status.tracking = format!("full-copy: {reason}");

@@ -48,6 +48,7 @@ fn keep<T: Send + 'static>(
     let mut warnings = Vec::new();
     let mut tell = |text: &str| warnings.push(text.to_owned());
     let settings = Settings {
+        capture: crate::subject::Capture::default(),
         pid,
         every,
         child: true,

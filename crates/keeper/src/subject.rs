@@ -17,6 +17,7 @@
 //!   does not parse is an error that names the file.
 
 use crate::{KeeperError, procfs};
+use outlive_process::{Granularity, Strategy};
 use rustix::fs::{FlockOperation, Mode, OFlags};
 use serde::{Deserialize, Serialize};
 use std::fs::{self, DirBuilder, File, OpenOptions};
@@ -48,6 +49,9 @@ pub struct Card {
     pub command: Vec<String>,
     /// Time between epochs, nanoseconds.
     pub every_ns: u64,
+    /// How memory is captured.
+    #[serde(default)]
+    pub capture: Capture,
     /// The process.
     pub pid: u32,
     /// Its start time in clock ticks since boot, which tells it from a later process of the same
@@ -59,6 +63,60 @@ pub struct Card {
     pub since_ns: u64,
     /// How the program ended, where it ended of itself.
     pub ended: Option<String>,
+}
+
+/// How memory is captured, as it is written down.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Capture {
+    /// Name of the strategy.
+    pub strategy: String,
+    /// The unit in which written pages are taken, pages.
+    pub granularity: u32,
+}
+
+impl Capture {
+    /// How to write these down.
+    #[must_use]
+    pub fn of(strategy: Strategy, granularity: Granularity) -> Self {
+        Self {
+            strategy: strategy.to_string(),
+            granularity: granularity.pages(),
+        }
+    }
+
+    /// What is written down.
+    ///
+    /// # Errors
+    /// Refused, where this version knows no such strategy or granularity.
+    pub fn read(&self) -> Result<(Strategy, Granularity), KeeperError> {
+        let known = self.strategy.parse().ok();
+        let known = known.and_then(|s| Some((s, Granularity::new(self.granularity)?)));
+        known.ok_or_else(|| {
+            let Self {
+                strategy,
+                granularity,
+            } = self;
+            KeeperError::Refused(format!(
+                "its memory was captured by strategy {strategy:?} in units of {granularity} \
+                 pages, which this outlive does not know: use a newer one"
+            ))
+        })
+    }
+}
+
+impl std::fmt::Display for Capture {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self.granularity {
+            1 => f.write_str(&self.strategy),
+            pages => write!(f, "{}/{pages}", self.strategy),
+        }
+    }
+}
+
+impl Default for Capture {
+    fn default() -> Self {
+        Self::of(Strategy::default(), Granularity::default())
+    }
 }
 
 /// Version of [`Card`].
@@ -381,6 +439,7 @@ mod tests {
             version: CARD_VERSION,
             command: vec!["sleep".into(), "1".into()],
             every_ns: 100_000_000,
+            capture: Capture::default(),
             pid: std::process::id(),
             started: procfs::start_time(std::process::id()).unwrap(),
             boot: procfs::boot_id(),
@@ -467,6 +526,10 @@ mod tests {
             }
             .runs()
         );
+        let text = fs::read_to_string(subject.dir().join("subject.json")).unwrap();
+        let foreign = text.replace("redundant", "telepathy");
+        let foreign: Card = serde_json::from_str(&foreign).unwrap();
+        assert_eq!(foreign.capture.read().unwrap_err().exit_code(), 3);
         let newer = Card {
             version: CARD_VERSION + 1,
             ..card()

@@ -5,6 +5,8 @@
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use outlive_keeper::KeeperError;
+use outlive_keeper::subject::Capture;
+use outlive_process::Granularity;
 use std::ffi::OsString;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -144,8 +146,12 @@ pub struct Pace {
     #[arg(long, default_value = "1s", value_parser = parse_duration, value_name = "TIME")]
     pub timeout: Duration,
     /// How memory is captured
-    #[arg(long, default_value = "incremental", value_name = "S")]
+    #[arg(long, default_value = "redundant", value_name = "S")]
     pub strategy: Strategy,
+    /// Unit in which written memory is taken, in pages: a power of two, 1 to 1024. Larger units make
+    /// fewer and longer ranges, and more bytes
+    #[arg(long, default_value = "1", value_parser = parse_granularity, value_name = "PAGES")]
+    pub granularity: Granularity,
     /// Hold-up budget (not offered yet)
     #[arg(long, value_name = "TIME", hide = true)]
     pub hold_up: Option<String>,
@@ -157,17 +163,25 @@ pub struct Pace {
 /// How memory is captured.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Strategy {
-    /// Only the pages written since the last epoch
-    Incremental,
-    /// Not offered yet
-    #[value(hide = true)]
+    /// Everything, at every stop; writes are not tracked
     Copy,
-    /// Not offered yet
-    #[value(hide = true)]
+    /// What was written since the last epoch, at the stop
+    Incremental,
+    /// What was written, in passes while the program runs; the stop takes the rest
     Redundant,
     /// Not offered yet
     #[value(hide = true)]
     Cow,
+}
+
+impl From<Strategy> for outlive_process::Strategy {
+    fn from(strategy: Strategy) -> Self {
+        match strategy {
+            Strategy::Copy => Self::Copy,
+            Strategy::Incremental => Self::Incremental,
+            Strategy::Redundant | Strategy::Cow => Self::Redundant,
+        }
+    }
 }
 
 /// `outlive checkpoint`
@@ -281,9 +295,14 @@ impl Cli {
 }
 
 impl Pace {
+    /// How memory is captured, as it is written down.
+    #[must_use]
+    pub fn capture(&self) -> Capture {
+        Capture::of(self.strategy.into(), self.granularity)
+    }
+
     fn missing(&self) -> Option<&'static str> {
-        let strategy =
-            (self.strategy != Strategy::Incremental).then_some("--strategy other than incremental");
+        let strategy = (self.strategy == Strategy::Cow).then_some("--strategy cow");
         let hold_up = self.hold_up.as_ref().map(|_| "--hold-up");
         hold_up.or(self.strict.then_some("--strict")).or(strategy)
     }
@@ -319,6 +338,16 @@ fn parse_duration(text: &str) -> Result<Duration, String> {
     Err(format!(
         "{text:?} is out of range: more than nothing and at most a year"
     ))
+}
+
+fn parse_granularity(text: &str) -> Result<Granularity, String> {
+    let pages = text.parse().ok().and_then(Granularity::new);
+    pages.ok_or_else(|| {
+        format!(
+            "{text:?} is no power of two from 1 to {}",
+            Granularity::LARGEST
+        )
+    })
 }
 
 fn parse_interval(text: &str) -> Result<Duration, String> {
@@ -370,7 +399,6 @@ mod tests {
             "run --hold-up 10ms -- a",
             "run --strict -- a",
             "run --strategy cow -- a",
-            "attach --pid 1 --strategy redundant",
             "restore a --lazy",
             "restore a --tcp keep",
         ] {
@@ -380,6 +408,9 @@ mod tests {
         }
         for line in [
             "run -- a",
+            "run --strategy copy -- a",
+            "attach --pid 1 --strategy incremental --granularity 1024",
+            "run --strategy redundant -- a",
             "restore a --tcp reset --files keep --new-pid-ns",
             "checkpoint a",
             "checkpoint a --image d --leave-running",
@@ -404,6 +435,9 @@ mod tests {
             "run --every 100 -- a",
             "run --every 0ms -- a",
             "run --every 10us -- a",
+            "run --granularity 0 -- a",
+            "run --granularity 3 -- a",
+            "run --granularity 2048 -- a",
             "power",
         ] {
             assert_eq!(parse(line).unwrap_err().exit_code(), 2, "{line}");

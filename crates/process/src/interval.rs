@@ -60,8 +60,21 @@ impl IntervalSet {
         removed
     }
 
+    /// What of `start..end` is in the set, in order.
+    pub fn within(&self, start: u64, end: u64) -> impl Iterator<Item = (u64, u64)> + '_ {
+        let before = self.ranges.range(..=start).next_back();
+        let from = before.filter(|&(_, &e)| e > start).map_or(start, |b| *b.0);
+        let hit = self.ranges.range(from..end.max(from));
+        let cut = hit.map(move |(&s, &e)| (s.max(start), e.min(end)));
+        cut.filter(|(s, e)| s < e)
+    }
+
+    /// Whether nothing is in the set.
+    pub fn is_empty(&self) -> bool {
+        self.ranges.is_empty()
+    }
+
     /// The ranges in order.
-    #[cfg(test)]
     pub fn iter(&self) -> impl Iterator<Item = (u64, u64)> + '_ {
         self.ranges.iter().map(|(&s, &e)| (s, e))
     }
@@ -90,6 +103,9 @@ mod tests {
             let mut set = IntervalSet::default();
             let mut model = BTreeSet::new();
             for (add, start, len) in ops {
+                let within: Vec<u64> = set.within(start, start + len).flat_map(|(s, e)| s..e).collect();
+                prop_assert_eq!(within, model.range(start..start + len).copied().collect::<Vec<_>>());
+                prop_assert_eq!(set.is_empty(), model.is_empty());
                 if add {
                     set.insert(start, start + len);
                     model.extend(start..start + len);

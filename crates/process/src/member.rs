@@ -10,6 +10,7 @@ use crate::pages::{Changes, PageTracker, PrivateArea, Residue, World};
 use crate::reentry::{Sleepers, WaitBook};
 use crate::resources::shared::{self, SharedObjects};
 use crate::resources::{attributes, memory, signals, thread, timers};
+use crate::strategy::{Granularity, Strategy};
 use crate::target::{Status, Target};
 use crate::{ProcessError, Refusal, namespaces, preflight};
 use outlive_epoch::{PageSink, Run};
@@ -132,9 +133,9 @@ impl Member {
         target: Target,
         waits: WaitBook,
         threads: &mut [Held],
-        incremental: bool,
+        (strategy, granularity): (Strategy, Granularity),
     ) -> Result<(Self, Result<(), String>), Box<NotAdopted>> {
-        let (arena, syscall_at, tracker) = match foothold(&target, threads, incremental) {
+        let (arena, syscall_at, tracker) = match foothold(&target, threads, strategy.tracks()) {
             Ok(gained) => gained,
             Err(error) => return Err(NotAdopted::boxed(target, waits, error)),
         };
@@ -142,7 +143,7 @@ impl Member {
             Ok(tracker) => (Some(tracker), Ok(())),
             Err(why) => (None, Err(why)),
         };
-        let pages = match PageTracker::new(&target, tracker) {
+        let pages = match PageTracker::new(&target, tracker, granularity) {
             Ok(pages) => pages,
             Err(error) => return Err(NotAdopted::boxed(target, waits, error)),
         };
@@ -175,6 +176,12 @@ impl Member {
         let changes = self.pages.pass(&self.target, &areas, World::Runs)?;
         self.pages.copy(&changes, sink)?;
         Ok(changes.bytes())
+    }
+
+    /// Whether the epochs so far hold nothing of it.
+    #[must_use]
+    pub fn is_fresh(&self) -> bool {
+        self.pages.is_fresh()
     }
 
     /// Whether the program has other processes, with which this one may share pages.
@@ -401,11 +408,7 @@ fn refuse_policies(target: &Target, refusals: &mut Vec<Refusal>) {
 
 type Foothold = (Arena, u64, Result<WriteTracker, String>);
 
-fn foothold(
-    target: &Target,
-    threads: &mut [Held],
-    incremental: bool,
-) -> Result<Foothold, ProcessError> {
+fn foothold(target: &Target, threads: &mut [Held], tracks: bool) -> Result<Foothold, ProcessError> {
     let mappings = bootstrap::mappings_without(target, None)?;
     let syscall_at = bootstrap::find_syscall(target.pid, &mappings).ok_or_else(|| {
         let what = "no syscall instruction was found in its code";
@@ -415,7 +418,7 @@ fn foothold(
     let leader = &mut threads[0];
     let arena = bootstrap::make_arena(target, leader, syscall_at, Plan::CAPTURE)?;
     let rest = bootstrap::hide_arena(target, leader, &arena).and_then(|()| {
-        if incremental {
+        if tracks {
             bootstrap::make_tracker(target, leader, &arena)
         } else {
             Ok(Err("not asked for".into()))

@@ -23,6 +23,7 @@
 
 use crate::ProcessError;
 use crate::interval::IntervalSet;
+use crate::strategy::Granularity;
 use crate::target::Target;
 use outlive_epoch::{PAGE_SIZE, PageSink, Run, SpaceId};
 use outlive_linux::Errno;
@@ -81,6 +82,15 @@ pub struct Changes {
 }
 
 impl Changes {
+    /// Where the written pages of an area are listed.
+    fn list(&mut self, area: &PrivateArea) -> &mut Vec<Span> {
+        if area.readable {
+            &mut self.written
+        } else {
+            &mut self.unreadable
+        }
+    }
+
     /// Bytes to be taken.
     #[must_use]
     pub fn bytes(&self) -> u64 {
@@ -112,6 +122,7 @@ pub struct PageTracker {
     buffer: Vec<u8>,
     /// Some pages may be shared with other processes of the program, see [`PageTracker::read`].
     pub has_relatives: bool,
+    granularity: Granularity,
 }
 
 /// Whether mappings may change under our hands.
@@ -125,7 +136,11 @@ pub enum World {
 
 impl PageTracker {
     /// Begins with nothing stored.
-    pub fn new(target: &Target, tracker: Option<WriteTracker>) -> Result<Self, ProcessError> {
+    pub fn new(
+        target: &Target,
+        tracker: Option<WriteTracker>,
+        granularity: Granularity,
+    ) -> Result<Self, ProcessError> {
         let pagemap =
             Pagemap::open(target.pid).map_err(|e| target.kernel("opening its page map", e))?;
         Ok(Self {
@@ -140,7 +155,14 @@ impl PageTracker {
             spans: Vec::new(),
             buffer: Vec::new(),
             has_relatives: false,
+            granularity,
         })
+    }
+
+    /// Whether the epochs so far hold nothing of it.
+    #[must_use]
+    pub fn is_fresh(&self) -> bool {
+        self.stored.is_empty()
     }
 
     /// All pages that the epochs so far hold: they are no more, and nobody tracks them further.
@@ -178,21 +200,26 @@ impl PageTracker {
         for area in areas {
             drop_stored(&mut self.stored, (end_of_last, area.span.0), &mut changes);
             end_of_last = area.span.1;
-            self.scan(area, &mut changes)
-                .or_else(|e| match (world, e) {
-                    // The mapping went away while the program runs: the next pass sees that.
-                    (
-                        World::Runs,
-                        Errno::NOENT | Errno::INVAL | Errno::PERM | Errno::FAULT | Errno::NOMEM,
-                    ) => Ok(()),
-                    (_, e) => Err(target.kernel(
-                        format!(
-                            "looking for written pages at {:x}-{:x}",
-                            area.span.0, area.span.1
-                        ),
-                        e,
-                    )),
-                })?;
+            let list = changes.list(area);
+            let before = list.len();
+            let found = self.scan(area, &mut changes);
+            let list = changes.list(area);
+            let written = list.split_off(before);
+            list.extend(self.granularity.round(written, area.span, &self.stored));
+            found.or_else(|e| match (world, e) {
+                // The mapping went away while the program runs: the next pass sees that.
+                (
+                    World::Runs,
+                    Errno::NOENT | Errno::INVAL | Errno::PERM | Errno::FAULT | Errno::NOMEM,
+                ) => Ok(()),
+                (_, e) => Err(target.kernel(
+                    format!(
+                        "looking for written pages at {:x}-{:x}",
+                        area.span.0, area.span.1
+                    ),
+                    e,
+                )),
+            })?;
         }
         drop_stored(&mut self.stored, (end_of_last, !(PAGE - 1)), &mut changes);
         self.doubtful.clear();
@@ -289,11 +316,7 @@ impl PageTracker {
     /// One quick scan, which protects holes too.
     fn scan_dense(&mut self, area: &PrivateArea, changes: &mut Changes) -> Result<(), Errno> {
         let (start, end) = area.span;
-        let list = if area.readable {
-            &mut changes.written
-        } else {
-            &mut changes.unreadable
-        };
+        let list = changes.list(area);
         self.pagemap.scan(
             start,
             end,
@@ -374,10 +397,8 @@ impl PageTracker {
                 if r.categories & pagemap::GUARD != 0 {
                     guarded.insert(r.start);
                 }
-            } else if area.readable {
-                push_span(&mut changes.written, span);
             } else {
-                push_span(&mut changes.unreadable, span);
+                push_span(changes.list(area), span);
             }
         })?;
         let holes = Query {

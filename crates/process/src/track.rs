@@ -17,6 +17,7 @@ use crate::resources::descriptors;
 use crate::resources::machine::MachineState;
 use crate::resources::shared::SharedObjects;
 use crate::resources::system_v::{self, SystemV};
+use crate::strategy::{self, Granularity, Strategy};
 use crate::target::{Status, Target};
 use crate::{ProcessError, namespaces, preflight};
 use outlive_epoch::{EpochFacts, PageSink, Run};
@@ -30,8 +31,10 @@ use std::time::{Duration, Instant};
 pub struct TrackOptions {
     /// How long a thread may take to stop before the epoch is given up.
     pub stop_timeout: Duration,
-    /// Whether to track written pages between epochs (an epoch taken once can do without).
-    pub incremental: bool,
+    /// How memory is captured (an epoch taken once can do with [`Strategy::Copy`]).
+    pub strategy: Strategy,
+    /// The unit in which written pages are taken.
+    pub granularity: Granularity,
     /// Whether all children of the calling process belong to the program: then a process whose
     /// parent has ended belongs to it too, if the caller is a subreaper (`PR_SET_CHILD_SUBREAPER`).
     /// In a PID namespace that a restore made, such processes belong to it in any case.
@@ -42,7 +45,8 @@ impl Default for TrackOptions {
     fn default() -> Self {
         Self {
             stop_timeout: Duration::from_secs(5),
-            incremental: true,
+            strategy: Strategy::default(),
+            granularity: Granularity::default(),
             strays: false,
         }
     }
@@ -53,6 +57,8 @@ impl Default for TrackOptions {
 pub enum Tracking {
     /// `PAGEMAP_SCAN` with asynchronous write protection.
     WriteProtect,
+    /// Not at all: the strategy copies everything.
+    Off,
     /// Every epoch copies everything, because of what is said here.
     FullCopy(String),
 }
@@ -61,11 +67,6 @@ pub enum Tracking {
 const NAMING_TRIES: u32 = 5;
 /// … and how long the program runs in between.
 const A_MOMENT: Duration = Duration::from_millis(2);
-
-/// Pre-copying ends when a pass finds less than this, bytes …
-const SMALL_PASS: u64 = 1 << 20;
-/// … or after so many passes.
-const MAX_PASSES: u32 = 8;
 
 /// A running program under tracking. Between epochs nothing is attached to it.
 pub struct Tracked {
@@ -105,11 +106,16 @@ impl Tracked {
             adopters.push(std::process::id());
         }
         preflight::of_program(pid, &adopters)?;
+        let tracking = if options.strategy.tracks() {
+            Tracking::WriteProtect
+        } else {
+            Tracking::Off
+        };
         let mut tracked = Self {
             root: pid,
             adopters,
             options,
-            tracking: Tracking::WriteProtect,
+            tracking,
             members: BTreeMap::new(),
             descriptors: descriptors::Memory::default(),
             shared: SharedObjects::default(),
@@ -192,8 +198,9 @@ impl Tracked {
         threads: &mut [Held],
     ) -> Result<u32, Box<NotAdopted>> {
         let pid = target.pid;
-        let (member, tracking) = Member::adopt(target, waits, threads, self.options.incremental)?;
-        if let Err(why) = tracking {
+        let how = (self.options.strategy, self.options.granularity);
+        let (member, tracking) = Member::adopt(target, waits, threads, how)?;
+        if let (Err(why), true) = (tracking, self.options.strategy.tracks()) {
             self.tracking = Tracking::FullCopy(why);
         }
         self.members.insert(pid, member);
@@ -215,9 +222,10 @@ impl Tracked {
         }
     }
 
-    /// Copies what was written since the last pass into `sink` while the program runs, until a
-    /// further pass would not make the stop shorter. Does nothing where writes are not tracked:
-    /// all of it would have to be copied again.
+    /// Copies what was written since the last pass into `sink` while the program runs, as far as
+    /// the strategy has it: of processes in no epoch yet, or of all, until a further pass would not
+    /// make the stop shorter. Does nothing where writes are not tracked: all of it would have to
+    /// be copied again.
     pub fn precopy(&mut self, sink: &mut dyn PageSink) -> Result<(), ProcessError> {
         if self.tracking != Tracking::WriteProtect {
             return Ok(());
@@ -232,9 +240,19 @@ impl Tracked {
             .values_mut()
             .for_each(|m| m.set_relatives(many));
         let mut before = u64::MAX;
-        for pass in 0..MAX_PASSES {
+        let strategy = self.options.strategy;
+        let fresh = |m: &Member| m.is_fresh();
+        let fresh: BTreeSet<u32> = self
+            .members
+            .iter()
+            .filter(|(_, m)| fresh(m))
+            .map(|m| *m.0)
+            .collect();
+        for pass in 0.. {
             let mut bytes = 0;
-            for (pid, member) in &mut self.members {
+            let due = |pid: &u32| pass < strategy.passes(fresh.contains(pid));
+            let due = self.members.iter_mut().filter(|(pid, _)| due(pid));
+            for (pid, member) in due {
                 match member.precopy(sink, &mut self.shared) {
                     Ok(copied) => bytes += copied,
                     // It has begun another program.
@@ -245,9 +263,9 @@ impl Tracked {
                 }
             }
             if pass == 0 {
-                self.shared.copy(sink)?;
+                self.shared.copy(sink, |fresh| strategy.passes(fresh) > 0)?;
             }
-            if bytes < SMALL_PASS || bytes > before / 4 * 3 {
+            if !strategy::is_worth_another(bytes, before) {
                 break;
             }
             before = bytes;

@@ -204,8 +204,7 @@ fn tracking() -> Finding {
     let tried = Sleeper::start().and_then(|child| {
         let options = TrackOptions {
             stop_timeout: Duration::from_secs(1),
-            incremental: true,
-            strays: false,
+            ..TrackOptions::default()
         };
         let program = Tracked::attach(child.0.id(), options).map_err(|e| e.to_string())?;
         let full = program.full_copy_because();

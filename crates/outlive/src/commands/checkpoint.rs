@@ -160,8 +160,7 @@ fn to_image(args: &CheckpointArgs, pid: u32, image: &Path) -> Result<Taken, Keep
     // the medium at the same time.
     let options = TrackOptions {
         stop_timeout,
-        incremental: true,
-        strays: false,
+        ..TrackOptions::default()
     };
     let began = Instant::now();
     let mut program = Tracked::attach(pid, options)?;

@@ -5,7 +5,7 @@ use outlive_epoch::StoreError;
 use outlive_keeper::control::{Reply, Request, Status, ask};
 use outlive_keeper::images::{Image, Summary};
 use outlive_keeper::procfs::Pids;
-use outlive_keeper::subject::{Card, Root, Subject};
+use outlive_keeper::subject::{Capture, Card, Root, Subject};
 use outlive_keeper::{KeeperError, stats};
 use serde_json::{Value, json};
 use std::time::Duration;
@@ -80,6 +80,11 @@ impl Entry {
         live.or_else(|| card.map(|card| Pids::of(card.pid)))
     }
 
+    fn capture(&self) -> Option<&Capture> {
+        let live = self.live.as_ref().map(|live| &live.capture);
+        live.or(self.card.as_ref().map(|card| &card.capture))
+    }
+
     fn newest(&self) -> Option<u64> {
         let live = self.live.as_ref().map(|live| live.epoch).filter(|n| *n > 0);
         live.or(self.epochs.last().map(|last| last.epoch))
@@ -108,6 +113,8 @@ impl Entry {
             "p99_stop_us": live.and_then(|l| l.p99_stop_us),
             "failures": live.map(|l| l.failures),
             "last_failure": live.and_then(|l| l.last_failure.clone()),
+            "strategy": self.capture().map(|c| c.strategy.clone()),
+            "granularity": self.capture().map(|c| c.granularity),
             "tracking": live.map(|l| l.tracking.clone()),
             "log_bytes": live.map(|l| l.log_bytes),
             "live_bytes": live.map(|l| l.live_bytes),
@@ -124,6 +131,7 @@ fn table(entries: &[Entry]) -> String {
         ("PID", Right),
         ("EPOCH", Right),
         ("LAST EPOCH (UTC)", Left),
+        ("STRATEGY", Left),
         ("STOP", Right),
         ("MEDIAN", Right),
         ("P99", Right),
@@ -146,6 +154,7 @@ fn table(entries: &[Entry]) -> String {
                 entry.pids().map_or_else(dash, |pids| pids.to_string()),
                 entry.newest().map_or_else(dash, |n| n.to_string()),
                 entry.last_time().map_or_else(dash, out::short_moment),
+                entry.capture().map_or_else(dash, Capture::to_string),
                 stop(live.and_then(|l| l.last_stop_us)),
                 stop(live.and_then(|l| l.median_stop_us)),
                 stop(live.and_then(|l| l.p99_stop_us)),

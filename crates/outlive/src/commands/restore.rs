@@ -123,6 +123,7 @@ fn subject(
     Own::check(subject.dir())?;
     let lock = claim(&subject)?;
     let known = subject.card()?;
+    let (strategy, granularity) = known.capture.read()?;
     must_not_run(&subject, &known)?;
     let mut signals = queue()?;
     adopt_strays()?;
@@ -152,11 +153,13 @@ fn subject(
     let settings = Settings {
         pid,
         every: Duration::from_nanos(known.every_ns),
+        capture: known.capture,
         child: true,
     };
     let options = TrackOptions {
         stop_timeout: STOP_TIMEOUT,
-        incremental: true,
+        strategy,
+        granularity,
         strays: true,
     };
     let mut attach = || Tracked::attach(pid, options.clone());

@@ -44,9 +44,8 @@ pub fn run(root: &Root, args: &RunArgs, json: bool) -> Result<u8, KeeperError> {
         .iter()
         .map(|w| w.to_string_lossy().into())
         .collect();
-    let every = args.pace.every;
     // Whoever sees the program sees that it is kept: the socket and the card are there first.
-    subject.write_card(&lock, &blank_card(command, every))?;
+    subject.write_card(&lock, &blank_card(command, &args.pace))?;
     let mut control = Control::open(subject.dir())?;
     let modes = Modes::note();
     adopt_strays()?;
@@ -70,7 +69,12 @@ pub fn run(root: &Root, args: &RunArgs, json: bool) -> Result<u8, KeeperError> {
         return Err(error);
     }
     let child = true;
-    let settings = Settings { pid, every, child };
+    let settings = Settings {
+        pid,
+        every: args.pace.every,
+        capture: args.pace.capture(),
+        child,
+    };
     let options = options(&args.pace, true);
     let mut attach = || Tracked::attach(pid, options.clone());
     let mut tell = |text: &str| out::say(&format!("{name}: {text}"));
@@ -101,7 +105,7 @@ pub fn attach(root: &Root, args: &AttachArgs, json: bool) -> Result<u8, KeeperEr
         Ok(card) if card.pid == pid && card.runs() => reopened_log(&subject)?,
         _ => fresh_log(&subject)?,
     };
-    subject.write_card(&lock, &blank_card(command, args.pace.every))?;
+    subject.write_card(&lock, &blank_card(command, &args.pace))?;
     introduce(&subject, &lock, pid)?;
     let mut control = Control::open(subject.dir())?;
     out::say(&format!(
@@ -110,6 +114,7 @@ pub fn attach(root: &Root, args: &AttachArgs, json: bool) -> Result<u8, KeeperEr
     let settings = Settings {
         pid,
         every: args.pace.every,
+        capture: args.pace.capture(),
         child: false,
     };
     let mut tell = |text: &str| out::say(&format!("{name}: {text}"));
@@ -170,7 +175,8 @@ pub fn adopt_strays() -> Result<(), KeeperError> {
 fn options(pace: &Pace, strays: bool) -> TrackOptions {
     TrackOptions {
         stop_timeout: pace.timeout,
-        incremental: true,
+        strategy: pace.strategy.into(),
+        granularity: pace.granularity,
         strays,
     }
 }
@@ -228,11 +234,12 @@ fn reopened_log(subject: &Subject) -> Result<Log, KeeperError> {
 }
 
 /// A card of a program that is not there yet.
-fn blank_card(command: Vec<String>, every: Duration) -> Card {
+fn blank_card(command: Vec<String>, pace: &Pace) -> Card {
     Card {
         version: CARD_VERSION,
         command,
-        every_ns: u64::try_from(every.as_nanos()).unwrap_or(u64::MAX),
+        every_ns: u64::try_from(pace.every.as_nanos()).unwrap_or(u64::MAX),
+        capture: pace.capture(),
         pid: 0,
         started: 0,
         boot: procfs::boot_id(),

@@ -20,6 +20,7 @@ mod kinds;
 mod registers;
 mod stand;
 mod store;
+mod strategies;
 mod streams;
 mod support;
 mod trees;

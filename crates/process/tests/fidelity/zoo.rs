@@ -7,7 +7,7 @@ use crate::support::{
     Program, alone, bring_back, epoch, last_epoch, look, may_run, move_house, prepare,
     prepare_apart, stop_and_resume, times, track,
 };
-use outlive_process::{TrackOptions, Tracked, Tracking};
+use outlive_process::{Strategy, TrackOptions, Tracked, Tracking};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -50,11 +50,11 @@ fn without_tracking_everything_is_copied() {
     }
     let mut program = zoo();
     let options = TrackOptions {
-        incremental: false,
+        strategy: Strategy::Copy,
         ..TrackOptions::default()
     };
     let mut tracked = Tracked::attach(program.pid, options).expect("attaching");
-    assert!(matches!(tracked.tracking(), Tracking::FullCopy(_)));
+    assert_eq!(*tracked.tracking(), Tracking::Off);
     let mut store = Store::default();
     for _ in 0..2 {
         epoch(&mut tracked, &mut store).expect("an epoch");

@@ -209,11 +209,17 @@ impl SharedObjects {
         Ok(space)
     }
 
-    /// Hands changed pages to a sink while the program runs.
-    pub fn copy(&mut self, mut sink: &mut dyn PageSink) -> Result<(), ProcessError> {
+    /// Hands changed pages of those memories to a sink that are `due`, while the program runs: it is
+    /// asked with whether the epochs so far hold nothing of a memory.
+    pub fn copy(
+        &mut self,
+        mut sink: &mut dyn PageSink,
+        due: impl Fn(bool) -> bool,
+    ) -> Result<(), ProcessError> {
         let buffer = &mut self.buffer;
         self.known
             .values_mut()
+            .filter(|known| due(known.looked_at.is_none()))
             .try_for_each(|k| k.look(buffer, &mut sink))
     }
 
