@@ -1,5 +1,6 @@
 //! Policy and sequencing: what to capture when, and in which order.
 //!
+//! - [`budget`]: the hold-up budget (its policy is pure).
 //! - [`plan`]: when the next epoch is due (pure).
 //! - [`epoch`]: the order of one epoch.
 //! - [`keep`]: the loop that keeps one subject.
@@ -11,6 +12,7 @@
 //! Capture and restore themselves, and the layout of epochs on a medium, are other crates'
 //! business.
 
+pub mod budget;
 pub mod control;
 pub mod epoch;
 mod error;

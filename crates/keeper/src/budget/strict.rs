@@ -1,0 +1,94 @@
+//! The bound that is handed to synchronous write protection.
+//!
+//! In strict mode a page is noted before it is written. The mechanism counts, at every instant, the
+//! bytes that are not durable: written since the last stop (*hot* pages, which stay unprotected,
+//! always count), and on their way to the medium. It holds a writing thread as long as the count is
+//! at the limit. What is decided here is the limit.
+//!
+//! Pure.
+//!
+//! # Rules
+//! - An event with residue at the limit fits into the budget, also where it first has to wait for an
+//!   epoch that is on its way.
+//! - Half of the limit is written behind while the program fills the other half.
+//! - At most a quarter of the limit is hot.
+//! - The program is held during its first epoch, before which there is nothing to go back to.
+//! - Where the budget has room for one commit only, the program is held during each epoch.
+
+use super::model::{Figures, MIB};
+
+/// What the mechanism is to keep.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Bound {
+    /// Most bytes that are not durable at any instant.
+    pub limit: u64,
+    /// Most bytes that may stay unprotected; part of the limit, always counted.
+    pub hot: u64,
+    /// An epoch is begun when so many bytes are not durable.
+    pub flush_at: u64,
+    /// The program stays stopped until each epoch is durable.
+    pub held: bool,
+}
+
+/// The least limit that is of any use, bytes.
+pub const LEAST_LIMIT: u64 = 64 << 10;
+
+/// The bound for a budget in nanoseconds.
+///
+/// # Errors
+/// The least budget, in nanoseconds, where this one is too small.
+pub fn bound(figures: &Figures, budget: u64) -> Result<Bound, u64> {
+    let two = figures
+        .floor()
+        .saturating_add(figures.commit())
+        .saturating_add(figures.transfer(0));
+    let bytes = |left: u64| {
+        let bytes = u128::from(left) * u128::from(MIB) / u128::from(figures.mib_ns.max(1));
+        u64::try_from(bytes).unwrap_or(u64::MAX)
+    };
+    let running = budget.checked_sub(two).map(bytes);
+    let held = figures.allowed(budget);
+    let (limit, held) = match (running, held) {
+        (Some(limit), _) if limit >= LEAST_LIMIT => (limit, false),
+        (_, Some(limit)) if limit >= LEAST_LIMIT => (limit, true),
+        _ => {
+            let least = LEAST_LIMIT.saturating_mul(figures.mib_ns).div_ceil(MIB);
+            return Err(figures.floor().saturating_add(least));
+        }
+    };
+    Ok(Bound {
+        limit,
+        hot: limit / 4,
+        flush_at: if held { limit } else { limit / 2 },
+        held,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn an_event_at_the_limit_fits_wherever_the_bytes_are(
+            budget in 0u64..2_000_000_000, flush in 0u64..50_000_000, mib in 1_000u64..20_000_000,
+            tables in 0u64..16 * MIB, on_the_way in 0u64..=1000,
+        ) {
+            let f = Figures { flush_ns: flush, mib_ns: mib, tables, ..Figures::default() };
+            match bound(&f, budget) {
+                Err(least) => {
+                    prop_assert!(least > budget);
+                    prop_assert!(bound(&f, least).is_ok());
+                }
+                Ok(bound) if bound.held => prop_assert!(f.cost(bound.limit) <= budget + 1),
+                Ok(bound) => {
+                    let first = u64::try_from(u128::from(bound.limit) * u128::from(on_the_way) / 1000).unwrap();
+                    let way = f.transfer(first) + f.commit();
+                    prop_assert!(way + f.cost(bound.limit - first) <= budget + 3);
+                    prop_assert!(bound.hot <= bound.flush_at && bound.flush_at <= bound.limit);
+                }
+            }
+        }
+    }
+}
