@@ -167,6 +167,14 @@ impl<'a, P: Program> Keeper<'a, P> {
         self
     }
 
+    /// The same with a tracker that goes on from the newest epoch of the log, of which the program
+    /// was restored: the next epoch holds only what changed since.
+    #[must_use]
+    pub fn going_on(mut self, program: P) -> Self {
+        self.plan.goes_on();
+        self.with_program(program)
+    }
+
     /// Keeps the program until it ends, is ended, or tracking ends.
     ///
     /// # Errors

@@ -9,8 +9,8 @@
 //! - After the n-th failure in a row the next attempt waits `interval * 2^n`, at most
 //!   [`LONGEST_WAIT`] (or the interval, where that is longer).
 //! - A *full* epoch always begins a new generation, because what older epochs say of pages that
-//!   are no longer there must not shine through: the first epoch of a tracker, and the one
-//!   after a failure that lost track.
+//!   are no longer there must not shine through: the first epoch of a tracker (but not of one that
+//!   goes on from the newest epoch, after a restore), and the one after a failure that lost track.
 //! - A new generation also begins when the log has grown beyond four times what is live in it and
 //!   beyond [`SMALL_LOG`].
 
@@ -50,6 +50,12 @@ impl Plan {
             failures: 0,
             full: true,
         }
+    }
+
+    /// The tracker goes on from the newest epoch of the log: the first one after it need not be
+    /// full.
+    pub fn goes_on(&mut self) {
+        self.full = false;
     }
 
     /// Nanoseconds until the next epoch is due; 0 where it is due now.
@@ -177,6 +183,11 @@ mod tests {
     fn full_epochs_begin_a_generation_and_so_does_a_log_grown_too_long() {
         let mut plan = Plan::new(MS, 0);
         assert_eq!(plan.begin(0, || 0), Begin::Base, "the first of a tracker");
+        let mut restored = plan.clone();
+        restored.goes_on();
+        assert_eq!(restored.begin(0, || 0), Begin::Next);
+        restored.failed(1, true);
+        assert_eq!(restored.begin(0, || 0), Begin::Base);
         plan.committed(0, 1);
         assert_eq!(plan.begin(SMALL_LOG, || 0), Begin::Next);
         assert_eq!(plan.begin(SMALL_LOG + 1, || 0), Begin::Base);

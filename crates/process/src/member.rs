@@ -147,7 +147,35 @@ impl Member {
             Ok(pages) => pages,
             Err(error) => return Err(NotAdopted::boxed(target, waits, error)),
         };
-        let member = Self {
+        let member = Self::with(target, waits, arena, syscall_at, pages);
+        Ok((member, tracking))
+    }
+
+    /// Gains a foothold in a restored process whose memory is tracked already.
+    pub fn going_on(
+        pid: u32,
+        threads: &mut [Held],
+        pages: PageTracker,
+    ) -> Result<Self, ProcessError> {
+        let target = Target::open(pid)?;
+        let (arena, syscall_at, _) = foothold(&target, threads, false)?;
+        Ok(Self::with(
+            target,
+            WaitBook::default(),
+            arena,
+            syscall_at,
+            pages,
+        ))
+    }
+
+    fn with(
+        target: Target,
+        waits: WaitBook,
+        arena: Arena,
+        syscall_at: u64,
+        pages: PageTracker,
+    ) -> Self {
+        Self {
             target,
             arena,
             syscall_at,
@@ -157,8 +185,7 @@ impl Member {
             flags: FlagsCache::default(),
             lock_future: None,
             spare: Vec::new(),
-        };
-        Ok((member, tracking))
+        }
     }
 
     /// Copies what was written since the last pass while the program runs; returns the bytes.
@@ -469,7 +496,7 @@ pub fn refusals(target: &Target, root: u32) -> Result<Vec<Refusal>, ProcessError
 }
 
 /// The private mappings, whose pages belong into epochs.
-fn private_areas(mappings: &[Mapping]) -> Vec<PrivateArea> {
+pub fn private_areas(mappings: &[Mapping]) -> Vec<PrivateArea> {
     mappings
         .iter()
         .filter(|m| !m.shared && !m.name.starts_with(b"[v"))

@@ -165,6 +165,37 @@ impl PageTracker {
         self.stored.is_empty()
     }
 
+    /// Begins in a process that holds what an epoch holds and has not run since: `held` are the
+    /// pages whose contents are those of the epoch. They count as stored, and those that exist are
+    /// protected; whatever else exists will be found to be written.
+    pub fn going_on(
+        target: &Target,
+        (tracker, granularity): (WriteTracker, Granularity),
+        areas: &[PrivateArea],
+        held: &[Span],
+    ) -> Result<Self, ProcessError> {
+        let failed = |e| target.kernel("going on with the tracking of its memory", e);
+        let mut pages = Self::new(target, None, granularity)?;
+        for area in areas {
+            tracker.register(area.span.0, area.span.1).map_err(failed)?;
+        }
+        let there = Query {
+            any_of: pagemap::PRESENT | pagemap::SWAPPED,
+            report: pagemap::PRESENT,
+            protect: true,
+            ..Query::default()
+        };
+        for &(start, end) in held {
+            pages
+                .pagemap
+                .scan(start, end, there, |_| {})
+                .map_err(failed)?;
+            pages.note_stored((start, end));
+        }
+        pages.tracker = Some(tracker);
+        Ok(pages)
+    }
+
     /// All pages that the epochs so far hold: they are no more, and nobody tracks them further.
     #[must_use]
     pub fn retire(mut self) -> Vec<Run> {

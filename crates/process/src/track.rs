@@ -101,17 +101,40 @@ impl Tracked {
     /// Begins to track process `pid` and what descends from it. Refuses, before any harm, state
     /// that could not be restored.
     pub fn attach(pid: u32, options: TrackOptions) -> Result<Self, ProcessError> {
+        let mut tracked = Self::of(pid, options)?;
+        preflight::of_program(pid, &tracked.adopters)?;
+        tracked.adopt_all()?;
+        Ok(tracked)
+    }
+
+    /// Goes on with a program that was restored and has not run yet. `members` are its processes
+    /// with what the restored epoch holds of their pages; `retired` are all other pages of it,
+    /// which will be taken anew.
+    pub(crate) fn going_on(
+        pid: u32,
+        options: TrackOptions,
+        members: Vec<Member>,
+        retired: Vec<Run>,
+    ) -> Result<Self, ProcessError> {
+        let mut tracked = Self::of(pid, options)?;
+        let members = members.into_iter().map(|m| (m.target.pid, m));
+        tracked.members = members.collect();
+        tracked.retired = retired;
+        Ok(tracked)
+    }
+
+    /// Without any member.
+    fn of(pid: u32, options: TrackOptions) -> Result<Self, ProcessError> {
         let mut adopters: Vec<u32> = namespaces::init_of(pid).into_iter().collect();
         if options.strays {
             adopters.push(std::process::id());
         }
-        preflight::of_program(pid, &adopters)?;
         let tracking = if options.strategy.tracks() {
             Tracking::WriteProtect
         } else {
             Tracking::Off
         };
-        let mut tracked = Self {
+        Ok(Self {
             root: pid,
             adopters,
             options,
@@ -124,9 +147,7 @@ impl Tracked {
             retired: Vec::new(),
             spare: Spare::default(),
             detached: false,
-        };
-        tracked.adopt_all()?;
-        Ok(tracked)
+        })
     }
 
     /// The root process.

@@ -15,6 +15,7 @@ use crate::terminal::{self, Lent, Modes};
 use outlive_epoch::EpochReader;
 use outlive_keeper::KeeperError;
 use outlive_keeper::control::Control;
+use outlive_keeper::epoch::EpochLog;
 use outlive_keeper::images::{Image, Log};
 use outlive_keeper::keep::{Companion, Keeper, Settings};
 use outlive_keeper::ownership::Own;
@@ -94,7 +95,7 @@ fn here(root: &Root, args: &RestoreArgs, teller: &mut Teller) -> Result<u8, Keep
 
 fn from_image(dir: &Path, args: &RestoreArgs, teller: &mut Teller) -> Result<u8, KeeperError> {
     let mut signals = queue()?;
-    let (ready, epoch) = prepare(dir, args)?;
+    let (ready, epoch) = prepare(dir, args, None)?;
     not_interrupted(&mut signals)?;
     if let Teller::Parent(_) = teller {
         teller.tell(ready.go()?, epoch);
@@ -127,13 +128,19 @@ fn subject(
     must_not_run(&subject, &known)?;
     let mut signals = queue()?;
     adopt_strays()?;
-    let (ready, epoch) = prepare(&subject.epochs_dir(), args)?;
+    let options = TrackOptions {
+        stop_timeout: STOP_TIMEOUT,
+        strategy,
+        granularity,
+        strays: true,
+    };
+    let (ready, epoch) = prepare(&subject.epochs_dir(), args, Some(options.clone()))?;
     // Until `go`, an early return drops `ready`, which removes every trace of the program.
     not_interrupted(&mut signals)?;
     let mut control = Control::open(subject.dir())?;
     let modes = Modes::note();
     let _lent = Lent::to(ready.pid());
-    let mut restored = ready.go()?;
+    let (mut restored, tracked) = ready.go_tracked()?;
     let pid = restored.pid;
     terminal::redraw(pid);
     // The program runs: what fails now costs its epochs, not its life.
@@ -156,16 +163,16 @@ fn subject(
         capture: known.capture,
         child: true,
     };
-    let options = TrackOptions {
-        stop_timeout: STOP_TIMEOUT,
-        strategy,
-        granularity,
-        strays: true,
-    };
     let mut attach = || Tracked::attach(pid, options.clone());
     let mut tell = |text: &str| out::say(&format!("{name}: {text}"));
-    let ending =
-        Keeper::new(settings, &mut log, &mut attach, &mut tell)?.run(&mut signals, &mut control)?;
+    let newest = log.newest();
+    let mut keeper = Keeper::new(settings, &mut log, &mut attach, &mut tell)?;
+    keeper = match tracked {
+        Some(program) if epoch == newest => keeper.going_on(program),
+        Some(program) => keeper.with_program(program),
+        None => keeper,
+    };
+    let ending = keeper.run(&mut signals, &mut control)?;
     if let Some(modes) = modes {
         modes.after(&ending);
     }
@@ -205,12 +212,20 @@ fn must_not_run(subject: &Subject, card: &Card) -> Result<(), KeeperError> {
 }
 
 /// Everything up to the first instruction.
-fn prepare(dir: &Path, args: &RestoreArgs) -> Result<(Ready, u64), KeeperError> {
+fn prepare(
+    dir: &Path,
+    args: &RestoreArgs,
+    track: Option<TrackOptions>,
+) -> Result<(Ready, u64), KeeperError> {
     let image = Image::open_own(dir)?;
-    put_in_place(&image, args).map_err(|error| image.explain(error))
+    put_in_place(&image, args, track).map_err(|error| image.explain(error))
 }
 
-fn put_in_place(image: &Image, args: &RestoreArgs) -> Result<(Ready, u64), KeeperError> {
+fn put_in_place(
+    image: &Image,
+    args: &RestoreArgs,
+    track: Option<TrackOptions>,
+) -> Result<(Ready, u64), KeeperError> {
     let reader = image.epoch(args.epoch)?;
     let files = match args.files {
         Files::Reconcile => FilesPolicy::Reconcile,
@@ -228,6 +243,7 @@ fn put_in_place(image: &Image, args: &RestoreArgs) -> Result<(Ready, u64), Keepe
     let options = RestoreOptions {
         files,
         new_pid_ns: args.new_pid_ns,
+        track,
     };
     let ready = outlive_process::restore(&reader, &options)?;
     Ok((ready, epoch))

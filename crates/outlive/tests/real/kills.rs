@@ -124,9 +124,16 @@ fn whoever_dies_at_any_moment_the_newest_epoch_comes_back() {
         end(pid);
         let newest = place.newest("a");
         assert!(newest >= held, "{told}: {held} was there, {newest} is now");
-        kept = restore(&place, pid, newest, &told);
+        let epochs = place.epochs("a");
+        let earlier = if random.u8(..4) == 0 { 2 } else { 1 };
+        let wanted = epochs[epochs.len().saturating_sub(earlier)];
+        kept = restore(&place, pid, wanted, &told);
         child = true;
         goes_on(&place, seed);
+        place.epoch_after("a", newest);
+        // Epochs go on from the newest one; any other is the end of those after it.
+        let kept_all = place.epochs("a").contains(&wanted);
+        assert_eq!(kept_all, wanted == newest, "{told}: epoch {wanted}");
     }
     place.call(&["stop", "a"]).succeeds();
     kept.code();
@@ -146,13 +153,14 @@ fn attach(place: &Place, pid: u32, told: &str) -> Kept {
     kept
 }
 
-fn restore(place: &Place, pid: u32, newest: u64, told: &str) -> Kept {
-    let mut kept = place.start(&["restore", "a", "--json"]);
+fn restore(place: &Place, pid: u32, epoch: u64, told: &str) -> Kept {
+    let number = epoch.to_string();
+    let mut kept = place.start(&["restore", "a", "--json", "--epoch", &number]);
     let line = kept.line();
     let said = place.said();
     let report: serde_json::Value = serde_json::from_str(&line)
         .unwrap_or_else(|error| panic!("{told}: {error}: {line:?} {said:?}"));
     assert_eq!(report["pid"], pid, "{told}: {line} {said:?}");
-    assert_eq!(report["epoch"], newest, "{told}: {line} {said:?}");
+    assert_eq!(report["epoch"], epoch, "{told}: {line} {said:?}");
     kept
 }

@@ -132,14 +132,19 @@ impl Place {
 
     /// Number of the newest epoch that can be restored; 0 where there is none, or no subject yet.
     pub fn newest(&self, name: &str) -> u64 {
+        self.epochs(name).last().copied().unwrap_or(0)
+    }
+
+    /// Numbers of the epochs that can be restored; none where there is no subject yet.
+    pub fn epochs(&self, name: &str) -> Vec<u64> {
         let list = self.call(&["history", name, "--json"]);
         if list.code == 1 && list.err.contains("no subject") {
-            return 0;
+            return Vec::new();
         }
         list.succeeds();
         let list = list.json();
-        let last = list.as_array().unwrap().last();
-        last.map_or(0, |epoch| epoch["epoch"].as_u64().unwrap())
+        let list = list.as_array().unwrap().iter();
+        list.map(|e| e["epoch"].as_u64().unwrap()).collect()
     }
 
     /// Waits for an epoch after this one.

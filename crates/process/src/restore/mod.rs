@@ -14,6 +14,7 @@
 //! [`RestoreOptions::new_pid_ns`] all processes are made in a PID namespace of their own
 //! ([`outlive_linux::pid_namespace`]), where every ID is free; the caller is the parent all the same.
 
+mod going_on;
 mod heirs;
 mod late;
 mod leave;
@@ -32,7 +33,9 @@ use crate::resources::shared::{self, FileContents, Memories, Origin};
 use crate::resources::timers::{self, TimerState};
 use crate::resources::{attributes, descriptors};
 use crate::target::gone_or;
+use crate::track::{TrackOptions, Tracked};
 use crate::{ProcessError, Refusal};
+use going_on::GoingOn;
 use heirs::Heirs;
 use outlive_epoch::EpochReader;
 use outlive_linux::Errno;
@@ -70,6 +73,8 @@ pub struct RestoreOptions {
     pub files: FilesPolicy,
     /// Whether to make a PID namespace for the program, where its process IDs are free.
     pub new_pid_ns: bool,
+    /// How its memory is to be tracked from its first instruction on, see [`Ready::go_tracked`].
+    pub track: Option<TrackOptions>,
 }
 
 /// A program that is restored but has not run yet; dropping it removes every trace of it.
@@ -85,6 +90,8 @@ pub struct Ready {
     made_files: MadeFiles,
     objects: Objects,
     contents: HashMap<u32, FileContents>,
+    /// Where its memory is tracked.
+    tracking: Option<GoingOn>,
     notices: Vec<String>,
     began: Instant,
     restore_us: u64,
@@ -164,13 +171,13 @@ pub fn restore(reader: &dyn EpochReader, options: &RestoreOptions) -> Result<Rea
     let memories = Rc::get_mut(&mut shared).ok_or_else(shared_is_held)?;
     objects.make(&saved, &mut stubs, memories)?;
     laps.lap("processes");
-    memory(
+    let tracking = memory(
         &mut stubs,
         &mut saved,
         &files,
         (&shared, &mut contents),
         (&objects, &heirs),
-        reader,
+        (reader, options.track.as_ref()),
     )?;
     objects.finish(&saved)?;
     drop((files, shared));
@@ -190,6 +197,7 @@ pub fn restore(reader: &dyn EpochReader, options: &RestoreOptions) -> Result<Rea
         made_files,
         objects,
         contents,
+        tracking,
         notices,
         began,
         restore_us,
@@ -340,8 +348,8 @@ fn memory(
     files: &[Files],
     (shared, contents): (&Memories, &mut HashMap<u32, FileContents>),
     (objects, heirs): (&Objects, &Heirs),
-    reader: &dyn EpochReader,
-) -> Result<(), ProcessError> {
+    (reader, track): (&dyn EpochReader, Option<&TrackOptions>),
+) -> Result<Option<GoingOn>, ProcessError> {
     let mut flights = Vec::with_capacity(stubs.len());
     for ((stub, saved), files) in stubs.iter_mut().zip(&saved.processes).zip(files) {
         let populating = if heirs.gives(stub.target.id) {
@@ -365,6 +373,8 @@ fn memory(
         stub.finish(flight)?;
     }
     filled?;
+    // Whatever is written from here on differs from the epoch.
+    let tracking = track.and_then(|how| GoingOn::begin(stubs, saved, reader, how));
     shared::seal(&saved.shared, shared)?;
     for ((stub, saved), files) in stubs.iter_mut().zip(&mut saved.processes).zip(files) {
         space::map_sealed(stub, &saved.memory, shared)?;
@@ -375,7 +385,7 @@ fn memory(
             vdso::connect(stub, code)?;
         }
     }
-    Ok(())
+    Ok(tracking)
 }
 
 fn shared_is_held() -> ProcessError {
@@ -572,6 +582,15 @@ impl Ready {
 
     /// Lets the program run.
     pub fn go(mut self) -> Result<Restored, ProcessError> {
+        self.tracking = None;
+        let (restored, _) = self.go_tracked()?;
+        Ok(restored)
+    }
+
+    /// Lets the program run under tracking that began with [`RestoreOptions::track`]: the next
+    /// epoch after the one restored has to hold only what changed since. Without a tracker that
+    /// cannot be, and tracking has to begin anew.
+    pub fn go_tracked(mut self) -> Result<(Restored, Option<Tracked>), ProcessError> {
         let (pid, ns_pid) = (self.pid(), self.ns_pid());
         for contents in self.contents.values() {
             contents
@@ -584,6 +603,8 @@ impl Ready {
             threads::set_registers(stub, &threads.threads, ended)?;
             stub.remove_arena()?;
         }
+        let tracking = self.tracking.take();
+        let tracked = tracking.and_then(|t| t.finish(&mut self.stubs));
         if let Some(namespace) = &mut self.namespace {
             let kept = namespace.keep(ns_pid);
             kept.map_err(|e| spawn_failed(pid, e))?;
@@ -604,12 +625,13 @@ impl Ready {
         self.made.keep();
         self.made_files.0.clear();
         self.objects.keep();
-        Ok(Restored {
+        let restored = Restored {
             pid,
             ns_pid,
             restore_us: self.restore_us,
             first_run_us,
             notices: self.notices,
-        })
+        };
+        Ok((restored, tracked))
     }
 }

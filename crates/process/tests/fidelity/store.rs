@@ -16,6 +16,8 @@ pub struct Epoch {
     id: u64,
     trees: BTreeMap<String, Vec<u8>>,
     pub pages: BTreeMap<(SpaceId, u64), Page>,
+    /// How many pages of each space were handed over for it.
+    pub put: BTreeMap<SpaceId, usize>,
 }
 
 /// All committed epochs of a subject.
@@ -42,6 +44,7 @@ impl Store {
             id,
             trees: BTreeMap::new(),
             pages,
+            put: BTreeMap::new(),
         };
         Box::new(Writer { store: self, epoch })
     }
@@ -66,6 +69,7 @@ impl PageSink for Writer<'_> {
             rest.is_empty() && pages.len() as u64 == run.count(),
             "a run and its bytes differ"
         );
+        *self.epoch.put.entry(run.space()).or_default() += pages.len();
         for (index, page) in (run.first()..).zip(pages) {
             self.epoch
                 .pages

@@ -411,6 +411,20 @@ pub fn bring_back(program: &mut Program, epoch: &Epoch, seen: &View) {
     program.was_restored();
 }
 
+/// The same, with tracking that goes on from there.
+pub fn bring_back_tracked(program: &mut Program, epoch: &Epoch, seen: &View) -> Tracked {
+    let options = RestoreOptions {
+        track: Some(TrackOptions::default()),
+        ..RestoreOptions::default()
+    };
+    let ready = restore(epoch as &dyn EpochReader, &options)
+        .unwrap_or_else(|e| panic!("restoring epoch {}: {e}", epoch.id()));
+    seen.must_equal(&look(&ready, epoch));
+    let (_, tracked) = ready.go_tracked().expect("letting it run");
+    program.was_restored();
+    tracked.unwrap_or_else(|| panic!("it is not tracked: {}", program.story()))
+}
+
 /// Restores an epoch into a PID namespace of its own, up to before its first instruction.
 pub fn prepare_apart(epoch: &Epoch) -> Ready {
     let options = RestoreOptions {

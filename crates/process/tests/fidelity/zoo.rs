@@ -4,9 +4,10 @@
 use crate::stand;
 use crate::store::Store;
 use crate::support::{
-    Program, alone, bring_back, epoch, last_epoch, look, may_run, move_house, prepare,
-    prepare_apart, stop_and_resume, times, track,
+    Program, alone, bring_back, bring_back_tracked, epoch, last_epoch, look, may_run, move_house,
+    prepare, prepare_apart, stop_and_resume, times, track,
 };
+use outlive_epoch::SpaceId;
 use outlive_process::{Strategy, TrackOptions, Tracked, Tracking};
 use std::sync::Arc;
 use std::time::Duration;
@@ -39,6 +40,39 @@ fn a_zoo_survives_death_again_and_again() {
         program.must_be_well();
     }
     program.must_report();
+}
+
+/// Epochs go on from the restored one: what was not written since is not taken again, and what was,
+/// by the restore or by the program, is.
+#[test]
+fn epochs_go_on_from_the_restored_one() {
+    let _alone = alone();
+    if !may_run("epochs_go_on_from_the_restored_one") {
+        return;
+    }
+    for words in [&["{dir}"][..], &["{dir}", "memory"]] {
+        let mut program = Program::start("zoo", words);
+        let mut store = Store::default();
+        let tracked = track(&program);
+        let mut seen = last_epoch(&mut program, tracked, &mut store);
+        for round in 0..times(12, 300) {
+            let mut tracked = bring_back_tracked(&mut program, store.newest(), &seen);
+            let first = store.epochs.len();
+            for _ in 0..round % 3 {
+                std::thread::sleep(Duration::from_millis(round as u64 * 7 % 40));
+                program.must_be_well();
+                epoch(&mut tracked, &mut store).expect("an epoch");
+            }
+            seen = last_epoch(&mut program, tracked, &mut store);
+            let space = SpaceId(program.pid);
+            let put = store.epochs[first].put[&space];
+            let all = store.newest().pages.keys().filter(|k| k.0 == space);
+            let all = all.count();
+            assert!(put < all / 2, "{put} of {all} pages were taken again");
+        }
+        bring_back(&mut program, store.newest(), &seen);
+        program.must_report();
+    }
 }
 
 /// As on a kernel that cannot tell which pages were written.

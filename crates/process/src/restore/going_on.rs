@@ -1,0 +1,99 @@
+//! Tracking that goes on from the restored epoch: what the program has not changed since need not
+//! be taken again.
+//!
+//! # Rules
+//! - It begins when the contents are in place and nothing else was done: all private memory is
+//!   registered, the pages that came from the epoch are protected and count as stored. Whatever a
+//!   later step of the restore writes, or the program, is found by the next epoch.
+//! - Only pages that came from the epoch count as stored. What else is there (code of another
+//!   kernel) is new.
+//! - Memory that processes share is taken anew, under new numbers; what the epoch holds of it is
+//!   said to be absent first.
+//! - Where any of it is not possible (an old kernel, memory that cannot be registered) there is no
+//!   such tracking, and no error: the next epoch is a full one.
+
+use super::saved::Saved;
+use super::space::runs_of;
+use super::stub::Stub;
+use crate::member::{Member, private_areas};
+use crate::pages::{PageTracker, Span};
+use crate::strategy::Granularity;
+use crate::track::{TrackOptions, Tracked};
+use crate::{ProcessError, bootstrap};
+use outlive_epoch::{EpochReader, Run};
+use std::collections::BTreeSet;
+
+/// The memory of processes that are being restored, under tracking.
+pub struct GoingOn {
+    /// One of each process, in their order.
+    pages: Vec<PageTracker>,
+    options: TrackOptions,
+    /// Pages of the epoch that belong to no process.
+    others: Vec<Run>,
+}
+
+impl GoingOn {
+    /// Begins, when the contents are in place.
+    pub fn begin(
+        stubs: &mut [Stub],
+        saved: &Saved,
+        reader: &dyn EpochReader,
+        options: &TrackOptions,
+    ) -> Option<Self> {
+        if !options.strategy.tracks() {
+            return None;
+        }
+        let pages: Result<Vec<_>, _> = stubs
+            .iter_mut()
+            .zip(&saved.processes)
+            .map(|(stub, saved)| {
+                let held = runs_of(stub.target.id, &saved.memory, reader);
+                track(stub, &held, options.granularity)
+            })
+            .collect();
+        let pages = pages
+            .inspect_err(|e| tracing::info!("the next epoch will be a full one: {e}"))
+            .ok()?;
+        let ids: BTreeSet<u32> = stubs.iter().map(|s| s.target.id).collect();
+        let mut others = reader.runs();
+        others.retain(|run| !ids.contains(&run.space().0));
+        let options = options.clone();
+        Some(Self {
+            pages,
+            options,
+            others,
+        })
+    }
+
+    /// Gains a foothold in every process, whose threads have got everything else.
+    pub fn finish(self, stubs: &mut [Stub]) -> Option<Tracked> {
+        let root = stubs.first()?.target.pid;
+        let members: Result<Vec<_>, _> = stubs
+            .iter_mut()
+            .zip(self.pages)
+            .map(|(stub, pages)| Member::going_on(stub.target.pid, &mut stub.threads, pages))
+            .collect();
+        members
+            .and_then(|members| Tracked::going_on(root, self.options, members, self.others))
+            .inspect_err(|e| tracing::info!("the next epoch will be a full one: {e}"))
+            .ok()
+    }
+}
+
+fn track(
+    stub: &mut Stub,
+    held: &[Span],
+    granularity: Granularity,
+) -> Result<PageTracker, ProcessError> {
+    let (target, arena) = (&stub.target, &stub.arena);
+    let tracker = bootstrap::make_tracker(target, &mut stub.threads[0], arena)?;
+    let tracker =
+        tracker.map_err(|why| target.kernel(why, std::io::Error::other("not tracked")))?;
+    let mappings = bootstrap::mappings_without(target, Some(arena.range()))?;
+    PageTracker::going_on(
+        target,
+        (tracker, granularity),
+        &private_areas(&mappings),
+        held,
+    )
+}
