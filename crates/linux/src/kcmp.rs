@@ -1,4 +1,5 @@
-//! Whether two descriptors are one open file description: `kcmp(2)`.
+//! Whether two descriptors are one open file description, and what processes share as a whole:
+//! `kcmp(2)`.
 //!
 //! # Safety
 //! The only pointer handed to the kernel is to a local structure which it reads.
@@ -26,6 +27,15 @@ pub enum Kind {
 /// # Errors
 /// `ESRCH` when one of them has ended, `EPERM` without the right to trace them.
 pub fn same(a: u32, b: u32, kind: Kind) -> Result<bool, Errno> {
+    compare(a, b, kind).map(Ordering::is_eq)
+}
+
+/// The same with an order of those that do not, which is arbitrary but the same for all calls until
+/// the next boot. It is an order of objects: once one of them is gone, a new one may have its place.
+///
+/// # Errors
+/// As [`same`].
+pub fn compare(a: u32, b: u32, kind: Kind) -> Result<Ordering, Errno> {
     // SAFETY: these kinds take numbers only.
     let answer = unsafe {
         libc::syscall(
@@ -37,10 +47,16 @@ pub fn same(a: u32, b: u32, kind: Kind) -> Result<bool, Errno> {
             0,
         )
     };
-    if answer < 0 {
-        Err(last_error())
-    } else {
-        Ok(answer == 0)
+    ordering(answer)
+}
+
+fn ordering(answer: libc::c_long) -> Result<Ordering, Errno> {
+    match answer {
+        0 => Ok(Ordering::Equal),
+        1 => Ok(Ordering::Less),
+        2 => Ok(Ordering::Greater),
+        n if n < 0 => Err(last_error()),
+        _ => Err(Errno::NOTSUP),
     }
 }
 
@@ -71,13 +87,7 @@ pub fn compare_files(a: (u32, u32), b: (u32, u32)) -> Result<Ordering, Errno> {
             u64::from(b.1),
         )
     };
-    match answer {
-        0 => Ok(Ordering::Equal),
-        1 => Ok(Ordering::Less),
-        2 => Ok(Ordering::Greater),
-        n if n < 0 => Err(last_error()),
-        _ => Err(Errno::NOTSUP),
-    }
+    ordering(answer)
 }
 
 /// Whether descriptor `number` of a process is still the file that its epoll instance `epoll`
@@ -120,6 +130,24 @@ mod tests {
     use super::*;
     use std::fs::File;
     use std::os::fd::AsRawFd;
+
+    #[test]
+    fn a_child_shares_nothing_with_its_parent_and_one_with_itself_everything() {
+        let mut child = std::process::Command::new("sleep")
+            .arg("100")
+            .spawn()
+            .unwrap();
+        let (me, other) = (std::process::id(), child.id());
+        let all = [Kind::Memory, Kind::Files, Kind::Filesystem, Kind::Signals];
+        for kind in all {
+            assert_eq!(same(me, me, kind), Ok(true));
+            assert_eq!(same(me, other, kind), Ok(false));
+            let order = compare(me, other, kind).unwrap();
+            assert_eq!(compare(other, me, kind), Ok(order.reverse()));
+        }
+        child.kill().unwrap();
+        child.wait().unwrap();
+    }
 
     #[test]
     fn a_duplicate_is_the_same_description_and_a_second_open_is_not() {

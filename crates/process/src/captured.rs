@@ -106,7 +106,9 @@ impl Captured {
             image::put(writer, &group(kinds::ATTRIBUTES, pid), &s.process)?;
             image::put(writer, &group(kinds::SIGNALS, pid), &s.signals)?;
             image::put(writer, &group(kinds::THREADS, pid), &s.threads)?;
-            image::put(writer, &group(kinds::MEMORY, pid), &s.memory)?;
+            if s.process.shares_memory_with == 0 {
+                image::put(writer, &group(kinds::MEMORY, pid), &s.memory)?;
+            }
         }
         Ok(())
     }

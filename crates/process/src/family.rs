@@ -1,7 +1,6 @@
 //! Who belongs to a subject: a process and everything that descends from it.
 
-use crate::Refusal;
-use crate::target::{Status, Target};
+use crate::target::Status;
 use outlive_linux::kcmp;
 use std::time::{Duration, Instant};
 
@@ -101,7 +100,7 @@ pub fn is_spawning(kin: &Kin) -> bool {
 }
 
 /// Whether a process has the memory of its parent.
-pub fn shares_memory(kin: &Kin) -> bool {
+fn shares_memory(kin: &Kin) -> bool {
     kin.parent != 0 && kcmp::same(kin.pid, kin.parent, kcmp::Kind::Memory).unwrap_or(false)
 }
 
@@ -114,28 +113,6 @@ fn waits_for_child(pid: u32) -> bool {
         let number = call.split(' ').next().and_then(|n| n.parse().ok());
         number.is_some_and(|n| CALLS.contains(&n))
     })
-}
-
-/// What a process has in common with others of the program and must not, because only threads of one
-/// process can be made with it.
-pub fn refuse_shared(process: &Target, others: impl IntoIterator<Item = u32>) -> Vec<Refusal> {
-    let shared = [
-        (kcmp::Kind::Memory, "its memory"),
-        (kcmp::Kind::Files, "its table of descriptors"),
-        (kcmp::Kind::Filesystem, "its working directory"),
-        (kcmp::Kind::Signals, "its signal actions"),
-    ];
-    let others = others.into_iter().filter(|&other| other != process.pid);
-    let with = |other: u32| {
-        let same = move |kind| kcmp::same(process.pid, other, kind).unwrap_or(false);
-        let found = shared.into_iter().filter(move |(kind, _)| same(*kind));
-        found.map(move |(_, what)| {
-            let what =
-                format!("{what} is shared with process {other} (clone without CLONE_THREAD)");
-            process.refusal("", what, "this cannot be saved yet")
-        })
-    };
-    others.flat_map(with).collect()
 }
 
 #[cfg(test)]

@@ -115,6 +115,15 @@ impl Held {
         self.halted.take()
     }
 
+    /// Puts registers and mask back now: from here on nothing of the working memory is needed to let
+    /// the thread go on, whoever does that.
+    pub fn settle(&mut self) -> Result<(), Errno> {
+        match &mut self.halted {
+            Some(halted) => put_back(halted, &self.go_on, Some(self.mask)),
+            None => Ok(()),
+        }
+    }
+
     /// Registers and mask are to be put back in any case.
     pub fn touch(&mut self) {
         self.touched = true;

@@ -12,6 +12,7 @@
 //! 5. [`Captured::write`] and [`Captured::sync_files`] while the program runs on, then the commit.
 //! 6. If any of this failed: [`Tracked::forget_progress`], so that the next epoch is a full one.
 
+mod births;
 mod bootstrap;
 mod captured;
 pub mod error;
@@ -28,6 +29,7 @@ mod preflight;
 mod reentry;
 pub mod resources;
 pub mod restore;
+mod sharing;
 pub mod strategy;
 mod target;
 pub mod track;

@@ -6,7 +6,7 @@ use crate::flags::FlagsCache;
 use crate::freeze::{Held, freeze, remote_failed, run_all};
 use crate::image::ThreadsState;
 use crate::laps::Laps;
-use crate::pages::{Changes, PageTracker, PrivateArea, Residue, World};
+use crate::pages::{PageTracker, PrivateArea, Residue, World};
 use crate::reentry::{Sleepers, WaitBook};
 use crate::resources::shared::{self, SharedObjects};
 use crate::resources::{attributes, memory, signals, thread, timers};
@@ -25,14 +25,29 @@ pub struct Member {
     pub target: Target,
     arena: Arena,
     syscall_at: u64,
-    pages: PageTracker,
+    space: Space,
     waits: WaitBook,
+    /// Other members have its address space too.
+    pub has_fellows: bool,
+    /// The buffer of an earlier stop, to be used again: fresh memory is faulted in at the stop.
+    pub spare: Vec<u8>,
+}
+
+/// An address space, which several processes may have.
+enum Space {
+    /// This process stands for it.
+    Held(Box<HeldSpace>),
+    /// Another member does, which has this process ID.
+    Of(u32),
+}
+
+/// What is known of an address space.
+struct HeldSpace {
+    pages: PageTracker,
     build_ids: memory::BuildIds,
     flags: FlagsCache,
     /// How the program locks memory that it will map, once that was looked at.
     lock_future: Option<u32>,
-    /// The buffer of an earlier stop, to be used again: fresh memory is faulted in at the stop.
-    pub spare: Vec<u8>,
 }
 
 /// A process in which no foothold could be gained, and why.
@@ -179,13 +194,61 @@ impl Member {
             target,
             arena,
             syscall_at,
-            pages,
+            space: Space::Held(Box::new(HeldSpace {
+                pages,
+                build_ids: memory::BuildIds::default(),
+                flags: FlagsCache::default(),
+                lock_future: None,
+            })),
             waits,
-            build_ids: memory::BuildIds::default(),
-            flags: FlagsCache::default(),
-            lock_future: None,
+            has_fellows: false,
             spare: Vec::new(),
         }
+    }
+
+    /// A further process of the address space of this member, whose foothold is also its.
+    #[must_use]
+    pub fn join(&self, target: Target, waits: WaitBook) -> Self {
+        Self {
+            arena: self.arena.in_copy(target.pid),
+            syscall_at: self.syscall_at,
+            space: Space::Of(self.holder()),
+            target,
+            waits,
+            has_fellows: false,
+            spare: Vec::new(),
+        }
+    }
+
+    /// The member that stands for its address space: itself, mostly.
+    #[must_use]
+    pub fn holder(&self) -> u32 {
+        match self.space {
+            Space::Held(_) => self.target.pid,
+            Space::Of(other) => other,
+        }
+    }
+
+    /// From now on this other member stands for its address space.
+    pub fn set_holder(&mut self, holder: u32) {
+        if holder != self.target.pid {
+            self.space = Space::Of(holder);
+        }
+    }
+
+    /// Takes over an address space, which it has too, from a member that is no more. Returns the
+    /// pages that the epochs so far hold of that; all are copied again. Without it the old member is
+    /// as it was.
+    pub fn take_over(&mut self, from: &mut Self) -> Result<Vec<Run>, ProcessError> {
+        let Space::Held(held) = &mut from.space else {
+            return Ok(Vec::new());
+        };
+        let mappings = bootstrap::mappings_without(&self.target, Some(self.arena.range()))?;
+        let old = held
+            .pages
+            .move_to(&self.target, &private_areas(&mappings))?;
+        std::mem::swap(&mut self.space, &mut from.space);
+        Ok(old)
     }
 
     /// Copies what was written since the last pass while the program runs; returns the bytes.
@@ -194,33 +257,41 @@ impl Member {
         sink: &mut dyn PageSink,
         shared: &mut SharedObjects,
     ) -> Result<u64, ProcessError> {
+        let Space::Held(space) = &mut self.space else {
+            return Ok(0);
+        };
         let mappings = bootstrap::mappings_without(&self.target, Some(self.arena.range()))?;
         for m in mappings.iter().filter(|m| shared::Sort::of(m).is_some()) {
             // What goes away meanwhile, or is to be refused, is left to the stop.
             let _ = shared.space_of(&self.target, m, VmFlags::MAY_WRITE);
         }
         let areas = private_areas(&mappings);
-        let changes = self.pages.pass(&self.target, &areas, World::Runs)?;
-        self.pages.copy(&changes, sink)?;
+        let changes = space.pages.pass(&self.target, &areas, World::Runs)?;
+        space.pages.copy(&changes, sink)?;
         Ok(changes.bytes())
     }
 
     /// Whether the epochs so far hold nothing of it.
     #[must_use]
     pub fn is_fresh(&self) -> bool {
-        self.pages.is_fresh()
+        matches!(&self.space, Space::Held(space) if space.pages.is_fresh())
     }
 
     /// Whether the program has other processes, with which this one may share pages.
     pub fn set_relatives(&mut self, has: bool) {
-        self.pages.has_relatives = has;
+        if let Space::Held(space) = &mut self.space {
+            space.pages.has_relatives = has;
+        }
     }
 
     /// What is done before a stop, while the program runs.
     pub fn before_stop(&mut self) -> Result<Sleepers, ProcessError> {
-        self.flags.refresh(&self.target)?;
-        if self.lock_future.is_none() {
-            self.lock_future = Some(future_locking(self.flags.at(self.arena.range().0)));
+        if let Space::Held(space) = &mut self.space {
+            space.flags.refresh(&self.target)?;
+            if space.lock_future.is_none() {
+                let ours = space.flags.at(self.arena.range().0);
+                space.lock_future = Some(future_locking(ours));
+            }
         }
         Ok(self.waits.look(&self.target))
     }
@@ -279,8 +350,11 @@ impl Member {
 
     /// What was taken as saved is not; everything is fresh again.
     pub fn forget_progress(&mut self) {
+        let Space::Held(space) = &mut self.space else {
+            return;
+        };
         if let Ok(mappings) = bootstrap::mappings_without(&self.target, Some(self.arena.range())) {
-            self.pages.forget(&private_areas(&mappings));
+            space.pages.forget(&private_areas(&mappings));
         }
     }
 
@@ -294,12 +368,15 @@ impl Member {
     /// The member is no more: the pages that the epochs so far hold of it.
     #[must_use]
     pub fn retire(self) -> Vec<Run> {
-        self.pages.retire()
+        match self.space {
+            Space::Held(space) => space.pages.retire(),
+            Space::Of(_) => Vec::new(),
+        }
     }
 
     /// Removes the arena from the stopped process.
     pub fn remove_foothold(&self, threads: &mut [Held]) -> Result<(), ProcessError> {
-        if !self.is_intact() {
+        if !self.is_intact() || self.holder() != self.target.pid {
             return Ok(());
         }
         let range = self.arena.range();
@@ -317,30 +394,16 @@ impl Member {
         let leader_status = seen[0].0.status.clone();
         let (asked, answers) = self.ask(threads)?;
         laps.lap("remote");
-        let mappings = self.mappings_at_stop()?;
-        laps.lap("mappings");
-        let plain: Vec<Mapping> = mappings.iter().map(|(m, _)| m.clone()).collect();
-        let areas = private_areas(&plain);
-        let changes = self.pages.pass(&self.target, &areas, World::Stopped)?;
-        let guards = changes.guards.clone();
-        laps.lap("scan");
-        let residue = self.take(changes)?;
-        laps.lap("copy");
+        let (memory, residue) = match self.describe(&asked, &answers[0], shared)? {
+            Some(taken) => taken,
+            None => (memory::MemoryState::of_another(), Residue::default()),
+        };
+        laps.lap("memory");
         let process =
             attributes::collect(&self.target, &leader_status, &asked.process, &answers[0])?;
         let timers = timers::collect(&self.target, &self.arena, threads)?;
         let (leader, signals) = (&threads[0], &asked.signals);
         let signals = signals::collect(&self.target, leader, signals, &answers[0], timers)?;
-        let mut memory = memory::collect(
-            &self.target,
-            &mappings,
-            &guards,
-            &mut self.build_ids,
-            shared,
-            asked.memory,
-            &answers[0],
-        )?;
-        memory.lock_future = self.lock_future.unwrap_or(0);
         laps.lap("describe");
         let mut states = Vec::with_capacity(threads.len());
         for (((held, (sight, left)), asked), answers) in
@@ -348,6 +411,12 @@ impl Member {
         {
             let state = thread::collect(&self.target, held, sight, *asked, answers, left)?;
             states.push(state);
+        }
+        for held in threads.iter_mut().filter(|_| self.has_fellows) {
+            // Threads of other processes are to use the same working memory.
+            let tid = held.tid;
+            let settled = held.settle();
+            settled.map_err(|e| self.target.kernel(format!("settling thread {tid}"), e))?;
         }
         laps.lap("threads");
         laps.tell("stop of a process");
@@ -361,9 +430,41 @@ impl Member {
         })
     }
 
-    fn take(&mut self, changes: Changes) -> Result<Residue, ProcessError> {
+    /// Takes the address space, where this process stands for it.
+    fn describe(
+        &mut self,
+        asked: &Asked,
+        answers: &Results,
+        shared: &mut SharedObjects,
+    ) -> Result<Option<(memory::MemoryState, Residue)>, ProcessError> {
+        let Space::Held(space) = &mut self.space else {
+            return Ok(None);
+        };
+        let mut laps = Laps::new();
+        let now = bootstrap::mappings_without(&self.target, Some(self.arena.range()))?;
+        let mappings = space.flags.assign(now);
+        laps.lap("mappings");
+        let plain: Vec<Mapping> = mappings.iter().map(|(m, _)| m.clone()).collect();
+        let areas = private_areas(&plain);
+        let changes = space.pages.pass(&self.target, &areas, World::Stopped)?;
+        let guards = changes.guards.clone();
+        laps.lap("scan");
         let spare = std::mem::take(&mut self.spare);
-        self.pages.take(&self.target, changes, spare)
+        let residue = space.pages.take(&self.target, changes, spare)?;
+        laps.lap("copy");
+        let mut memory = memory::collect(
+            &self.target,
+            &mappings,
+            &guards,
+            &mut space.build_ids,
+            shared,
+            asked.memory,
+            answers,
+        )?;
+        memory.lock_future = space.lock_future.unwrap_or(0);
+        laps.lap("describe");
+        laps.tell("stop of an address space");
+        Ok(Some((memory, residue)))
     }
 
     /// Has every thread answer its own questions, the leading one also those for the process.
@@ -396,12 +497,6 @@ impl Member {
             },
             answers,
         ))
-    }
-
-    /// The mappings with their flags, without our own.
-    fn mappings_at_stop(&mut self) -> Result<Vec<(Mapping, VmFlags)>, ProcessError> {
-        let now = bootstrap::mappings_without(&self.target, Some(self.arena.range()))?;
-        Ok(self.flags.assign(now))
     }
 }
 

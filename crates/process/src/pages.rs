@@ -205,6 +205,26 @@ impl PageTracker {
             .collect()
     }
 
+    /// Another process of the same address space stands for it from now on: everything is reported as
+    /// written by the next pass, under its name. Returns what the epochs so far hold under the old
+    /// one. `areas` are as for [`PageTracker::forget`].
+    pub fn move_to(
+        &mut self,
+        target: &Target,
+        areas: &[PrivateArea],
+    ) -> Result<Vec<Run>, ProcessError> {
+        let pagemap =
+            Pagemap::open(target.pid).map_err(|e| target.kernel("opening its page map", e))?;
+        let all = self.stored.remove(0, u64::MAX);
+        let old = all
+            .into_iter()
+            .filter_map(|(s, e)| Run::new(self.space, s, e - s))
+            .collect();
+        (self.pid, self.space, self.pagemap) = (target.pid, SpaceId(target.id), pagemap);
+        self.forget(areas);
+        Ok(old)
+    }
+
     /// The epochs so far do not count: everything is reported as written by the next pass.
     pub fn forget(&mut self, areas: &[PrivateArea]) {
         if let Some(tracker) = &self.tracker {

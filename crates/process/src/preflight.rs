@@ -65,10 +65,6 @@ pub fn of_program(root: u32, adopters: &[u32]) -> Result<(), ProcessError> {
         if family::is_spawning(&kin) {
             continue;
         }
-        refusals.extend(family::refuse_shared(
-            &target,
-            targets.iter().map(|t| t.pid),
-        ));
         targets.push(target);
     }
     for target in &targets {

@@ -17,6 +17,7 @@ use crate::resources::descriptors;
 use crate::resources::machine::MachineState;
 use crate::resources::shared::SharedObjects;
 use crate::resources::system_v::{self, SystemV};
+use crate::sharing::{Shares, Sharing};
 use crate::strategy::{self, Granularity, Strategy};
 use crate::target::{Status, Target};
 use crate::{ProcessError, namespaces, preflight};
@@ -25,6 +26,8 @@ use outlive_linux::thread::Urgent;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+
+mod fellows;
 
 /// How a program is tracked.
 #[derive(Clone, Debug)]
@@ -78,6 +81,7 @@ pub struct Tracked {
     members: BTreeMap<u32, Member>,
     descriptors: descriptors::Memory,
     shared: SharedObjects,
+    sharing: Sharing,
     machine: Arc<MachineState>,
     system_v: SystemV,
     /// Pages of members that are no more, which the epochs so far hold.
@@ -142,6 +146,7 @@ impl Tracked {
             members: BTreeMap::new(),
             descriptors: descriptors::Memory::default(),
             shared: SharedObjects::default(),
+            sharing: Sharing::default(),
             machine: Arc::new(MachineState::here()?),
             system_v: SystemV::default(),
             retired: Vec::new(),
@@ -166,9 +171,8 @@ impl Tracked {
     fn adopt_all(&mut self) -> Result<(), ProcessError> {
         self.drop_ended();
         for kin in family::list(self.root, &self.adopters) {
-            // What uses its parent's memory is nobody's member: it is about to begin a program of
-            // its own, or refused at the stop.
-            if kin.zombie || self.members.contains_key(&kin.pid) || family::shares_memory(&kin) {
+            // What is about to begin a program of its own is nobody's member.
+            if kin.zombie || self.members.contains_key(&kin.pid) || family::is_spawning(&kin) {
                 continue;
             }
             match self.adopt_running(kin) {
@@ -182,11 +186,10 @@ impl Tracked {
 
     fn adopt_running(&mut self, kin: Kin) -> Result<(), ProcessError> {
         let target = Target::open(kin.pid)?;
-        if !family::refuse_shared(&target, self.members.keys().copied()).is_empty() {
-            // At the stop that is still so, or was nothing lasting.
-            return Ok(());
-        }
         let mut waits = WaitBook::default();
+        let Some(target) = self.join(target, &mut waits) else {
+            return Ok(());
+        };
         let sleepers = waits.look(&target);
         let mut threads = freeze(&target, self.options.stop_timeout, &mut |held| {
             member::prepare(&target, &mut waits, held, &sleepers);
@@ -238,9 +241,7 @@ impl Tracked {
             .filter(|(_, m)| over(m))
             .map(|(pid, _)| *pid)
             .collect();
-        for member in gone.iter().filter_map(|pid| self.members.remove(pid)) {
-            self.retired.extend(member.retire());
-        }
+        gone.into_iter().for_each(|pid| self.drop_member(pid));
     }
 
     /// Copies what was written since the last pass into `sink` while the program runs, as far as
@@ -391,9 +392,7 @@ impl Tracked {
             if !member.is_intact() {
                 // It began another program since it was looked at.
                 member.give_back(threads, &sleepers)?;
-                let member = self.members.remove(&kin.pid);
-                self.retired
-                    .extend(member.into_iter().flat_map(Member::retire));
+                self.drop_member(kin.pid);
                 return self.freeze_one(kin, Sleepers::default());
             }
             let nameless = member.has_nameless(&threads, &sleepers);
@@ -466,7 +465,10 @@ impl Tracked {
         }
         laps.lap("preflight");
         self.shared.begin();
-        let collected = self.collect_descriptors(frozen)?;
+        let pids: Vec<u32> = frozen.iter().map(|p| p.kin.pid).collect();
+        let shares = self.sharing.find(&pids)?;
+        let fellows = self.fellows(&pids);
+        let collected = self.collect_descriptors(frozen, &shares)?;
         laps.lap("descriptors");
         let many = frozen.len() > 1;
         let mut states = Vec::with_capacity(frozen.len());
@@ -480,11 +482,14 @@ impl Tracked {
             let spare = spare.and_then(|mut s| s.remove(&member.target.id));
             member.spare = spare.unwrap_or_default();
             member.set_relatives(many);
+            member.has_fellows = fellows.contains(&member.holder());
             let seen = std::mem::take(&mut process.seen);
             let mut state = member.capture(&mut process.threads, seen, &mut self.shared)?;
             state.process.parent = parent;
+            self.note_shares(process.kin.pid, &shares, &mut state);
             states.push(state);
         }
+        self.refuse_shares(&states)?;
         let zombies = zombies
             .into_iter()
             .map(|kin| ZombieState::of(kin, self.id_of(kin.parent)))
@@ -542,15 +547,17 @@ impl Tracked {
 
     /// Processes that appeared since the last look become members while they stand still.
     fn adopt_strangers(&mut self, frozen: &mut [Frozen]) -> Result<(), ProcessError> {
-        let all: Vec<u32> = frozen.iter().map(|p| p.kin.pid).collect();
         for process in frozen {
             let Some((target, waits)) = process.stranger.take() else {
                 continue;
             };
-            let mut refusals = member::refusals(&target, self.root)?;
-            refusals.extend(family::refuse_shared(&target, all.iter().copied()));
+            let refusals = member::refusals(&target, self.root)?;
             let adopted = if refusals.is_empty() {
-                self.adopt(target, waits, &mut process.threads)
+                let mut waits = waits;
+                match self.join(target, &mut waits) {
+                    Some(target) => self.adopt(target, waits, &mut process.threads),
+                    None => continue,
+                }
             } else {
                 Err(NotAdopted::boxed(
                     target,
@@ -569,14 +576,25 @@ impl Tracked {
     fn collect_descriptors(
         &mut self,
         frozen: &[Frozen],
+        shares: &BTreeMap<u32, Shares>,
     ) -> Result<descriptors::Collected, ProcessError> {
         let targets: Vec<descriptors::Target<'_>> = frozen
             .iter()
             .filter_map(|p| self.members.get(&p.kin.pid))
             .map(|m| m.target.view())
             .collect();
-        let mut collected =
-            descriptors::collect_table(&targets, &mut self.descriptors, &mut self.shared)?;
+        let has_none = |(_, s): &(&u32, &Shares)| s.descriptors != 0;
+        let without = shares
+            .iter()
+            .filter(has_none)
+            .map(|(pid, _)| *pid)
+            .collect();
+        let mut collected = descriptors::collect_table(
+            &targets,
+            &without,
+            &mut self.descriptors,
+            &mut self.shared,
+        )?;
         let root = &self.member(self.root)?.target;
         if root.id != root.pid {
             let ids = ids_inside(frozen);
@@ -622,6 +640,9 @@ fn cause(error: ProcessError, target: &Target, root: u32) -> ProcessError {
 }
 
 fn remove_from(member: &mut Member, timeout: Duration) -> Result<(), ProcessError> {
+    if member.holder() != member.target.pid {
+        return Ok(());
+    }
     let sleepers = member.before_stop()?;
     let mut threads = member.freeze(timeout, &sleepers)?;
     let seen = member.look(&mut threads, &sleepers);

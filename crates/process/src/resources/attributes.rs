@@ -2,13 +2,14 @@
 //! directories, limits, job control, interval timers, and the switches of `prctl(2)`.
 
 use crate::ProcessError;
+use crate::births::Kind;
 use crate::target::{Stat, Status, Target};
 use outlive_linux::remote::{Arg, Batch, CallId, Results};
 use outlive_state_tree::StateNode;
 use std::os::unix::fs::MetadataExt;
 
 /// A process.
-#[derive(StateNode, Clone, Debug, PartialEq, Eq)]
+#[derive(StateNode, Clone, Debug, Default, PartialEq, Eq)]
 #[state(compatible = "outlive,process-v1")]
 pub struct ProcessState {
     /// Process ID. This and all other IDs are those of the PID namespace in which the program
@@ -26,6 +27,16 @@ pub struct ProcessState {
     pub led_terminal_session: bool,
     /// The program (`/proc/PID/exe`).
     pub executable: Vec<u8>,
+    /// The process with whose address space it works, as it does itself: it has no memory of its
+    /// own then. 0 where that is its own. This one may say so in turn of no other, and so below.
+    pub shares_memory_with: u32,
+    /// The process whose table of descriptors it has. It is no holder of descriptors then.
+    pub shares_descriptors_with: u32,
+    /// The process whose working directory, root directory and file mode mask it has. Its own say
+    /// nothing then.
+    pub shares_directories_with: u32,
+    /// The process whose signal actions it has; it has its memory too. It has no actions then.
+    pub shares_signals_with: u32,
     /// Its arguments, each ended by a zero byte, as they are now.
     pub command_line: Vec<u8>,
     /// Working directory.
@@ -68,6 +79,19 @@ pub struct ProcessState {
     pub oom_score_adj: i32,
     /// `/proc/PID/coredump_filter`.
     pub coredump_filter: u64,
+}
+
+impl ProcessState {
+    /// The process with which it shares this; 0 for none that stands for it.
+    #[must_use]
+    pub fn shares_with(&self, kind: Kind) -> u32 {
+        match kind {
+            Kind::Memory => self.shares_memory_with,
+            Kind::Descriptors => self.shares_descriptors_with,
+            Kind::Directories => self.shares_directories_with,
+            Kind::Signals => self.shares_signals_with,
+        }
+    }
 }
 
 /// Questions to the leading thread.
@@ -264,6 +288,10 @@ pub fn collect(
         sid: status.inner.sid,
         led_terminal_session: stat.sid == target.pid && stat.tty != 0,
         executable: target.proc_link("exe")?,
+        shares_memory_with: 0,
+        shares_descriptors_with: 0,
+        shares_directories_with: 0,
+        shares_signals_with: 0,
         command_line: target.proc_file("cmdline")?,
         working_directory: directory(target, "cwd", "working directory")?,
         root_directory: directory(target, "root", "root directory")?,
@@ -389,20 +417,9 @@ pub fn recreate_limits(state: &ProcessState, now: &[u8], batch: &mut Batch) -> V
 pub fn recreate(state: &ProcessState, batch: &mut Batch) -> Vec<String> {
     let mut what = Vec::new();
     let v = Arg::Value;
-    batch.push(libc::SYS_chdir, [path_argument(&state.working_directory)]);
-    what.push(format!(
-        "entering {}",
-        String::from_utf8_lossy(&state.working_directory)
-    ));
-    if state.root_directory != b"/" {
-        batch.push(libc::SYS_chroot, [path_argument(&state.root_directory)]);
-        what.push(format!(
-            "changing root to {}",
-            String::from_utf8_lossy(&state.root_directory)
-        ));
+    if state.shares_directories_with == 0 {
+        recreate_directories(state, batch, &mut what);
     }
-    batch.push(libc::SYS_umask, [v(u64::from(state.umask))]);
-    what.push("setting the file mode mask".into());
     batch.push(libc::SYS_personality, [v(u64::from(state.personality))]);
     what.push("setting the personality".into());
     let set = [
@@ -424,6 +441,23 @@ pub fn recreate(state: &ProcessState, batch: &mut Batch) -> Vec<String> {
         what.push("registering for membarrier".into());
     }
     what
+}
+
+fn recreate_directories(state: &ProcessState, batch: &mut Batch, what: &mut Vec<String>) {
+    batch.push(libc::SYS_chdir, [path_argument(&state.working_directory)]);
+    what.push(format!(
+        "entering {}",
+        String::from_utf8_lossy(&state.working_directory)
+    ));
+    if state.root_directory != b"/" {
+        batch.push(libc::SYS_chroot, [path_argument(&state.root_directory)]);
+        what.push(format!(
+            "changing root to {}",
+            String::from_utf8_lossy(&state.root_directory)
+        ));
+    }
+    batch.push(libc::SYS_umask, [Arg::Value(u64::from(state.umask))]);
+    what.push("setting the file mode mask".into());
 }
 
 /// Adds the calls for switches that not every kernel has, where they are not as at the start.

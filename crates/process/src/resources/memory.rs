@@ -106,6 +106,22 @@ pub struct MappedFile {
     pub access: Vec<u32>,
 }
 
+impl MemoryState {
+    /// Nothing: of a process that has the address space of another one.
+    #[must_use]
+    pub fn of_another() -> Self {
+        Self {
+            layout: vec![0; LAYOUT],
+            brk: 0,
+            auxiliary_vector: Vec::new(),
+            lock_future: 0,
+            guards: Vec::new(),
+            files: Vec::new(),
+            areas: Vec::new(),
+        }
+    }
+}
+
 impl Area {
     /// Whether its own pages belong into the epoch.
     #[must_use]
@@ -177,6 +193,9 @@ pub fn kind_of(m: &Mapping, flags: VmFlags) -> Result<AreaKind, &'static str> {
         false => Ok(AreaKind::PrivateFile),
     }
 }
+
+/// Words of the layout.
+pub const LAYOUT: usize = 10;
 
 /// Questions to the leading thread.
 pub fn ask(batch: &mut Batch) -> CallId {

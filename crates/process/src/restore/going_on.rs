@@ -17,16 +17,19 @@ use super::space::runs_of;
 use super::stub::Stub;
 use crate::member::{Member, private_areas};
 use crate::pages::{PageTracker, Span};
+use crate::reentry::WaitBook;
 use crate::strategy::Granularity;
+use crate::target::Target;
 use crate::track::{TrackOptions, Tracked};
 use crate::{ProcessError, bootstrap};
 use outlive_epoch::{EpochReader, Run};
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// The memory of processes that are being restored, under tracking.
 pub struct GoingOn {
-    /// One of each process, in their order.
-    pages: Vec<PageTracker>,
+    /// One of each process, in their order; none where that has the address space of another, and
+    /// of which then.
+    pages: Vec<Result<PageTracker, usize>>,
     options: TrackOptions,
     /// Pages of the epoch that belong to no process.
     others: Vec<Run>,
@@ -46,9 +49,13 @@ impl GoingOn {
         let pages: Result<Vec<_>, _> = stubs
             .iter_mut()
             .zip(&saved.processes)
-            .map(|(stub, saved)| {
-                let held = runs_of(stub.target.id, &saved.memory, reader);
-                track(stub, &held, options.granularity)
+            .enumerate()
+            .map(|(at, (stub, process))| {
+                if !process.has_memory() {
+                    return Ok(Err(saved.holder_of_memory(at)));
+                }
+                let held = runs_of(stub.target.id, &process.memory, reader);
+                track(stub, &held, options.granularity).map(Ok)
             })
             .collect();
         let pages = pages
@@ -68,16 +75,39 @@ impl GoingOn {
     /// Gains a foothold in every process, whose threads have got everything else.
     pub fn finish(self, stubs: &mut [Stub]) -> Option<Tracked> {
         let root = stubs.first()?.target.pid;
-        let members: Result<Vec<_>, _> = stubs
-            .iter_mut()
-            .zip(self.pages)
-            .map(|(stub, pages)| Member::going_on(stub.target.pid, &mut stub.threads, pages))
-            .collect();
-        members
+        members(stubs, self.pages)
             .and_then(|members| Tracked::going_on(root, self.options, members, self.others))
             .inspect_err(|e| tracing::info!("the next epoch will be a full one: {e}"))
             .ok()
     }
+}
+
+fn members(
+    stubs: &mut [Stub],
+    pages: Vec<Result<PageTracker, usize>>,
+) -> Result<Vec<Member>, ProcessError> {
+    let mut holders = BTreeMap::new();
+    let mut others = Vec::new();
+    for (at, (stub, pages)) in stubs.iter_mut().zip(pages).enumerate() {
+        let pid = stub.target.pid;
+        match pages {
+            Ok(pages) => {
+                let member = Member::going_on(pid, &mut stub.threads, pages)?;
+                holders.insert(at, member);
+            }
+            Err(holder) => others.push((holder, pid)),
+        }
+    }
+    let mut members = Vec::with_capacity(stubs.len());
+    for (holder, pid) in others {
+        let target = Target::open(pid)?;
+        let joined = holders
+            .get(&holder)
+            .map(|h| h.join(target, WaitBook::default()));
+        members.extend(joined);
+    }
+    members.extend(holders.into_values());
+    Ok(members)
 }
 
 fn track(

@@ -9,7 +9,9 @@
 
 use super::saved::Saved;
 use super::space::{Runs, runs_of};
+use crate::births::{Maker, Step};
 use crate::interval::IntervalSet;
+use crate::resources::attributes::ProcessState;
 use crate::resources::memory::{Area, AreaKind, MemoryState};
 use outlive_epoch::{EpochReader, PAGE_SIZE};
 use outlive_linux::maps::VmFlags;
@@ -74,9 +76,10 @@ impl Heirs {
             .iter()
             .map(|p| (p.process.pid, &p.memory))
             .collect();
+        let copies = copies(saved);
         for process in &saved.processes {
             let (pid, parent) = (process.process.pid, process.process.parent);
-            let Some(of_parent) = memories.get(&parent) else {
+            let Some(of_parent) = memories.get(&parent).filter(|_| copies.contains(&pid)) else {
                 continue;
             };
             for (id, memory) in [(parent, *of_parent), (pid, &process.memory)] {
@@ -102,6 +105,25 @@ impl Heirs {
     pub fn gives(&self, pid: u32) -> bool {
         self.givers.contains(&pid)
     }
+}
+
+/// The processes that are made as copies of their parents, with memory that is theirs alone.
+fn copies(saved: &Saved) -> BTreeSet<u32> {
+    let shared = |p: &ProcessState| match p.shares_memory_with {
+        0 => None,
+        holder => Some([p.pid, holder]),
+    };
+    let processes = saved.processes.iter().map(|p| &p.process);
+    let shared: BTreeSet<u32> = processes.filter_map(shared).flatten().collect();
+    let copied = |step: &Step| match *step {
+        Step::Make(child, Maker::Parent(parent), _) => {
+            let pid = |at: usize| saved.processes[at].process.pid;
+            let both = [pid(child), pid(parent)];
+            (!both.iter().any(|p| shared.contains(p))).then_some(both[0])
+        }
+        _ => None,
+    };
+    saved.plan.iter().filter_map(copied).collect()
 }
 
 /// The protection with which an area is made: it can be written where contents are to come.

@@ -84,6 +84,8 @@ pub struct Ready {
     /// Dropped after the processes in it.
     namespace: Option<PidNamespace>,
     threads: Vec<ThreadsState>,
+    /// Which of them have memory of their own.
+    with_memory: Vec<bool>,
     /// Results of interrupted calls that ended while they were entered again.
     ended: Vec<Vec<Option<u64>>>,
     made: descriptors::Made,
@@ -191,6 +193,11 @@ pub fn restore(reader: &dyn EpochReader, options: &RestoreOptions) -> Result<Rea
     Ok(Ready {
         stubs,
         namespace,
+        with_memory: saved
+            .processes
+            .iter()
+            .map(SavedProcess::has_memory)
+            .collect(),
         threads: saved.processes.into_iter().map(|p| p.threads).collect(),
         ended,
         made,
@@ -219,7 +226,9 @@ fn attributes_and_descriptors(
             let what = "it led the session of a terminal and leads one without a terminal now";
             notices.push(what.into());
         }
-        install_descriptors(stub, made)?;
+        if process.shares_descriptors_with == 0 {
+            install_descriptors(stub, made)?;
+        }
     }
     call(stubs, descriptors::finish_calls(&saved.table))
 }
@@ -238,7 +247,9 @@ fn threads_of_all(
     let mut ended = Vec::with_capacity(stubs.len());
     for (stub, saved) in stubs.iter_mut().zip(&saved.processes) {
         let threads = &saved.threads.threads;
-        notices.extend(threads::recreate(stub, threads, &saved.signals)?);
+        let has_actions = saved.process.shares_signals_with == 0;
+        let signals = (&saved.signals, has_actions);
+        notices.extend(threads::recreate(stub, threads, signals)?);
         timers(stub, &saved.threads, &saved.signals.timers)?;
         late_attributes(stub, &saved.process)?;
         ended.push(threads::rearm(stub, threads)?);
@@ -350,8 +361,15 @@ fn memory(
     (objects, heirs): (&Objects, &Heirs),
     (reader, track): (&dyn EpochReader, Option<&TrackOptions>),
 ) -> Result<Option<GoingOn>, ProcessError> {
+    let has_none = |(_, p): &(&mut Stub, &SavedProcess)| !p.has_memory();
+    for (stub, _) in stubs.iter_mut().zip(&saved.processes).filter(has_none) {
+        space::forget_rseq(stub)?;
+    }
     let mut flights = Vec::with_capacity(stubs.len());
     for ((stub, saved), files) in stubs.iter_mut().zip(&saved.processes).zip(files) {
+        if !saved.has_memory() {
+            continue;
+        }
         let populating = if heirs.gives(stub.target.id) {
             Batch::new()
         } else {
@@ -364,28 +382,51 @@ fn memory(
     let filled = {
         let spaces = stubs.iter().zip(&saved.processes);
         let spaces: Result<Vec<_>, _> = spaces
-            .filter(|(stub, _)| !heirs.gives(stub.target.id))
+            .filter(|(stub, p)| p.has_memory() && !heirs.gives(stub.target.id))
             .map(|(stub, p)| space_of(stub, p, heirs))
             .collect();
         spaces.and_then(|spaces| space::fill(&spaces, shared, contents, reader))
     };
-    for (stub, flight) in stubs.iter_mut().zip(flights) {
+    let with_memory = stubs
+        .iter_mut()
+        .zip(&saved.processes)
+        .filter(|(_, p)| p.has_memory());
+    for ((stub, _), flight) in with_memory.zip(flights) {
         stub.finish(flight)?;
     }
     filled?;
     // Whatever is written from here on differs from the epoch.
     let tracking = track.and_then(|how| GoingOn::begin(stubs, saved, reader, how));
     shared::seal(&saved.shared, shared)?;
-    for ((stub, saved), files) in stubs.iter_mut().zip(&mut saved.processes).zip(files) {
-        space::map_sealed(stub, &saved.memory, shared)?;
-        space::finish(stub, &saved.memory)?;
-        space::set_layout(stub, &saved.memory, &files.executable)?;
+    for ((stub, saved), files) in stubs.iter_mut().zip(&saved.processes).zip(files) {
+        if saved.has_memory() {
+            space::map_sealed(stub, &saved.memory, shared)?;
+            space::finish(stub, &saved.memory)?;
+            space::set_layout(stub, &saved.memory, &files.executable)?;
+        }
+    }
+    leave_old_code(stubs, saved)?;
+    Ok(tracking)
+}
+
+/// Brings all threads out of the code of another kernel, before that leads to this one's.
+fn leave_old_code(stubs: &mut [Stub], saved: &mut Saved) -> Result<(), ProcessError> {
+    for (at, stub) in stubs.iter_mut().enumerate() {
+        let holder = saved.holder_of_memory(at);
+        let places = saved.processes[holder]
+            .old_code
+            .as_ref()
+            .map(|code| code.places.clone());
+        if let Some(places) = places {
+            leave::leave(stub, &places, &mut saved.processes[at].threads.threads)?;
+        }
+    }
+    for (stub, saved) in stubs.iter_mut().zip(&saved.processes) {
         if let Some(code) = &saved.old_code {
-            leave::leave(stub, &code.places, &mut saved.threads.threads)?;
             vdso::connect(stub, code)?;
         }
     }
-    Ok(tracking)
+    Ok(())
 }
 
 fn shared_is_held() -> ProcessError {
@@ -601,6 +642,13 @@ impl Ready {
         self.notices.extend(more);
         for ((stub, threads), ended) in self.stubs.iter_mut().zip(&self.threads).zip(&self.ended) {
             threads::set_registers(stub, &threads.threads, ended)?;
+        }
+        for (stub, _) in self
+            .stubs
+            .iter_mut()
+            .zip(&self.with_memory)
+            .filter(|(_, has)| **has)
+        {
             stub.remove_arena()?;
         }
         let tracking = self.tracking.take();

@@ -3,12 +3,13 @@
 use super::system_v::Objects;
 use super::vdso::OldCode;
 use super::{FilesPolicy, RestoreOptions, machine, pid_taken, space, threads};
+use crate::births;
 use crate::image::{self, SubjectState, ThreadsState, group, kinds};
 use crate::resources::machine::MachineState;
 use crate::resources::shared::SharedState;
 use crate::resources::system_v::SystemVState;
 use crate::resources::{attributes, descriptors, memory, signals, timers};
-use crate::{ProcessError, Refusal};
+use crate::{ProcessError, Refusal, sharing};
 use outlive_epoch::EpochReader;
 use outlive_linux::maps::Mapping;
 use std::collections::BTreeSet;
@@ -39,6 +40,8 @@ pub struct Saved {
     pub subject: SubjectState,
     /// Its processes, parents before their children.
     pub processes: Vec<SavedProcess>,
+    /// How these are made.
+    pub plan: Vec<births::Step>,
     /// Descriptors of all processes.
     pub table: descriptors::FdTable,
     /// Memory that processes share.
@@ -72,11 +75,16 @@ pub struct Files {
 
 impl SavedProcess {
     fn read(reader: &dyn EpochReader, pid: u32) -> Result<Self, ProcessError> {
+        let process: attributes::ProcessState = image::get(reader, &group(kinds::ATTRIBUTES, pid))?;
+        let memory = match process.shares_memory_with {
+            0 => image::get(reader, &group(kinds::MEMORY, pid))?,
+            _ => memory::MemoryState::of_another(),
+        };
         Ok(Self {
-            process: image::get(reader, &group(kinds::ATTRIBUTES, pid))?,
+            process,
             signals: image::get(reader, &group(kinds::SIGNALS, pid))?,
             threads: image::get(reader, &group(kinds::THREADS, pid))?,
-            memory: image::get(reader, &group(kinds::MEMORY, pid))?,
+            memory,
             old_code: None,
         })
     }
@@ -91,6 +99,11 @@ impl SavedProcess {
         }
         threads::validate(&self.threads.threads, pid)?;
         space::validate(&self.memory)
+    }
+
+    /// Whether its address space is its own, or it is the one that stands for all who share it.
+    pub fn has_memory(&self) -> bool {
+        self.process.shares_memory_with == 0
     }
 
     /// Its name.
@@ -149,15 +162,23 @@ impl Saved {
         let shared = image::get(reader, image::SHARED)?;
         let machine = image::get(reader, image::MACHINE)?;
         let system_v = image::get(reader, image::SYSTEM_V)?;
-        let saved = Self {
+        let mut saved = Self {
             subject,
             processes,
+            plan: Vec::new(),
             table,
             shared,
             machine,
             system_v,
         };
         saved.validate()?;
+        let processes: Vec<_> = saved.processes.iter().map(|p| &p.process).collect();
+        saved.plan = sharing::plan(&processes).map_err(|missing| {
+            let which = missing.first().map_or(0, |p| p.pid);
+            ProcessError::Image(format!(
+                "process {which} shares with one that cannot make it"
+            ))
+        })?;
         Ok(saved)
     }
 
@@ -187,6 +208,13 @@ impl Saved {
                 return bad(format!("the ended process {} makes no sense", zombie.pid));
             }
         }
+        let shares: Vec<_> = self
+            .processes
+            .iter()
+            .map(|p| (&p.process, &p.signals))
+            .collect();
+        let holders = self.table.descriptions.iter().flat_map(|d| &d.holders);
+        sharing::validate(&shares, &holders.map(|h| h.process).collect())?;
         for saved in &self.processes {
             let threads = saved.threads.threads.iter().map(|t| t.tid).collect();
             timers::validate(&saved.signals.timers, &pids, &threads)?;
@@ -219,8 +247,25 @@ impl Saved {
 
     /// An ID that none of them has, and no init.
     pub fn unused_id(&self) -> u32 {
+        self.unused_from(2, &|_| false)
+    }
+
+    /// The same from this number on, and not taken by anybody else.
+    pub fn unused_from(&self, first: u32, is_taken: &dyn Fn(u32) -> bool) -> u32 {
         let used: BTreeSet<u32> = self.ids().collect();
-        (2..).find(|id| !used.contains(id)).unwrap_or(2)
+        let is_free = |id: &u32| !used.contains(id) && !is_taken(*id);
+        (first..).find(is_free).unwrap_or(first)
+    }
+
+    /// The place of the process whose address space a process has; its own where it is that.
+    pub fn holder_of_memory(&self, at: usize) -> usize {
+        match self.processes[at].process.shares_memory_with {
+            0 => at,
+            holder => {
+                let is = |p: &SavedProcess| p.process.pid == holder;
+                self.processes.iter().position(is).unwrap_or(at)
+            }
+        }
     }
 
     /// Judges everything that can be judged beforehand, and opens what is needed.

@@ -3,7 +3,7 @@
 use super::heirs::{Heritage, first_protection};
 use super::stub::{Step, Stub, step};
 use crate::ProcessError;
-use crate::resources::memory::{Area, AreaKind, MappedFile, MemoryState};
+use crate::resources::memory::{Area, AreaKind, LAYOUT, MappedFile, MemoryState};
 use crate::resources::shared::{FileContents, Memories, Memory};
 use crate::target::Target;
 use outlive_epoch::{Content, EpochReader, PAGE_SIZE, Run, SpaceId, VisitError};
@@ -61,7 +61,7 @@ pub fn validate(state: &MemoryState) -> Result<(), ProcessError> {
             ));
         }
     }
-    if state.layout.len() != 10 || !state.guards.len().is_multiple_of(2) {
+    if state.layout.len() != LAYOUT || !state.guards.len().is_multiple_of(2) {
         return bad("fields of a wrong length".into());
     }
     Ok(())
@@ -108,6 +108,20 @@ pub fn kernel_kind(m: &Mapping) -> Option<AreaKind> {
     }
 }
 
+/// Has the new process forget what it inherited of restartable sequences: the kernel ends a process
+/// whose registration lies in memory that is gone.
+pub fn forget_rseq(stub: &mut Stub) -> Result<(), ProcessError> {
+    let halted = stub.threads[0].halted().ok();
+    match halted.and_then(|h| h.rseq().ok().flatten()) {
+        None => Ok(()),
+        Some(r) => {
+            let args = [r.address, u64::from(r.size), 1, u64::from(r.signature)];
+            let steps = vec![step(libc::SYS_rseq, args, "unregistering rseq")];
+            stub.steps(steps).map(drop)
+        }
+    }
+}
+
 /// Empties the address space, but for working memory, what is kept of the parent's, and what the
 /// kernel gave, which moves to its place.
 pub fn clear(
@@ -115,18 +129,11 @@ pub fn clear(
     state: &MemoryState,
     heritage: Option<&Heritage>,
 ) -> Result<(), ProcessError> {
+    forget_rseq(stub)?;
     let (arena, length) = stub.arena.range();
     let pid = stub.target.pid;
     let all = maps::read(pid).map_err(|e| stub.target.kernel("reading its mappings", e))?;
-    let rseq = stub.threads[0]
-        .halted()
-        .ok()
-        .and_then(|h| h.rseq().ok().flatten());
     let mut steps = Vec::new();
-    if let Some(r) = rseq {
-        let args = [r.address, u64::from(r.size), 1, u64::from(r.signature)];
-        steps.push(step(libc::SYS_rseq, args, "unregistering rseq"));
-    }
     let ours: Vec<&Mapping> = all
         .iter()
         .filter(|m| m.start < arena || m.end > arena + length)

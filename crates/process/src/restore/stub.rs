@@ -127,17 +127,47 @@ impl Stub {
     }
 
     /// Makes a child of this process, which is still empty and so is the child. It has this ID
-    /// where it lives. Its end is told by this signal.
-    pub fn child(&mut self, id: u32, exit_signal: u32) -> Result<Self, ProcessError> {
+    /// where it lives. Its end is told by this signal. It shares with this process what `flags` of
+    /// `clone(2)` say.
+    pub fn child(&mut self, id: u32, exit_signal: u32, flags: u64) -> Result<Self, ProcessError> {
+        let parent = self.target.pid;
+        self.make(id, exit_signal.into(), flags, parent)
+    }
+
+    /// Makes a further child of its parent; its end is told by the same signal.
+    pub fn sibling(&mut self, id: u32, flags: u64) -> Result<Self, ProcessError> {
+        let pid = self.target.pid;
+        let status = Status::read(pid, pid);
+        let status = status.map_err(|e| self.target.kernel("reading its status", e))?;
+        self.make(id, 0, flags | libc::CLONE_PARENT as u64, status.ppid)
+    }
+
+    /// Makes a process whose parent, a child of this one with the free ID `passing`, ends at once.
+    pub fn orphan(&mut self, id: u32, passing: u32, flags: u64) -> Result<Self, ProcessError> {
+        let mut parent = self.child(passing, 0, flags)?;
+        let made = parent.child(id, libc::SIGCHLD as u32, flags)?;
+        parent.become_zombie(0)?;
+        let args = [u64::from(passing), 0, libc::__WALL as u64, 0];
+        let what = "waiting for a process in passing";
+        self.steps(vec![step(libc::SYS_wait4, args, what)])?;
+        Ok(made)
+    }
+
+    fn make(
+        &mut self,
+        id: u32,
+        exit_signal: u64,
+        flags: u64,
+        parent: u32,
+    ) -> Result<Self, ProcessError> {
         let at = self.scratch(&id.to_ne_bytes())?;
-        let args = clone_args(libc::CLONE_PTRACE as u64, exit_signal.into(), at);
+        let args = clone_args(libc::CLONE_PTRACE as u64 | flags, exit_signal, at);
         let args = [Arg::In(args.to_vec()), Arg::Value(CLONE_ARGS_SIZE as u64)];
         let made = Step::new(libc::SYS_clone3, args, format!("making process {id}"));
         self.steps(vec![made])?;
         let pid = if self.target.pid == self.target.id {
             id
         } else {
-            let parent = self.target.pid;
             family::child_with_id(parent, id).ok_or_else(|| lost(parent, id))?
         };
         let guard = KillOnDrop(Some(pid));

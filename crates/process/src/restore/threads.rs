@@ -55,14 +55,16 @@ pub fn make(stub: &mut Stub, threads: &[ThreadState]) -> Result<(), ProcessError
 }
 
 /// Gives every thread its state but for registers. Returns what could not be restored and does no
-/// harm.
+/// harm. The signals come with whether the actions are its own.
 pub fn recreate(
     stub: &mut Stub,
     threads: &[ThreadState],
-    signals: &SignalsState,
+    (signals, has_actions): (&SignalsState, bool),
 ) -> Result<Vec<String>, ProcessError> {
     let mut batch = Batch::new();
-    signals::recreate(signals, &mut batch)?;
+    if has_actions {
+        signals::recreate(signals, &mut batch)?;
+    }
     stub.run_named(0, batch, &[])?;
     let (pid, id) = (stub.target.pid, stub.target.id);
     let mut notices = Vec::new();

@@ -2,14 +2,14 @@
 //! had ended already.
 //!
 //! # Order
-//! A process inherits its session from its parent, and can only begin one of its own. So for each
-//! process: first the children that are in the session which it inherited itself, then its own
-//! session, then the other children. Process groups come last, leaders before their members.
+//! Who makes whom, and when sessions begin, is planned before ([`births`]). Ended children come when
+//! all others are there, and process groups last, leaders before their members.
 
-use super::saved::{Saved, SavedProcess};
+use super::saved::Saved;
 use super::stub::{Step, Stub, step};
 use super::{space, system_v};
 use crate::ProcessError;
+use crate::births::{self, Maker};
 use outlive_linux::clock::TimeOffsets;
 use outlive_linux::maps::Mapping;
 use outlive_linux::pid_namespace::PidNamespace;
@@ -40,10 +40,22 @@ impl Place<'_> {
             Self::In(namespace) => Stub::orphan_in(namespace, (id, saved.unused_id()), arena_at),
         }
     }
+
+    /// An ID that is free there, and that none of the processes has.
+    fn free_id(self, saved: &Saved) -> u32 {
+        /// Below it the kernel's own processes are, which come and go.
+        const FIRST: u32 = 300;
+        match self {
+            Self::In(_) => saved.unused_id(),
+            Self::Here(_) => saved.unused_from(FIRST, &|id| {
+                std::path::Path::new(&format!("/proc/{id}")).exists()
+            }),
+        }
+    }
 }
 
-/// Makes all processes, in the order of the epoch. `before_children` is called with each, and its
-/// place in that order, before its children are made as copies of it.
+/// Makes all processes, in the order of the epoch, as they are planned. `before_children` is called
+/// with each, and its place in that order, before its children are made as copies of it.
 pub fn make(
     saved: &Saved,
     ours: &[Mapping],
@@ -52,18 +64,23 @@ pub fn make(
 ) -> Result<Vec<Stub>, ProcessError> {
     let memories: Vec<_> = saved.processes.iter().map(|p| &p.memory).collect();
     let room = (Stub::arena_length() + ASIDE).saturating_add(system_v::longest(saved));
-    let hole = space::find_hole(&memories, ours, room)?;
-    let mut stubs = BTreeMap::new();
-    for parentless in saved.processes.iter().filter(|p| p.process.parent == 0) {
-        let pid = parentless.process.pid;
-        stubs.insert(pid, place.parentless(pid, saved, hole)?);
+    let mut nursery = Nursery {
+        saved,
+        place,
+        arena_at: space::find_hole(&memories, ours, room)?,
+        stubs: saved.processes.iter().map(|_| None).collect(),
+        has_given: vec![false; saved.processes.len()],
+        before_children,
+    };
+    for step in &saved.plan {
+        nursery.take(step)?;
     }
-    // Parents stand before their children, so each is there when its turn comes.
-    for (at, process) in saved.processes.iter().enumerate() {
-        if let Some(stub) = stubs.get_mut(&process.process.pid) {
-            before_children(at, stub)?;
-        }
-        children(saved, process, &mut stubs)?;
+    for at in 0..saved.processes.len() {
+        nursery.ended_children(at)?;
+    }
+    let mut stubs = BTreeMap::new();
+    for stub in nursery.stubs.into_iter().flatten() {
+        stubs.insert(stub.target.id, stub);
     }
     groups(saved, &mut stubs)?;
     let in_order = saved.subject.processes.iter().map(|pid| {
@@ -74,35 +91,97 @@ pub fn make(
     in_order.collect()
 }
 
-fn children(
-    saved: &Saved,
-    process: &SavedProcess,
-    stubs: &mut BTreeMap<u32, Stub>,
-) -> Result<(), ProcessError> {
-    let pid = process.process.pid;
-    let leads = process.process.sid == pid;
-    let of_this = |p: &&SavedProcess| p.process.parent == pid;
-    // A child that leads a session of its own may come from either.
-    let later = |p: &&SavedProcess| leads && p.process.sid == pid;
-    let parent = stubs
-        .get_mut(&pid)
-        .ok_or_else(|| ProcessError::Image(format!("process {pid} has no parent")))?;
-    let mut made = Vec::new();
-    for child in saved.processes.iter().filter(of_this).filter(|p| !later(p)) {
-        made.push(parent.child(child.process.pid, child.process.exit_signal)?);
+/// The processes that are made so far.
+struct Nursery<'a, 'b> {
+    saved: &'a Saved,
+    place: Place<'a>,
+    arena_at: u64,
+    stubs: Vec<Option<Stub>>,
+    has_given: Vec<bool>,
+    before_children: &'b mut dyn FnMut(usize, &mut Stub) -> Result<(), ProcessError>,
+}
+
+impl Nursery<'_, '_> {
+    fn stub(&mut self, at: usize) -> Result<&mut Stub, ProcessError> {
+        let stub = self.stubs.get_mut(at).and_then(Option::as_mut);
+        stub.ok_or_else(|| ProcessError::Image(format!("process number {at} has no maker")))
     }
-    if leads {
-        parent.steps(vec![step(libc::SYS_setsid, [], "beginning a session")])?;
+
+    /// The same of one from which others are copied.
+    fn giver(&mut self, at: usize) -> Result<&mut Stub, ProcessError> {
+        if !std::mem::replace(&mut self.has_given[at], true)
+            && let Some(stub) = &mut self.stubs[at]
+        {
+            (self.before_children)(at, stub)?;
+        }
+        self.stub(at)
     }
-    for child in saved.processes.iter().filter(of_this).filter(later) {
-        made.push(parent.child(child.process.pid, child.process.exit_signal)?);
+
+    fn take(&mut self, step_of_plan: &births::Step) -> Result<(), ProcessError> {
+        match *step_of_plan {
+            births::Step::Make(at, maker, flags) => {
+                let made = self.born(at, maker, flags)?;
+                self.stubs[at] = Some(made);
+                Ok(())
+            }
+            births::Step::BeginSession(at) => {
+                let begin = step(libc::SYS_setsid, [], "beginning a session");
+                self.stub(at)?.steps(vec![begin]).map(drop)
+            }
+            births::Step::Leave(at, flags) => {
+                let what = "leaving what it shared to be made";
+                let leave = step(libc::SYS_unshare, [flags], what);
+                self.stub(at)?.steps(vec![leave]).map(drop)
+            }
+        }
     }
-    for zombie in saved.subject.zombies.iter().filter(|z| z.parent == pid) {
-        parent
-            .child(zombie.pid, libc::SIGCHLD as u32)?
-            .become_zombie(zombie.status)?;
+
+    fn born(&mut self, at: usize, maker: Maker, flags: u64) -> Result<Stub, ProcessError> {
+        let process = &self.saved.processes[at].process;
+        let (id, exit_signal) = (process.pid, process.exit_signal);
+        match maker {
+            Maker::Us => self.place.parentless(id, self.saved, self.arena_at),
+            Maker::Parent(parent) => self.giver(parent)?.child(id, exit_signal, flags),
+            Maker::Sibling(sibling) => self.giver(sibling)?.sibling(id, flags),
+            Maker::Through(other) => {
+                // Its parent is to be ours, or the init of its namespace.
+                let parentless = self.saved.processes[other].process.parent == 0;
+                let same_parent = match self.place {
+                    Place::Here(_) => parentless,
+                    Place::In(_) => parentless && other != 0,
+                };
+                if same_parent {
+                    return self.giver(other)?.sibling(id, flags);
+                }
+                if let Place::Here(_) = self.place {
+                    adopt_orphans()?;
+                }
+                let passing = self.place.free_id(self.saved);
+                self.giver(other)?.orphan(id, passing, flags)
+            }
+        }
     }
-    if saved.subject.zombies.iter().any(|z| z.parent == pid) {
+
+    /// Makes the ended children of a process.
+    fn ended_children(&mut self, at: usize) -> Result<(), ProcessError> {
+        let pid = self.saved.processes[at].process.pid;
+        let saved = self.saved;
+        let parent = self.giver(at)?;
+        let zombies = || {
+            saved
+                .subject
+                .zombies
+                .iter()
+                .filter(move |z| z.parent == pid)
+        };
+        for zombie in zombies() {
+            parent
+                .child(zombie.pid, libc::SIGCHLD as u32, 0)?
+                .become_zombie(zombie.status)?;
+        }
+        if zombies().next().is_none() {
+            return Ok(());
+        }
         // What the ended children told their parent is in the epoch, if it is still to be told.
         let chld = 1u64 << (libc::SIGCHLD - 1);
         let args = [
@@ -113,10 +192,16 @@ fn children(
         ];
         let mut forget = Step::new(libc::SYS_rt_sigtimedwait, args, "forgetting a signal");
         forget.tolerate = &[libc::EAGAIN];
-        parent.steps(vec![forget])?;
+        parent.steps(vec![forget]).map(drop)
     }
-    stubs.extend(made.into_iter().map(|stub| (stub.target.id, stub)));
-    Ok(())
+}
+
+/// From now on, whoever loses its parent becomes our child: so it was when the epoch was taken of
+/// processes without parents that are no namespace's.
+fn adopt_orphans() -> Result<(), ProcessError> {
+    let own = rustix::process::getpid();
+    rustix::process::set_child_subreaper(Some(own))
+        .map_err(|e| super::internal("adopting processes without parents", e.into()))
 }
 
 /// Process groups whose leaders are in the tree. A process of another group stays in the one that

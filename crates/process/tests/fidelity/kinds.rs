@@ -84,15 +84,6 @@ const REFUSED: &[(&str, &str)] = &[
     ("asynchronous-io", "asynchronous I/O context"),
     ("working-directory-deleted", "working directory was deleted"),
     ("child-stopped", "program is stopped by signal"),
-    ("child-sharing-memory", "memory is shared with process"),
-    (
-        "child-sharing-descriptors",
-        "table of descriptors is shared with process",
-    ),
-    (
-        "child-sharing-directory",
-        "working directory is shared with process",
-    ),
     ("child-of-vfork", "vfork"),
     ("child-traced", "traced by process"),
     ("leading-thread-ended", "leading thread"),
@@ -217,7 +208,11 @@ fn try_one(kind: &str) -> Outcome {
     }
     let (maps, fds) = (program.mappings(), descriptors(program.pid));
     let mut store = Store::default();
-    let refused = match Tracked::attach(program.pid, TrackOptions::default()) {
+    let options = TrackOptions {
+        strays: kind.starts_with("orphan-"),
+        ..TrackOptions::default()
+    };
+    let refused = match Tracked::attach(program.pid, options) {
         Err(e) => refusals(e),
         Ok(mut tracked) => match epoch(&mut tracked, &mut store) {
             Err(e) => refusals(e),

@@ -9,6 +9,7 @@ use crate::store::{Epoch, Store};
 use crate::view::View;
 use outlive_epoch::{EpochReader, EpochWriter};
 use outlive_process::image::{self, ThreadsState, group, kinds};
+use outlive_process::resources::attributes::ProcessState;
 use outlive_process::{ProcessError, Ready, RestoreOptions, TrackOptions, Tracked, restore};
 use std::fs::OpenOptions;
 use std::os::unix::process::CommandExt;
@@ -327,12 +328,26 @@ fn moving(epoch: &Epoch) -> Vec<(u64, u64)> {
     moving_of(epoch, root)
 }
 
-/// Where the time that is left of an interrupted call is written, by the kernel or by the capture.
+/// Where the time that is left of an interrupted call is written, by the kernel or by the capture:
+/// by all who have the address space.
 fn moving_of(epoch: &Epoch, process: u32) -> Vec<(u64, u64)> {
-    let threads: ThreadsState =
-        image::get(epoch, &group(kinds::THREADS, process)).expect("the threads of the epoch");
+    let holder = |pid: u32| {
+        let state: ProcessState =
+            image::get(epoch, &group(kinds::ATTRIBUTES, pid)).expect("a process of the epoch");
+        match state.shares_memory_with {
+            0 => pid,
+            holder => holder,
+        }
+    };
+    let processes = image::describe(epoch).expect("the subject").processes;
+    let fellows = processes
+        .into_iter()
+        .filter(|p| holder(*p) == holder(process));
+    let threads_of = |pid| -> ThreadsState {
+        image::get(epoch, &group(kinds::THREADS, pid)).expect("the threads of the epoch")
+    };
     let mut places = Vec::new();
-    for thread in threads.threads {
+    for thread in fellows.flat_map(|pid| threads_of(pid).threads) {
         let r = thread.registers;
         places.push((r.rsp - 288, r.rsp - 128));
         match r.orig_rax as i64 {

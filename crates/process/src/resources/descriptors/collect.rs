@@ -99,7 +99,7 @@ pub fn preflight(targets: &[Target<'_>]) -> Result<(), ProcessError> {
     let mut memory = Memory::default();
     let mut shared = SharedObjects::default();
     let mut look = || {
-        let views = views(targets)?;
+        let views = views(targets, &HashSet::new())?;
         collect_views(&views, &mut memory, &mut shared, false).map(|_| ())
     };
     let mut last = look();
@@ -125,15 +125,17 @@ pub fn preflight(targets: &[Target<'_>]) -> Result<(), ProcessError> {
 
 /// Collects all descriptors of a subject that is stopped. `targets` are its processes, the root
 /// first: standard streams are those of the root. Files without a name go among the shared memories.
+/// Those `without` have the table of another one of them, and none of their own.
 ///
 /// # Errors
 /// [`ProcessError::Refused`] with everything that cannot be saved.
 pub fn collect_table(
     targets: &[Target<'_>],
+    without: &HashSet<u32>,
     memory: &mut Memory,
     shared: &mut SharedObjects,
 ) -> Result<Collected, ProcessError> {
-    collect_views(&views(targets)?, memory, shared, true)
+    collect_views(&views(targets, without)?, memory, shared, true)
 }
 
 /// A process with the numbers that are looked at.
@@ -143,10 +145,16 @@ pub(crate) struct View<'a> {
     pub(crate) numbers: Vec<u32>,
 }
 
-fn views<'a>(targets: &'a [Target<'a>]) -> Result<Vec<View<'a>>, ProcessError> {
+fn views<'a>(
+    targets: &'a [Target<'a>],
+    without: &HashSet<u32>,
+) -> Result<Vec<View<'a>>, ProcessError> {
     let view = |target: &'a Target<'a>| {
         let dirs = ProcDirs::open(target.pid)?;
-        let numbers = numbers(target, &dirs)?;
+        let numbers = match without.contains(&target.pid) {
+            true => Vec::new(),
+            false => numbers(target, &dirs)?,
+        };
         Ok(View {
             target,
             dirs,

@@ -18,6 +18,7 @@ mod limits;
 mod memory;
 mod objects;
 mod process;
+mod sharing;
 mod sockets;
 
 use outlive_test_programs::{await_report_order, await_signal, block, fail, say};
@@ -75,6 +76,7 @@ fn kinds() -> impl Iterator<Item = Kind> {
         memory::KINDS,
         ipc::KINDS,
         process::KINDS,
+        sharing::KINDS,
         limits::KINDS,
     ];
     lists.into_iter().flatten().copied()

@@ -14,11 +14,6 @@ pub(crate) const KINDS: &[Kind] = &[
     ("child-waiting", child_waiting),
     ("child-zombie", child_zombie),
     ("child-stopped", child_stopped),
-    ("child-sharing-memory", child_sharing_memory),
-    ("child-sharing-descriptors", |_| {
-        child_sharing(libc::CLONE_FILES)
-    }),
-    ("child-sharing-directory", |_| child_sharing(libc::CLONE_FS)),
     ("child-without-signal", child_without_signal),
     ("child-of-vfork", child_of_vfork),
     ("child-traced", child_traced),
@@ -166,7 +161,8 @@ fn session(_: &Path) -> Result<Check, Absent> {
     })
 }
 
-fn end(child: i32) {
+/// Ends a child.
+pub(crate) fn end(child: i32) {
     // SAFETY: only numbers are passed.
     must("kill", unsafe { libc::kill(child, libc::SIGKILL) });
     same("how it ended", ended(child), -libc::SIGKILL);
@@ -202,63 +198,11 @@ fn child_stopped(_: &Path) -> Result<Check, Absent> {
 
 static SHARED: std::sync::atomic::AtomicU64 = std::sync::atomic::AtomicU64::new(0);
 
-/// A child by `clone` that shares something; it counts in its own copy, or in the shared memory.
-fn cloned(flags: i32, work: extern "C" fn(*mut libc::c_void) -> i32) -> Result<i32, Absent> {
-    let stack = vec![0u8; 256 << 10].leak();
-    // SAFETY: the stack is the child's own for ever.
-    let child = unsafe {
-        let top = stack.as_mut_ptr().add(stack.len()).cast();
-        libc::clone(work, top, flags | libc::SIGCHLD, std::ptr::null_mut())
-    };
-    Ok(offered("clone", child.into())? as i32)
-}
-
-extern "C" fn counts(_: *mut libc::c_void) -> i32 {
-    loop {
-        SHARED.fetch_add(1, std::sync::atomic::Ordering::SeqCst);
-        let nap = timespec(1_000_000);
-        // SAFETY: the time is live.
-        unsafe { libc::nanosleep(&raw const nap, std::ptr::null_mut()) };
-    }
-}
-
 extern "C" fn waits(_: *mut libc::c_void) -> i32 {
     loop {
         // SAFETY: takes no argument.
         unsafe { libc::pause() };
     }
-}
-
-fn child_sharing_memory(_: &Path) -> Result<Check, Absent> {
-    let child = cloned(libc::CLONE_VM, counts)?;
-    look(move || {
-        let count = || SHARED.load(std::sync::atomic::Ordering::SeqCst);
-        let before = count();
-        while count() < before + 3 {
-            std::hint::spin_loop();
-        }
-        end(child);
-    })
-}
-
-fn child_sharing(flags: i32) -> Result<Check, Absent> {
-    let child = cloned(flags, waits)?;
-    look(move || {
-        let _ = std::env::set_current_dir("/usr");
-        // SAFETY: the path is a literal.
-        let fd = must("open", unsafe { libc::open(c"/dev/null".as_ptr(), 0) });
-        let theirs = |what: &str| std::fs::read_link(format!("/proc/{child}/{what}")).ok();
-        if flags == libc::CLONE_FS {
-            same("its directory", theirs("cwd"), Some("/usr".into()));
-        } else {
-            same(
-                "its descriptor",
-                theirs(&format!("fd/{fd}")),
-                Some("/dev/null".into()),
-            );
-        }
-        end(child);
-    })
 }
 
 fn child_without_signal(_: &Path) -> Result<Check, Absent> {

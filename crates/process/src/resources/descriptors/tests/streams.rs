@@ -75,6 +75,7 @@ impl Waiting {
         preflight(&[target]).unwrap();
         collect_table(
             &[target],
+            &std::collections::HashSet::new(),
             &mut Memory::default(),
             &mut SharedObjects::default(),
         )

@@ -1,0 +1,259 @@
+//! Processes that share memory, descriptors, directories or signal actions as a whole.
+//!
+//! Each partner takes orders at a desk of its own, in memory that all of them have in any case: to
+//! change what may be shared, or to say how that is for itself. So it shows that what is shared is
+//! one thing, and that nothing else is.
+
+use crate::process::end;
+use crate::{Absent, Check, Kind, look, must, offered, same};
+use outlive_test_programs::{now, sys};
+use std::sync::atomic::{AtomicI64, AtomicU64, Ordering::SeqCst};
+
+const ALL: i32 = libc::CLONE_VM | libc::CLONE_FILES | libc::CLONE_FS | libc::CLONE_SIGHAND;
+
+pub(crate) const KINDS: &[Kind] = &[
+    ("child-sharing-memory", |_| child(libc::CLONE_VM)),
+    ("child-sharing-descriptors", |_| child(libc::CLONE_FILES)),
+    ("child-sharing-directory", |_| child(libc::CLONE_FS)),
+    ("child-sharing-signals", |_| {
+        child(libc::CLONE_VM | libc::CLONE_SIGHAND)
+    }),
+    ("child-sharing-all-but-memory", |_| {
+        child(libc::CLONE_FILES | libc::CLONE_FS)
+    }),
+    ("child-sharing-all", |_| child(ALL)),
+    ("grandchild-sharing-all", |_| grandchild()),
+    ("grandchild-sharing-past-its-parent", |_| past_parent()),
+    ("siblings-sharing-all", |_| siblings(ALL)),
+    ("siblings-sharing-descriptors", |_| {
+        siblings(libc::CLONE_FILES)
+    }),
+    ("orphan-sharing-all", |_| orphan()),
+];
+
+/// Memory that is private, and so one of each process unless it is shared as a whole.
+static WORD: AtomicU64 = AtomicU64::new(0);
+
+/// The signal whose action is changed; nobody sends it.
+const SIGNAL: usize = libc::SIGWINCH as usize;
+/// Nobody else has so high a number open.
+const NUMBER: usize = 77;
+
+const NOTHING: i64 = 0;
+/// Changes the word, opens the number, changes directory, and ignores the signal.
+const CHANGE: i64 = 1;
+/// Answers with flags: what is changed for it.
+const TELL: i64 = 2;
+/// Makes a partner at the next desk; the argument are flags.
+const MAKE: i64 = 3;
+/// Leaves what it shares; the argument are flags.
+const LEAVE: i64 = 4;
+
+/// Where a partner takes orders.
+#[derive(Default)]
+struct Desk {
+    order: AtomicI64,
+    argument: AtomicI64,
+    answer: AtomicI64,
+}
+
+/// So many partners at most.
+const DESKS: usize = 8;
+type Desks = &'static [Desk; DESKS];
+
+fn desks() -> Desks {
+    // SAFETY: fresh memory of that size, zeroes in which are desks without orders, for ever.
+    unsafe {
+        let at = libc::mmap(
+            std::ptr::null_mut(),
+            size_of::<[Desk; DESKS]>(),
+            libc::PROT_READ | libc::PROT_WRITE,
+            libc::MAP_SHARED | libc::MAP_ANONYMOUS,
+            -1,
+            0,
+        );
+        must("mmap", at as i64);
+        &*at.cast()
+    }
+}
+
+/// Changes whatever may be shared.
+fn change() -> i64 {
+    WORD.store(WORD.load(SeqCst) + 1, SeqCst);
+    // Handler, flags, restorer, mask.
+    let ignore = [libc::SIG_IGN, 0, 0, 0];
+    // SAFETY: paths are literals, the structure is live and of the kernel's form.
+    unsafe {
+        let fd = sys(
+            libc::SYS_open,
+            [c"/dev/null".as_ptr() as usize, 0, 0, 0, 0, 0],
+        );
+        let number = sys(libc::SYS_dup2, [fd as usize, NUMBER, 0, 0, 0, 0]);
+        let closed = sys(libc::SYS_close, [fd as usize, 0, 0, 0, 0, 0]);
+        let there = sys(libc::SYS_chdir, [c"/usr".as_ptr() as usize, 0, 0, 0, 0, 0]);
+        let at = ignore.as_ptr() as usize;
+        let ignored = sys(libc::SYS_rt_sigaction, [SIGNAL, at, 0, 8, 0, 0]);
+        fd.min(number).min(closed).min(there).min(ignored)
+    }
+}
+
+/// What is changed, as flags.
+fn changed() -> i32 {
+    let mut action = [usize::MAX; 4];
+    let mut path = [0u8; 16];
+    // SAFETY: the structures are live and as long as the calls are told.
+    let (open, ignored) = unsafe {
+        let open = sys(
+            libc::SYS_fcntl,
+            [NUMBER, libc::F_GETFD as usize, 0, 0, 0, 0],
+        );
+        let at = action.as_mut_ptr() as usize;
+        sys(libc::SYS_rt_sigaction, [SIGNAL, 0, at, 8, 0, 0]);
+        // A longer path does not fit, and is another one.
+        let at = path.as_mut_ptr() as usize;
+        sys(libc::SYS_getcwd, [at, path.len(), 0, 0, 0, 0]);
+        (open >= 0, action[0] == libc::SIG_IGN)
+    };
+    let of = |is: bool, flag| if is { flag } else { 0 };
+    of(WORD.load(SeqCst) != 0, libc::CLONE_VM)
+        | of(open, libc::CLONE_FILES)
+        | of(path.starts_with(b"/usr\0"), libc::CLONE_FS)
+        | of(ignored, libc::CLONE_SIGHAND)
+}
+
+/// A partner: takes orders for ever. It may have the memory of another process, and its thread's.
+extern "C" fn serve(at: *mut libc::c_void) -> i32 {
+    let at = at.cast::<Desk>();
+    loop {
+        // SAFETY: the desk is there for ever, and the next one where it is needed.
+        let (desk, next) = unsafe { (&*at, at.add(1)) };
+        let argument = desk.argument.load(SeqCst) as i32;
+        let answer = match desk.order.load(SeqCst) {
+            CHANGE => change(),
+            TELL => i64::from(changed()),
+            MAKE => make(next, argument),
+            // SAFETY: only a number is passed.
+            LEAVE => unsafe { sys(libc::SYS_unshare, [argument as usize, 0, 0, 0, 0, 0]) },
+            _ => {
+                let nap = [0i64, 1_000_000];
+                let at = nap.as_ptr() as usize;
+                // SAFETY: the time is live.
+                unsafe { sys(libc::SYS_nanosleep, [at, 0, 0, 0, 0, 0]) };
+                continue;
+            }
+        };
+        desk.answer.store(answer, SeqCst);
+        desk.order.store(NOTHING, SeqCst);
+    }
+}
+
+/// Makes a partner; its process ID, or the negative error.
+fn make(desk: *mut Desk, flags: i32) -> i64 {
+    const STACK: usize = 256 << 10;
+    let (protection, map) = (
+        libc::PROT_READ | libc::PROT_WRITE,
+        libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
+    );
+    // SAFETY: the stack is the partner's own for ever; it runs code that needs no library.
+    unsafe {
+        let stack = libc::mmap(std::ptr::null_mut(), STACK, protection, map, -1, 0);
+        let top = stack.byte_add(STACK);
+        libc::clone(serve, top, flags | libc::SIGCHLD, desk.cast()).into()
+    }
+}
+
+/// Has a partner do something.
+fn ask(desk: &Desk, order: i64, argument: i32) -> i64 {
+    const PATIENCE: i64 = 20_000_000_000;
+    desk.argument.store(argument.into(), SeqCst);
+    desk.order.store(order, SeqCst);
+    let begun = now();
+    while desk.order.load(SeqCst) != NOTHING {
+        same("that a partner works", now() - begun < PATIENCE, true);
+    }
+    must("what a partner did", desk.answer.load(SeqCst))
+}
+
+/// The first partner.
+fn partner(desks: Desks, flags: i32) -> Result<i32, Absent> {
+    let desk = std::ptr::from_ref(&desks[0]).cast_mut();
+    offered("clone", make(desk, flags)).map(|pid| pid as i32)
+}
+
+/// What this process has in common with a partner, as that shows when the partner changes it.
+fn shared_with(desk: &Desk) -> i32 {
+    same("what is changed before", changed(), 0);
+    ask(desk, CHANGE, 0);
+    same("what the partner changed", ask(desk, TELL, 0), ALL.into());
+    changed()
+}
+
+fn child(flags: i32) -> Result<Check, Absent> {
+    let desks = desks();
+    let child = partner(desks, flags)?;
+    look(move || {
+        same("what is shared", shared_with(&desks[0]), flags);
+        end(child);
+    })
+}
+
+fn grandchild() -> Result<Check, Absent> {
+    let desks = desks();
+    let child = partner(desks, ALL)?;
+    let grandchild = ask(&desks[0], MAKE, ALL) as i32;
+    look(move || {
+        same("what is shared", shared_with(&desks[1]), ALL);
+        same(
+            "what its parent shares",
+            ask(&desks[0], TELL, 0),
+            ALL.into(),
+        );
+        // SAFETY: only numbers are passed.
+        must("kill", unsafe { libc::kill(grandchild, libc::SIGKILL) });
+        end(child);
+    })
+}
+
+fn past_parent() -> Result<Check, Absent> {
+    let desks = desks();
+    let flags = libc::CLONE_FILES | libc::CLONE_FS;
+    let child = partner(desks, flags)?;
+    let grandchild = ask(&desks[0], MAKE, flags) as i32;
+    ask(&desks[0], LEAVE, flags);
+    look(move || {
+        same("what is shared", shared_with(&desks[1]), flags);
+        same("what its parent shares", ask(&desks[0], TELL, 0), 0);
+        // SAFETY: only numbers are passed.
+        must("kill", unsafe { libc::kill(grandchild, libc::SIGKILL) });
+        end(child);
+    })
+}
+
+/// Three children that share with each other, but not with this process. The first may have been
+/// ended meanwhile.
+fn siblings(flags: i32) -> Result<Check, Absent> {
+    let desks = desks();
+    let first = partner(desks, 0)?;
+    let second = ask(&desks[0], MAKE, flags | libc::CLONE_PARENT) as i32;
+    let third = ask(&desks[1], MAKE, flags | libc::CLONE_PARENT) as i32;
+    look(move || {
+        same("what is shared", shared_with(&desks[2]), 0);
+        same("between them", ask(&desks[1], TELL, 0), flags.into());
+        for child in [first, second, third] {
+            end(child);
+        }
+    })
+}
+
+/// A process that shares with this one, and whose parent has ended.
+fn orphan() -> Result<Check, Absent> {
+    let desks = desks();
+    let child = partner(desks, ALL)?;
+    let grandchild = ask(&desks[0], MAKE, ALL) as i32;
+    end(child);
+    look(move || {
+        same("what is shared", shared_with(&desks[1]), ALL);
+        // SAFETY: only numbers are passed.
+        must("kill", unsafe { libc::kill(grandchild, libc::SIGKILL) });
+    })
+}
