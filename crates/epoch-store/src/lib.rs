@@ -35,6 +35,6 @@ pub use damage::{Damage, Part};
 pub use host::{Host, SystemHost};
 pub use outlive_media::Access;
 pub use reader::Reader;
-pub use store::{EpochSummary, Store, verify};
+pub use store::{CommitTimes, EpochSummary, Store, verify};
 pub use verify::{Progress, Report, verify_in};
 pub use writer::Writer;

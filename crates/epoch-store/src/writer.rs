@@ -7,7 +7,7 @@ use crate::format::{
     self, BLOCK_LEN, Index, Kind, NAME_MAX, Record, Says, Section, Seed, Trailer, TreePlace,
 };
 use crate::generation::{Generation, fresh_name};
-use crate::store::{Held, Live, Store};
+use crate::store::{CommitTimes, Held, Live, Store};
 use outlive_epoch::{
     Acked, EpochFacts, EpochId, EpochWriter, PAGE_SIZE, PageSink, Run, StoreError,
 };
@@ -283,7 +283,13 @@ impl EpochWriter for Writer<'_> {
             let what = "an epoch of which a page could not be stored cannot be committed";
             return Err(StoreError::Misuse(what.to_owned()));
         }
+        let began = self.store.host.monotonic_us();
         let (live, acked) = self.write_tables(facts)?;
+        let data_us = self.store.host.monotonic_us().saturating_sub(began);
+        self.store.times = CommitTimes {
+            data_us,
+            record_us: 0,
+        };
         // From here on the outcome is open until it is published: nothing is taken back.
         self.published = true;
         self.store.publish(live)?;

@@ -5,13 +5,16 @@
 //! descriptor, because the path of a store may be longer than a socket address can be.
 //!
 //! # Rules
-//! - A request is `{"op":"status"}`, `{"op":"checkpoint"}`, `{"op":"stop"}` or `{"op":"power"}`
-//!   and a newline, at most [`LONGEST_REQUEST`] bytes; anything else is answered with a failure.
+//! - A request is `{"op":"status"}`, `{"op":"checkpoint"}`, `{"op":"stop"}`, `{"op":"power"}` or
+//!   `{"op":"power-back"}` and a newline, at most [`LONGEST_REQUEST`] bytes; anything else is answered with a failure.
 //! - A client never holds up the keeper: its bytes are taken as they come, and at most
 //!   [`MOST_CLIENTS`] are heard at a time.
 
 use crate::KeeperError;
+use crate::budget::keeping::{BudgetStatus, Events};
+use crate::budget::model::Figures;
 use crate::epoch::Taken;
+use crate::power::PowerReport;
 use crate::procfs::Pids;
 use crate::subject::Capture;
 use rustix::event::{PollFd, PollFlags};
@@ -42,8 +45,25 @@ pub enum Request {
     Checkpoint,
     /// Take a final epoch and end the program.
     Stop,
-    /// The power fails: as [`Request::Stop`], with nothing before it.
-    Power,
+    /// The power fails.
+    Power {
+        /// A simulation: after so many microseconds the mains are back.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        mains_back_after_us: Option<u64>,
+        /// When this was sent, nanoseconds of the monotonic clock.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        at_ns: Option<u64>,
+    },
+    /// The mains are back.
+    PowerBack,
+}
+
+impl Request {
+    /// The power fails, as far as is known.
+    pub const POWER: Self = Self::Power {
+        mains_back_after_us: None,
+        at_ns: None,
+    };
 }
 
 /// What a keeper answers.
@@ -51,7 +71,9 @@ pub enum Request {
 #[serde(rename_all = "kebab-case")]
 pub enum Reply {
     /// How things stand.
-    Status(Status),
+    Status(Box<Status>),
+    /// It was heard, and is all there is to it.
+    Heard,
     /// The epoch that was asked for is durable.
     Taken {
         /// Its figures.
@@ -59,6 +81,9 @@ pub enum Reply {
         /// The process.
         #[serde(flatten)]
         pids: Pids,
+        /// What came of the power event, where it was one.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        power: Option<PowerReport>,
     },
     /// It could not be done.
     Failed {
@@ -106,6 +131,21 @@ pub struct Status {
     pub log_bytes: u64,
     /// Bytes of it that the newest epoch needs.
     pub live_bytes: u64,
+    /// The hold-up budget, where there is one.
+    pub budget: Option<BudgetStatus>,
+    /// What an event takes, by what was measured.
+    pub model: Figures,
+    /// All is durable after a power event, and the program stands still until it is known whether
+    /// the mains come back.
+    pub frozen: bool,
+    /// What became of power events.
+    pub events: Events,
+    /// Bytes that this keeper's epochs wrote.
+    pub bytes_written: u64,
+    /// What that would be in a day; `None` in the first second.
+    pub bytes_per_day: Option<u64>,
+    /// The cap on that.
+    pub max_wear: Option<u64>,
 }
 
 /// The keeper's end.
@@ -343,9 +383,9 @@ mod tests {
             .mode();
         assert_eq!(mode & 0o777, 0o600);
         let there = dir.clone();
-        let client = std::thread::spawn(move || ask(&there, Request::Power, None).unwrap());
+        let client = std::thread::spawn(move || ask(&there, Request::POWER, None).unwrap());
         let reply = failed("no".into(), 3);
-        assert_eq!(answer_all(&mut control, &reply), [Request::Power]);
+        assert_eq!(answer_all(&mut control, &reply), [Request::POWER]);
         assert_eq!(client.join().unwrap(), Some(reply));
         drop(control);
         assert_eq!(
@@ -396,6 +436,6 @@ mod tests {
     fn the_words_on_the_wire_are_fixed() {
         let words = |r| serde_json::to_string(&r).unwrap();
         assert_eq!(words(Request::Status), r#"{"op":"status"}"#);
-        assert_eq!(words(Request::Power), r#"{"op":"power"}"#);
+        assert_eq!(words(Request::POWER), r#"{"op":"power"}"#);
     }
 }

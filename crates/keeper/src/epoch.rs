@@ -5,12 +5,17 @@
 //!   for as short as its tracker can make it; everything slow happens while it runs.
 //! - A *planned end* keeps the program stopped until the epoch is durable, and only then ends it.
 //!   If anything fails before, the program runs on.
+//! - A *held* epoch keeps the program stopped until it is durable, and then lets it run on. At a
+//!   *power event* nothing comes before the stop, and what becomes of the program is decided once
+//!   the epoch is durable. An event that is noticed before a running epoch lets the program run on
+//!   makes that epoch its own.
 //! - After any failure from precopy on, the tracker is told to forget its progress: what it handed
 //!   over never became an epoch.
 //! - The mechanisms are reached through traits, so that the order is tested without a program.
 
 use outlive_epoch::{EpochFacts, EpochWriter, PageSink, StoreError};
-use outlive_process::{Captured, ProcessError, Stopped, Tracked, Tracking};
+use outlive_epoch_store::CommitTimes;
+use outlive_process::{Captured, ProcessError, StopTimes, Stopped, Tracked, Tracking};
 use serde::{Deserialize, Serialize};
 use std::time::{Duration, Instant};
 
@@ -33,6 +38,8 @@ pub trait Program {
     fn detach(self) -> Result<(), ProcessError>;
     /// Why every epoch copies everything, where that is so although the strategy is another.
     fn full_copy_because(&self) -> Option<String>;
+    /// Gives threads so long to stop from now on; returns how long they had.
+    fn stop_within(&mut self, timeout: Duration) -> Duration;
 }
 
 /// A frozen program.
@@ -53,6 +60,10 @@ pub trait Snapshot {
     fn write(&self, writer: &mut dyn EpochWriter) -> Result<(), ProcessError>;
     /// Makes the program's own file writes durable.
     fn sync_files(&self) -> Result<(), ProcessError>;
+    /// What the time of the stop went to.
+    fn times(&self) -> StopTimes;
+    /// Bytes that [`Snapshot::sync_files`] has to make durable; `None` where nobody tells.
+    fn unsynced_bytes(&self) -> Option<u64>;
 }
 
 /// Where epochs go.
@@ -67,6 +78,10 @@ pub trait EpochLog {
     fn log_bytes(&self) -> u64;
     /// Bytes of it that the newest epoch needs; 0 where that cannot be found out.
     fn live_bytes(&mut self) -> u64;
+    /// What the newest commit took.
+    fn last_commit(&self) -> CommitTimes;
+    /// Bytes that are free where the log is; `None` where nobody tells.
+    fn free_bytes(&self) -> Option<u64>;
 }
 
 /// One committed epoch, with its figures.
@@ -89,65 +104,153 @@ pub struct Taken {
     pub pages: u64,
     /// Bytes written.
     pub bytes_written: u64,
+    /// What the time went to.
+    #[serde(default)]
+    pub steps: Steps,
 }
 
-/// Takes one epoch of a program that runs on.
+/// What the time from the stop until an epoch was durable went to, microseconds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Steps {
+    /// Before the stop: copying while the program ran.
+    pub precopy_us: u64,
+    /// Until all threads stood still.
+    pub freeze_us: u64,
+    /// Looking for written pages, and reading all other state.
+    pub scan_us: u64,
+    /// Copying pages.
+    pub copy_us: u64,
+    /// Handing pages and trees to the medium.
+    pub write_us: u64,
+    /// Making the program's own files durable.
+    pub files_us: u64,
+    /// Bytes of those that were not durable before; `None` where nobody tells.
+    pub files_bytes: Option<u64>,
+    /// Tables, and waiting for all of it to reach the medium: the first flush.
+    pub flush_us: u64,
+    /// The commit record: the second flush.
+    pub record_us: u64,
+}
+
+/// How an epoch is taken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Manner {
+    /// The program runs on as soon as it was captured.
+    Running,
+    /// It is held until the epoch is durable.
+    Held,
+    /// It is ended when the epoch is durable.
+    Ending,
+    /// A power event: at once, held, and then decided.
+    Event,
+}
+
+/// What becomes of a program whose epoch is durable.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fate {
+    /// It runs on.
+    RunsOn,
+    /// It is ended.
+    Ended,
+}
+
+/// Who is asked while an epoch is taken.
+pub trait Hooks {
+    /// Whether there is a power event, so that the program must not run on now.
+    fn urgent(&mut self) -> bool;
+    /// An event's epoch is durable and the program stands still: what is to become of it? May take
+    /// its time.
+    fn decide(&mut self, taken: &Taken) -> Fate;
+}
+
+/// Nobody who could be asked: there are no events, and what is decided is the end.
+#[derive(Clone, Copy, Debug)]
+pub struct Nobody;
+
+impl Hooks for Nobody {
+    fn urgent(&mut self) -> bool {
+        false
+    }
+
+    fn decide(&mut self, _: &Taken) -> Fate {
+        Fate::Ended
+    }
+}
+
+/// Takes one epoch.
 ///
 /// # Errors
-/// What the tracker or the store said; the program runs on, and its tracker has forgotten its
-/// progress.
+/// What the tracker or the store said; the program runs on, unless the error came from ending it
+/// after the commit, and its tracker has forgotten its progress.
 pub fn take<P: Program>(
     program: &mut P,
     writer: Box<dyn EpochWriter + '_>,
-) -> Result<Taken, ProcessError> {
-    let done = running(program, writer);
+    manner: Manner,
+    hooks: &mut dyn Hooks,
+) -> Result<(Taken, Fate), ProcessError> {
+    let done = steps(program, writer, manner, hooks);
     if done.is_err() {
         program.forget_progress();
     }
     done
 }
 
-/// Takes the final epoch of a program and ends it, stopped from the capture on.
-///
-/// # Errors
-/// As [`take`]; the program runs on unless the error came from ending it after the commit.
-pub fn take_and_end<P: Program>(
+fn steps<P: Program>(
     program: &mut P,
-    writer: Box<dyn EpochWriter + '_>,
-) -> Result<Taken, ProcessError> {
-    let done = ending(program, writer);
-    if done.is_err() {
-        program.forget_progress();
+    mut writer: Box<dyn EpochWriter + '_>,
+    manner: Manner,
+    hooks: &mut dyn Hooks,
+) -> Result<(Taken, Fate), ProcessError> {
+    let began = Instant::now();
+    if manner != Manner::Event {
+        program.precopy(&mut *writer)?;
     }
-    done
-}
-
-fn running<P: Program>(
-    program: &mut P,
-    mut writer: Box<dyn EpochWriter + '_>,
-) -> Result<Taken, ProcessError> {
-    program.precopy(&mut *writer)?;
-    let stopping = Instant::now();
-    let (frozen, snapshot) = program.stop()?;
-    let stopped = frozen.resume()?;
-    snapshot.write(&mut *writer)?;
-    snapshot.sync_files()?;
-    commit(&snapshot, writer, micros(stopped), stopping)
-}
-
-fn ending<P: Program>(
-    program: &mut P,
-    mut writer: Box<dyn EpochWriter + '_>,
-) -> Result<Taken, ProcessError> {
-    program.precopy(&mut *writer)?;
+    let precopy_us = micros(began.elapsed());
     let stopping = Instant::now();
     // An early return drops `frozen`, which lets the program run on.
     let (frozen, snapshot) = program.stop()?;
-    snapshot.write(&mut *writer)?;
+    if manner == Manner::Running && !hooks.urgent() {
+        let stopped = frozen.resume()?;
+        let steps = write(&snapshot, &mut *writer, precopy_us)?;
+        let taken = commit(&snapshot, writer, micros(stopped), stopping, steps)?;
+        return Ok((taken, Fate::RunsOn));
+    }
+    let steps = write(&snapshot, &mut *writer, precopy_us)?;
+    let ready = micros(stopping.elapsed());
+    let mut taken = commit(&snapshot, writer, ready, stopping, steps)?;
+    let fate = match manner {
+        Manner::Held => Fate::RunsOn,
+        Manner::Ending => Fate::Ended,
+        Manner::Running | Manner::Event => hooks.decide(&taken),
+    };
+    match fate {
+        Fate::RunsOn => taken.stop_us = micros(frozen.resume()?),
+        Fate::Ended => frozen.end()?,
+    }
+    Ok((taken, fate))
+}
+
+fn write<S: Snapshot>(
+    snapshot: &S,
+    writer: &mut dyn EpochWriter,
+    precopy_us: u64,
+) -> Result<Steps, ProcessError> {
+    let began = Instant::now();
+    snapshot.write(writer)?;
+    let written = Instant::now();
+    let files_bytes = snapshot.unsynced_bytes();
     snapshot.sync_files()?;
-    let taken = commit(&snapshot, writer, micros(stopping.elapsed()), stopping)?;
-    frozen.end()?;
-    Ok(taken)
+    let times = snapshot.times();
+    Ok(Steps {
+        precopy_us,
+        freeze_us: micros(times.freeze),
+        scan_us: micros(times.scan),
+        copy_us: micros(times.copy),
+        write_us: micros(written - began),
+        files_us: micros(written.elapsed()),
+        files_bytes,
+        ..Steps::default()
+    })
 }
 
 fn commit<S: Snapshot>(
@@ -155,6 +258,7 @@ fn commit<S: Snapshot>(
     writer: Box<dyn EpochWriter + '_>,
     stop_us: u64,
     stopping: Instant,
+    steps: Steps,
 ) -> Result<Taken, ProcessError> {
     let facts = EpochFacts {
         stop_us,
@@ -171,6 +275,7 @@ fn commit<S: Snapshot>(
         durable_us: micros(stopping.elapsed()),
         pages: acked.pages,
         bytes_written: acked.bytes_written,
+        steps,
     })
 }
 
@@ -206,6 +311,12 @@ impl Program for Tracked {
             Tracking::FullCopy(reason) => Some(reason.clone()),
         }
     }
+
+    fn stop_within(&mut self, timeout: Duration) -> Duration {
+        let before = self.stop_timeout();
+        self.set_stop_timeout(timeout);
+        before
+    }
 }
 
 impl Frozen for Stopped<'_> {
@@ -234,6 +345,14 @@ impl Snapshot for Captured {
     fn sync_files(&self) -> Result<(), ProcessError> {
         Captured::sync_files(self)
     }
+
+    fn times(&self) -> StopTimes {
+        self.times
+    }
+
+    fn unsynced_bytes(&self) -> Option<u64> {
+        Captured::unsynced_bytes(self)
+    }
 }
 
 #[cfg(test)]
@@ -241,20 +360,63 @@ mod tests {
     use super::*;
     use crate::fake::{FakeLog, FakeProgram};
 
-    fn steps(fail: Option<&'static str>, end: bool) -> (Vec<&'static str>, bool, u64) {
+    /// Says what it was told to.
+    struct Says(bool, Fate);
+
+    impl Hooks for Says {
+        fn urgent(&mut self) -> bool {
+            self.0
+        }
+
+        fn decide(&mut self, _: &Taken) -> Fate {
+            self.1
+        }
+    }
+
+    fn run(
+        fail: Option<&'static str>,
+        manner: Manner,
+        mut says: Says,
+    ) -> (Vec<&'static str>, bool, u64) {
         let mut program = FakeProgram::new(fail);
         let mut log = FakeLog {
             fail_commit: fail == Some("commit"),
             ..FakeLog::default()
         };
         let writer = log.begin().unwrap();
-        let done = if end {
-            take_and_end(&mut program, writer)
-        } else {
-            take(&mut program, writer)
-        };
+        let done = take(&mut program, writer, manner, &mut says);
         let trace = program.trace.borrow().clone();
         (trace, done.is_ok(), log.newest())
+    }
+
+    fn steps(fail: Option<&'static str>, end: bool) -> (Vec<&'static str>, bool, u64) {
+        let manner = if end { Manner::Ending } else { Manner::Running };
+        run(fail, manner, Says(false, Fate::Ended))
+    }
+
+    #[test]
+    fn a_held_epoch_is_durable_before_the_program_runs_on() {
+        let (trace, done, newest) = run(None, Manner::Held, Says(false, Fate::Ended));
+        assert_eq!(trace, ["precopy", "stop", "write", "sync", "resume"]);
+        assert!(done && newest == 1);
+    }
+
+    #[test]
+    fn an_event_stops_at_once_and_its_fate_is_decided_when_it_is_durable() {
+        let (trace, ..) = run(None, Manner::Event, Says(true, Fate::Ended));
+        assert_eq!(trace, ["stop", "write", "sync", "end"]);
+        let (trace, ..) = run(None, Manner::Event, Says(true, Fate::RunsOn));
+        assert_eq!(trace, ["stop", "write", "sync", "resume"]);
+        let (trace, ..) = run(None, Manner::Running, Says(true, Fate::Ended));
+        assert_eq!(
+            trace,
+            ["precopy", "stop", "write", "sync", "end"],
+            "an event in the middle of an epoch"
+        );
+        for fail in ["stop", "write", "sync", "commit"] {
+            let (trace, done, newest) = run(Some(fail), Manner::Event, Says(true, Fate::Ended));
+            assert!(!done && newest == 0 && !trace.contains(&"end"), "{fail}");
+        }
     }
 
     #[test]

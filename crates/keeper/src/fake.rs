@@ -2,7 +2,8 @@
 
 use crate::epoch::{EpochLog, Frozen, Program, Snapshot};
 use outlive_epoch::{Acked, EpochFacts, EpochId, EpochWriter, PageSink, Run, StoreError};
-use outlive_process::ProcessError;
+use outlive_epoch_store::CommitTimes;
+use outlive_process::{ProcessError, StopTimes};
 use std::{cell::RefCell, rc::Rc, time::Duration};
 
 pub type Trace = Rc<RefCell<Vec<&'static str>>>;
@@ -96,6 +97,14 @@ impl Snapshot for FakeSnapshot {
     fn sync_files(&self) -> Result<(), ProcessError> {
         step(&self.trace, &self.fail, "sync")
     }
+
+    fn times(&self) -> StopTimes {
+        StopTimes::default()
+    }
+
+    fn unsynced_bytes(&self) -> Option<u64> {
+        None
+    }
 }
 
 impl Program for FakeProgram {
@@ -131,6 +140,10 @@ impl Program for FakeProgram {
 
     fn full_copy_because(&self) -> Option<String> {
         None
+    }
+
+    fn stop_within(&mut self, timeout: Duration) -> Duration {
+        timeout
     }
 }
 
@@ -208,5 +221,13 @@ impl EpochLog for FakeLog {
 
     fn live_bytes(&mut self) -> u64 {
         0
+    }
+
+    fn last_commit(&self) -> CommitTimes {
+        CommitTimes::default()
+    }
+
+    fn free_bytes(&self) -> Option<u64> {
+        None
     }
 }

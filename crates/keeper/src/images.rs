@@ -10,7 +10,7 @@ use outlive_epoch::{
     Acked, Content, EpochFacts, EpochId, EpochReader, EpochWriter, PAGE_SIZE, Run, StoreError,
     VisitError,
 };
-use outlive_epoch_store::{Access, Store};
+use outlive_epoch_store::{Access, CommitTimes, Store};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -70,6 +70,7 @@ pub struct Image {
 /// A store that takes epochs.
 pub struct Log {
     store: Store,
+    dir: PathBuf,
 }
 
 impl Image {
@@ -183,6 +184,7 @@ impl Log {
     pub fn create(dir: &Path) -> Result<Self, KeeperError> {
         Ok(Self {
             store: Store::create(dir)?,
+            dir: dir.into(),
         })
     }
 
@@ -193,6 +195,7 @@ impl Log {
     pub fn open(dir: &Path) -> Result<Self, KeeperError> {
         Ok(Self {
             store: Store::open(dir, Access::Write)?,
+            dir: dir.into(),
         })
     }
 }
@@ -267,6 +270,15 @@ impl EpochLog for Log {
     fn live_bytes(&mut self) -> u64 {
         // A log whose indexes cannot be read is best replaced by a new generation.
         self.store.live_bytes().unwrap_or(0)
+    }
+
+    fn last_commit(&self) -> CommitTimes {
+        self.store.last_commit()
+    }
+
+    fn free_bytes(&self) -> Option<u64> {
+        let found = rustix::fs::statvfs(&self.dir).ok()?;
+        Some(found.f_bavail.saturating_mul(found.f_frsize))
     }
 }
 

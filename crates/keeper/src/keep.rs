@@ -10,12 +10,16 @@
 //!   [`REATTACH_AFTER`] failures in a row tracking is begun anew.
 //! - Signals that the kernel sent to the whole foreground group (Ctrl-C) reach a program of our
 //!   group without us; all others are passed on to it.
-//! - `SIGPWR` is a power event: a final epoch, then the end.
+//! - `SIGPWR` is a power event; see [`crate::power`].
 
 use crate::KeeperError;
+use crate::budget::keeping::{HoldUp, Watch, When};
+use crate::budget::model::Model;
+use crate::budget::pacing::Step;
 use crate::control::{Asker, Control, Reply, Request, Status, failed};
-use crate::epoch::{self, EpochLog, Program, Taken};
+use crate::epoch::{self, EpochLog, Fate, Manner, Program, Taken};
 use crate::plan::{Begin, Plan};
+use crate::power::{Desk, Ears, Event, Heard, PowerReport, monotonic_ns};
 use crate::procfs::{self, Pids};
 use crate::stats::Stops;
 use crate::subject::Capture;
@@ -27,7 +31,7 @@ use rustix::process::{
     Pid, PidfdFlags, Signal, WaitOptions, pidfd_open, pidfd_send_signal, waitpid,
 };
 use rustix::time::Timespec;
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, VecDeque};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 /// Failures in a row after which tracking is begun anew.
@@ -63,7 +67,16 @@ pub struct Settings {
     /// Whether the program is our child: its exit status is ours to collect and signals are passed
     /// on to it. Otherwise signals that would end us end the tracking.
     pub child: bool,
+    /// The hold-up budget.
+    pub hold_up: Option<HoldUp>,
+    /// Most bytes that are to be written a day.
+    pub max_wear: Option<u64>,
+    /// What is known of the medium.
+    pub model: Model,
 }
+
+/// The least time for stopping all threads at an event, however little the budget leaves.
+const LEAST_STOP: Duration = Duration::from_millis(1);
 
 /// How often threads are looked for that did not stop in time and must be let go when they come
 /// back from the kernel.
@@ -108,6 +121,7 @@ pub struct Keeper<'a, P: Program> {
     plan: Plan,
     origin: Instant,
     stops: Stops,
+    watch: Watch,
     status: Status,
     said: BTreeSet<String>,
 }
@@ -144,9 +158,19 @@ impl<'a, P: Program> Keeper<'a, P> {
             tracking: "none yet".into(),
             log_bytes: 0,
             live_bytes: 0,
+            budget: None,
+            model: settings.model.figures(),
+            frozen: false,
+            events: crate::budget::keeping::Events::default(),
+            bytes_written: 0,
+            bytes_per_day: None,
+            max_wear: settings.max_wear,
         };
+        let (hold_up, model) = (settings.hold_up, settings.model.clone());
+        let watch = Watch::new(hold_up, model, settings.max_wear, 0);
         Ok(Self {
             settings,
+            watch,
             log,
             attach,
             tell,
@@ -180,46 +204,65 @@ impl<'a, P: Program> Keeper<'a, P> {
     /// # Errors
     /// Only what makes the loop itself impossible; failed epochs are no such thing.
     pub fn run(
-        mut self,
+        &mut self,
         signals: &mut SignalQueue,
         control: &mut Control,
     ) -> Result<Ending, KeeperError> {
+        let inbox = VecDeque::new();
+        let mut ears = Ears {
+            signals,
+            control,
+            inbox,
+        };
         loop {
-            self.sleep(signals, control)?;
-            while let Some(signal) = signals
-                .take()
-                .map_err(KeeperError::io("read the signal queue"))?
-            {
-                if let Some(ending) = self.signal(signal) {
+            self.sleep(&ears)?;
+            ears.listen()?;
+            while let Some(heard) = ears.inbox.pop_front() {
+                if let Some(ending) = self.heard(heard, &mut ears) {
                     return self.leave(ending);
                 }
             }
             if let Some(ending) = self.companion.ended()? {
                 return Ok(ending);
             }
-            for (request, asker) in control.requests() {
-                if let Some(ending) = self.request(request, asker) {
-                    return Ok(ending);
-                }
-            }
-            if self.plan.wait(self.now()) == 0 {
-                let _ = self.take(false);
+            let manner = match self.step() {
+                Step::Wait(_) => continue,
+                Step::Epoch => Manner::Running,
+                Step::Held => Manner::Held,
+            };
+            if let Ok((taken, Fate::Ended)) = self.take(manner, None, &mut ears) {
+                return Ok(Ending::Planned(taken));
             }
         }
+    }
+
+    /// What the medium and the program turned out to be like.
+    #[must_use]
+    pub fn model(&self) -> &Model {
+        self.watch.model()
+    }
+
+    fn step(&self) -> Step {
+        let now = self.now();
+        let failing = self.plan.failures() > 0;
+        self.watch.step(now, self.plan.wait(now), failing)
     }
 
     fn now(&self) -> u64 {
         u64::try_from(self.origin.elapsed().as_nanos()).unwrap_or(u64::MAX)
     }
 
-    fn sleep(&self, signals: &SignalQueue, control: &Control) -> Result<(), KeeperError> {
-        let mut wait = Duration::from_nanos(self.plan.wait(self.now()));
+    fn sleep(&self, ears: &Ears<'_>) -> Result<(), KeeperError> {
+        let mut wait = match self.step() {
+            Step::Wait(ns) if ears.inbox.is_empty() => Duration::from_nanos(ns),
+            _ => Duration::ZERO,
+        };
         if outlive_process::release_stragglers() > 0 {
             wait = wait.min(STRAGGLERS_POLL);
         }
         let timeout = timespec(wait);
-        let mut set = control.poll_set();
-        set.push(PollFd::new(signals, PollFlags::IN));
+        let mut set = ears.control.poll_set();
+        set.push(PollFd::new(&*ears.signals, PollFlags::IN));
         set.push(PollFd::new(&self.companion.process, PollFlags::IN));
         match poll(&mut set, Some(&timeout)) {
             Ok(_) | Err(rustix::io::Errno::INTR) => Ok(()),
@@ -227,13 +270,18 @@ impl<'a, P: Program> Keeper<'a, P> {
         }
     }
 
-    fn signal(&mut self, received: Received) -> Option<Ending> {
-        if received.signal == Signal::POWER.as_raw() {
-            return match self.take(true) {
-                Ok(taken) => Some(Ending::Planned(taken)),
-                Err(_) => None,
-            };
+    fn heard(&mut self, heard: Heard, ears: &mut Ears<'_>) -> Option<Ending> {
+        match Event::of(heard) {
+            Ok(event) => match self.take(Manner::Event, Some(event), ears) {
+                Ok((taken, Fate::Ended)) => Some(Ending::Planned(taken)),
+                _ => None,
+            },
+            Err(Heard::Signal(received)) => self.signal(received),
+            Err(Heard::Request(request, asker)) => self.request(request, asker, ears),
         }
+    }
+
+    fn signal(&mut self, received: Received) -> Option<Ending> {
         if !self.settings.child {
             let harmless = [Signal::USR1, Signal::USR2, Signal::WINCH];
             let ends = harmless.iter().all(|s| s.as_raw() != received.signal);
@@ -243,7 +291,7 @@ impl<'a, P: Program> Keeper<'a, P> {
         None
     }
 
-    fn leave(mut self, ending: Ending) -> Result<Ending, KeeperError> {
+    fn leave(&mut self, ending: Ending) -> Result<Ending, KeeperError> {
         if ending == Ending::Detached
             && let Some(program) = self.program.take()
         {
@@ -252,22 +300,28 @@ impl<'a, P: Program> Keeper<'a, P> {
         Ok(ending)
     }
 
-    fn request(&mut self, request: Request, asker: Asker) -> Option<Ending> {
-        let end = match request {
+    fn request(&mut self, request: Request, asker: Asker, ears: &mut Ears<'_>) -> Option<Ending> {
+        let manner = match request {
             Request::Status => {
-                asker.answer(&Reply::Status(self.status()));
+                asker.answer(&Reply::Status(Box::new(self.status())));
                 return None;
             }
-            Request::Checkpoint => false,
-            Request::Stop | Request::Power => true,
+            // Without an event, that is no news.
+            Request::PowerBack | Request::Power { .. } => {
+                asker.answer(&Reply::Heard);
+                return None;
+            }
+            Request::Checkpoint => Manner::Running,
+            Request::Stop => Manner::Ending,
         };
-        match self.take(end) {
-            Ok(taken) => {
+        match self.take(manner, None, ears) {
+            Ok((taken, fate)) => {
                 asker.answer(&Reply::Taken {
                     epoch: taken.clone(),
                     pids: self.status.pids,
+                    power: None,
                 });
-                end.then_some(Ending::Planned(taken))
+                (fate == Fate::Ended).then_some(Ending::Planned(taken))
             }
             Err(error) => {
                 let error = KeeperError::from(error);
@@ -285,45 +339,133 @@ impl<'a, P: Program> Keeper<'a, P> {
             p99_stop_us: self.stops.percentile(99),
             log_bytes: self.log.log_bytes(),
             live_bytes: self.log.live_bytes(),
+            budget: self.watch.status(self.now()),
+            model: self.watch.figures(),
+            events: self.watch.events,
+            bytes_written: self.watch.wear().bytes(),
+            bytes_per_day: self.watch.wear().per_day(self.now()),
             ..self.status.clone()
         }
     }
 
-    /// Takes one epoch, and ends the program with it where `end` says so.
-    fn take(&mut self, end: bool) -> Result<Taken, ProcessError> {
-        let started = self.now();
+    /// Takes one epoch, for an event where there is one.
+    fn take(
+        &mut self,
+        manner: Manner,
+        event: Option<Event>,
+        ears: &mut Ears<'_>,
+    ) -> Result<(Taken, Fate), ProcessError> {
+        let begun = self.now();
         let mut lost_track = false;
-        let done = self.attempt(end, &mut lost_track);
+        let mut base = false;
+        let status = self.status.clone();
+        let mut desk = Desk {
+            ears,
+            event,
+            budget: self.watch.budget_ns(),
+            status: &status,
+            durable: None,
+        };
+        let done = self.attempt(manner, &mut lost_track, &mut base, &mut desk);
         let ended = self.now();
+        let Desk { event, durable, .. } = desk;
         match &done {
-            Ok(taken) => {
-                self.plan.committed(started, ended);
+            Ok((taken, fate)) => {
+                self.plan.committed(begun, ended);
                 self.stops.add(taken.stop_us);
                 self.status.committed += 1;
                 self.status.last_time_ns = Some(taken.time_ns);
+                let held = manner == Manner::Held || event.is_some();
+                if *fate == Fate::RunsOn {
+                    self.watch.taken(
+                        taken,
+                        When {
+                            begun,
+                            ended,
+                            held,
+                            base,
+                        },
+                    );
+                }
             }
             Err(error) => {
                 self.plan.failed(ended, lost_track);
+                self.watch.failed();
                 self.failure(error);
             }
+        }
+        if let Some(event) = event {
+            self.conclude(event, durable, &done);
         }
         done
     }
 
-    fn attempt(&mut self, end: bool, lost_track: &mut bool) -> Result<Taken, ProcessError> {
+    /// Says what came of an event.
+    fn conclude(
+        &mut self,
+        event: Event,
+        durable: Option<u64>,
+        done: &Result<(Taken, Fate), ProcessError>,
+    ) {
+        let budget = self.watch.budget_ns();
+        let took = |at: u64| durable.map(|d| d.saturating_sub(at));
+        match done {
+            Ok((taken, fate)) => {
+                let event_ns = took(event.at).unwrap_or(0);
+                self.watch.events.add(Some(event_ns), budget);
+                let power = PowerReport {
+                    event_us: event_ns / 1000,
+                    budget_us: budget.map(|ns| ns / 1000),
+                    went_on: *fate == Fate::RunsOn,
+                    stood_us: taken.stop_us,
+                };
+                event.answer(&Reply::Taken {
+                    epoch: taken.clone(),
+                    pids: self.status.pids,
+                    power: Some(power),
+                });
+            }
+            Err(error) => {
+                self.watch.events.add(None, budget);
+                let last = self.log.newest();
+                let text = format!(
+                    "the power event took no epoch, and epoch {last} is what would come back: {error}"
+                );
+                self.say(&text);
+                event.answer(&failed(text, 1));
+            }
+        }
+    }
+
+    fn attempt(
+        &mut self,
+        manner: Manner,
+        lost_track: &mut bool,
+        base: &mut bool,
+        desk: &mut Desk<'_, '_>,
+    ) -> Result<(Taken, Fate), ProcessError> {
         if self.program.is_none() {
             *lost_track = true;
             let program = (self.attach)()?;
             self.adopt(program);
         }
-        let bytes = self.log.log_bytes();
-        let begin = self.plan.begin(bytes, || self.log.live_bytes());
+        let (bytes, free) = (self.log.log_bytes(), self.log.free_bytes());
+        let begin = match (
+            manner,
+            self.plan.begin(bytes, free, || self.log.live_bytes()),
+        ) {
+            // At an event there is no time to write what is on the medium already.
+            (Manner::Event, Begin::Base) if !self.plan.is_full() => Begin::Next,
+            (_, begin) => begin,
+        };
+        let patience = self.patience(desk);
         let Some(program) = self.program.as_mut() else {
             return Err(ProcessError::Gone {
                 pid: self.settings.pid,
                 what: "not tracked".into(),
             });
         };
+        *base = begin == Begin::Base;
         let writer = match begin {
             Begin::Base if self.log.newest() > 0 => {
                 *lost_track = true;
@@ -333,11 +475,26 @@ impl<'a, P: Program> Keeper<'a, P> {
             _ => self.log.begin()?,
         };
         *lost_track = true;
-        if end {
-            epoch::take_and_end(program, writer)
-        } else {
-            epoch::take(program, writer)
+        let before = patience.map(|patience| program.stop_within(patience));
+        let done = epoch::take(program, writer, manner, desk);
+        if let Some(before) = before {
+            program.stop_within(before);
         }
+        let (mut taken, fate) = done?;
+        let commit = self.log.last_commit();
+        taken.steps.flush_us = commit.data_us;
+        taken.steps.record_us = commit.record_us;
+        Ok((taken, fate))
+    }
+
+    /// How long threads may take to stop at an event: what the budget leaves.
+    fn patience(&self, desk: &Desk<'_, '_>) -> Option<Duration> {
+        let (event, budget) = (desk.event.as_ref()?, desk.budget?);
+        let figures = self.watch.figures();
+        let rest = figures.floor().saturating_sub(figures.freeze_ns);
+        let gone = monotonic_ns().saturating_sub(event.at);
+        let left = budget.saturating_sub(rest).saturating_sub(gone);
+        Some(Duration::from_nanos(left).max(LEAST_STOP))
     }
 
     fn adopt(&mut self, program: P) {

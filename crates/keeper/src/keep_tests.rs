@@ -1,6 +1,7 @@
 //! The loop, with a real child process and a stand-in for its tracker.
 
 use super::*;
+use crate::budget::model::Figures;
 use crate::control::ask;
 use crate::fake::{FakeLog, FakeProgram};
 use std::path::Path;
@@ -28,6 +29,16 @@ fn keep<T: Send + 'static>(
     fail: Option<&'static str>,
     script: impl FnOnce(&Path) -> T + Send + 'static,
 ) -> (Outcome, T) {
+    keep_with(child, every, None, fail, script)
+}
+
+fn keep_with<T: Send + 'static>(
+    child: Child,
+    every: Duration,
+    hold_up: Option<HoldUp>,
+    fail: Option<&'static str>,
+    script: impl FnOnce(&Path) -> T + Send + 'static,
+) -> (Outcome, T) {
     let dir = tempfile::tempdir().unwrap();
     let mut signals = SignalQueue::open(&[]).unwrap();
     let mut control = Control::open(dir.path()).unwrap();
@@ -52,9 +63,13 @@ fn keep<T: Send + 'static>(
         pid,
         every,
         child: true,
+        hold_up,
+        max_wear: None,
+        model: Model::new(Figures::default()),
     };
-    let keeper = Keeper::new(settings, &mut log, &mut attach, &mut tell).unwrap();
+    let mut keeper = Keeper::new(settings, &mut log, &mut attach, &mut tell).unwrap();
     let ending = keeper.run(&mut signals, &mut control).unwrap();
+    drop(keeper);
     drop(control);
     let answer = talk.join().unwrap();
     let trace = trace.borrow().clone();
@@ -73,7 +88,7 @@ const NEVER: Duration = Duration::from_secs(3600);
 
 fn status(dir: &Path) -> Status {
     match ask(dir, Request::Status, None).unwrap() {
-        Some(Reply::Status(status)) => status,
+        Some(Reply::Status(status)) => *status,
         other => panic!("{other:?}"),
     }
 }
@@ -103,7 +118,7 @@ fn epochs_are_taken_until_the_planned_end_and_the_first_is_no_base() {
     assert_eq!(before.failures, 0);
     assert_eq!(before.tracking, "write-protect");
     assert_eq!(before.median_stop_us, Some(500));
-    let Some(Reply::Taken { epoch, pids }) = reply else {
+    let Some(Reply::Taken { epoch, pids, .. }) = reply else {
         panic!("{reply:?}")
     };
     assert_eq!(pids, before.pids);
@@ -150,4 +165,96 @@ fn failures_are_counted_said_once_and_never_end_the_program() {
         "tracking is begun anew after every second failure"
     );
     assert_eq!(outcome.log.committed, 0);
+}
+
+fn hold_up(ms: u64) -> Option<HoldUp> {
+    Some(HoldUp {
+        budget_ns: ms * 1_000_000,
+        strict: false,
+    })
+}
+
+#[test]
+fn the_mains_come_back_and_the_program_goes_on() {
+    let script = |dir: &Path| {
+        let soon = Request::Power {
+            mains_back_after_us: Some(20_000),
+            at_ns: None,
+        };
+        let first = ask(dir, soon, None).unwrap();
+        let before = status(dir);
+        // Nobody says after how long: then somebody says that it is so.
+        let there = dir.to_path_buf();
+        let event = std::thread::spawn(move || ask(&there, Request::POWER, None).unwrap());
+        while status(dir).epoch == before.epoch {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        let heard = ask(dir, Request::PowerBack, None).unwrap();
+        let second = event.join().unwrap();
+        let after = status(dir);
+        ask(dir, Request::Stop, None).unwrap();
+        (first, before, heard, second, after)
+    };
+    let sleep = child("exec sleep 1000");
+    let (outcome, (first, before, heard, second, after)) =
+        keep_with(sleep, NEVER, hold_up(60_000), None, script);
+    let went_on = |reply: &Option<Reply>| match reply {
+        Some(Reply::Taken { power, epoch, .. }) => {
+            let power = power.unwrap();
+            assert_eq!(power.budget_us, Some(60_000_000));
+            assert!(power.event_us < 60_000_000 && epoch.stop_us > 0);
+            power.went_on
+        }
+        other => panic!("{other:?}"),
+    };
+    assert!(went_on(&first) && went_on(&second));
+    assert_eq!(heard, Some(Reply::Heard));
+    assert_eq!((before.events.count, after.events.count), (1, 2));
+    assert_eq!(after.events.late, 0);
+    assert_eq!(outcome.trace[..4], ["stop", "write", "sync", "resume"]);
+    assert_eq!(outcome.trace.last(), Some(&"end"));
+}
+
+#[test]
+fn when_the_hold_up_has_passed_the_program_is_ended_and_without_one_at_once() {
+    for budget in [hold_up(10), None] {
+        let script = |dir: &Path| ask(dir, Request::POWER, None).unwrap();
+        let sleep = child("exec sleep 1000");
+        let (outcome, reply) = keep_with(sleep, NEVER, budget, None, script);
+        let Some(Reply::Taken { power, epoch, .. }) = reply else {
+            panic!("{reply:?}")
+        };
+        assert!(!power.unwrap().went_on);
+        assert_eq!(outcome.ending, Ending::Planned(epoch));
+        assert_eq!(outcome.trace, ["stop", "write", "sync", "end"]);
+    }
+    // Later than the machine can have lived.
+    let script = |dir: &Path| {
+        let late = Request::Power {
+            mains_back_after_us: Some(1 << 40),
+            at_ns: None,
+        };
+        ask(dir, late, None).unwrap()
+    };
+    let sleep = child("exec sleep 1000");
+    let (outcome, _) = keep_with(sleep, NEVER, hold_up(10), None, script);
+    assert!(matches!(outcome.ending, Ending::Planned(_)));
+}
+
+#[test]
+fn an_event_that_fails_says_which_epoch_counts() {
+    let script = |dir: &Path| {
+        let reply = ask(dir, Request::POWER, None).unwrap();
+        let status = status(dir);
+        let pid = Pid::from_raw(i32::try_from(status.pids.pid).unwrap()).unwrap();
+        rustix::process::kill_process(pid, Signal::KILL).unwrap();
+        (reply, status)
+    };
+    let sleep = child("exec sleep 1000");
+    let (_, (reply, status)) = keep_with(sleep, NEVER, hold_up(10), Some("stop"), script);
+    let Some(Reply::Failed { error, exit: 1 }) = reply else {
+        panic!("{reply:?}")
+    };
+    assert!(error.contains("epoch 0 is what would come back"), "{error}");
+    assert_eq!((status.events.count, status.events.late), (1, 1));
 }

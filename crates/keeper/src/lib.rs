@@ -4,6 +4,7 @@
 //! - [`plan`]: when the next epoch is due (pure).
 //! - [`epoch`]: the order of one epoch.
 //! - [`keep`]: the loop that keeps one subject.
+//! - [`power`]: what is heard meanwhile, and power events.
 //! - [`control`]: the conversation with a running keeper.
 //! - [`subject`]: the store root, names, and what is known of a subject besides its epochs.
 //! - [`ownership`]: whose image it is.
@@ -22,6 +23,7 @@ pub mod images;
 pub mod keep;
 pub mod ownership;
 pub mod plan;
+pub mod power;
 pub mod procfs;
 pub mod stats;
 pub mod subject;

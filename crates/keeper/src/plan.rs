@@ -12,7 +12,8 @@
 //!   are no longer there must not shine through: the first epoch of a tracker (but not of one that
 //!   goes on from the newest epoch, after a restore), and the one after a failure that lost track.
 //! - A new generation also begins when the log has grown beyond four times what is live in it and
-//!   beyond [`SMALL_LOG`].
+//!   beyond [`SMALL_LOG`], or a quarter of what it could have where that is less; and, while there
+//!   is room for it, before there is none: the old one takes space until the new one is complete.
 
 /// Longest wait after repeated failures, nanoseconds.
 pub const LONGEST_WAIT: u64 = 30_000_000_000;
@@ -70,10 +71,34 @@ impl Plan {
         self.failures
     }
 
-    /// How the next epoch is to be written, given the length of the log and, asked for only where
-    /// it matters, how much of it the newest epoch needs (both in bytes).
-    pub fn begin(&self, log_bytes: u64, live_bytes: impl FnOnce() -> u64) -> Begin {
-        let grown = || log_bytes > SMALL_LOG && log_bytes > live_bytes().saturating_mul(4);
+    /// Whether the next epoch must copy everything.
+    #[must_use]
+    pub fn is_full(&self) -> bool {
+        self.full
+    }
+
+    /// How the next epoch is to be written, given the length of the log, how much is free where it is
+    /// (`None` where nobody tells) and, asked for only where it matters, how much of the log the
+    /// newest epoch needs (all in bytes).
+    pub fn begin(
+        &self,
+        log_bytes: u64,
+        free: Option<u64>,
+        live_bytes: impl FnOnce() -> u64,
+    ) -> Begin {
+        let free = free.unwrap_or(u64::MAX);
+        let small = SMALL_LOG.min(log_bytes.saturating_add(free) / 4);
+        let grown = || {
+            if log_bytes <= small && free > log_bytes.saturating_mul(2) {
+                return false;
+            }
+            let live = live_bytes();
+            let long = log_bytes > small && log_bytes > live.saturating_mul(4);
+            // A new one needs as much as is live, and is of use where a quarter comes free.
+            let fits = free > live.saturating_add(live / 8);
+            let tight = free < live.saturating_mul(2) && log_bytes > live.saturating_add(live / 4);
+            fits && (long || tight)
+        };
         if self.full || grown() {
             Begin::Base
         } else {
@@ -182,25 +207,51 @@ mod tests {
     #[test]
     fn full_epochs_begin_a_generation_and_so_does_a_log_grown_too_long() {
         let mut plan = Plan::new(MS, 0);
-        assert_eq!(plan.begin(0, || 0), Begin::Base, "the first of a tracker");
+        assert_eq!(
+            plan.begin(0, None, || 0),
+            Begin::Base,
+            "the first of a tracker"
+        );
         let mut restored = plan.clone();
         restored.goes_on();
-        assert_eq!(restored.begin(0, || 0), Begin::Next);
+        assert_eq!(restored.begin(0, None, || 0), Begin::Next);
         restored.failed(1, true);
-        assert_eq!(restored.begin(0, || 0), Begin::Base);
+        assert_eq!(restored.begin(0, None, || 0), Begin::Base);
         plan.committed(0, 1);
-        assert_eq!(plan.begin(SMALL_LOG, || 0), Begin::Next);
-        assert_eq!(plan.begin(SMALL_LOG + 1, || 0), Begin::Base);
-        assert_eq!(plan.begin(SMALL_LOG + 1, || SMALL_LOG), Begin::Next);
-        assert_eq!(plan.begin(4 * SMALL_LOG + 1, || SMALL_LOG), Begin::Base);
-        assert_eq!(plan.begin(u64::MAX, || u64::MAX), Begin::Next);
+        assert_eq!(plan.begin(SMALL_LOG, None, || 0), Begin::Next);
+        assert_eq!(plan.begin(SMALL_LOG + 1, None, || 0), Begin::Base);
+        assert_eq!(plan.begin(SMALL_LOG + 1, None, || SMALL_LOG), Begin::Next);
+        assert_eq!(
+            plan.begin(4 * SMALL_LOG + 1, None, || SMALL_LOG),
+            Begin::Base
+        );
+        assert_eq!(plan.begin(u64::MAX, None, || u64::MAX), Begin::Next);
         plan.failed(2, false);
         assert_eq!(
-            plan.begin(0, || 0),
+            plan.begin(0, None, || 0),
             Begin::Next,
             "nothing was taken, nothing is lost"
         );
         plan.failed(3, true);
-        assert_eq!(plan.begin(0, || 0), Begin::Base);
+        assert_eq!(plan.begin(0, None, || 0), Begin::Base);
+    }
+
+    #[test]
+    fn a_small_medium_gets_its_new_generation_while_there_is_room_for_it() {
+        const MIB: u64 = 1 << 20;
+        let mut plan = Plan::new(MS, 0);
+        plan.committed(0, 1);
+        let begin =
+            |log: u64, free: u64, live: u64| plan.begin(log * MIB, Some(free * MIB), || live * MIB);
+        assert_eq!(begin(100, 10_000, 10), Begin::Next, "there is plenty");
+        assert_eq!(
+            begin(100, 200, 10),
+            Begin::Base,
+            "a quarter of all is taken"
+        );
+        assert_eq!(begin(70, 230, 30), Begin::Next);
+        assert_eq!(begin(200, 100, 80), Begin::Base, "soon it would not fit");
+        assert_eq!(begin(200, 85, 80), Begin::Next, "it does not fit any more");
+        assert_eq!(begin(85, 100, 80), Begin::Next, "it would bring nothing");
     }
 }

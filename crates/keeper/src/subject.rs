@@ -16,6 +16,7 @@
 //! - `subject.json` is read with a bound on its size and every field checked by its type; what
 //!   does not parse is an error that names the file.
 
+use crate::budget::keeping::HoldUp;
 use crate::{KeeperError, procfs};
 use outlive_process::{Granularity, Strategy};
 use rustix::fs::{FlockOperation, Mode, OFlags};
@@ -52,6 +53,12 @@ pub struct Card {
     /// How memory is captured.
     #[serde(default)]
     pub capture: Capture,
+    /// The hold-up budget.
+    #[serde(default)]
+    pub hold_up: Option<HoldUp>,
+    /// Most bytes that are to be written a day.
+    #[serde(default)]
+    pub max_wear: Option<u64>,
     /// The process.
     pub pid: u32,
     /// Its start time in clock ticks since boot, which tells it from a later process of the same
@@ -440,6 +447,8 @@ mod tests {
             command: vec!["sleep".into(), "1".into()],
             every_ns: 100_000_000,
             capture: Capture::default(),
+            hold_up: None,
+            max_wear: Some(5),
             pid: std::process::id(),
             started: procfs::start_time(std::process::id()).unwrap(),
             boot: procfs::boot_id(),

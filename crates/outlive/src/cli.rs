@@ -5,6 +5,7 @@
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use outlive_keeper::KeeperError;
+use outlive_keeper::budget::keeping::HoldUp;
 use outlive_keeper::subject::Capture;
 use outlive_process::Granularity;
 use std::ffi::OsString;
@@ -92,10 +93,30 @@ pub enum Command {
 /// Power events.
 #[derive(Debug, Subcommand)]
 pub enum PowerCommand {
-    /// Act as if the power failed now: final epoch, end of the program, times
+    /// Act as if the power failed now: an epoch at once, then the end of the program; times
     Simulate {
         /// The subject
         name: String,
+        /// The mains are back after this time: the program stands still until then, and goes on. A
+        /// time beyond the hold-up budget comes too late
+        #[arg(long, value_name = "TIME", value_parser = parse_duration)]
+        mains_back_after: Option<Duration>,
+    },
+    /// Say that the mains are back: a program that stands still because of a power event goes on
+    Back {
+        /// The subject
+        name: String,
+    },
+    /// Show how long a power event takes, by what was measured, and how much may be unsaved then
+    ///
+    /// With a NAME that is kept, by its own epochs; else the medium of the store is measured, which
+    /// takes a second.
+    Budget {
+        /// The subject
+        name: Option<String>,
+        /// A hold-up budget to judge; one that cannot be kept is refused with the least that can
+        #[arg(long, value_name = "TIME", value_parser = parse_duration)]
+        hold_up: Option<Duration>,
     },
 }
 
@@ -125,9 +146,12 @@ pub struct RunArgs {
 /// `outlive attach`
 #[derive(Debug, Args)]
 pub struct AttachArgs {
+    /// A subject that still runs although its keeper died: it is kept again, as it was
+    #[arg(required_unless_present = "pid", conflicts_with_all = ["pid", "name"])]
+    pub subject: Option<String>,
     /// The process
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
-    pub pid: u32,
+    pub pid: Option<u32>,
     /// Name of the subject; made from the program's name where it is not given
     #[arg(long, value_name = "N")]
     pub name: Option<String>,
@@ -152,12 +176,35 @@ pub struct Pace {
     /// fewer and longer ranges, and more bytes
     #[arg(long, default_value = "1", value_parser = parse_granularity, value_name = "PAGES")]
     pub granularity: Granularity,
-    /// Hold-up budget (not offered yet)
-    #[arg(long, value_name = "TIME", hide = true)]
-    pub hold_up: Option<String>,
+    /// What the program can count on
+    #[command(flatten)]
+    pub promise: Promise,
+}
+
+/// Limits that the keeper holds.
+#[derive(Clone, Debug, Default, Args)]
+pub struct Promise {
+    /// Hold-up budget: what is not on the medium is kept so small that all of it is durable within
+    /// this time after the mains failed. Refused where the medium cannot do that
+    #[arg(long, value_name = "TIME", value_parser = parse_duration)]
+    pub hold_up: Option<Duration>,
     /// Keep the budget strictly (not offered yet)
-    #[arg(long, hide = true)]
+    #[arg(long, hide = true, requires = "hold_up")]
     pub strict: bool,
+    /// Most bytes written to the medium a day, such as 200GB; epochs are then further apart. A
+    /// hold-up budget comes first
+    #[arg(long, value_name = "BYTES", value_parser = parse_bytes)]
+    pub max_wear: Option<u64>,
+}
+
+impl Promise {
+    /// The budget as the keeper has it.
+    pub fn hold_up(&self) -> Option<HoldUp> {
+        self.hold_up.map(|budget| HoldUp {
+            budget_ns: u64::try_from(budget.as_nanos()).unwrap_or(u64::MAX),
+            strict: self.strict,
+        })
+    }
 }
 
 /// How memory is captured.
@@ -234,6 +281,9 @@ pub struct RestoreArgs {
     /// Connections to outside peers: they are reset (keeping them is not offered yet)
     #[arg(long, default_value = "reset", value_name = "HOW", hide = true)]
     pub tcp: Tcp,
+    /// What the program can count on from now on, instead of what it was kept with before
+    #[command(flatten)]
+    pub promise: Promise,
     /// Set by `--detach` for the process in the background.
     #[arg(long, hide = true)]
     pub background: bool,
@@ -303,14 +353,17 @@ impl Pace {
 
     fn missing(&self) -> Option<&'static str> {
         let strategy = (self.strategy == Strategy::Cow).then_some("--strategy cow");
-        let hold_up = self.hold_up.as_ref().map(|_| "--hold-up");
-        hold_up.or(self.strict.then_some("--strict")).or(strategy)
+        self.promise.strict.then_some("--strict").or(strategy)
     }
 }
 
 impl RestoreArgs {
     fn missing(&self) -> Option<&'static str> {
-        let flags = [(self.lazy, "--lazy"), (self.tcp == Tcp::Keep, "--tcp keep")];
+        let flags = [
+            (self.promise.strict, "--strict"),
+            (self.lazy, "--lazy"),
+            (self.tcp == Tcp::Keep, "--tcp keep"),
+        ];
         flags.iter().find_map(|(used, flag)| used.then_some(*flag))
     }
 }
@@ -348,6 +401,29 @@ fn parse_granularity(text: &str) -> Result<Granularity, String> {
             Granularity::LARGEST
         )
     })
+}
+
+/// Bytes, with or without a unit: `5`, `200GB`, `1.5TB/day`.
+fn parse_bytes(text: &str) -> Result<u64, String> {
+    let wrong = || format!("{text:?} is no number of bytes; write it as 200GB or 1.5TB");
+    let plain = text.strip_suffix("/day").unwrap_or(text);
+    let at = plain.find(|c: char| !c.is_ascii_digit() && c != '.');
+    let (number, unit) = plain.split_at(at.unwrap_or(plain.len()));
+    let number: f64 = number.parse().map_err(|_| wrong())?;
+    let unit = match unit.trim() {
+        "" | "B" => 1.0,
+        "KB" | "kB" => 1e3,
+        "MB" => 1e6,
+        "GB" => 1e9,
+        "TB" => 1e12,
+        "PB" => 1e15,
+        _ => return Err(wrong()),
+    };
+    let bytes = number * unit;
+    if (1.0..9e18).contains(&bytes) {
+        return Ok(bytes as u64);
+    }
+    Err(wrong())
 }
 
 fn parse_interval(text: &str) -> Result<Duration, String> {
@@ -396,8 +472,8 @@ mod tests {
     #[test]
     fn what_is_not_offered_yet_is_a_usage_error() {
         for line in [
-            "run --hold-up 10ms -- a",
-            "run --strict -- a",
+            "run --hold-up 10ms --strict -- a",
+            "restore a --hold-up 10ms --strict",
             "run --strategy cow -- a",
             "restore a --lazy",
             "restore a --tcp keep",
@@ -439,8 +515,23 @@ mod tests {
             "run --granularity 3 -- a",
             "run --granularity 2048 -- a",
             "power",
+            "run --strict -- a",
+            "run --hold-up 10 -- a",
+            "run --max-wear 5TB/week -- a",
+            "attach a --pid 5",
+            "attach a --name b",
         ] {
             assert_eq!(parse(line).unwrap_err().exit_code(), 2, "{line}");
+        }
+    }
+
+    #[test]
+    fn bytes_may_carry_a_unit() {
+        assert_eq!(parse_bytes("5"), Ok(5));
+        assert_eq!(parse_bytes("200GB"), Ok(200_000_000_000));
+        assert_eq!(parse_bytes("1.5 TB/day"), Ok(1_500_000_000_000));
+        for bad in ["", "GB", "0", "-1GB", "5XB", "1e30TB", "5GB/week"] {
+            assert!(parse_bytes(bad).is_err(), "{bad}");
         }
     }
 

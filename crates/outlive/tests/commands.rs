@@ -203,18 +203,16 @@ fn a_program_without_a_keeper_is_neither_stopped_nor_forgotten() {
     ];
     let mut kept = Kept::start(dir.path(), &words);
     assert_eq!(kept.line(), "ready");
-    let (_, stdout, _) = call(dir.path(), &["ps", "--json"]);
-    let list: Value = serde_json::from_str(&stdout).unwrap();
-    let pid = list[0]["pid"].as_i64().unwrap();
     kept.signal(rustix::process::Signal::KILL);
     kept.keeper.wait().unwrap();
+    let (_, stdout, _) = call(dir.path(), &["ps", "--json"]);
+    let list: Value = serde_json::from_str(&stdout).unwrap();
+    assert_eq!(list[0]["state"], "not kept");
+    assert!(list[0]["untracked_since"].is_string(), "{stdout}");
     for words in [["stop", "a"], ["forget", "a"], ["restore", "a"]] {
         let (code, _, stderr) = call(dir.path(), &words);
         assert_eq!(code, 3, "{words:?}: {stderr}");
-        assert!(
-            stderr.contains(&format!("attach --pid {pid}")),
-            "{words:?}: {stderr}"
-        );
+        assert!(stderr.contains("`outlive attach a`"), "{words:?}: {stderr}");
     }
     let group = rustix::process::Pid::from_child(&kept.keeper);
     rustix::process::kill_process_group(group, rustix::process::Signal::KILL).unwrap();

@@ -9,10 +9,13 @@ use crate::resources::shared::SharedState;
 use crate::resources::system_v::SystemVState;
 use crate::resources::{descriptors, memory};
 use crate::target::Target;
-use outlive_epoch::{EpochFacts, EpochWriter, Run};
+use outlive_epoch::{EpochFacts, EpochWriter, PAGE_SIZE, Run};
+use outlive_linux::Errno;
+use outlive_linux::cachestat;
 use outlive_linux::clock::{TimeOffsets, host_clocks, realtime_ns};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 /// Buffers of earlier stops by process, to be used again: fresh memory is faulted in at the stop.
 pub(crate) type Spare = Arc<Mutex<BTreeMap<u32, Vec<u8>>>>;
@@ -68,6 +71,17 @@ impl Clocks {
     }
 }
 
+/// What the time of a stop went to.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct StopTimes {
+    /// Until all threads stood still.
+    pub freeze: Duration,
+    /// Looking for written pages, and reading all other state.
+    pub scan: Duration,
+    /// Copying pages.
+    pub copy: Duration,
+}
+
 /// What the stop took: state trees and the pages that had not been copied before.
 pub struct Captured {
     /// Number of processes.
@@ -76,6 +90,8 @@ pub struct Captured {
     pub threads: u32,
     /// Time of the stop; `stop_us` is for the caller to fill in after the resume.
     pub facts: EpochFacts,
+    /// What the time until now went to.
+    pub times: StopTimes,
     pub(crate) subject: SubjectState,
     pub(crate) machine: Arc<MachineState>,
     pub(crate) states: Vec<MemberState>,
@@ -119,6 +135,13 @@ impl Captured {
         self.files.sync(self.subject.root_process)
     }
 
+    /// Bytes that the program had written to its files and that [`Captured::sync_files`] has still to
+    /// bring to the medium; `None` where the kernel does not tell (before Linux 6.5).
+    #[must_use]
+    pub fn unsynced_bytes(&self) -> Option<u64> {
+        self.files.unsynced_bytes()
+    }
+
     /// Number of pages that were taken at the stop itself.
     #[must_use]
     pub fn residue_pages(&self) -> u64 {
@@ -153,6 +176,28 @@ impl FilesToSync {
             .map(|f| f.path)
             .collect();
         Self { open, mapped }
+    }
+
+    fn unsynced_bytes(&self) -> Option<u64> {
+        use std::os::unix::ffi::OsStrExt;
+        let mut pages = 0u64;
+        let mut add = |told: Result<u64, Errno>| match told {
+            Err(Errno::NOSYS) => None,
+            // What has no page cache, or may not be asked, is told by how long its flush takes.
+            told => {
+                pages = pages.saturating_add(told.unwrap_or(0));
+                Some(())
+            }
+        };
+        for (_, file) in self.open.files.values() {
+            add(cachestat::unsynced_pages(file))?;
+        }
+        for path in &self.mapped {
+            if let Ok(file) = std::fs::File::open(std::ffi::OsStr::from_bytes(path)) {
+                add(cachestat::unsynced_pages(&file))?;
+            }
+        }
+        Some(pages.saturating_mul(PAGE_SIZE as u64))
     }
 
     fn sync(&self, pid: u32) -> Result<(), ProcessError> {

@@ -36,7 +36,7 @@ pub mod track;
 mod vdso;
 mod waits;
 
-pub use captured::Captured;
+pub use captured::{Captured, StopTimes};
 pub use error::{ProcessError, Refusal};
 pub use outlive_linux::ptrace::release_stragglers;
 pub use restore::{FilesPolicy, Ready, RestoreOptions, Restored, restore};

@@ -33,6 +33,7 @@ use outlive_linux::userfault::WriteTracker;
 use std::collections::{BTreeSet, HashSet};
 use std::fs::File;
 use std::os::unix::fs::FileExt;
+use std::time::{Duration, Instant};
 
 /// Largest piece that is read and handed on at once, bytes.
 const PIECE: usize = 4 << 20;
@@ -583,6 +584,7 @@ impl PageTracker {
         changes: Changes,
         mut buffer: Vec<u8>,
     ) -> Result<Residue, ProcessError> {
+        let began = Instant::now();
         let total = changes.bytes() as usize;
         // Never shorter: what was written to once need not be faulted in at the next stop.
         if buffer.len() < total {
@@ -619,6 +621,7 @@ impl PageTracker {
             runs,
             absent: absent?,
             buffer,
+            took: began.elapsed(),
         })
     }
 }
@@ -678,6 +681,8 @@ pub struct Residue {
     pub absent: Vec<Run>,
     /// The contents, and perhaps rubbish behind them.
     pub buffer: Vec<u8>,
+    /// How long their copying took.
+    pub took: Duration,
 }
 
 impl Residue {

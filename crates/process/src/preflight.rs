@@ -15,17 +15,17 @@ const SPAWN_PATIENCE: Duration = Duration::from_millis(500);
 /// … looking again after so long.
 const SPAWN_POLL: Duration = Duration::from_micros(200);
 
-/// Waits a while for processes that are about to begin a program of their own: their parents
+/// Waits a while (at most `patience`) for processes that are about to begin a program of their own: their parents
 /// could not be stopped, while everything else stands still already. One that does not come to it
 /// is refused.
-pub fn let_spawn(root: u32, adopters: &[u32]) -> Result<(), ProcessError> {
+pub fn let_spawn(root: u32, adopters: &[u32], patience: Duration) -> Result<(), ProcessError> {
     let spawning = || {
         let all = family::list(root, adopters).into_iter();
         all.filter(family::is_spawning)
             .map(|kin| kin.pid)
             .collect::<BTreeSet<u32>>()
     };
-    let deadline = Instant::now() + SPAWN_PATIENCE;
+    let deadline = Instant::now() + SPAWN_PATIENCE.min(patience);
     let first = spawning();
     let mut now = first.clone();
     while !now.is_empty() && Instant::now() < deadline {
@@ -49,8 +49,8 @@ pub fn let_spawn(root: u32, adopters: &[u32]) -> Result<(), ProcessError> {
 }
 
 /// Refuses what of a program could not be restored, before anything of it is touched.
-pub fn of_program(root: u32, adopters: &[u32]) -> Result<(), ProcessError> {
-    let_spawn(root, adopters)?;
+pub fn of_program(root: u32, adopters: &[u32], patience: Duration) -> Result<(), ProcessError> {
+    let_spawn(root, adopters, patience)?;
     let mut refusals: Vec<Refusal> = Vec::new();
     let mut targets = vec![Target::open(root)?];
     for kin in family::list(root, adopters)

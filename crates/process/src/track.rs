@@ -6,7 +6,7 @@
 //! - A process that is found for the first time at the stop is adopted there.
 //! - Whatever fails, all of them go on as before.
 
-use crate::captured::{Captured, Clocks, FilesToSync, Spare};
+use crate::captured::{Captured, Clocks, FilesToSync, Spare, StopTimes};
 use crate::family::{self, Kin};
 use crate::freeze::{Held, freeze};
 use crate::image::ZombieState;
@@ -71,6 +71,9 @@ const NAMING_TRIES: u32 = 5;
 /// … and how long the program runs in between.
 const A_MOMENT: Duration = Duration::from_millis(2);
 
+/// How long a program that was killed may take to be gone, at least.
+const GONE_WITHIN: Duration = Duration::from_secs(5);
+
 /// A running program under tracking. Between epochs nothing is attached to it.
 pub struct Tracked {
     root: u32,
@@ -106,7 +109,7 @@ impl Tracked {
     /// that could not be restored.
     pub fn attach(pid: u32, options: TrackOptions) -> Result<Self, ProcessError> {
         let mut tracked = Self::of(pid, options)?;
-        preflight::of_program(pid, &tracked.adopters)?;
+        preflight::of_program(pid, &tracked.adopters, tracked.options.stop_timeout)?;
         tracked.adopt_all()?;
         Ok(tracked)
     }
@@ -252,7 +255,7 @@ impl Tracked {
         if self.tracking != Tracking::WriteProtect {
             return Ok(());
         }
-        preflight::let_spawn(self.root, &self.adopters)?;
+        preflight::let_spawn(self.root, &self.adopters, self.options.stop_timeout)?;
         self.adopt_all()?;
         for run in self.retired.drain(..) {
             sink.absent(run)?;
@@ -295,10 +298,21 @@ impl Tracked {
         Ok(())
     }
 
+    /// From now on a thread may take so long to stop before an epoch is given up.
+    pub fn set_stop_timeout(&mut self, timeout: Duration) {
+        self.options.stop_timeout = timeout;
+    }
+
+    /// How long a thread may take to stop.
+    #[must_use]
+    pub fn stop_timeout(&self) -> Duration {
+        self.options.stop_timeout
+    }
+
     /// Freezes the program and takes everything that is left into memory. On failure the program
     /// runs on as before.
     pub fn stop(&mut self) -> Result<(Stopped<'_>, Captured), ProcessError> {
-        preflight::let_spawn(self.root, &self.adopters)?;
+        preflight::let_spawn(self.root, &self.adopters, self.options.stop_timeout)?;
         let urgent = Urgent::begin();
         let mut tries = 0;
         let (began, mut frozen, zombies) = loop {
@@ -320,8 +334,12 @@ impl Tracked {
             tries += 1;
             std::thread::sleep(A_MOMENT);
         };
+        let freeze = began.elapsed();
         match self.capture(&mut frozen, zombies) {
-            Ok(captured) => {
+            Ok(mut captured) => {
+                captured.times.freeze = freeze;
+                let rest = began.elapsed().saturating_sub(freeze);
+                captured.times.scan = rest.saturating_sub(captured.times.copy);
                 let stopped = Stopped {
                     tracked: self,
                     frozen,
@@ -519,6 +537,10 @@ impl Tracked {
         Ok(Captured {
             processes: states.len() as u32,
             threads,
+            times: StopTimes {
+                copy: states.iter().map(|s| s.residue.took).sum(),
+                ..StopTimes::default()
+            },
             facts: EpochFacts {
                 taken_at_ns: clocks.realtime_ns,
                 stop_us: 0,
@@ -710,7 +732,7 @@ impl Stopped<'_> {
                 Err(e) => return Err(crate::target::gone_or(pid, "ending it", e.into())),
             }
         }
-        let deadline = Instant::now() + self.tracked.options.stop_timeout;
+        let deadline = Instant::now() + self.tracked.options.stop_timeout.max(GONE_WITHIN);
         // Children before their parents, and the leading thread after all others.
         for process in frozen.into_iter().rev() {
             for halted in process

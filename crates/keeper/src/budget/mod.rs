@@ -4,6 +4,8 @@
 //! - [`model`]: how long an event takes, from what was measured (pure).
 //! - [`pacing`]: when the next epoch must be taken, and whether the program is held meanwhile; what
 //!   is counted as a violation (pure).
+//! - [`keeping`]: what a keeper knows of its budget (pure).
+//! - [`calibration`]: measuring the medium, and where the figures are kept.
 //! - [`strict`]: the bound that is handed to synchronous write protection (pure).
 //! - [`wear`]: bytes written a day, and their cap (pure).
 //!
@@ -11,6 +13,8 @@
 //! program goes on as it did, and each time that it did not is counted. *Strict*: writes are
 //! protected before they happen, so that what is not durable is known and bounded at any instant.
 
+pub mod calibration;
+pub mod keeping;
 pub mod model;
 pub mod pacing;
 #[cfg(test)]

@@ -110,7 +110,7 @@ pub struct Sample {
     pub bytes: u64,
     /// Bytes of trees and tables among them.
     pub tables: u64,
-    /// A flush with next to nothing before it.
+    /// A flush with next to nothing before it; 0 where it was not measured alone.
     pub flush: u64,
 }
 
@@ -233,7 +233,9 @@ impl Model {
         self.freeze.add(sample.freeze);
         self.scan.add(sample.scan);
         self.files.add(sample.files);
-        self.flush.add(sample.flush);
+        if sample.flush > 0 {
+            self.flush.add(sample.flush);
+        }
         self.tables.add(sample.tables);
         if sample.bytes >= LEAST_TRANSFER {
             let ns = u128::from(sample.transfer) * u128::from(MIB) / u128::from(sample.bytes);

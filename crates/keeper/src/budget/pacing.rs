@@ -21,6 +21,8 @@
 //!   of these instants allows.
 //! - Where one epoch after the other cannot keep up with the program, it is *held* until its epoch
 //!   is durable (back-pressure), and then runs for as long as its writing allows: a duty cycle.
+//! - Where not even nothing can be saved within the budget, neither haste nor holding would help:
+//!   epochs come as they would without one, and each interval is a violation.
 //! - What is expected is the highest rate among the last [`RATES`] epochs. A program that begins to
 //!   write faster is found out at the next look: that is a *violation*, and each is counted.
 //! - A violation is never taken back: an interval in which the budget may not have been kept at
@@ -56,6 +58,8 @@ pub enum Step {
 /// An epoch that was taken, as far as the budget is concerned.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Taken {
+    /// When it was begun, with copying while the program ran.
+    pub begun: u64,
     /// When the program stood still.
     pub stopped: u64,
     /// When it was durable.
@@ -64,6 +68,8 @@ pub struct Taken {
     pub resumed: u64,
     /// Bytes of it, and of the program's own files that were not durable yet.
     pub bytes: u64,
+    /// Everything was copied, whether it had been written or not.
+    pub base: bool,
 }
 
 /// Figures for the user.
@@ -165,6 +171,12 @@ impl Pacing {
                 Step::Wait(due)
             };
         };
+        if figures.floor() > self.budget {
+            return match due {
+                0 => Step::Epoch,
+                due => Step::Wait(due),
+            };
+        }
         let epoch = if self.holding {
             Step::Held
         } else {
@@ -191,10 +203,12 @@ impl Pacing {
         let ran_from = last.stopped.max(last.held_until());
         let ran = taken.stopped.saturating_sub(ran_from).max(1);
         let rate = per_second(taken.bytes, ran);
-        if self.rates.len() == RATES {
-            self.rates.pop_front();
+        if !taken.base {
+            if self.rates.len() == RATES {
+                self.rates.pop_front();
+            }
+            self.rates.push_back(rate);
         }
-        self.rates.push_back(rate);
         self.judge(&last, &taken, ran_from, rate, figures);
         if taken.was_held() {
             self.counts.held += taken.resumed.saturating_sub(taken.stopped);
@@ -212,8 +226,13 @@ impl Pacing {
     /// end, and the end of the first epoch's way to the medium.
     fn judge(&mut self, last: &Taken, taken: &Taken, ran_from: u64, rate: u64, figures: &Figures) {
         let on_the_way = last.durable.saturating_sub(last.resumed);
-        let at_the_end = figures.cost(taken.bytes);
-        let took = taken.durable.saturating_sub(taken.stopped);
+        // What an event had to wait for that came when the epoch was begun.
+        let took = taken.durable.saturating_sub(taken.begun);
+        let at_the_end = if taken.base {
+            took
+        } else {
+            figures.cost(taken.bytes)
+        };
         let mut violated = 0;
         if at_the_end.max(took) > self.budget {
             // The dirty set grew evenly, as far as anybody knows.

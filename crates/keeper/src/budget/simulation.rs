@@ -237,6 +237,8 @@ impl Simulation {
         let figures = self.model.figures();
         let before = self.pacing.counts().violations;
         let taken = Taken {
+            begun: way.stopped,
+            base: false,
             stopped: way.stopped,
             durable: way.durable,
             resumed: way.resumed,

@@ -5,7 +5,7 @@ use crate::out;
 use crate::progress::{self, Counted};
 use outlive_epoch::{Acked, EpochFacts};
 use outlive_keeper::control::{Reply, Request, ask};
-use outlive_keeper::epoch::{EpochLog, Program, Taken, micros, take, take_and_end};
+use outlive_keeper::epoch::{EpochLog, Manner, Nobody, Program, Steps, Taken, micros, take};
 use outlive_keeper::images::{self, Image, Log, Summary};
 use outlive_keeper::procfs::Pids;
 use outlive_keeper::subject::{Root, Subject};
@@ -58,12 +58,12 @@ fn through_keeper(
     patience: Option<Duration>,
 ) -> Result<Option<(Pids, Taken)>, KeeperError> {
     match ask(subject.dir(), request, patience)? {
-        Some(Reply::Taken { epoch, pids }) => Ok(Some((pids, epoch))),
+        Some(Reply::Taken { epoch, pids, .. }) => Ok(Some((pids, epoch))),
         Some(Reply::Failed { error, exit }) => Err(KeeperError::Told {
             message: error,
             exit,
         }),
-        Some(Reply::Status(_)) => Err(KeeperError::Other(format!(
+        Some(Reply::Status(_) | Reply::Heard) => Err(KeeperError::Other(format!(
             "the keeper of {} answered rubbish",
             subject.name()
         ))),
@@ -119,6 +119,7 @@ fn copy(
         durable_us: micros(began.elapsed()),
         pages: acked.pages,
         bytes_written: acked.bytes_written,
+        steps: Steps::default(),
     };
     Ok((pids, taken))
 }
@@ -167,12 +168,13 @@ fn to_image(args: &CheckpointArgs, pid: u32, image: &Path) -> Result<Taken, Keep
     let existed = image.exists();
     let done = Log::create(image).and_then(|mut log| {
         let writer = Box::new(Counted::new(log.begin()?, resident(pid)));
-        let taken = if args.leave_running {
-            take(&mut program, writer)
+        let manner = if args.leave_running {
+            Manner::Running
         } else {
-            take_and_end(&mut program, writer)
+            Manner::Ending
         };
-        Ok(taken?)
+        let (taken, _) = take(&mut program, writer, manner, &mut Nobody)?;
+        Ok(taken)
     });
     match done {
         Ok(taken) => {

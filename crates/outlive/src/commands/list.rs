@@ -49,7 +49,10 @@ pub fn ps(root: &Root, json: bool) -> Result<u8, KeeperError> {
 fn look(subject: &Subject) -> Entry {
     let card = subject.card();
     let (live, state) = match ask(subject.dir(), Request::Status, Some(PATIENCE)) {
-        Ok(Some(Reply::Status(status))) => (Some(status), "running".into()),
+        Ok(Some(Reply::Status(status))) => {
+            let state = if status.frozen { "frozen" } else { "running" };
+            (Some(*status), state.into())
+        }
         Ok(None) => (
             None,
             match &card {
@@ -95,6 +98,64 @@ impl Entry {
         live.or(self.epochs.last().map(|last| last.time_ns))
     }
 
+    /// Since when nobody keeps it although it runs: since its newest epoch, or else its beginning.
+    fn untracked_since(&self) -> Option<u64> {
+        let card = self.card.as_ref().filter(|_| self.state == "not kept");
+        card.map(|card| self.last_time().unwrap_or(card.since_ns))
+    }
+
+    fn budget(&self) -> Option<Value> {
+        let live = self.live.as_ref();
+        let Some(live) = live else {
+            let hold_up = self.card.as_ref()?.hold_up?;
+            return Some(json!({
+                "budget_us": hold_up.budget_ns / 1000,
+                "strict": hold_up.strict,
+            }));
+        };
+        let budget = live.budget.as_ref()?;
+        Some(json!({
+            "budget_us": budget.hold_up.budget_ns / 1000,
+            "strict": budget.hold_up.strict,
+            "floor_us": live.model.floor().div_ceil(1000),
+            "expected_us": budget.expected_ns.div_ceil(1000),
+            "expected_bytes": budget.expected_bytes,
+            "allowed_bytes": budget.allowed_bytes,
+            "violations": budget.violations,
+            "violated_us": budget.violated_ns / 1000,
+            "holding": budget.holding,
+            "throttled_us": budget.held_ns / 1000,
+            "model": live.model,
+        }))
+    }
+
+    /// Budget, expected time and violations, in a word.
+    fn promise(&self) -> Option<String> {
+        let live = self.live.as_ref()?;
+        let budget = live.budget.as_ref()?;
+        let time = |ns: u64| out::time_us(ns.div_ceil(1000));
+        let mut text = format!(
+            "{} of {}",
+            time(budget.expected_ns),
+            time(budget.hold_up.budget_ns)
+        );
+        if budget.violations > 0 {
+            let often = out::count(budget.violations);
+            text += &format!(", {often} over ({})", time(budget.violated_ns));
+        }
+        if budget.held_ns > 0 {
+            text += &format!(", held {}", time(budget.held_ns));
+        }
+        Some(text)
+    }
+
+    fn state(&self) -> String {
+        match self.untracked_since() {
+            Some(since) => format!("{} since {}", self.state, out::short_moment(since)),
+            None => self.state.clone(),
+        }
+    }
+
     fn json(&self) -> Value {
         let live = self.live.as_ref();
         json!({
@@ -118,6 +179,12 @@ impl Entry {
             "tracking": live.map(|l| l.tracking.clone()),
             "log_bytes": live.map(|l| l.log_bytes),
             "live_bytes": live.map(|l| l.live_bytes),
+            "untracked_since": self.untracked_since().map(out::moment),
+            "hold_up": self.budget(),
+            "bytes_written": live.map(|l| l.bytes_written),
+            "bytes_per_day": live.and_then(|l| l.bytes_per_day),
+            "max_wear": self.card.as_ref().and_then(|card| card.max_wear),
+            "power_events": live.map(|l| l.events),
             "command": self.card.as_ref().map(|card| card.command.clone()),
         })
     }
@@ -136,6 +203,7 @@ fn table(entries: &[Entry]) -> String {
         ("MEDIAN", Right),
         ("P99", Right),
         ("FAILED", Right),
+        ("HOLD-UP", Left),
         ("COMMAND", Left),
     ];
     let dash = || "-".to_owned();
@@ -150,7 +218,7 @@ fn table(entries: &[Entry]) -> String {
                 .map(|card| out::tame(&card.command.join(" ")));
             vec![
                 entry.name.clone(),
-                out::tame(&entry.state),
+                out::tame(&entry.state()),
                 entry.pids().map_or_else(dash, |pids| pids.to_string()),
                 entry.newest().map_or_else(dash, |n| n.to_string()),
                 entry.last_time().map_or_else(dash, out::short_moment),
@@ -159,6 +227,7 @@ fn table(entries: &[Entry]) -> String {
                 stop(live.and_then(|l| l.median_stop_us)),
                 stop(live.and_then(|l| l.p99_stop_us)),
                 live.map_or_else(dash, |l| l.failures.to_string()),
+                entry.promise().unwrap_or_else(dash),
                 command.unwrap_or_else(dash),
             ]
         })

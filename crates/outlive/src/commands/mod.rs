@@ -9,6 +9,8 @@ mod end;
 mod image;
 mod inspect;
 mod list;
+mod medium;
+mod power;
 mod restore;
 mod run;
 
@@ -30,7 +32,14 @@ pub fn run(cli: &Cli) -> Result<u8, KeeperError> {
         Command::History { name } => list::history(&root, name, json),
         Command::Stop { name } => end::stop(&root, name, json),
         Command::Forget { name } => end::forget(&root, name, json),
-        Command::Power(PowerCommand::Simulate { name }) => end::simulate(&root, name, json),
+        Command::Power(PowerCommand::Simulate {
+            name,
+            mains_back_after,
+        }) => end::simulate(&root, name, *mains_back_after, json),
+        Command::Power(PowerCommand::Back { name }) => power::back(&root, name, json),
+        Command::Power(PowerCommand::Budget { name, hold_up }) => {
+            power::budget(&root, name.as_deref(), *hold_up, json)
+        }
         Command::Inspect(args) => inspect::inspect(&root, args, json),
         Command::Verify { what } => image::verify(&root, what, json),
         Command::Demo => demo::demo(json),

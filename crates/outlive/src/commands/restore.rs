@@ -7,6 +7,7 @@
 //! standard input. The process in the background restores, reports over the socket, and stays as
 //! the keeper (or ends, for an image); this one passes the report on.
 
+use super::medium;
 use super::run::{adopt_strays, claim, finish, introduce, queue};
 use crate::cli::{Files, RestoreArgs};
 use crate::out;
@@ -123,9 +124,19 @@ fn subject(
     let subject = root.existing(name)?;
     Own::check(subject.dir())?;
     let lock = claim(&subject)?;
-    let known = subject.card()?;
+    let mut known = subject.card()?;
     let (strategy, granularity) = known.capture.read()?;
     must_not_run(&subject, &known)?;
+    let asked = args.promise.hold_up();
+    let model = match asked {
+        Some(_) => medium::model(root, asked, 0)?,
+        None => medium::model_again(root, known.hold_up, name),
+    };
+    if asked.is_some() || args.promise.max_wear.is_some() {
+        known.hold_up = asked.or(known.hold_up);
+        known.max_wear = args.promise.max_wear.or(known.max_wear);
+        subject.write_card(&lock, &known)?;
+    }
     let mut signals = queue()?;
     adopt_strays()?;
     let options = TrackOptions {
@@ -162,6 +173,9 @@ fn subject(
         every: Duration::from_nanos(known.every_ns),
         capture: known.capture,
         child: true,
+        hold_up: known.hold_up,
+        max_wear: known.max_wear,
+        model,
     };
     let mut attach = || Tracked::attach(pid, options.clone());
     let mut tell = |text: &str| out::say(&format!("{name}: {text}"));
@@ -173,6 +187,8 @@ fn subject(
         None => keeper,
     };
     let ending = keeper.run(&mut signals, &mut control)?;
+    medium::remember(root, keeper.model());
+    drop(keeper);
     if let Some(modes) = modes {
         modes.after(&ending);
     }
@@ -206,8 +222,7 @@ fn must_not_run(subject: &Subject, card: &Card) -> Result<(), KeeperError> {
     }
     let (name, pid) = (subject.name(), card.pid);
     Err(KeeperError::Refused(format!(
-        "{name} still runs as pid {pid}, without a keeper: `outlive attach --pid {pid} --name \
-         {name}` keeps it again; to restore an epoch instead, end it first (kill {pid})"
+        "{name} still runs as pid {pid}, without a keeper: `outlive attach {name}` keeps it again; to restore an epoch instead, end it first (kill {pid})"
     )))
 }
 

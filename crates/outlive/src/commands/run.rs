@@ -1,5 +1,6 @@
 //! `run` and `attach`: a keeper in the foreground.
 
+use super::medium;
 use crate::cli::{AttachArgs, Pace, RunArgs};
 use crate::out;
 use crate::terminal::Modes;
@@ -35,6 +36,8 @@ pub fn run(root: &Root, args: &RunArgs, json: bool) -> Result<u8, KeeperError> {
         withhold()?;
     }
     let subject = root.subject(&name)?;
+    let hold_up = args.pace.promise.hold_up();
+    let model = medium::model(root, hold_up, 0)?;
     let new = !subject.dir().exists();
     let lock = claim(&subject)?;
     let mut log = fresh_log(&subject)?;
@@ -74,12 +77,17 @@ pub fn run(root: &Root, args: &RunArgs, json: bool) -> Result<u8, KeeperError> {
         every: args.pace.every,
         capture: args.pace.capture(),
         child,
+        hold_up,
+        max_wear: args.pace.promise.max_wear,
+        model,
     };
     let options = options(&args.pace, true);
     let mut attach = || Tracked::attach(pid, options.clone());
     let mut tell = |text: &str| out::say(&format!("{name}: {text}"));
-    let ending =
-        Keeper::new(settings, &mut log, &mut attach, &mut tell)?.run(&mut signals, &mut control)?;
+    let mut keeper = Keeper::new(settings, &mut log, &mut attach, &mut tell)?;
+    let ending = keeper.run(&mut signals, &mut control)?;
+    medium::remember(root, keeper.model());
+    drop(keeper);
     if let Some(modes) = modes {
         modes.after(&ending);
     }
@@ -88,16 +96,26 @@ pub fn run(root: &Root, args: &RunArgs, json: bool) -> Result<u8, KeeperError> {
 
 /// `outlive attach`
 pub fn attach(root: &Root, args: &AttachArgs, json: bool) -> Result<u8, KeeperError> {
-    let pid = args.pid;
+    let (pid, name, known) = whom(root, args)?;
     let command = procfs::command(pid)
         .ok_or_else(|| KeeperError::Other(format!("there is no program with pid {pid}")))?;
-    let name = match &args.name {
-        Some(name) => name.clone(),
-        None => root.free_name(&PathBuf::from(command.first().map_or("", String::as_str))),
-    };
     let subject = root.subject(&name)?;
+    let mut card = blank_card(command, &args.pace);
+    if let Some(known) = known {
+        card = Card {
+            ended: None,
+            ..known
+        };
+    }
+    let (strategy, granularity) = card.capture.read()?;
+    let hold_up = card.hold_up;
+    let model = medium::model(root, hold_up, procfs::resident_pages(pid).unwrap_or(0))?;
     let mut signals = queue()?;
-    let options = options(&args.pace, false);
+    let options = TrackOptions {
+        strategy,
+        granularity,
+        ..options(&args.pace, false)
+    };
     let mut attach = || Tracked::attach(pid, options.clone());
     let program = patiently(&mut attach)?;
     let lock = claim(&subject)?;
@@ -105,7 +123,7 @@ pub fn attach(root: &Root, args: &AttachArgs, json: bool) -> Result<u8, KeeperEr
         Ok(card) if card.pid == pid && card.runs() => reopened_log(&subject)?,
         _ => fresh_log(&subject)?,
     };
-    subject.write_card(&lock, &blank_card(command, &args.pace))?;
+    subject.write_card(&lock, &card)?;
     introduce(&subject, &lock, pid)?;
     let mut control = Control::open(subject.dir())?;
     out::say(&format!(
@@ -113,15 +131,46 @@ pub fn attach(root: &Root, args: &AttachArgs, json: bool) -> Result<u8, KeeperEr
     ));
     let settings = Settings {
         pid,
-        every: args.pace.every,
-        capture: args.pace.capture(),
+        every: Duration::from_nanos(card.every_ns),
+        capture: card.capture,
         child: false,
+        hold_up,
+        max_wear: card.max_wear,
+        model,
     };
     let mut tell = |text: &str| out::say(&format!("{name}: {text}"));
-    let ending = Keeper::new(settings, &mut log, &mut attach, &mut tell)?
-        .with_program(program)
-        .run(&mut signals, &mut control)?;
+    let mut keeper = Keeper::new(settings, &mut log, &mut attach, &mut tell)?.with_program(program);
+    let ending = keeper.run(&mut signals, &mut control)?;
+    medium::remember(root, keeper.model());
+    drop(keeper);
     finish(&subject, &lock, &log, &ending, json)
+}
+
+/// Who is to be kept, under which name, and how, where it is a subject whose keeper died.
+fn whom(root: &Root, args: &AttachArgs) -> Result<(u32, String, Option<Card>), KeeperError> {
+    if let Some(name) = &args.subject {
+        let card = root.existing(name)?.card()?;
+        if !card.runs() {
+            return Err(KeeperError::Refused(format!(
+                "{name} does not run; `outlive restore {name}` continues it"
+            )));
+        }
+        return Ok((card.pid, name.clone(), Some(card)));
+    }
+    let pid = args
+        .pid
+        .ok_or_else(|| KeeperError::Usage("give a NAME or --pid PID".into()))?;
+    if let Some(name) = &args.name {
+        return Ok((pid, name.clone(), None));
+    }
+    let card = |name: &String| root.subject(name).and_then(|subject| subject.card());
+    let its = |name: &String| card(name).is_ok_and(|card| card.pid == pid && card.runs());
+    if let Some(name) = root.names()?.into_iter().find(its) {
+        return Ok((pid, name, None));
+    }
+    let command = procfs::command(pid).unwrap_or_default();
+    let program = command.first().map_or("", String::as_str);
+    Ok((pid, root.free_name(&PathBuf::from(program)), None))
 }
 
 /// Begins to track. A program whose keeper died in the middle of a stop needs a few seconds to
@@ -208,8 +257,8 @@ fn earlier(subject: &Subject, last: u64) -> KeeperError {
     let card = subject.card().ok();
     if let Some(pid) = card.as_ref().filter(|card| card.runs()).map(|c| c.pid) {
         return KeeperError::Refused(format!(
-            "{name} still runs as pid {pid}, without a keeper: `outlive attach --pid {pid} --name \
-             {name}` keeps it again; --name makes another subject"
+            "{name} still runs as pid {pid}, without a keeper: `outlive attach {name}` keeps it \
+             again; --name makes another subject"
         ));
     }
     let how = match card.and_then(|card| card.ended) {
@@ -240,6 +289,8 @@ fn blank_card(command: Vec<String>, pace: &Pace) -> Card {
         command,
         every_ns: u64::try_from(pace.every.as_nanos()).unwrap_or(u64::MAX),
         capture: pace.capture(),
+        hold_up: pace.promise.hold_up(),
+        max_wear: pace.promise.max_wear,
         pid: 0,
         started: 0,
         boot: procfs::boot_id(),

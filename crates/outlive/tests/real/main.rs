@@ -12,6 +12,7 @@ mod kills;
 mod no_space;
 mod owners;
 mod pid_namespace;
+mod power;
 mod programs;
 mod refusals;
 mod servers;
