@@ -30,8 +30,12 @@ pub trait Program {
 
     /// Copies what changed while the program runs.
     fn precopy(&mut self, sink: &mut dyn PageSink) -> Result<(), ProcessError>;
-    /// Freezes the program and takes what is left into memory.
-    fn stop(&mut self) -> Result<(Self::Frozen<'_>, Self::Snapshot), ProcessError>;
+    /// Freezes the program and takes what is left into memory; what is found right before, while
+    /// it still runs, goes into `sink`.
+    fn stop(
+        &mut self,
+        sink: &mut dyn PageSink,
+    ) -> Result<(Self::Frozen<'_>, Self::Snapshot), ProcessError>;
     /// What was taken since the last epoch did not become one.
     fn forget_progress(&mut self);
     /// Ends tracking; the program runs on.
@@ -208,7 +212,7 @@ fn steps<P: Program>(
     let precopy_us = micros(began.elapsed());
     let stopping = Instant::now();
     // An early return drops `frozen`, which lets the program run on.
-    let (frozen, snapshot) = program.stop()?;
+    let (frozen, snapshot) = program.stop(&mut *writer)?;
     if manner == Manner::Running && !hooks.urgent() {
         let stopped = frozen.resume()?;
         let steps = write(&snapshot, &mut *writer, precopy_us)?;
@@ -293,8 +297,8 @@ impl Program for Tracked {
         Tracked::precopy(self, sink)
     }
 
-    fn stop(&mut self) -> Result<(Stopped<'_>, Captured), ProcessError> {
-        Tracked::stop(self)
+    fn stop(&mut self, sink: &mut dyn PageSink) -> Result<(Stopped<'_>, Captured), ProcessError> {
+        Tracked::stop(self, sink)
     }
 
     fn forget_progress(&mut self) {

@@ -115,7 +115,10 @@ impl Program for FakeProgram {
         self.step("precopy")
     }
 
-    fn stop(&mut self) -> Result<(FakeFrozen<'_>, FakeSnapshot), ProcessError> {
+    fn stop(
+        &mut self,
+        _: &mut dyn PageSink,
+    ) -> Result<(FakeFrozen<'_>, FakeSnapshot), ProcessError> {
         self.step("stop")?;
         let snapshot = FakeSnapshot {
             trace: self.trace.clone(),

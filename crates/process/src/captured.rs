@@ -13,12 +13,42 @@ use outlive_epoch::{EpochFacts, EpochWriter, PAGE_SIZE, Run};
 use outlive_linux::Errno;
 use outlive_linux::cachestat;
 use outlive_linux::clock::{TimeOffsets, host_clocks, realtime_ns};
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-/// Buffers of earlier stops by process, to be used again: fresh memory is faulted in at the stop.
-pub(crate) type Spare = Arc<Mutex<BTreeMap<u32, Vec<u8>>>>;
+/// Buffers of earlier stops, to be used again: fresh memory is faulted in at the stop.
+#[derive(Clone, Debug, Default)]
+pub struct Spare(Arc<Mutex<Vec<Vec<u8>>>>);
+
+impl Spare {
+    /// How many are kept.
+    const MOST: usize = 64;
+
+    /// The smallest that has room for so many bytes, or else the largest; an empty one where there
+    /// is none.
+    pub(crate) fn take(&self, bytes: usize) -> Vec<u8> {
+        let Ok(mut all) = self.0.lock() else {
+            return Vec::new();
+        };
+        let fits = all.partition_point(|b| b.len() < bytes);
+        if fits < all.len() {
+            all.remove(fits)
+        } else {
+            all.pop().unwrap_or_default()
+        }
+    }
+
+    /// Keeps buffers for later, the largest if there are too many.
+    pub(crate) fn give_back(&self, buffers: impl Iterator<Item = Vec<u8>>) {
+        if let Ok(mut all) = self.0.lock() {
+            all.extend(buffers.filter(|b| !b.is_empty()));
+            all.sort_unstable_by_key(Vec::len);
+            let surplus = all.len().saturating_sub(Self::MOST);
+            all.drain(..surplus);
+        }
+    }
+}
 
 /// The time of a stop.
 pub(crate) struct Clocks {
@@ -151,11 +181,9 @@ impl Captured {
 
 impl Drop for Captured {
     fn drop(&mut self) {
-        if let Ok(mut spare) = self.spare.lock() {
-            for state in &mut self.states {
-                spare.insert(state.process.pid, std::mem::take(&mut state.residue.buffer));
-            }
-        }
+        let states = self.states.iter_mut();
+        let buffers = states.map(|s| std::mem::take(&mut s.residue.buffer));
+        self.spare.give_back(buffers);
     }
 }
 

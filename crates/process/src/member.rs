@@ -2,6 +2,7 @@
 //! stop.
 
 use crate::bootstrap::{self, Plan};
+use crate::captured::Spare;
 use crate::flags::FlagsCache;
 use crate::freeze::{Held, freeze, remote_failed, run_all};
 use crate::image::ThreadsState;
@@ -29,8 +30,8 @@ pub struct Member {
     waits: WaitBook,
     /// Other members have its address space too.
     pub has_fellows: bool,
-    /// The buffer of an earlier stop, to be used again: fresh memory is faulted in at the stop.
-    pub spare: Vec<u8>,
+    /// Buffers of earlier stops.
+    pub spare: Spare,
 }
 
 /// An address space, which several processes may have.
@@ -202,7 +203,7 @@ impl Member {
             })),
             waits,
             has_fellows: false,
-            spare: Vec::new(),
+            spare: Spare::default(),
         }
     }
 
@@ -216,7 +217,7 @@ impl Member {
             target,
             waits,
             has_fellows: false,
-            spare: Vec::new(),
+            spare: Spare::default(),
         }
     }
 
@@ -449,7 +450,8 @@ impl Member {
         let changes = space.pages.pass(&self.target, &areas, World::Stopped)?;
         let guards = changes.guards.clone();
         laps.lap("scan");
-        let spare = std::mem::take(&mut self.spare);
+        let bytes = usize::try_from(changes.bytes()).unwrap_or(usize::MAX);
+        let spare = self.spare.take(bytes);
         let residue = space.pages.take(&self.target, changes, spare)?;
         laps.lap("copy");
         let mut memory = memory::collect(

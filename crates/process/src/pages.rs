@@ -587,7 +587,10 @@ impl PageTracker {
         let began = Instant::now();
         let total = changes.bytes() as usize;
         // Never shorter: what was written to once need not be faulted in at the next stop.
-        if buffer.len() < total {
+        if buffer.is_empty() {
+            // Zeroed memory from the kernel, which is faulted in only where it is used.
+            buffer = vec![0; total.next_multiple_of(PIECE)];
+        } else if buffer.len() < total {
             buffer.resize(total.next_multiple_of(PIECE), 0);
         }
         let mut at = 0;

@@ -1,6 +1,6 @@
 //! Somebody dies in the middle: the program, or whoever traces it.
 
-use crate::store::Store;
+use crate::store::{Nowhere, Store};
 use crate::support::{Program, alone, epoch, may_run, times, track};
 use crate::unharmed::must_be_free;
 use outlive_process::{ProcessError, TrackOptions, Tracked};
@@ -53,7 +53,7 @@ fn tracer() {
         match Tracked::attach(pid, TrackOptions::default()) {
             Ok(mut tracked) => {
                 for _ in 0..5 {
-                    let (stopped, _) = tracked.stop().expect("the stop");
+                    let (stopped, _) = tracked.stop(&mut Nowhere).expect("the stop");
                     stopped.resume().expect("resuming");
                 }
             }

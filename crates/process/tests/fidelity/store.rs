@@ -62,6 +62,19 @@ impl Epoch {
     }
 }
 
+/// A sink that keeps nothing.
+pub struct Nowhere;
+
+impl PageSink for Nowhere {
+    fn put(&mut self, _: Run, _: &[u8]) -> Result<(), StoreError> {
+        Ok(())
+    }
+
+    fn absent(&mut self, _: Run) -> Result<(), StoreError> {
+        Ok(())
+    }
+}
+
 impl PageSink for Writer<'_> {
     fn put(&mut self, run: Run, bytes: &[u8]) -> Result<(), StoreError> {
         let (pages, rest) = bytes.as_chunks::<PAGE_SIZE>();

@@ -5,7 +5,7 @@
 //! status word.
 #![allow(unsafe_code)]
 
-use crate::store::{Epoch, Store};
+use crate::store::{Epoch, Nowhere, Store};
 use crate::view::View;
 use outlive_epoch::{EpochReader, EpochWriter};
 use outlive_process::image::{self, ThreadsState, group, kinds};
@@ -366,7 +366,7 @@ pub fn epoch(tracked: &mut Tracked, store: &mut Store) -> Result<View, ProcessEr
     let pid = tracked.pid();
     let mut writer = store.begin();
     tracked.precopy(&mut *writer)?;
-    let (stopped, captured) = tracked.stop()?;
+    let (stopped, captured) = tracked.stop(&mut *writer)?;
     captured.write(&mut *writer)?;
     let view = View::take(pid, &moving(&writer.epoch));
     stopped.resume()?;
@@ -377,7 +377,9 @@ pub fn epoch(tracked: &mut Tracked, store: &mut Store) -> Result<View, ProcessEr
 
 /// Stops the program and lets it go on.
 pub fn stop_and_resume(program: &Program, tracked: &mut Tracked) {
-    let stopped = tracked.stop().map(|(stopped, _)| stopped.resume());
+    let stopped = tracked
+        .stop(&mut Nowhere)
+        .map(|(stopped, _)| stopped.resume());
     match stopped {
         Ok(Ok(_)) => program.must_be_well(),
         Ok(Err(e)) | Err(e) => panic!("{e}; {}", program.story()),
@@ -389,7 +391,7 @@ pub fn last_epoch(program: &mut Program, mut tracked: Tracked, store: &mut Store
     let mut writer = store.begin();
     let failed = |e: ProcessError| -> ! { panic!("{e}; {}", program.story()) };
     tracked.precopy(&mut *writer).unwrap_or_else(|e| failed(e));
-    let (stopped, captured) = tracked.stop().unwrap_or_else(|e| failed(e));
+    let (stopped, captured) = tracked.stop(&mut *writer).unwrap_or_else(|e| failed(e));
     captured.write(&mut *writer).expect("writing the epoch");
     let view = View::take(program.pid, &moving(&writer.epoch));
     captured.sync_files().expect("syncing files");

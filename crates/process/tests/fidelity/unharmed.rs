@@ -1,6 +1,6 @@
 //! Whatever goes wrong, the program goes on as before, and nothing stays attached to it.
 
-use crate::store::Store;
+use crate::store::{Nowhere, Store};
 use crate::support::{Program, alone, descriptors, epoch, may_run, track};
 use crate::view::tids;
 
@@ -52,7 +52,7 @@ fn a_dropped_stop_lets_the_program_go_on() {
     let program = Program::start("kinds", &["nothing"]);
     let mut tracked = track(&program);
     for _ in 0..20 {
-        drop(tracked.stop().expect("the stop"));
+        drop(tracked.stop(&mut Nowhere).expect("the stop"));
         must_be_free(&program);
     }
     drop(tracked);

@@ -1,0 +1,468 @@
+//! The stop: the program stands still, everything that is left is taken, and it runs on.
+//!
+//! # Rules
+//! - All processes are frozen before anything is taken of any of them: what is captured is one
+//!   moment of the whole tree.
+//! - A process that is found for the first time at the stop is adopted while the program runs on,
+//!   and the stop is tried again: to adopt it, and to copy all its memory, would take long. Only
+//!   where new ones appear at every try they are adopted at the stop.
+//! - Whatever fails, all of them go on as before.
+
+use super::{Tracked, cause};
+use crate::captured::{Captured, Clocks, FilesToSync, StopTimes};
+use crate::family::{self, Kin};
+use crate::freeze::{Held, freeze};
+use crate::image::ZombieState;
+use crate::laps::Laps;
+use crate::member::{self, Member, NotAdopted, Seen};
+use crate::reentry::{Sleepers, WaitBook};
+use crate::resources::{descriptors, system_v};
+use crate::sharing::Shares;
+use crate::target::{Status, Target};
+use crate::{ProcessError, preflight};
+use outlive_epoch::{EpochFacts, PageSink};
+use outlive_linux::thread::Urgent;
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::{Duration, Instant};
+
+/// How often a stop is tried again because of a call that goes by no name …
+const NAMING_TRIES: u32 = 5;
+/// … and how long the program runs in between.
+const A_MOMENT: Duration = Duration::from_millis(2);
+
+/// How often a stop is tried again because of processes that appeared right before it …
+const STRANGER_TRIES: u32 = 3;
+/// … and for how long: who makes processes all the time would get no epoch.
+const STRANGER_PATIENCE: Duration = Duration::from_millis(50);
+/// How long a program that was killed may take to be gone, at least.
+const GONE_WITHIN: Duration = Duration::from_secs(5);
+
+/// A process that stands still.
+struct Frozen {
+    kin: Kin,
+    threads: Vec<Held>,
+    seen: Vec<Seen>,
+    /// A thread was in a call that goes by no name, so that it could not be made again.
+    nameless: bool,
+    /// For a process that is no member yet.
+    stranger: Option<(Target, WaitBook)>,
+}
+
+impl Tracked {
+    /// Freezes the program and takes everything that is left into memory. What is found while it
+    /// still runs is copied into `sink`. On failure the program runs on as before.
+    pub fn stop(
+        &mut self,
+        sink: &mut dyn PageSink,
+    ) -> Result<(Stopped<'_>, Captured), ProcessError> {
+        let urgent = Urgent::begin();
+        let (mut nameless, mut strange) = (0, 0);
+        let first = Instant::now();
+        let (began, mut frozen, zombies) = loop {
+            preflight::let_spawn(self.root, &self.adopters, self.options.stop_timeout)?;
+            self.take_on_new(sink)?;
+            let mut sleepers = self.before_stop()?;
+            let began = Instant::now();
+            let mut frozen = Vec::new();
+            let zombies = match self.freeze_all(&mut sleepers, &mut frozen) {
+                Ok(zombies) => zombies,
+                Err(e) => {
+                    self.let_go(frozen)?;
+                    return Err(e);
+                }
+            };
+            let patient = strange < STRANGER_TRIES && first.elapsed() < STRANGER_PATIENCE;
+            if patient && frozen.iter().any(|p| p.stranger.is_some()) {
+                self.let_go(frozen)?;
+                strange += 1;
+            } else if nameless < NAMING_TRIES && frozen.iter().any(|p| p.nameless) {
+                // It had not fallen asleep yet when it was looked at: by now it will have.
+                self.let_go(frozen)?;
+                nameless += 1;
+                std::thread::sleep(A_MOMENT);
+            } else {
+                break (began, frozen, zombies);
+            }
+        };
+        tracing::debug!(strange, nameless, us = ?began.elapsed().as_micros(), "frozen");
+        let freeze = began.elapsed();
+        match self.capture(&mut frozen, zombies) {
+            Ok(mut captured) => {
+                captured.times.freeze = freeze;
+                let rest = began.elapsed().saturating_sub(freeze);
+                captured.times.scan = rest.saturating_sub(captured.times.copy);
+                let stopped = Stopped {
+                    tracked: self,
+                    frozen,
+                    began,
+                    _urgent: urgent,
+                };
+                Ok((stopped, captured))
+            }
+            Err(e) => {
+                self.let_go(frozen)?;
+                let explained = |e, member: &Member| cause(e, &member.target, self.root);
+                Err(self.members.values().fold(e, explained))
+            }
+        }
+    }
+
+    fn before_stop(&mut self) -> Result<BTreeMap<u32, Sleepers>, ProcessError> {
+        let mut sleepers = BTreeMap::new();
+        for (pid, member) in &mut self.members {
+            match member
+                .refuse_moved(self.root)
+                .and_then(|()| member.before_stop())
+            {
+                Ok(found) => drop(sleepers.insert(*pid, found)),
+                Err(_) if *pid != self.root && family::is_ending(*pid) => {}
+                Err(e) => return Err(e),
+            }
+        }
+        Ok(sleepers)
+    }
+
+    /// Stops processes, parents before their children, until a listing shows no new one: then none
+    /// can be made. Threads are looked at, and prepared to go on, at once.
+    fn freeze_all(
+        &mut self,
+        sleepers: &mut BTreeMap<u32, Sleepers>,
+        frozen: &mut Vec<Frozen>,
+    ) -> Result<Vec<Kin>, ProcessError> {
+        let mut done = BTreeSet::new();
+        loop {
+            let kin = family::list(self.root, &self.adopters);
+            let new: Vec<Kin> = kin
+                .iter()
+                .copied()
+                .filter(|k| !k.zombie && !done.contains(&k.pid))
+                .collect();
+            if new.is_empty() {
+                return Ok(kin.into_iter().filter(|k| k.zombie).collect());
+            }
+            for kin in new {
+                match self.freeze_one(kin, sleepers.remove(&kin.pid).unwrap_or_default()) {
+                    Ok(process) => {
+                        done.insert(kin.pid);
+                        frozen.push(process);
+                    }
+                    // A child may end at any time.
+                    Err(_) if kin.pid != self.root && family::is_ending(kin.pid) => {}
+                    Err(e) => return Err(e),
+                }
+            }
+        }
+    }
+
+    fn freeze_one(&mut self, kin: Kin, sleepers: Sleepers) -> Result<Frozen, ProcessError> {
+        let timeout = self.options.stop_timeout;
+        if let Some(member) = self.members.get_mut(&kin.pid) {
+            let mut threads = member.freeze(timeout, &sleepers)?;
+            if !member.is_intact() {
+                // It began another program since it was looked at.
+                member.give_back(threads, &sleepers)?;
+                self.drop_member(kin.pid);
+                return self.freeze_one(kin, Sleepers::default());
+            }
+            let nameless = member.has_nameless(&threads, &sleepers);
+            return match member.look(&mut threads, &sleepers) {
+                Ok(seen) => Ok(Frozen {
+                    kin,
+                    threads,
+                    seen,
+                    nameless,
+                    stranger: None,
+                }),
+                Err(e) => {
+                    member.let_go(threads)?;
+                    Err(e)
+                }
+            };
+        }
+        let target = Target::open(kin.pid)?;
+        let mut waits = WaitBook::default();
+        let mut threads = freeze(&target, timeout, &mut |held| {
+            member::prepare(&target, &mut waits, held, &sleepers);
+        })?;
+        let nameless = threads.iter().any(|t| waits.is_nameless(t, &sleepers));
+        match member::look(&target, &mut waits, &mut threads, &sleepers) {
+            Ok(seen) => Ok(Frozen {
+                kin,
+                threads,
+                seen,
+                nameless,
+                stranger: Some((target, waits)),
+            }),
+            Err(e) => {
+                member::let_go(&target, &mut waits, threads)?;
+                Err(e)
+            }
+        }
+    }
+
+    fn let_go(&mut self, frozen: Vec<Frozen>) -> Result<(), ProcessError> {
+        let mut failed = Ok(());
+        for process in frozen {
+            let gone = match (process.stranger, self.members.get_mut(&process.kin.pid)) {
+                (Some((target, mut waits)), _) => {
+                    member::let_go(&target, &mut waits, process.threads)
+                }
+                (None, Some(member)) => member.let_go(process.threads),
+                (None, None) => Ok(()),
+            };
+            failed = failed.and(gone);
+        }
+        failed
+    }
+
+    fn capture(
+        &mut self,
+        frozen: &mut [Frozen],
+        zombies: Vec<Kin>,
+    ) -> Result<Captured, ProcessError> {
+        let mut laps = Laps::new();
+        self.adopt_strangers(frozen)?;
+        laps.lap("adopting");
+        let mut refusals = Vec::new();
+        for process in frozen.iter() {
+            let target = &self.member(process.kin.pid)?.target;
+            for (held, (sight, _)) in process.threads.iter().zip(&process.seen) {
+                refusals.extend(preflight::of_thread(target, held.tid, &sight.status));
+            }
+        }
+        if !refusals.is_empty() {
+            return Err(ProcessError::Refused(refusals));
+        }
+        laps.lap("preflight");
+        self.shared.begin();
+        let pids: Vec<u32> = frozen.iter().map(|p| p.kin.pid).collect();
+        let shares = self.sharing.find(&pids)?;
+        let fellows = self.fellows(&pids);
+        let collected = self.collect_descriptors(frozen, &shares)?;
+        laps.lap("descriptors");
+        let many = frozen.len() > 1;
+        let mut states = Vec::with_capacity(frozen.len());
+        for process in frozen.iter_mut() {
+            let parent = self.id_of(process.kin.parent);
+            let member = self
+                .members
+                .get_mut(&process.kin.pid)
+                .ok_or_else(|| gone(process.kin.pid))?;
+            member.spare = self.spare.clone();
+            member.set_relatives(many);
+            member.has_fellows = fellows.contains(&member.holder());
+            let seen = std::mem::take(&mut process.seen);
+            let mut state = member.capture(&mut process.threads, seen, &mut self.shared)?;
+            state.process.parent = parent;
+            self.note_shares(process.kin.pid, &shares, &mut state);
+            states.push(state);
+        }
+        self.refuse_shares(&states)?;
+        let zombies = zombies
+            .into_iter()
+            .map(|kin| ZombieState::of(kin, self.id_of(kin.parent)))
+            .collect::<Result<_, _>>()?;
+        // After everything that has time left: a timer may fire late by the clocks, never early.
+        let clocks = Clocks::of(&self.member(self.root)?.target)?;
+        let threads = states.iter().map(|s| s.threads.threads.len() as u32).sum();
+        let subject = clocks.subject(&states, zombies, threads);
+        laps.lap("processes");
+        let mut members = system_v::Members::new();
+        for process in frozen.iter() {
+            let id = self.id_of(process.kin.pid);
+            members.extend(process.threads.iter().map(|t| (t.tid, id)));
+        }
+        let segments = self.system_v.segments()?;
+        self.shared.add_segments(&segments, &members)?;
+        let root = &self
+            .members
+            .get(&self.root)
+            .ok_or_else(|| gone(self.root))?
+            .target;
+        let (shared, shared_residue) = self.shared.take(&segments, root, &members)?;
+        let system_v = self.system_v.collect(root, &members)?;
+        laps.lap("shared memory");
+        laps.tell("stop");
+        let files = FilesToSync::new(collected.files, &states);
+        Ok(Captured {
+            processes: states.len() as u32,
+            threads,
+            times: StopTimes {
+                copy: states.iter().map(|s| s.residue.took).sum(),
+                ..StopTimes::default()
+            },
+            facts: EpochFacts {
+                taken_at_ns: clocks.realtime_ns,
+                stop_us: 0,
+            },
+            subject,
+            machine: self.machine.clone(),
+            states,
+            table: collected.table,
+            shared,
+            shared_residue,
+            system_v,
+            retired: std::mem::take(&mut self.retired),
+            files,
+            spare: self.spare.clone(),
+        })
+    }
+
+    /// The ID under which a member is saved; 0 of none.
+    pub(super) fn id_of(&self, pid: u32) -> u32 {
+        self.members.get(&pid).map_or(0, |m| m.target.id)
+    }
+
+    fn member(&self, pid: u32) -> Result<&Member, ProcessError> {
+        self.members.get(&pid).ok_or_else(|| gone(pid))
+    }
+
+    /// Processes that appeared since the last look become members while they stand still.
+    fn adopt_strangers(&mut self, frozen: &mut [Frozen]) -> Result<(), ProcessError> {
+        for process in frozen {
+            let Some((target, waits)) = process.stranger.take() else {
+                continue;
+            };
+            let refusals = member::refusals(&target, self.root)?;
+            let adopted = if refusals.is_empty() {
+                let mut waits = waits;
+                match self.join(target, &mut waits) {
+                    Some(target) => self.adopt(target, waits, &mut process.threads),
+                    None => continue,
+                }
+            } else {
+                Err(NotAdopted::boxed(
+                    target,
+                    waits,
+                    ProcessError::Refused(refusals),
+                ))
+            };
+            if let Err(not) = adopted {
+                process.stranger = Some((not.target, not.waits));
+                return Err(not.error);
+            }
+        }
+        Ok(())
+    }
+
+    fn collect_descriptors(
+        &mut self,
+        frozen: &[Frozen],
+        shares: &BTreeMap<u32, Shares>,
+    ) -> Result<descriptors::Collected, ProcessError> {
+        let targets: Vec<descriptors::Target<'_>> = frozen
+            .iter()
+            .filter_map(|p| self.members.get(&p.kin.pid))
+            .map(|m| m.target.view())
+            .collect();
+        let has_none = |(_, s): &(&u32, &Shares)| s.descriptors != 0;
+        let without = shares
+            .iter()
+            .filter(has_none)
+            .map(|(pid, _)| *pid)
+            .collect();
+        let mut collected = descriptors::collect_table(
+            &targets,
+            &without,
+            &mut self.descriptors,
+            &mut self.shared,
+        )?;
+        let root = &self.member(self.root)?.target;
+        if root.id != root.pid {
+            let ids = ids_inside(frozen);
+            collected.table.rename(&|here| inside(here, &ids));
+        }
+        Ok(collected)
+    }
+}
+
+/// The IDs that threads see themselves, by those that they have here.
+fn ids_inside(frozen: &[Frozen]) -> BTreeMap<u32, u32> {
+    let of = |p: &Frozen| {
+        let seen = p.threads.iter().zip(&p.seen);
+        let ids = seen.map(|(held, (sight, _))| (held.tid, sight.status.inner.tid));
+        ids.collect::<Vec<_>>()
+    };
+    frozen.iter().flat_map(of).collect()
+}
+
+/// The same of a thread or of a process that has ended; 0 of what is gone.
+fn inside(here: u32, ids: &BTreeMap<u32, u32>) -> u32 {
+    let ended = || Status::read(here, here).map_or(0, |s| s.inner.pid);
+    ids.get(&here).copied().unwrap_or_else(ended)
+}
+
+fn gone(pid: u32) -> ProcessError {
+    ProcessError::Gone {
+        pid,
+        what: "ended meanwhile".into(),
+    }
+}
+
+/// A frozen program. Dropping it lets the program run on.
+pub struct Stopped<'a> {
+    tracked: &'a mut Tracked,
+    frozen: Vec<Frozen>,
+    began: Instant,
+    _urgent: Urgent,
+}
+
+impl Stopped<'_> {
+    /// Lets the program run on; the time from the first thread frozen to the last one resumed.
+    pub fn resume(mut self) -> Result<Duration, ProcessError> {
+        let frozen = std::mem::take(&mut self.frozen);
+        self.tracked.let_go(frozen)?;
+        Ok(self.began.elapsed())
+    }
+
+    /// Ends the program (SIGKILL) and waits until it is gone, which includes reaping it if it is
+    /// our own child. For planned events, after the epoch is durable.
+    pub fn end(mut self) -> Result<(), ProcessError> {
+        let frozen = std::mem::take(&mut self.frozen);
+        for process in &frozen {
+            let pid = process.kin.pid;
+            match outlive_linux::thread::kill(pid) {
+                Ok(()) | Err(outlive_linux::Errno::SRCH) => {}
+                Err(e) => return Err(crate::target::gone_or(pid, "ending it", e.into())),
+            }
+        }
+        let deadline = Instant::now() + self.tracked.options.stop_timeout.max(GONE_WITHIN);
+        // Children before their parents, and the leading thread after all others.
+        for process in frozen.into_iter().rev() {
+            for halted in process
+                .threads
+                .into_iter()
+                .rev()
+                .filter_map(Held::into_halted)
+            {
+                let tid = halted.tid();
+                halted
+                    .await_end(deadline)
+                    .map_err(|e| ProcessError::Kernel {
+                        pid: process.kin.pid,
+                        what: format!("waiting for thread {tid} to end: {e}"),
+                        source: std::io::Error::other("stuck"),
+                    })?;
+            }
+        }
+        self.tracked.detached = true;
+        let root = self.tracked.member(self.tracked.root)?;
+        if root.target.own_child
+            && let Some(pid) = i32::try_from(root.target.pid)
+                .ok()
+                .and_then(rustix::process::Pid::from_raw)
+        {
+            let options = rustix::process::WaitOptions::empty();
+            rustix::process::waitpid(Some(pid), options)
+                .map_err(|e| root.target.kernel("reaping it", e))?;
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Stopped<'_> {
+    fn drop(&mut self) {
+        let frozen = std::mem::take(&mut self.frozen);
+        let _ = self.tracked.let_go(frozen);
+    }
+}
