@@ -1,12 +1,14 @@
-//! `userfaultfd(2)` with asynchronous write protection: the kernel notes that a page was written
-//! and lifts its protection itself, no handler runs (Linux 6.7).
+//! `userfaultfd(2)` with write protection. *Asynchronous*: the kernel notes that a page was written
+//! and lifts its protection itself, no handler runs (Linux 6.7). *Synchronous*: a thread that
+//! writes to a protected page waits until a handler lifts the protection.
 //!
 //! # Safety
-//! Each ioctl gets a pointer to one live local struct of the size encoded in its number.
+//! Each ioctl gets a pointer to one live local struct of the size encoded in its number; events are
+//! read into an array of structs that any bytes are valid for.
 #![allow(unsafe_code)]
 
 use crate::{Errno, last_error};
-use rustix::fd::{AsRawFd, OwnedFd};
+use rustix::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 const UFFDIO_API: libc::c_ulong = 0xC018_AA3F;
 const UFFDIO_REGISTER: libc::c_ulong = 0xC020_AA00;
@@ -17,10 +19,21 @@ const FEATURE_WP_HUGETLBFS_SHMEM: u64 = 1 << 12;
 const FEATURE_WP_UNPOPULATED: u64 = 1 << 13;
 const FEATURE_WP_ASYNC: u64 = 1 << 15;
 const REGISTER_MODE_WP: u64 = 2;
+const UFFDIO_WAKE: libc::c_ulong = 0x8010_AA02;
+const UFFDIO_WRITEPROTECT: libc::c_ulong = 0xC018_AA06;
+const WRITEPROTECT_MODE_WP: u64 = 1;
+const EVENT_PAGEFAULT: u8 = 0x12;
 
 /// Flags for the `userfaultfd` call: close on exec, do not block, faults of user mode only (which
 /// unprivileged callers may ask for, and which is all that write protection needs).
 pub const FLAGS: u64 = (libc::O_CLOEXEC | libc::O_NONBLOCK) as u64 | 1;
+
+/// The same for a guard: faults of the kernel's own writes are handled, too, which takes
+/// `CAP_SYS_PTRACE`, or the sysctl `vm.unprivileged_userfaultfd`.
+pub const GUARD_FLAGS: u64 = (libc::O_CLOEXEC | libc::O_NONBLOCK) as u64;
+
+/// Faults that are read at once.
+pub const FAULTS: usize = 64;
 
 #[repr(C)]
 struct Api {
@@ -43,10 +56,28 @@ struct Range {
     len: u64,
 }
 
+#[repr(C)]
+struct WriteProtect {
+    range: Range,
+    mode: u64,
+}
+
+/// `struct uffd_msg` of a page fault.
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+struct Message {
+    event: u8,
+    reserved: [u8; 7],
+    flags: u64,
+    address: u64,
+    feature: u64,
+}
+
 /// A userfaultfd that tracks the writes of the process in which it was created.
 #[derive(Debug)]
 pub struct WriteTracker {
     fd: OwnedFd,
+    synchronous: bool,
 }
 
 impl WriteTracker {
@@ -57,13 +88,67 @@ impl WriteTracker {
             | FEATURE_WP_HUGETLBFS_SHMEM
             | FEATURE_WP_UNPOPULATED
             | FEATURE_WP_ASYNC;
+        Self::agree(fd, wanted, false)
+    }
+
+    /// Agrees on synchronous write protection: somebody must take [`WriteTracker::faults`].
+    pub fn guarding(fd: OwnedFd) -> Result<Self, Errno> {
+        let wanted = FEATURE_PAGEFAULT_FLAG_WP | FEATURE_WP_UNPOPULATED;
+        Self::agree(fd, wanted, true)
+    }
+
+    fn agree(fd: OwnedFd, features: u64, synchronous: bool) -> Result<Self, Errno> {
         let mut api = Api {
             api: UFFD_API,
-            features: wanted,
+            features,
             ioctls: 0,
         };
         ioctl(&fd, UFFDIO_API, &raw mut api as usize)?;
-        Ok(Self { fd })
+        Ok(Self { fd, synchronous })
+    }
+
+    /// Whether writers wait for a handler.
+    #[must_use]
+    pub fn is_synchronous(&self) -> bool {
+        self.synchronous
+    }
+
+    /// Protects pages, or lifts their protection and wakes who waits for it.
+    /// [`Errno::NOENT`] where the range is not registered.
+    pub fn protect(&self, (start, end): (u64, u64), on: bool) -> Result<(), Errno> {
+        let mut arg = WriteProtect {
+            range: Range {
+                start,
+                len: end - start,
+            },
+            mode: if on { WRITEPROTECT_MODE_WP } else { 0 },
+        };
+        ioctl(&self.fd, UFFDIO_WRITEPROTECT, &raw mut arg as usize)
+    }
+
+    /// Wakes who waits for pages that are not registered any more: it tries again.
+    pub fn wake(&self, (start, end): (u64, u64)) -> Result<(), Errno> {
+        let mut arg = Range {
+            start,
+            len: end - start,
+        };
+        ioctl(&self.fd, UFFDIO_WAKE, &raw mut arg as usize)
+    }
+
+    /// The addresses of writes that wait, at most [`FAULTS`]; none where nobody waits.
+    pub fn faults(&self) -> Result<Vec<u64>, Errno> {
+        let mut messages = [Message::default(); FAULTS];
+        let size = size_of_val(&messages);
+        // SAFETY: the buffer is live, of the size that is said, and any bytes are a Message.
+        let n = unsafe { libc::read(self.fd.as_raw_fd(), messages.as_mut_ptr().cast(), size) };
+        let n = match usize::try_from(n).map_err(|_| last_error()) {
+            Ok(n) => n / size_of::<Message>(),
+            Err(Errno::AGAIN) => 0,
+            Err(e) => return Err(e),
+        };
+        let faults = messages[..n].iter();
+        let faults = faults.filter(|m| m.event == EVENT_PAGEFAULT);
+        Ok(faults.map(|m| m.address).collect())
     }
 
     /// Begins to track a mapping; everything in it counts as written.
@@ -84,6 +169,12 @@ impl WriteTracker {
             len: end - start,
         };
         ioctl(&self.fd, UFFDIO_UNREGISTER, &raw mut arg as usize)
+    }
+}
+
+impl AsFd for WriteTracker {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
     }
 }
 

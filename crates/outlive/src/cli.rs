@@ -216,8 +216,8 @@ pub enum Strategy {
     Incremental,
     /// What was written, in passes while the program runs; the stop takes the rest
     Redundant,
-    /// Not offered yet
-    #[value(hide = true)]
+    /// What was written, behind the program when it runs again; writes to what is not copied yet
+    /// wait. Takes CAP_SYS_PTRACE of the program
     Cow,
 }
 
@@ -226,7 +226,8 @@ impl From<Strategy> for outlive_process::Strategy {
         match strategy {
             Strategy::Copy => Self::Copy,
             Strategy::Incremental => Self::Incremental,
-            Strategy::Redundant | Strategy::Cow => Self::Redundant,
+            Strategy::Redundant => Self::Redundant,
+            Strategy::Cow => Self::Cow,
         }
     }
 }
@@ -352,8 +353,7 @@ impl Pace {
     }
 
     fn missing(&self) -> Option<&'static str> {
-        let strategy = (self.strategy == Strategy::Cow).then_some("--strategy cow");
-        self.promise.strict.then_some("--strict").or(strategy)
+        self.promise.strict.then_some("--strict")
     }
 }
 
@@ -474,7 +474,6 @@ mod tests {
         for line in [
             "run --hold-up 10ms --strict -- a",
             "restore a --hold-up 10ms --strict",
-            "run --strategy cow -- a",
             "restore a --lazy",
             "restore a --tcp keep",
         ] {
@@ -485,6 +484,7 @@ mod tests {
         for line in [
             "run -- a",
             "run --strategy copy -- a",
+            "run --strategy cow -- a",
             "attach --pid 1 --strategy incremental --granularity 1024",
             "run --strategy redundant -- a",
             "restore a --tcp reset --files keep --new-pid-ns",

@@ -7,7 +7,7 @@ use outlive_linux::Errno;
 use outlive_linux::maps::{self, Mapping};
 use outlive_linux::memory;
 use outlive_linux::remote::{Arena, Arg, Batch};
-use outlive_linux::userfault::{FLAGS, WriteTracker};
+use outlive_linux::userfault::{FLAGS, GUARD_FLAGS, WriteTracker};
 use rustix::process::{PidfdGetfdFlags, pidfd_getfd};
 
 /// Where the arena lies and how it is divided.
@@ -178,19 +178,31 @@ pub fn remove_leftovers(
 }
 
 /// Creates a userfaultfd in the process and takes it out, so that nothing of it stays there.
-/// `Err` in the inner result: the kernel has no asynchronous write protection, and why.
+/// `Err` in the inner result: the kernel has no asynchronous write protection, and why. A guard
+/// that may not be made is refused.
 pub fn make_tracker(
     target: &Target,
     leader: &mut Held,
     arena: &Arena,
+    guards: bool,
 ) -> Result<Result<WriteTracker, String>, ProcessError> {
     let mut batch = Batch::new();
-    let fd = batch.push(libc::SYS_userfaultfd, [Arg::Value(FLAGS)]);
+    let flags = if guards { GUARD_FLAGS } else { FLAGS };
+    let fd = batch.push(libc::SYS_userfaultfd, [Arg::Value(flags)]);
     let answers = leader
         .run(arena, batch)
         .map_err(|e| remote_failed(target, e))?;
     let number = match answers.value(fd) {
         Ok(number) => number,
+        Err(Errno::PERM) if guards => {
+            let what =
+                "memory that it may not have guarded (userfaultfd with faults of the kernel)";
+            let remedy = "use another --strategy, run it with CAP_SYS_PTRACE, or set the sysctl \
+                          vm.unprivileged_userfaultfd=1";
+            return Err(ProcessError::Refused(vec![
+                target.refusal("", what, remedy),
+            ]));
+        }
         Err(e) => return Ok(Err(format!("userfaultfd: {e}"))),
     };
     let taken = pidfd_getfd(&target.pidfd, number as i32, PidfdGetfdFlags::empty());
@@ -200,7 +212,12 @@ pub fn make_tracker(
         .run(arena, batch)
         .map_err(|e| remote_failed(target, e))?;
     let taken = taken.map_err(|e| target.kernel("taking over the userfaultfd", e))?;
-    Ok(WriteTracker::new(taken).map_err(|e| match e {
+    let made = if guards {
+        WriteTracker::guarding(taken)
+    } else {
+        WriteTracker::new(taken)
+    };
+    Ok(made.map_err(|e| match e {
         Errno::INVAL => "this kernel has no asynchronous write protection (Linux 6.7)".into(),
         e => format!("userfaultfd: {e}"),
     }))

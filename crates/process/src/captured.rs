@@ -3,7 +3,7 @@
 use crate::ProcessError;
 use crate::image::{self, SubjectState, ZombieState, group, kinds};
 use crate::member::MemberState;
-use crate::pages::Residue;
+use crate::residue::Residue;
 use crate::resources::machine::MachineState;
 use crate::resources::shared::SharedState;
 use crate::resources::system_v::SystemVState;

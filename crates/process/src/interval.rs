@@ -69,6 +69,12 @@ impl IntervalSet {
         cut.filter(|(s, e)| s < e)
     }
 
+    /// The first numbers of the set that follow each other, at most `most` of them.
+    pub fn first(&self, most: u64) -> Option<(u64, u64)> {
+        let (&start, &end) = self.ranges.first_key_value()?;
+        Some((start, end.min(start.saturating_add(most))))
+    }
+
     /// Whether nothing is in the set.
     pub fn is_empty(&self) -> bool {
         self.ranges.is_empty()
@@ -105,6 +111,7 @@ mod tests {
             for (add, start, len) in ops {
                 let within: Vec<u64> = set.within(start, start + len).flat_map(|(s, e)| s..e).collect();
                 prop_assert_eq!(within, model.range(start..start + len).copied().collect::<Vec<_>>());
+                prop_assert_eq!(set.first(1).map(|(s, _)| s), model.first().copied());
                 prop_assert_eq!(set.is_empty(), model.is_empty());
                 if add {
                     set.insert(start, start + len);

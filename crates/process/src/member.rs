@@ -5,10 +5,12 @@ use crate::bootstrap::{self, Plan};
 use crate::captured::Spare;
 use crate::flags::FlagsCache;
 use crate::freeze::{Held, freeze, remote_failed, run_all};
+use crate::guard::Guard;
 use crate::image::ThreadsState;
 use crate::laps::Laps;
-use crate::pages::{PageTracker, PrivateArea, Residue, World};
+use crate::pages::{PageTracker, PrivateArea, World};
 use crate::reentry::{Sleepers, WaitBook};
+use crate::residue::Residue;
 use crate::resources::shared::{self, SharedObjects};
 use crate::resources::{attributes, memory, signals, thread, timers};
 use crate::strategy::{Granularity, Strategy};
@@ -151,7 +153,7 @@ impl Member {
         threads: &mut [Held],
         (strategy, granularity): (Strategy, Granularity),
     ) -> Result<(Self, Result<(), String>), Box<NotAdopted>> {
-        let (arena, syscall_at, tracker) = match foothold(&target, threads, strategy.tracks()) {
+        let (arena, syscall_at, tracker) = match foothold(&target, threads, Some(strategy)) {
             Ok(gained) => gained,
             Err(error) => return Err(NotAdopted::boxed(target, waits, error)),
         };
@@ -174,7 +176,7 @@ impl Member {
         pages: PageTracker,
     ) -> Result<Self, ProcessError> {
         let target = Target::open(pid)?;
-        let (arena, syscall_at, _) = foothold(&target, threads, false)?;
+        let (arena, syscall_at, _) = foothold(&target, threads, None)?;
         Ok(Self::with(
             target,
             WaitBook::default(),
@@ -278,6 +280,15 @@ impl Member {
         matches!(&self.space, Space::Held(space) if space.pages.is_fresh())
     }
 
+    /// Who holds writers back, where somebody does.
+    #[must_use]
+    pub fn guard(&self) -> Option<&Guard> {
+        match &self.space {
+            Space::Held(space) => space.pages.guard(),
+            _ => None,
+        }
+    }
+
     /// Whether the program has other processes, with which this one may share pages.
     pub fn set_relatives(&mut self, has: bool) {
         if let Space::Held(space) = &mut self.space {
@@ -287,6 +298,9 @@ impl Member {
 
     /// What is done before a stop, while the program runs.
     pub fn before_stop(&mut self) -> Result<Sleepers, ProcessError> {
+        if let Some(guard) = self.guard() {
+            guard.open(true);
+        }
         if let Space::Held(space) = &mut self.space {
             space.flags.refresh(&self.target)?;
             if space.lock_future.is_none() {
@@ -346,6 +360,9 @@ impl Member {
 
     /// See [`let_go`].
     pub fn let_go(&mut self, threads: Vec<Held>) -> Result<(), ProcessError> {
+        if let Some(guard) = self.guard() {
+            guard.open(false);
+        }
         let_go(&self.target, &mut self.waits, threads)
     }
 
@@ -450,7 +467,7 @@ impl Member {
         let changes = space.pages.pass(&self.target, &areas, World::Stopped)?;
         let guards = changes.guards.clone();
         laps.lap("scan");
-        let bytes = usize::try_from(changes.bytes()).unwrap_or(usize::MAX);
+        let bytes = usize::try_from(changes.bytes_now()).unwrap_or(usize::MAX);
         let spare = self.spare.take(bytes);
         let residue = space.pages.take(&self.target, changes, spare)?;
         laps.lap("copy");
@@ -532,7 +549,11 @@ fn refuse_policies(target: &Target, refusals: &mut Vec<Refusal>) {
 
 type Foothold = (Arena, u64, Result<WriteTracker, String>);
 
-fn foothold(target: &Target, threads: &mut [Held], tracks: bool) -> Result<Foothold, ProcessError> {
+fn foothold(
+    target: &Target,
+    threads: &mut [Held],
+    strategy: Option<Strategy>,
+) -> Result<Foothold, ProcessError> {
     let mappings = bootstrap::mappings_without(target, None)?;
     let syscall_at = bootstrap::find_syscall(target.pid, &mappings).ok_or_else(|| {
         let what = "no syscall instruction was found in its code";
@@ -542,8 +563,8 @@ fn foothold(target: &Target, threads: &mut [Held], tracks: bool) -> Result<Footh
     let leader = &mut threads[0];
     let arena = bootstrap::make_arena(target, leader, syscall_at, Plan::CAPTURE)?;
     let rest = bootstrap::hide_arena(target, leader, &arena).and_then(|()| {
-        if tracks {
-            bootstrap::make_tracker(target, leader, &arena)
+        if let Some(strategy) = strategy.filter(|s| s.tracks()) {
+            bootstrap::make_tracker(target, leader, &arena, strategy.guards())
         } else {
             Ok(Err("not asked for".into()))
         }

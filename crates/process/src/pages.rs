@@ -21,22 +21,20 @@
 //! asked for, and only pages that exist are protected: protecting large holes would build page
 //! tables for them (2 MiB a GiB).
 
+mod reading;
+
 use crate::ProcessError;
+use crate::guard::Guard;
 use crate::interval::IntervalSet;
 use crate::strategy::Granularity;
 use crate::target::Target;
-use outlive_epoch::{PAGE_SIZE, PageSink, Run, SpaceId};
+use outlive_epoch::{PAGE_SIZE, Run, SpaceId};
 use outlive_linux::Errno;
-use outlive_linux::memory::{self, RANGES};
-use outlive_linux::pagemap::{self, Pagemap, Query};
+use outlive_linux::pagemap::{self, Pagemap, Query, Region};
 use outlive_linux::userfault::WriteTracker;
 use std::collections::{BTreeSet, HashSet};
-use std::fs::File;
-use std::os::unix::fs::FileExt;
-use std::time::{Duration, Instant};
+use std::sync::Arc;
 
-/// Largest piece that is read and handed on at once, bytes.
-const PIECE: usize = 4 << 20;
 const PAGE: u64 = PAGE_SIZE as u64;
 
 /// Written pages that are closer together than this are looked at in one go, bytes.
@@ -46,6 +44,13 @@ const DENSE_HOLES: u64 = 64 << 20;
 /// … and they may be at most this part of the area: the arena that the C library reserves for a
 /// thread has 64 MiB, almost all of it holes.
 const DENSE_SHARE: u64 = 8;
+/// Stops whose pages are not copied behind after the program gave back what was to be copied.
+const MOST_REST: u32 = 63;
+/// Less than this is taken at the stop, bytes.
+const SMALL: u64 = 1 << 20;
+/// Protected pages between written ones are protected once more if they are no more than this,
+/// bytes: that is quicker than to ask the kernel twice.
+const GAP: u64 = 64 * PAGE;
 /// The only question that the kernel answers quickly.
 const WRITTEN_ONLY: Query = Query {
     all_of: pagemap::WRITTEN,
@@ -74,8 +79,10 @@ pub struct PrivateArea {
 pub struct Changes {
     /// Pages whose contents are to be taken.
     pub written: Vec<Span>,
-    /// Of these, the ones in mappings that cannot be read.
+    /// The same in mappings that cannot be read, or not be guarded.
     pub unreadable: Vec<Span>,
+    /// The same, to be copied behind the program.
+    pub behind: Vec<Span>,
     /// Pages that the epochs so far hold and that are no more.
     pub absent: Vec<Span>,
     /// Guard regions.
@@ -83,6 +90,16 @@ pub struct Changes {
 }
 
 impl Changes {
+    /// … of which so many at once, and not behind the program.
+    #[must_use]
+    pub fn bytes_now(&self) -> u64 {
+        self.bytes() - self.bytes_behind()
+    }
+
+    fn bytes_behind(&self) -> u64 {
+        self.behind.iter().map(|(s, e)| e - s).sum()
+    }
+
     /// Where the written pages of an area are listed.
     fn list(&mut self, area: &PrivateArea) -> &mut Vec<Span> {
         if area.readable {
@@ -98,6 +115,7 @@ impl Changes {
         self.written
             .iter()
             .chain(&self.unreadable)
+            .chain(&self.behind)
             .map(|(s, e)| e - s)
             .sum()
     }
@@ -109,7 +127,16 @@ pub struct PageTracker {
     pid: u32,
     space: SpaceId,
     pagemap: Pagemap,
-    tracker: Option<WriteTracker>,
+    tracker: Option<Arc<WriteTracker>>,
+    /// Where writers wait for us.
+    guard: Option<Guard>,
+    /// Mappings that cannot be guarded: all that exists in them is taken.
+    unguarded: HashSet<Span>,
+    /// Stops whose pages are not copied behind, and how many it was after the last loss.
+    rest: (u32, u32),
+    /// What this pass protected, and whether the program stands meanwhile.
+    protected: Vec<Span>,
+    stopped: bool,
     /// Page indexes whose contents the epochs so far (and the one being written) hold.
     stored: IntervalSet,
     /// Areas without large holes and guards, which the quick scan serves.
@@ -120,6 +147,7 @@ pub struct PageTracker {
     /// Addresses that could not be read although they were reported as written.
     doubtful: Vec<u64>,
     spans: Vec<Span>,
+    found: Vec<Region>,
     buffer: Vec<u8>,
     /// Some pages may be shared with other processes of the program, see [`PageTracker::read`].
     pub has_relatives: bool,
@@ -144,16 +172,28 @@ impl PageTracker {
     ) -> Result<Self, ProcessError> {
         let pagemap =
             Pagemap::open(target.pid).map_err(|e| target.kernel("opening its page map", e))?;
+        let tracker = tracker.map(Arc::new);
+        let guarding = tracker.as_ref().filter(|t| t.is_synchronous());
+        let guard = guarding.map(|t| Guard::new(target.pid, t.clone(), granularity));
+        let guard = guard
+            .transpose()
+            .map_err(|e| target.kernel("guarding its memory", e))?;
         Ok(Self {
             pid: target.pid,
             space: SpaceId(target.id),
             pagemap,
             tracker,
+            guard,
+            unguarded: HashSet::new(),
+            rest: (0, 0),
+            protected: Vec::new(),
+            stopped: false,
             stored: IntervalSet::default(),
             dense: HashSet::new(),
             guarded: BTreeSet::new(),
             doubtful: Vec::new(),
             spans: Vec::new(),
+            found: Vec::new(),
             buffer: Vec::new(),
             has_relatives: false,
             granularity,
@@ -193,8 +233,14 @@ impl PageTracker {
                 .map_err(failed)?;
             pages.note_stored((start, end));
         }
-        pages.tracker = Some(tracker);
+        pages.tracker = Some(Arc::new(tracker));
         Ok(pages)
+    }
+
+    /// Who holds writers back, where somebody does.
+    #[must_use]
+    pub fn guard(&self) -> Option<&Guard> {
+        self.guard.as_ref()
     }
 
     /// All pages that the epochs so far hold: they are no more, and nobody tracks them further.
@@ -228,6 +274,11 @@ impl PageTracker {
 
     /// The epochs so far do not count: everything is reported as written by the next pass.
     pub fn forget(&mut self, areas: &[PrivateArea]) {
+        if self.guard.as_ref().is_some_and(Guard::abandon) {
+            let longer = (self.rest.1 * 2 + 1).min(MOST_REST);
+            self.rest = (longer, longer);
+        }
+        self.unguarded.clear();
         if let Some(tracker) = &self.tracker {
             for area in areas {
                 // An area that was never registered, or is gone: fresh in any case.
@@ -247,6 +298,11 @@ impl PageTracker {
         areas: &[PrivateArea],
         world: World,
     ) -> Result<Changes, ProcessError> {
+        let shared = self.guard.as_ref().map(Guard::shared);
+        // Writers wait meanwhile: no protection is lifted unseen.
+        let mut guarding = shared.as_ref().map(|s| s.lock());
+        self.protected.clear();
+        self.stopped = world == World::Stopped;
         let mut changes = Changes::default();
         let mut end_of_last = 0;
         for area in areas {
@@ -275,14 +331,34 @@ impl PageTracker {
         }
         drop_stored(&mut self.stored, (end_of_last, !(PAGE - 1)), &mut changes);
         self.doubtful.clear();
+        if let Some(state) = &mut guarding {
+            if self.stopped {
+                state.all_clean();
+                self.leave_behind(&mut changes);
+                state.copy_behind(&changes.behind);
+            } else {
+                state.note_clean(&self.protected);
+            }
+        }
         Ok(changes)
+    }
+
+    /// Has written pages copied behind the program, where that is worth it.
+    fn leave_behind(&mut self, changes: &mut Changes) {
+        let resting = self.rest.0 > 0;
+        self.rest.0 = self.rest.0.saturating_sub(1);
+        if !resting && changes.bytes() >= SMALL {
+            changes.behind = std::mem::take(&mut changes.written);
+        }
     }
 
     fn scan(&mut self, area: &PrivateArea, changes: &mut Changes) -> Result<(), Errno> {
         let (start, end) = area.span;
         self.resolve_doubts(area.span)?;
         if self.tracker.is_none() {
-            self.scan_sorts(area.span, area, changes)?;
+            self.scan_sorts(area.span, area, changes, false)?;
+        } else if self.unguarded.contains(&area.span) {
+            self.scan_unguarded(area, changes)?;
         } else {
             self.scan_tracked(area, changes)?;
         }
@@ -343,11 +419,14 @@ impl PageTracker {
     }
 
     fn scan_tracked(&mut self, area: &PrivateArea, changes: &mut Changes) -> Result<(), Errno> {
-        let known = if self.dense.contains(&area.span) && !self.is_guarded(area.span) {
-            self.scan_dense(area, changes)
-        } else {
-            self.scan_sparse(area, changes)
-        };
+        let dense = self.dense.contains(&area.span) && !self.is_guarded(area.span);
+        let known = self.must_be_registered(area).and_then(|()| {
+            if dense {
+                self.scan_dense(area, changes)
+            } else {
+                self.scan_sparse(area, changes)
+            }
+        });
         match (known, &self.tracker) {
             // Not registered: fresh, also where another mapping lay at the same place before.
             (Err(Errno::PERM), Some(tracker)) => {
@@ -357,6 +436,10 @@ impl PageTracker {
                 let _ = tracker.unregister(area.span.0, area.span.1);
                 let registered = tracker.register(area.span.0, area.span.1);
                 self.dense.remove(&area.span);
+                if registered == Err(Errno::INVAL) && tracker.is_synchronous() {
+                    self.unguarded.insert(area.span);
+                    return self.scan_unguarded(area, changes);
+                }
                 registered?;
                 drop_stored(&mut self.stored, area.span, changes);
                 self.scan_sparse(area, changes)
@@ -365,21 +448,77 @@ impl PageTracker {
         }
     }
 
+    /// A scan that protects says that an area is not registered; where protecting is a call of its own,
+    /// it says so only of pages that are there. So the first page is asked for: it counts as written
+    /// from then on.
+    fn must_be_registered(&self, area: &PrivateArea) -> Result<(), Errno> {
+        let Some(tracker) = self.tracker.as_ref().filter(|t| t.is_synchronous()) else {
+            return Ok(());
+        };
+        let first = (area.span.0, area.span.0 + PAGE);
+        match tracker.protect(first, false) {
+            Err(Errno::NOENT) => Err(Errno::PERM),
+            other => other,
+        }
+    }
+
+    /// All that exists in a mapping of a file, which cannot be guarded.
+    fn scan_unguarded(&mut self, area: &PrivateArea, changes: &mut Changes) -> Result<(), Errno> {
+        let listed_apart = PrivateArea {
+            readable: false,
+            ..*area
+        };
+        self.scan_sorts(area.span, &listed_apart, changes, false)
+            .map(drop)
+    }
+
+    /// [`Pagemap::scan`], which protects what it finds.
+    fn scan_protecting(
+        &mut self,
+        (start, end): Span,
+        query: Query,
+        mut visit: impl FnMut(&mut Self, Region),
+    ) -> Result<(), Errno> {
+        let synchronous = self.tracker.as_ref().filter(|t| t.is_synchronous());
+        let synchronous = synchronous.filter(|_| query.protect).cloned();
+        let protect = query.protect && synchronous.is_none();
+        let mut found = std::mem::take(&mut self.found);
+        found.clear();
+        let scanned = self
+            .pagemap
+            .scan(start, end, Query { protect, ..query }, |r| found.push(r));
+        found.iter().for_each(|r| visit(self, *r));
+        let gap = if self.stopped { GAP } else { 0 };
+        let mut protected: Vec<Span> = Vec::new();
+        for r in synchronous.iter().flat_map(|_| &found) {
+            match protected.last_mut() {
+                Some(last) if r.start - last.1 <= gap => last.1 = r.end,
+                _ => protected.push((r.start, r.end)),
+            }
+        }
+        self.found = found;
+        scanned?;
+        for span in protected {
+            if let Some(tracker) = &synchronous {
+                // Not registered: as the kernel says it of asynchronous protection.
+                let unregistered = |e| if e == Errno::NOENT { Errno::PERM } else { e };
+                tracker.protect(span, true).map_err(unregistered)?;
+            }
+            self.protected.push(span);
+        }
+        Ok(())
+    }
+
     /// One quick scan, which protects holes too.
     fn scan_dense(&mut self, area: &PrivateArea, changes: &mut Changes) -> Result<(), Errno> {
-        let (start, end) = area.span;
         let list = changes.list(area);
-        self.pagemap.scan(
-            start,
-            end,
-            Query {
-                protect: true,
-                ..WRITTEN_ONLY
-            },
-            |r| {
-                push_span(list, (r.start, r.end));
-            },
-        )
+        let query = Query {
+            protect: true,
+            ..WRITTEN_ONLY
+        };
+        self.scan_protecting(area.span, query, |_, r| {
+            push_span(list, (r.start, r.end));
+        })
     }
 
     /// A quick scan for where something was written, then the sorts of pages there.
@@ -401,7 +540,7 @@ impl PageTracker {
                 spans.push((area.span.0, area.span.0 + PAGE));
             }
             for &span in &spans {
-                holes += self.scan_sorts(span, area, changes)?;
+                holes += self.scan_sorts(span, area, changes, true)?;
             }
             Ok(())
         });
@@ -422,46 +561,41 @@ impl PageTracker {
         span: Span,
         area: &PrivateArea,
         changes: &mut Changes,
+        tracked: bool,
     ) -> Result<u64, Errno> {
-        let written = if self.tracker.is_some() {
-            pagemap::WRITTEN
-        } else {
-            0
-        };
-        let Self {
-            pagemap,
-            stored,
-            guarded,
-            ..
-        } = self;
-        let exists = Query {
-            all_of: written,
-            any_of: pagemap::PRESENT | pagemap::SWAPPED | pagemap::GUARD,
-            report: pagemap::FILE | pagemap::ZERO | pagemap::GUARD,
-            protect: written != 0,
-            ..Query::default()
-        };
-        pagemap.scan(span.0, span.1, exists, |r| {
-            let span = (r.start, r.end);
-            if r.categories != 0 {
-                // A guard, a page of the file below, the zero page: no contents of its own.
-                drop_stored(stored, span, changes);
-                if r.categories & pagemap::GUARD != 0 {
-                    guarded.insert(r.start);
-                }
-            } else {
-                push_span(changes.list(area), span);
-            }
-        })?;
+        let written = if tracked { pagemap::WRITTEN } else { 0 };
+        // Before any of them is protected, which may reach across a hole.
         let holes = Query {
             all_of: pagemap::PRESENT | pagemap::SWAPPED | written,
             inverted: pagemap::PRESENT | pagemap::SWAPPED,
             ..Query::default()
         };
         let mut bytes = 0;
+        let Self {
+            pagemap, stored, ..
+        } = self;
         pagemap.scan(span.0, span.1, holes, |r| {
             bytes += r.end - r.start;
             drop_stored(stored, (r.start, r.end), changes);
+        })?;
+        let exists = Query {
+            all_of: written,
+            any_of: pagemap::PRESENT | pagemap::SWAPPED | pagemap::GUARD,
+            report: pagemap::FILE | pagemap::ZERO | pagemap::GUARD,
+            protect: tracked,
+            ..Query::default()
+        };
+        self.scan_protecting(span, exists, |this, r| {
+            let span = (r.start, r.end);
+            if r.categories != 0 {
+                // A guard, a page of the file below, the zero page: no contents of its own.
+                drop_stored(&mut this.stored, span, changes);
+                if r.categories & pagemap::GUARD != 0 {
+                    this.guarded.insert(r.start);
+                }
+            } else {
+                push_span(changes.list(area), span);
+            }
         })?;
         Ok(bytes)
     }
@@ -474,167 +608,6 @@ impl PageTracker {
         Run::new(self.space, span.0 / PAGE, (span.1 - span.0) / PAGE)
             .ok_or_else(|| ProcessError::Image(format!("pages {:x}-{:x}", span.0, span.1)))
     }
-
-    /// Copies changed pages of a running program into a sink. Pages that vanish meanwhile are left
-    /// to the next pass.
-    pub fn copy(&mut self, changes: &Changes, sink: &mut dyn PageSink) -> Result<(), ProcessError> {
-        for &span in &changes.absent {
-            sink.absent(self.run(span)?)?;
-        }
-        let mut buffer = std::mem::take(&mut self.buffer);
-        let result = self.copy_written(changes, sink, &mut buffer);
-        self.buffer = buffer;
-        result
-    }
-
-    fn copy_written(
-        &mut self,
-        changes: &Changes,
-        sink: &mut dyn PageSink,
-        buffer: &mut Vec<u8>,
-    ) -> Result<(), ProcessError> {
-        buffer.resize(PIECE, 0);
-        for group in pieces(&changes.written, PIECE as u64) {
-            let ranges: Vec<_> = group.iter().map(|&(s, e)| (s, (e - s) as usize)).collect();
-            let total: usize = ranges.iter().map(|r| r.1).sum();
-            let read = self.read(&ranges, &mut buffer[..total]);
-            let mut at = 0;
-            for &(start, end) in &group {
-                let len = (end - start) as usize;
-                if at + len > read {
-                    // Unmapped or protected meanwhile: singly, as far as they go.
-                    self.copy_one_by_one((start, end), sink)?;
-                } else {
-                    sink.put(self.run((start, end))?, &buffer[at..at + len])?;
-                    self.note_stored((start, end));
-                }
-                at += len;
-            }
-        }
-        for &span in &changes.unreadable {
-            self.copy_one_by_one(span, sink)?;
-        }
-        Ok(())
-    }
-
-    /// Reads ranges one after the other; returns how many bytes could be read before one was not
-    /// there.
-    ///
-    /// A page that is shared copy-on-write must stay shared. The kernel pins what
-    /// `process_vm_readv(2)` reads, and copies such a page before it pins it (Linux 5.19): to read
-    /// all workers of a server once would give each of them all of their master's memory. So these
-    /// pages are read through `/proc/PID/mem`, which is slower.
-    fn read(&self, ranges: &[memory::Remote], out: &mut [u8]) -> usize {
-        if !self.has_relatives {
-            return memory::read(self.pid, ranges, out).unwrap_or(0);
-        }
-        let Ok(mem) = File::open(format!("/proc/{}/mem", self.pid)) else {
-            return 0;
-        };
-        let mut parts: Vec<(u64, u64, bool)> = Vec::new();
-        for &(start, len) in ranges {
-            let listed = self
-                .pagemap
-                .exclusive(start, start + len as u64, |s, e, alone| {
-                    parts.push((s, e, alone));
-                });
-            if listed.is_err() {
-                return 0;
-            }
-        }
-        let mut done = 0;
-        for group in parts.chunk_by(|a, b| a.2 && b.2) {
-            for group in group.chunks(RANGES) {
-                let ranges: Vec<_> = group.iter().map(|p| (p.0, (p.1 - p.0) as usize)).collect();
-                let want: usize = ranges.iter().map(|r| r.1).sum();
-                let out = &mut out[done..done + want];
-                let read = match group {
-                    [(start, _, false)] => mem.read_at(out, *start).unwrap_or(0),
-                    _ => memory::read(self.pid, &ranges, out).unwrap_or(0),
-                };
-                done += read;
-                if read < want {
-                    return done;
-                }
-            }
-        }
-        done
-    }
-
-    fn copy_one_by_one(&mut self, span: Span, sink: &mut dyn PageSink) -> Result<(), ProcessError> {
-        let Ok(mem) = File::open(format!("/proc/{}/mem", self.pid)) else {
-            return Ok(());
-        };
-        let mut page = [0u8; PAGE_SIZE];
-        for start in (span.0..span.1).step_by(PAGE_SIZE) {
-            if mem.read_exact_at(&mut page, start).is_ok() {
-                sink.put(self.run((start, start + PAGE))?, &page)?;
-                self.note_stored((start, start + PAGE));
-            } else {
-                self.doubtful.push(start);
-            }
-        }
-        Ok(())
-    }
-
-    /// Takes changed pages of a stopped program into memory; every one must be readable.
-    pub fn take(
-        &mut self,
-        target: &Target,
-        changes: Changes,
-        mut buffer: Vec<u8>,
-    ) -> Result<Residue, ProcessError> {
-        let began = Instant::now();
-        let total = changes.bytes() as usize;
-        // Never shorter: what was written to once need not be faulted in at the next stop.
-        if buffer.is_empty() {
-            // Zeroed memory from the kernel, which is faulted in only where it is used.
-            buffer = vec![0; total.next_multiple_of(PIECE)];
-        } else if buffer.len() < total {
-            buffer.resize(total.next_multiple_of(PIECE), 0);
-        }
-        let mut at = 0;
-        for group in pieces(&changes.written, 64 << 20) {
-            let ranges: Vec<_> = group.iter().map(|&(s, e)| (s, (e - s) as usize)).collect();
-            let want: usize = ranges.iter().map(|r| r.1).sum();
-            let out = &mut buffer[at..at + want];
-            let read = self.read(&ranges, out);
-            if read < want {
-                let mut from = 0;
-                for &span in &group {
-                    let len = (span.1 - span.0) as usize;
-                    read_forced(target, span, &mut out[from..from + len])?;
-                    from += len;
-                }
-            }
-            at += want;
-        }
-        for &span in &changes.unreadable {
-            let len = (span.1 - span.0) as usize;
-            read_forced(target, span, &mut buffer[at..at + len])?;
-            at += len;
-        }
-        let mut runs = Vec::with_capacity(changes.written.len() + changes.unreadable.len());
-        for &span in changes.written.iter().chain(&changes.unreadable) {
-            runs.push(self.run(span)?);
-            self.note_stored(span);
-        }
-        let absent: Result<Vec<Run>, _> = changes.absent.iter().map(|&s| self.run(s)).collect();
-        Ok(Residue {
-            runs,
-            absent: absent?,
-            buffer,
-            took: began.elapsed(),
-        })
-    }
-}
-
-fn read_forced(target: &Target, span: Span, out: &mut [u8]) -> Result<(), ProcessError> {
-    let what = || format!("reading memory at {:x}-{:x}", span.0, span.1);
-    let mem =
-        File::open(format!("/proc/{}/mem", target.pid)).map_err(|e| target.kernel(what(), e))?;
-    mem.read_exact_at(out, span.0)
-        .map_err(|e| target.kernel(what(), e))
 }
 
 /// Pages of this span hold nothing of their own any more.
@@ -650,80 +623,5 @@ fn push_span(list: &mut Vec<Span>, span: Span) {
     match list.last_mut() {
         Some(last) if last.1 == span.0 => last.1 = span.1,
         _ => list.push(span),
-    }
-}
-
-/// Cuts spans into groups of at most `limit` bytes and [`RANGES`] ranges.
-fn pieces(spans: &[Span], limit: u64) -> Vec<Vec<Span>> {
-    let mut groups = Vec::new();
-    let (mut group, mut bytes) = (Vec::new(), 0);
-    for &(mut start, end) in spans {
-        while start < end {
-            let upto = end.min(start + (limit - bytes));
-            group.push((start, upto));
-            bytes += upto - start;
-            start = upto;
-            if bytes >= limit || group.len() == RANGES {
-                groups.push(std::mem::take(&mut group));
-                bytes = 0;
-            }
-        }
-    }
-    if !group.is_empty() {
-        groups.push(group);
-    }
-    groups
-}
-
-/// Pages that were taken at the stop.
-#[derive(Debug, Default)]
-pub struct Residue {
-    /// Where the pages in the buffer belong, one after the other.
-    pub runs: Vec<Run>,
-    /// Pages that are no more.
-    pub absent: Vec<Run>,
-    /// The contents, and perhaps rubbish behind them.
-    pub buffer: Vec<u8>,
-    /// How long their copying took.
-    pub took: Duration,
-}
-
-impl Residue {
-    /// Hands everything to a sink.
-    pub fn write(&self, sink: &mut dyn PageSink) -> Result<(), ProcessError> {
-        for &run in &self.absent {
-            sink.absent(run)?;
-        }
-        let mut at = 0;
-        for &run in &self.runs {
-            let len = run.bytes() as usize;
-            sink.put(run, &self.buffer[at..at + len])?;
-            at += len;
-        }
-        Ok(())
-    }
-
-    /// Number of pages with contents.
-    #[must_use]
-    pub fn pages(&self) -> u64 {
-        self.runs.iter().map(Run::count).sum()
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn spans_are_cut_at_the_limit() {
-        let groups = pieces(&[(0, 10), (20, 25), (30, 31)], 6);
-        assert_eq!(
-            groups,
-            vec![
-                vec![(0, 6)],
-                vec![(6, 10), (20, 22)],
-                vec![(22, 25), (30, 31)]
-            ]
-        );
     }
 }

@@ -25,6 +25,9 @@ pub enum Strategy {
     /// A replica is kept up to date while the program runs, in passes; the stop takes the rest.
     #[default]
     Redundant,
+    /// What was written since the last epoch is protected at the stop, and copied while the program
+    /// runs again: a write to what is not copied yet waits. Takes privilege.
+    Cow,
 }
 
 impl Strategy {
@@ -32,6 +35,12 @@ impl Strategy {
     #[must_use]
     pub fn tracks(self) -> bool {
         self != Self::Copy
+    }
+
+    /// Whether writers wait for a guard.
+    #[must_use]
+    pub fn guards(self) -> bool {
+        self == Self::Cow
     }
 
     /// Most passes over the memory of a process before a stop; it may be `fresh`, so that no epoch
@@ -42,17 +51,18 @@ impl Strategy {
         const MOST: u32 = 8;
         match self {
             Self::Copy => 0,
-            Self::Incremental => u32::from(fresh),
+            Self::Incremental | Self::Cow => u32::from(fresh),
             Self::Redundant => MOST,
         }
     }
 }
 
 /// Names of strategies, as the command line and the subject's card have them.
-const NAMES: [(Strategy, &str); 3] = [
+const NAMES: [(Strategy, &str); 4] = [
     (Strategy::Copy, "copy"),
     (Strategy::Incremental, "incremental"),
     (Strategy::Redundant, "redundant"),
+    (Strategy::Cow, "cow"),
 ];
 
 impl fmt::Display for Strategy {

@@ -9,6 +9,7 @@ pub use stop::Stopped;
 use crate::captured::Spare;
 use crate::family::{self, Kin};
 use crate::freeze::{Held, freeze};
+use crate::guard::Guard;
 use crate::member::{self, Member, NotAdopted};
 use crate::reentry::WaitBook;
 use crate::resources::descriptors;
@@ -20,6 +21,7 @@ use crate::strategy::{self, Granularity, Strategy};
 use crate::target::Target;
 use crate::{ProcessError, namespaces, preflight};
 use outlive_epoch::{PageSink, Run};
+use rustix::fd::BorrowedFd;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
@@ -147,6 +149,29 @@ impl Tracked {
     #[must_use]
     pub fn tracking(&self) -> &Tracking {
         &self.tracking
+    }
+
+    /// Pages that may have been written since they were last protected, as of now; `None` where
+    /// the strategy has no guard. Memory mapped since the last stop is not among them.
+    #[must_use]
+    pub fn dirty_pages(&self) -> Option<u64> {
+        let guards = self.members.values().filter_map(Member::guard);
+        let dirty = guards.map(Guard::dirty).sum();
+        self.options.strategy.guards().then_some(dirty)
+    }
+
+    /// Holds writers beyond so many dirty pages (see [`Tracked::dirty_pages`]), each process to its
+    /// equal part, until the next stop; `None`: never.
+    pub fn limit_dirty(&self, pages: Option<u64>) {
+        let guards = || self.members.values().filter_map(Member::guard);
+        let each = pages.map(|p| p / guards().count().max(1) as u64);
+        guards().for_each(|guard| guard.set_limit(each));
+    }
+
+    /// Descriptors of which one is readable while writers are held: an epoch is wanted.
+    pub fn pressure(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
+        let guards = self.members.values().filter_map(Member::guard);
+        guards.map(Guard::pressure)
     }
 
     /// Gains a foothold in every process that is not a member yet, one after the other; returns

@@ -43,7 +43,8 @@ impl GoingOn {
         reader: &dyn EpochReader,
         options: &TrackOptions,
     ) -> Option<Self> {
-        if !options.strategy.tracks() {
+        // A guard's thread is none of a restore, which must have one thread only.
+        if !options.strategy.tracks() || options.strategy.guards() {
             return None;
         }
         let pages: Result<Vec<_>, _> = stubs
@@ -116,7 +117,7 @@ fn track(
     granularity: Granularity,
 ) -> Result<PageTracker, ProcessError> {
     let (target, arena) = (&stub.target, &stub.arena);
-    let tracker = bootstrap::make_tracker(target, &mut stub.threads[0], arena)?;
+    let tracker = bootstrap::make_tracker(target, &mut stub.threads[0], arena, false)?;
     let tracker =
         tracker.map_err(|why| target.kernel(why, std::io::Error::other("not tracked")))?;
     let mappings = bootstrap::mappings_without(target, Some(arena.range()))?;

@@ -2,22 +2,28 @@
 
 use crate::store::Store;
 use crate::support::{
-    Program, adopt_orphans, alone, bring_back, clean_up, epoch, last_epoch, look, may_run, prepare,
-    times,
+    Program, adopt_orphans, alone, bring_back, clean_up, epoch, last_epoch, look, may_run, moving,
+    prepare, times,
 };
-use outlive_epoch::SpaceId;
-use outlive_process::{Granularity, Strategy, TrackOptions, Tracked, Tracking};
+use crate::unharmed::must_be_free;
+use crate::view::View;
+use outlive_epoch::{EpochWriter, SpaceId};
+use outlive_process::{Granularity, ProcessError, Strategy, TrackOptions, Tracked, Tracking};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::Duration;
 
 /// What is tried: strategies and units.
-const ALL: [(Strategy, u32); 6] = [
+const ALL: [(Strategy, u32); 8] = [
     (Strategy::Copy, 1),
     (Strategy::Incremental, 1),
     (Strategy::Incremental, 8),
     (Strategy::Incremental, 1024),
     (Strategy::Redundant, 1),
     (Strategy::Redundant, 64),
+    (Strategy::Cow, 1),
+    (Strategy::Cow, 16),
 ];
 
 fn begin(program: &Program, (strategy, pages): (Strategy, u32)) -> Tracked {
@@ -41,7 +47,7 @@ fn every_strategy_brings_back_what_stood() {
         for how in ALL {
             let mut program = Program::start("shifter", &[&seed.to_string()]);
             let mut store = Store::default();
-            for life in 0..2 {
+            for life in 0..2 - seed.min(1) {
                 let mut tracked = begin(&program, how);
                 for _ in 0..4 {
                     epoch(&mut tracked, &mut store)
@@ -53,6 +59,7 @@ fn every_strategy_brings_back_what_stood() {
                     *tracked.tracking() == Tracking::Off,
                     how.0 == Strategy::Copy
                 );
+                println!("{how:?}, seed {seed}, life {life}");
                 let seen = last_epoch(&mut program, tracked, &mut store);
                 clean_up();
                 if life == 0 {
@@ -79,6 +86,160 @@ fn a_spoilt_page_is_seen(program: &Program, store: &Store, seen: &crate::view::V
     drop(ready);
     clean_up();
     assert_eq!(found.len(), 1, "{found:?}");
+}
+
+/// Takes an epoch that is written when the program runs again; what stood at the stop.
+fn behind(tracked: &mut Tracked, store: &mut Store) -> Result<View, ProcessError> {
+    let pid = tracked.pid();
+    let mut writer = store.begin();
+    tracked.precopy(&mut *writer)?;
+    let (stopped, captured) = tracked.stop(&mut *writer)?;
+    let mut seen = View::take(pid, &[]);
+    stopped.resume()?;
+    // It gets a head start.
+    std::thread::sleep(Duration::from_micros(200));
+    captured.write(&mut *writer)?;
+    captured.sync_files()?;
+    seen.blank(&moving(&writer.epoch));
+    writer.commit(captured.facts)?;
+    Ok(seen)
+}
+
+#[test]
+fn what_is_copied_behind_a_program_is_what_stood() {
+    let _alone = alone();
+    if !may_run("what_is_copied_behind_a_program_is_what_stood") {
+        return;
+    }
+    adopt_orphans();
+    let mut good = 0;
+    for seed in 0..times(6, 200) {
+        let how = (Strategy::Cow, [1, 4, 64][seed % 3]);
+        let mut program = Program::start("shifter", &[&seed.to_string()]);
+        let mut tracked = begin(&program, how);
+        let mut store = Store::default();
+        let mut last = None;
+        for _ in 0..12 {
+            match behind(&mut tracked, &mut store) {
+                Ok(seen) => last = Some(seen),
+                // Memory was given back before it was copied: that is no epoch.
+                Err(ProcessError::Kernel { what, .. }) if what.contains("gave back") => {
+                    tracked.forget_progress();
+                    store.epochs.clear();
+                    last = None;
+                    continue;
+                }
+                Err(e) => panic!("{how:?}: {e}; {}", program.story()),
+            }
+            good += 1;
+            program.must_be_well();
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        drop(tracked);
+        program.kill();
+        clean_up();
+        if let Some(seen) = last {
+            bring_back(&mut program, store.newest(), &seen);
+            program.must_report();
+        }
+    }
+    assert!(good > 20, "{good} epochs");
+}
+
+/// The process that the guard of [`a_dead_guard_holds_nobody`] guards.
+const GUARDED: &str = "OUTLIVE_TEST_GUARDED";
+
+/// No test: the keeper that is killed by the next one, which runs it in a process of its own.
+#[test]
+#[ignore = "run by a_dead_guard_holds_nobody"]
+fn keeper() {
+    let Some(pid) = std::env::var(GUARDED).ok().and_then(|v| v.parse().ok()) else {
+        return;
+    };
+    let options = TrackOptions {
+        strategy: Strategy::Cow,
+        ..TrackOptions::default()
+    };
+    let mut tracked = loop {
+        match Tracked::attach(pid, options.clone()) {
+            Ok(tracked) => break tracked,
+            // A thread is still helping itself after an earlier one died.
+            Err(ProcessError::Refused(_)) => std::thread::sleep(Duration::from_millis(50)),
+            Err(e) => panic!("attaching: {e}"),
+        }
+    };
+    let mut store = Store::default();
+    loop {
+        if behind(&mut tracked, &mut store).is_err() {
+            tracked.forget_progress();
+        }
+        store.epochs.clear();
+        // Writers are held most of the time.
+        tracked.limit_dirty(Some(100));
+        std::thread::sleep(Duration::from_millis(3));
+    }
+}
+
+#[test]
+fn a_dead_guard_holds_nobody() {
+    let _alone = alone();
+    if !may_run("a_dead_guard_holds_nobody") {
+        return;
+    }
+    let program = Program::start("shifter", &["3", "patient"]);
+    for round in 0..times(8, 300) {
+        let mut keeper = Command::new(std::env::current_exe().expect("this test has a path"))
+            .args(["--exact", "strategies::keeper", "--ignored"])
+            .env(GUARDED, program.pid.to_string())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .expect("the keeper starts");
+        std::thread::sleep(Duration::from_micros(80_000 + round as u64 * 7919 % 90_000));
+        assert!(
+            keeper.try_wait().expect("its state").is_none(),
+            "the keeper ended of itself"
+        );
+        keeper.kill().expect("killing the keeper");
+        keeper.wait().expect("the keeper's end");
+        must_be_free(&program);
+        program.must_be_well();
+    }
+    let said = program.must_report();
+    assert!(said.contains("steps"), "{said}");
+}
+
+/// The guard knows how many pages may have been written, and holds writers at the limit until the
+/// next stop.
+#[test]
+fn a_guard_holds_writers_at_the_limit() {
+    let _alone = alone();
+    if !may_run("a_guard_holds_writers_at_the_limit") {
+        return;
+    }
+    const LIMIT: u64 = 100;
+    let program = Program::start("crowd", &["--memory", "32", "--dirty-rate", "20"]);
+    let mut tracked = begin(&program, (Strategy::Cow, 1));
+    let mut store = Store::default();
+    tracked.limit_dirty(Some(LIMIT));
+    for _ in 0..4 {
+        epoch(&mut tracked, &mut store).expect("an epoch");
+        let mut held = tracked
+            .pressure()
+            .map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN));
+        let mut held: Vec<_> = held.by_ref().collect();
+        let patience = Timespec {
+            tv_sec: 30,
+            tv_nsec: 0,
+        };
+        assert_eq!(poll(&mut held, Some(&patience)), Ok(1), "nobody is held");
+        // Whoever is held does not go on by itself.
+        std::thread::sleep(Duration::from_millis(30));
+        assert_eq!(tracked.dirty_pages(), Some(LIMIT));
+    }
+    tracked.limit_dirty(None);
+    tracked.detach().expect("detaching");
+    program.must_report();
 }
 
 /// Nothing of a program is registered anywhere where everything is copied.

@@ -323,7 +323,7 @@ pub fn track(program: &Program) -> Tracked {
         .unwrap_or_else(|e| panic!("attaching: {e}; {}", program.story()))
 }
 
-fn moving(epoch: &Epoch) -> Vec<(u64, u64)> {
+pub fn moving(epoch: &Epoch) -> Vec<(u64, u64)> {
     let root = image::describe(epoch).expect("the subject").root_process;
     moving_of(epoch, root)
 }

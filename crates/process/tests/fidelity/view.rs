@@ -122,6 +122,18 @@ impl View {
         found
     }
 
+    /// Takes places out of the comparison that became known later.
+    pub fn blank(&mut self, places: &[(u64, u64)]) {
+        for (&at, page) in self.pages.iter_mut().filter(|(_, page)| !page.is_empty()) {
+            for &(start, end) in places {
+                let within = |x: u64| (x.clamp(at, at + PAGE) - at) as usize;
+                page[within(start)..within(end)].fill(0);
+            }
+        }
+        self.pages
+            .retain(|_, page| page.is_empty() || page.iter().any(|b| *b != 0));
+    }
+
     /// Fails the test with everything in which the restored program differs.
     pub fn must_equal(&self, other: &Self) {
         let found = self.differences(other);

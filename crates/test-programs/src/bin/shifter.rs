@@ -1,5 +1,5 @@
 //! Memory that is written, given back, moved, replaced and inherited all the time, and looked at:
-//! `shifter SEED`. Ends at SIGUSR1, after one more look.
+//! `shifter SEED [patient]`. Ends at SIGUSR1, after one more look.
 //!
 //! # Safety
 //! Each region is a mapping that one thread owns; what it is replaced by lies at the same place or is
@@ -7,7 +7,7 @@
 #![allow(unsafe_code)]
 
 use outlive_test_programs::{
-    Random, await_report_order, block, check, ending, expect, good, mix, say,
+    Random, await_report_order, block, check, ending, expect, good, mix, say, signals,
 };
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -176,7 +176,17 @@ fn main() {
     block(&[libc::SIGUSR1, libc::SIGCHLD]);
     let worker = std::thread::spawn(move || shift(seed.unwrap_or(1)));
     say("ready");
-    await_report_order();
+    if std::env::args().nth(2).as_deref() == Some("patient") {
+        // For tests in which a tracer is killed: what it interrupted stays interrupted.
+        let set = signals(&[libc::SIGUSR1]);
+        let set = std::ptr::from_ref(&set).cast::<libc::sigset_t>();
+        // SAFETY: the first 8 bytes of a set, which is live, are all that the kernel reads; the
+        // size is said.
+        let wait = || unsafe { libc::syscall(libc::SYS_rt_sigtimedwait, set, 0, 0, 8) };
+        while wait() != i64::from(libc::SIGUSR1) {}
+    } else {
+        await_report_order();
+    }
     ending();
     END.store(true, Ordering::Relaxed);
     match worker.join() {

@@ -11,7 +11,7 @@ use super::{
     AnonymousState, MappedFileState, Origin, SHARED_SPACE, SegmentState, SharedMemory, SharedState,
     Sort,
 };
-use crate::pages::Residue;
+use crate::residue::Residue;
 use crate::resources::descriptors::Probe;
 use crate::resources::memory;
 use crate::resources::system_v::Members;

@@ -1,0 +1,404 @@
+//! A guard over the private memory of one process: synchronous write protection. Whoever writes to
+//! a protected page waits until the guard's thread has lifted the protection.
+//!
+//! # What it is for
+//! - *Copying behind*: pages that were protected at a stop are copied while the program runs again.
+//!   A write to one that is not copied yet waits until it is.
+//! - *A hard bound*: the guard knows at every instant how many pages may have been written since they
+//!   were last protected ([`Guard::dirty`]). Beyond a limit ([`Guard::set_limit`]) writers are held,
+//!   and whoever takes epochs is told ([`Guard::pressure`]), until the next stop.
+//!
+//! # Rules
+//! - Which pages were written is asked of the page map, never of what the guard noted: memory that
+//!   was given back, moved or mapped anew comes without a fault.
+//! - A page that is copied behind must have been protected from the stop until after it was read:
+//!   this is asked of the page map after the read. Where it was not (the program gave memory back),
+//!   the epoch fails.
+//! - The guard's thread waits for nobody but for room for copies, which whoever writes the epoch
+//!   makes without the program. From the beginning of a stop until its end nobody is held.
+//! - If this process dies, the kernel lifts the protection of everything.
+//!
+//! # What it does not count
+//! Memory mapped since the last stop, and private mappings of files, which the kernel guards
+//! asynchronously only: these are taken at every stop. A call of the kernel that writes much
+//! (`read(2)`) may go beyond the limit during a stop.
+
+use crate::ProcessError;
+use crate::interval::IntervalSet;
+use crate::pages::Span;
+use crate::strategy::Granularity;
+use outlive_epoch::{PAGE_SIZE, PageSink, Run, SpaceId};
+use outlive_linux::Errno;
+use outlive_linux::memory;
+use outlive_linux::pagemap::{self, Pagemap, Query};
+use outlive_linux::userfault::WriteTracker;
+use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
+use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::thread::JoinHandle;
+
+const PAGE: u64 = PAGE_SIZE as u64;
+/// Pages that are copied behind in one go: a writer waits for no longer than that.
+const CHUNK: u64 = 64;
+/// Pages that the guard itself has copied and that nobody has taken yet, at most.
+const COPIES: usize = 16 << 10;
+/// Pages that exist and are protected.
+const PROTECTED: Query = Query {
+    all_of: pagemap::WRITTEN,
+    inverted: pagemap::WRITTEN,
+    any_of: pagemap::PRESENT | pagemap::SWAPPED,
+    report: 0,
+    protect: false,
+};
+
+/// A guard, with its thread. Dropping it ends the thread; protection ends with the descriptor.
+#[derive(Debug)]
+pub struct Guard {
+    shared: Arc<Shared>,
+    thread: Option<JoinHandle<()>>,
+}
+
+#[derive(Debug)]
+pub(crate) struct Shared {
+    pid: u32,
+    tracker: Arc<WriteTracker>,
+    /// Pages whose protection is lifted together.
+    unit: u64,
+    /// Wakes the thread.
+    wake: OwnedFd,
+    /// Readable while writers are held.
+    pressure: OwnedFd,
+    state: Mutex<State>,
+    /// There is room for copies.
+    room: Condvar,
+}
+
+#[derive(Debug)]
+pub(crate) struct State {
+    pagemap: Pagemap,
+    ending: bool,
+    /// Pages of the last stop that are not copied yet.
+    behind: IntervalSet,
+    /// Copies of such pages, made because somebody writes to them.
+    copies: Vec<(u64, [u8; PAGE_SIZE])>,
+    /// Address of a page whose contents at the stop are lost.
+    lost: Option<u64>,
+    /// Pages whose protection was lifted since.
+    dirty: IntervalSet,
+    dirty_count: u64,
+    limit: Option<u64>,
+    /// Nobody is held.
+    open: bool,
+    held: Vec<u64>,
+}
+
+impl Guard {
+    /// A guard over a process, by its tracker, which must be synchronous.
+    pub fn new(
+        pid: u32,
+        tracker: Arc<WriteTracker>,
+        granularity: Granularity,
+    ) -> Result<Self, Errno> {
+        let flags = EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK;
+        let state = State {
+            pagemap: Pagemap::open(pid)?,
+            ending: false,
+            behind: IntervalSet::default(),
+            copies: Vec::new(),
+            lost: None,
+            dirty: IntervalSet::default(),
+            dirty_count: 0,
+            limit: None,
+            open: true,
+            held: Vec::new(),
+        };
+        let shared = Arc::new(Shared {
+            pid,
+            tracker,
+            unit: u64::from(granularity.pages()),
+            wake: eventfd(0, flags)?,
+            pressure: eventfd(0, flags)?,
+            state: Mutex::new(state),
+            room: Condvar::new(),
+        });
+        let served = shared.clone();
+        let thread = std::thread::Builder::new().name("outlive-guard".into());
+        let thread = thread.spawn(move || served.serve()).map_err(|e| {
+            e.raw_os_error()
+                .map_or(Errno::AGAIN, Errno::from_raw_os_error)
+        })?;
+        Ok(Self {
+            shared,
+            thread: Some(thread),
+        })
+    }
+
+    pub(crate) fn shared(&self) -> Arc<Shared> {
+        self.shared.clone()
+    }
+
+    /// Pages that may have been written since they were last protected, as of now.
+    #[must_use]
+    pub fn dirty(&self) -> u64 {
+        self.shared.lock().dirty_count
+    }
+
+    /// Holds writers beyond so many dirty pages; `None`: never.
+    pub fn set_limit(&self, pages: Option<u64>) {
+        let mut state = self.shared.lock();
+        state.limit = pages;
+        self.shared.release(&mut state);
+    }
+
+    /// Readable while writers are held: an epoch is wanted.
+    #[must_use]
+    pub fn pressure(&self) -> BorrowedFd<'_> {
+        self.shared.pressure.as_fd()
+    }
+
+    /// Whether nobody is to be held, which must be so during a stop: a thread that is held within the
+    /// kernel cannot be stopped.
+    pub fn open(&self, open: bool) {
+        let mut state = self.shared.lock();
+        state.open = open;
+        self.shared.release(&mut state);
+    }
+
+    /// What was to be copied behind is not wanted any more. Says whether some of it was lost.
+    pub fn abandon(&self) -> bool {
+        self.shared.abandon()
+    }
+
+    /// What the last stop left to be copied.
+    #[must_use]
+    pub fn behind(&self, space: SpaceId, has_relatives: bool) -> Behind {
+        Behind {
+            shared: self.shared.clone(),
+            space,
+            has_relatives,
+        }
+    }
+}
+
+impl Drop for Guard {
+    fn drop(&mut self) {
+        {
+            let mut state = self.shared.lock();
+            (state.ending, state.open) = (true, true);
+            state.behind.clear();
+            self.shared.release(&mut state);
+        }
+        self.shared.room.notify_all();
+        signal(&self.shared.wake);
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+/// Adds one to an eventfd.
+fn signal(fd: &OwnedFd) {
+    // It cannot be full.
+    let _ = rustix::io::write(fd, &1u64.to_ne_bytes());
+}
+
+impl Shared {
+    pub(crate) fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    fn serve(&self) {
+        loop {
+            let mut set = [
+                PollFd::new(&*self.tracker, PollFlags::IN),
+                PollFd::new(&self.wake, PollFlags::IN),
+            ];
+            let _ = poll(&mut set, None);
+            if self.lock().ending {
+                return;
+            }
+            // Gone together with the process: only the end is to be waited for.
+            let Ok(faults) = self.tracker.faults() else {
+                std::thread::sleep(std::time::Duration::from_millis(1));
+                continue;
+            };
+            let mut state = self.lock();
+            for at in faults {
+                state = self.room_for_copies(state);
+                self.admit(&mut state, at);
+            }
+        }
+    }
+
+    fn room_for_copies<'a>(&self, state: MutexGuard<'a, State>) -> MutexGuard<'a, State> {
+        let full = |s: &mut State| s.copies.len() >= COPIES && !s.ending;
+        let waited = self.room.wait_while(state, full);
+        waited.unwrap_or_else(|e| e.into_inner())
+    }
+
+    /// Lets a writer through, or holds it.
+    fn admit(&self, state: &mut State, at: u64) {
+        let room = |limit| state.dirty_count + self.unit <= limit;
+        if state.open || state.limit.is_none_or(room) {
+            self.lift(state, at);
+        } else {
+            state.held.push(at);
+            signal(&self.pressure);
+        }
+    }
+
+    /// Lets those through who were held and need not be any more.
+    fn release(&self, state: &mut State) {
+        let _ = rustix::io::read(&self.pressure, &mut [0u8; 8]);
+        for at in std::mem::take(&mut state.held) {
+            self.admit(state, at);
+        }
+    }
+
+    /// Lifts the protection of a page and of those in its unit, after they are copied.
+    fn lift(&self, state: &mut State, at: u64) {
+        let page = at / PAGE;
+        let first = page / self.unit * self.unit;
+        let unit = (first, first + self.unit);
+        let wanted: Vec<(u64, u64)> = state.behind.within(unit.0, unit.1).collect();
+        for (start, end) in wanted {
+            let mut bytes = vec![0; ((end - start) * PAGE) as usize];
+            if self.copy(state, (start, end), &mut bytes, false) {
+                let (pages, _) = bytes.as_chunks::<PAGE_SIZE>();
+                state.copies.extend((start..).zip(pages.iter().copied()));
+            }
+        }
+        state.note_dirty(unit);
+        let lift = |(s, e): (u64, u64)| self.tracker.protect((s * PAGE, e * PAGE), false);
+        // A unit may reach beyond what is registered; and a mapping may be gone, whose writer then
+        // only has to be woken.
+        if lift(unit).is_err() && lift((page, page + 1)).is_err() {
+            let _ = self.tracker.wake((page * PAGE, (page + 1) * PAGE));
+        }
+    }
+
+    /// Reads pages as they were at the stop, which then are no longer to be copied. Where that is
+    /// not possible, they are lost.
+    fn copy(&self, state: &mut State, span: Span, out: &mut [u8], slowly: bool) -> bool {
+        let (start, end) = (span.0 * PAGE, span.1 * PAGE);
+        state.behind.remove(span.0, span.1);
+        let read = if slowly {
+            let mem = File::open(format!("/proc/{}/mem", self.pid));
+            mem.is_ok_and(|mem| mem.read_exact_at(out, start).is_ok())
+        } else {
+            memory::read_exact(self.pid, start, out).is_ok()
+        };
+        let mut protected = 0;
+        let asked = state
+            .pagemap
+            .scan(start, end, PROTECTED, |r| protected += r.end - r.start);
+        let good = read && asked.is_ok() && protected == end - start;
+        if !good {
+            state.lost = Some(start);
+        }
+        good
+    }
+
+    fn abandon(&self) -> bool {
+        let mut state = self.lock();
+        state.behind.clear();
+        state.copies = Vec::new();
+        self.room.notify_all();
+        state.lost.take().is_some()
+    }
+}
+
+impl State {
+    fn note_dirty(&mut self, (start, end): (u64, u64)) {
+        let known: u64 = self.dirty.within(start, end).map(|(s, e)| e - s).sum();
+        self.dirty.insert(start, end);
+        self.dirty_count += end - start - known;
+    }
+
+    /// These were protected again.
+    pub(crate) fn note_clean(&mut self, spans: &[Span]) {
+        for &(start, end) in spans {
+            let removed = self.dirty.remove(start / PAGE, end / PAGE);
+            self.dirty_count -= removed.iter().map(|(s, e)| e - s).sum::<u64>();
+        }
+    }
+
+    /// All pages are protected: nothing is dirty.
+    pub(crate) fn all_clean(&mut self) {
+        self.dirty.clear();
+        self.dirty_count = 0;
+    }
+
+    /// These, which are protected, are to be copied when the program runs again.
+    pub(crate) fn copy_behind(&mut self, spans: &[Span]) {
+        for &(start, end) in spans {
+            self.behind.insert(start / PAGE, end / PAGE);
+        }
+    }
+}
+
+/// Pages of a stop that are copied while the program runs again.
+#[derive(Debug)]
+pub struct Behind {
+    shared: Arc<Shared>,
+    space: SpaceId,
+    has_relatives: bool,
+}
+
+impl Behind {
+    /// Hands all of them to a sink.
+    pub fn write(&self, sink: &mut dyn PageSink) -> Result<(), ProcessError> {
+        let mut buffer = vec![0; (CHUNK * PAGE) as usize];
+        loop {
+            let mut state = self.shared.lock();
+            let copies = std::mem::take(&mut state.copies);
+            self.shared.room.notify_all();
+            let next = state.behind.first(CHUNK);
+            if let Some((start, end)) = next {
+                let out = &mut buffer[..((end - start) * PAGE) as usize];
+                self.shared
+                    .copy(&mut state, (start, end), out, self.has_relatives);
+            }
+            let lost = state.lost;
+            drop(state);
+            if let Some(at) = lost {
+                return Err(self.lost(at));
+            }
+            for (page, bytes) in &copies {
+                sink.put(self.run((*page, page + 1))?, bytes)?;
+            }
+            match next {
+                Some(span) => {
+                    let bytes = ((span.1 - span.0) * PAGE) as usize;
+                    sink.put(self.run(span)?, &buffer[..bytes])?;
+                }
+                None if copies.is_empty() => return Ok(()),
+                None => {}
+            }
+        }
+    }
+
+    fn run(&self, (start, end): (u64, u64)) -> Result<Run, ProcessError> {
+        Run::new(self.space, start, end - start)
+            .ok_or_else(|| ProcessError::Image(format!("pages {start:x}-{end:x}")))
+    }
+
+    fn lost(&self, at: u64) -> ProcessError {
+        ProcessError::Kernel {
+            pid: self.shared.pid,
+            what: format!("copying behind the program: it gave back the page at {at:x} before"),
+            source: std::io::Error::other("its contents at the stop are gone"),
+        }
+    }
+}
+
+impl Drop for Behind {
+    fn drop(&mut self) {
+        let mut state = self.shared.lock();
+        state.behind.clear();
+        state.copies = Vec::new();
+        self.shared.room.notify_all();
+    }
+}
