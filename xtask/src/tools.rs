@@ -112,6 +112,11 @@ pub const ALL: &[Tool] = &[
         service: None,
     },
     Tool {
+        program: "7zr",
+        package: "p7zip",
+        service: None,
+    },
+    Tool {
         program: "strip",
         package: "binutils",
         service: None,

@@ -8,6 +8,7 @@
 #[cfg(not(all(target_os = "linux", target_arch = "x86_64")))]
 compile_error!("outlive runs on x86-64 Linux only");
 
+pub mod area;
 pub mod cachestat;
 pub mod clock;
 pub mod descriptors;

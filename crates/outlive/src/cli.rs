@@ -3,6 +3,7 @@
 //! Flags that the contract names and that are not offered yet are known here, so that using them
 //! is a usage error that says so, and never silently something else.
 
+use crate::commands::BenchArgs;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use outlive_keeper::KeeperError;
 use outlive_keeper::budget::keeping::HoldUp;
@@ -88,6 +89,8 @@ pub enum Command {
     Power(PowerCommand),
     /// Watch a counter be killed together with its keeper, and count on
     Demo,
+    /// Measure, on this machine, what keeping and restoring costs
+    Bench(BenchArgs),
 }
 
 /// Power events.

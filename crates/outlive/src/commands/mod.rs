@@ -1,6 +1,7 @@
 //! The commands, one file for each group. Each returns the exit code of a command that was done;
 //! what was not done is an error that carries its own.
 
+mod bench;
 mod check;
 mod checkpoint;
 mod demo;
@@ -14,12 +15,18 @@ mod power;
 mod restore;
 mod run;
 
+pub use bench::BenchArgs;
+
 use crate::cli::{Cli, Command, PowerCommand};
 use outlive_keeper::KeeperError;
 use outlive_keeper::subject::Root;
 
 /// Does what the command line says.
 pub fn run(cli: &Cli) -> Result<u8, KeeperError> {
+    if let Command::Bench(args) = &cli.command {
+        // It has a store of its own.
+        return bench::bench(args, cli.json);
+    }
     let root = Root::find(cli.store.as_deref())?;
     let json = cli.json;
     match &cli.command {
@@ -43,5 +50,6 @@ pub fn run(cli: &Cli) -> Result<u8, KeeperError> {
         Command::Inspect(args) => inspect::inspect(&root, args, json),
         Command::Verify { what } => image::verify(&root, what, json),
         Command::Demo => demo::demo(json),
+        Command::Bench(args) => bench::bench(args, json),
     }
 }

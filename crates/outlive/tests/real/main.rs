@@ -8,6 +8,7 @@
 
 mod all_sorts;
 mod bad_images;
+mod bench;
 mod kills;
 mod no_space;
 mod owners;
