@@ -1,8 +1,8 @@
 //! The foothold in a process: the arena for remote calls, and the userfaultfd that tracks writes.
 
-use crate::ProcessError;
 use crate::freeze::{Held, remote_failed};
 use crate::target::Target;
+use crate::{ProcessError, Refusal};
 use outlive_linux::Errno;
 use outlive_linux::maps::{self, Mapping};
 use outlive_linux::memory;
@@ -142,6 +142,17 @@ fn call(
     result.map_err(|e| target.kernel(what, e))
 }
 
+/// Whether a mapping looks like the code page of an arena.
+pub fn may_be_arena(m: &Mapping) -> bool {
+    m.shared && m.prot == 5 && m.len() == 4096 && m.name.starts_with(b"/dev/zero")
+}
+
+/// The refusal of a process of which a thread is in an arena that a tracer left which died.
+pub fn still_helping_itself(target: &Target) -> Refusal {
+    let what = "a thread is still helping itself after an earlier outlive died";
+    target.refusal("", what, "try again in a few seconds")
+}
+
 /// Removes what a tracer that died left in the process: its arena is found by its stamp.
 pub fn remove_leftovers(
     target: &Target,
@@ -150,18 +161,14 @@ pub fn remove_leftovers(
     mappings: &[Mapping],
 ) -> Result<(), ProcessError> {
     for (at, m) in mappings.iter().enumerate() {
-        let is_code =
-            m.shared && m.prot == 5 && m.len() == 4096 && m.name.starts_with(b"/dev/zero");
-        if !is_code || !Arena::is_stamped(target.pid, m.start) {
+        if !may_be_arena(m) || !Arena::is_stamped(target.pid, m.start) {
             continue;
         }
         if threads
             .iter()
             .any(|t| (m.start..m.end).contains(&t.registers.rip))
         {
-            let what = "a thread is still helping itself after an earlier outlive died".to_owned();
-            let r = target.refusal("", what, "try again in a few seconds");
-            return Err(ProcessError::Refused(vec![r]));
+            return Err(ProcessError::Refused(vec![still_helping_itself(target)]));
         }
         let rest = mappings
             .get(at + 1)

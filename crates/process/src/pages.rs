@@ -262,6 +262,11 @@ impl PageTracker {
     ) -> Result<Vec<Run>, ProcessError> {
         let pagemap =
             Pagemap::open(target.pid).map_err(|e| target.kernel("opening its page map", e))?;
+        let guarding = self.tracker.as_ref().filter(|_| self.guard.is_some());
+        let guard = guarding.map(|t| Guard::new(target.pid, t.clone(), self.granularity));
+        let guard = guard
+            .transpose()
+            .map_err(|e| target.kernel("guarding its memory", e))?;
         let all = self.stored.remove(0, u64::MAX);
         let old = all
             .into_iter()
@@ -269,6 +274,7 @@ impl PageTracker {
             .collect();
         (self.pid, self.space, self.pagemap) = (target.pid, SpaceId(target.id), pagemap);
         self.forget(areas);
+        self.guard = guard;
         Ok(old)
     }
 

@@ -5,7 +5,7 @@ use crate::member;
 use crate::namespaces;
 use crate::resources::{descriptors, timers};
 use crate::target::{Status, Target};
-use crate::{ProcessError, Refusal};
+use crate::{ProcessError, Refusal, sharing};
 use outlive_linux::processor;
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
@@ -52,21 +52,20 @@ pub fn let_spawn(root: u32, adopters: &[u32], patience: Duration) -> Result<(), 
 pub fn of_program(root: u32, adopters: &[u32], patience: Duration) -> Result<(), ProcessError> {
     let_spawn(root, adopters, patience)?;
     let mut refusals: Vec<Refusal> = Vec::new();
-    let mut targets = vec![Target::open(root)?];
+    let mut processes = Vec::new();
     for kin in family::list(root, adopters)
         .into_iter()
-        .skip(1)
         .filter(|k| !k.zombie)
     {
-        // A child may end at any time.
-        let Ok(target) = Target::open(kin.pid) else {
-            continue;
-        };
-        if family::is_spawning(&kin) {
-            continue;
+        match Target::open(kin.pid) {
+            Ok(target) if !family::is_spawning(&kin) => processes.push((kin, target)),
+            // A child may end at any time.
+            Err(e) if kin.pid == root => return Err(e),
+            _ => {}
         }
-        targets.push(target);
     }
+    refusals.extend(sharing::preflight(&processes));
+    let targets: Vec<Target> = processes.into_iter().map(|(_, target)| target).collect();
     for target in &targets {
         match member::tracked_already(target) {
             Ok(found) => refusals.extend(found),
@@ -74,6 +73,9 @@ pub fn of_program(root: u32, adopters: &[u32], patience: Duration) -> Result<(),
             Err(e) => return Err(e),
         }
         match member::refusals(target, root) {
+            // A child that has just ended looks like one whose leading thread has.
+            Ok(found)
+                if found.is_empty() || target.pid != root && family::is_ending(target.pid) => {}
             Ok(found) => refusals.extend(found),
             Err(_) if target.pid != root && target.has_ended() => {}
             Err(e) => return Err(e),

@@ -15,11 +15,15 @@
 //! the process that stands for it, and `F_GETLK` names that.
 
 use crate::births::{self, KINDS, Kind, Unborn};
+use crate::bootstrap;
+use crate::family::Kin;
 use crate::resources::attributes::ProcessState;
 use crate::resources::signals::SignalsState;
-use crate::target::Target;
+use crate::target::{Stat, Target};
 use crate::{ProcessError, Refusal};
 use outlive_linux::kcmp;
+use outlive_linux::maps::{self, Mapping};
+use outlive_linux::remote::Arena;
 use std::cmp::Ordering;
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -131,32 +135,99 @@ pub fn refuse<'a>(
     processes: &[&ProcessState],
     target_of: &dyn Fn(u32) -> Option<Refusing<'a>>,
 ) -> Result<(), ProcessError> {
-    let shares = |p: &&ProcessState| KINDS.iter().any(|kind| p.shares_with(*kind) != 0);
-    if !processes.iter().any(shares) {
-        return Ok(());
+    let tree: Vec<Unborn> = processes.iter().map(|p| Unborn::of(p)).collect();
+    let refusals = refusals(&tree, target_of);
+    if refusals.is_empty() {
+        Ok(())
+    } else {
+        Err(ProcessError::Refused(refusals))
     }
-    let Err(missing) = plan(processes) else {
-        return Ok(());
+}
+
+fn refusals<'a>(tree: &[Unborn], target_of: &dyn Fn(u32) -> Option<Refusing<'a>>) -> Vec<Refusal> {
+    let with = |p: &Unborn| {
+        let groups = KINDS.into_iter().zip(p.groups);
+        groups.filter(|(_, g)| *g != p.pid).collect::<Vec<_>>()
     };
-    // Those that share; others cannot be made only because of them.
-    let sharing: Vec<_> = missing.iter().filter(|p| shares(p)).collect();
-    let refusals = sharing.into_iter().filter_map(|p| {
-        let kinds = KINDS.into_iter().filter(|k| p.shares_with(*k) != 0);
-        let what: Vec<String> = kinds
-            .map(|kind| format!("its {} with process {}", name(kind), p.shares_with(kind)))
+    if tree.iter().all(|p| with(p).is_empty()) {
+        return Vec::new();
+    }
+    // Others cannot be made only because of those that share.
+    let missing = births::plan(tree).err().unwrap_or_default().into_iter();
+    let missing = missing.map(|at| &tree[at]).filter(|p| !with(p).is_empty());
+    let refusal = |p: &Unborn| {
+        let what: Vec<String> = with(p)
+            .into_iter()
+            .map(|(kind, other)| format!("its {} with process {other}", name(kind)))
             .collect();
         let what = format!(
             "it shares {}, which is neither its parent nor a child of the same parent",
             what.join(" and ")
         );
         target_of(p.pid).map(|refuse| refuse(what))
-    });
-    let refusals: Vec<Refusal> = refusals.collect();
-    if refusals.is_empty() {
-        let what = "the sessions of processes that share something cannot be made again";
-        return Err(ProcessError::Image(what.into()));
+    };
+    missing.filter_map(refusal).collect()
+}
+
+/// What would be refused later of processes that run: what they share could not be made again, or
+/// one of those who share an address space still uses the working memory that another outlive left
+/// there.
+pub fn preflight(processes: &[(Kin, Target)]) -> Vec<Refusal> {
+    let pids: Vec<u32> = processes.iter().map(|(_, target)| target.pid).collect();
+    let kinds = [
+        kcmp::Kind::Memory,
+        kcmp::Kind::Files,
+        kcmp::Kind::Filesystem,
+        kcmp::Kind::Signals,
+    ];
+    // Where one ends meanwhile, that is found out soon enough.
+    let same = kinds.map(|kind| first_of_each(&pids, kind).unwrap_or_default());
+    if same.iter().all(BTreeMap::is_empty) {
+        return Vec::new();
     }
-    Err(ProcessError::Refused(refusals))
+    let unborn = |(kin, target): &(Kin, Target)| {
+        let stat = Stat::read(target.pid).ok()?;
+        Some(Unborn {
+            pid: target.pid,
+            parent: kin.parent,
+            sid: stat.sid,
+            exit_signal: stat.exit_signal,
+            groups: [0, 1, 2, 3].map(|kind: usize| {
+                let holder = same[kind].get(&target.pid);
+                holder.copied().unwrap_or(target.pid)
+            }),
+        })
+    };
+    let Some(tree) = processes.iter().map(unborn).collect::<Option<Vec<_>>>() else {
+        return Vec::new();
+    };
+    let target = |pid| {
+        let mut targets = processes.iter().map(|(_, target)| target);
+        targets.find(|t| t.pid == pid)
+    };
+    let mut found = refusals(&tree, &|pid| target(pid).map(refusing));
+    for (&pid, &holder) in &same[0] {
+        let both = [target(pid), target(holder)];
+        let busy = both.into_iter().flatten().find(|t| helps_itself(t));
+        found.extend(busy.map(bootstrap::still_helping_itself));
+    }
+    found
+}
+
+/// Whether some thread waits in working memory that an outlive left which died.
+fn helps_itself(target: &Target) -> bool {
+    let mappings = maps::read(target.pid).unwrap_or_default();
+    let left = |m: &&Mapping| bootstrap::may_be_arena(m) && Arena::is_stamped(target.pid, m.start);
+    let arenas: Vec<&Mapping> = mappings.iter().filter(left).collect();
+    let waits_there = |tid: &u32| {
+        // Its last word is where the thread goes on.
+        let call = target.proc_file(&format!("task/{tid}/syscall"));
+        let call = String::from_utf8_lossy(&call.unwrap_or_default()).into_owned();
+        let at = call.split_whitespace().next_back();
+        let at = at.and_then(|w| u64::from_str_radix(w.trim_start_matches("0x"), 16).ok());
+        at.is_some_and(|at| arenas.iter().any(|m| (m.start..m.end).contains(&at)))
+    };
+    !arenas.is_empty() && target.threads().unwrap_or_default().iter().any(waits_there)
 }
 
 /// Makes a refusal that names a process.

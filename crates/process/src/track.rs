@@ -359,13 +359,21 @@ impl Tracked {
         self.detached = true;
         self.drop_ended();
         let mut failed = Ok(());
-        for (pid, mut member) in std::mem::take(&mut self.members) {
-            let removed = remove_from(&mut member, self.options.stop_timeout);
-            failed = failed.and(match removed {
-                Err(ProcessError::Gone { .. }) if pid != self.root => Ok(()),
-                r => r,
-            });
+        while let Some(pid) = self.any_holder() {
+            let timeout = self.options.stop_timeout;
+            let removed = self.members.get_mut(&pid).map(|m| remove_from(m, timeout));
+            let gone = matches!(removed, Some(Err(ProcessError::Gone { .. })));
+            if !gone || pid == self.root {
+                failed = failed.and(removed.unwrap_or(Ok(())));
+            }
+            if gone {
+                // If others have its address space, that is another one's now.
+                self.drop_member(pid);
+            } else {
+                self.members.remove(&pid);
+            }
         }
+        self.members.clear();
         failed
     }
 }
@@ -381,9 +389,6 @@ fn cause(error: ProcessError, target: &Target, root: u32) -> ProcessError {
 }
 
 fn remove_from(member: &mut Member, timeout: Duration) -> Result<(), ProcessError> {
-    if member.holder() != member.target.pid {
-        return Ok(());
-    }
     let sleepers = member.before_stop()?;
     let mut threads = member.freeze(timeout, &sleepers)?;
     let seen = member.look(&mut threads, &sleepers);

@@ -186,7 +186,7 @@ fn a_long_chain_takes_no_long_time() {
     };
     assert!(plan(&chain(1000)).is_ok());
     // No program is like that; an image may be.
-    let _ = plan(&chain(1 << 14));
+    let _ = plan(&chain(1 << 13));
 }
 
 /// Something that a process of a random program does: who, what, by which flags.
@@ -254,7 +254,7 @@ fn happen(deeds: &[Deed], simple: bool) -> Vec<Unborn> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(2000))]
+    #![proptest_config(ProptestConfig::with_cases(500))]
 
     #[test]
     fn a_plan_makes_what_was_there(deeds in prop::collection::vec(any::<Deed>(), 0..14)) {

@@ -30,6 +30,14 @@ impl Tracked {
         None
     }
 
+    /// Some member that stands for an address space.
+    pub(super) fn any_holder(&self) -> Option<u32> {
+        let mut members = self.members.values();
+        members
+            .find(|m| m.holder() == m.target.pid)
+            .map(|m| m.target.pid)
+    }
+
     /// Forgets a member. Its address space stays with another one that has it, if there is one.
     pub(super) fn drop_member(&mut self, pid: u32) {
         let Some(mut gone) = self.members.remove(&pid) else {

@@ -18,6 +18,7 @@ mod eintr;
 mod kernels;
 mod kinds;
 mod registers;
+mod sharing;
 mod stand;
 mod store;
 mod strategies;

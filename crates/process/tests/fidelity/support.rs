@@ -328,8 +328,8 @@ pub fn moving(epoch: &Epoch) -> Vec<(u64, u64)> {
     moving_of(epoch, root)
 }
 
-/// Where the time that is left of an interrupted call is written, by the kernel or by the capture:
-/// by all who have the address space.
+/// Where the time that is left of an interrupted call is written, by the kernel or by the capture,
+/// and what else changes by itself: for all who have the address space.
 fn moving_of(epoch: &Epoch, process: u32) -> Vec<(u64, u64)> {
     let holder = |pid: u32| {
         let state: ProcessState =
@@ -350,6 +350,11 @@ fn moving_of(epoch: &Epoch, process: u32) -> Vec<(u64, u64)> {
     for thread in fellows.flat_map(|pid| threads_of(pid).threads) {
         let r = thread.registers;
         places.push((r.rsp - 288, r.rsp - 128));
+        if let Some(rseq) = &thread.rseq {
+            // On which processor it runs.
+            let at = rseq.address;
+            places.extend([(at, at + 8), (at + 20, at + 28)]);
+        }
         match r.orig_rax as i64 {
             libc::SYS_nanosleep => places.push((r.rsi, r.rsi + 16)),
             libc::SYS_clock_nanosleep => places.push((r.r10, r.r10 + 16)),

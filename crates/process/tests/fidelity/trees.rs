@@ -40,7 +40,7 @@ fn members(root: u32) -> Vec<u32> {
 }
 
 /// What is seen of every process that has not ended.
-fn look(root: u32, epoch: &Epoch) -> BTreeMap<u32, View> {
+pub fn look(root: u32, epoch: &Epoch) -> BTreeMap<u32, View> {
     let alive = |pid: &u32| {
         let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
         !stat.contains(") Z ")
@@ -50,7 +50,7 @@ fn look(root: u32, epoch: &Epoch) -> BTreeMap<u32, View> {
 }
 
 /// Takes the last epoch, and ends the program.
-fn last_epoch(
+pub fn last_epoch(
     program: &mut Program,
     mut tracked: Tracked,
     store: &mut Store,
@@ -65,6 +65,21 @@ fn last_epoch(
     stopped.end().expect("the end");
     program.was_ended();
     seen
+}
+
+/// Fails the test with what differs of the first process that does.
+pub fn must_equal(seen: &BTreeMap<u32, View>, again: &BTreeMap<u32, View>) {
+    assert!(
+        seen.keys().eq(again.keys()),
+        "{:?} {:?}",
+        seen.keys(),
+        again.keys()
+    );
+    for (pid, view) in seen {
+        let found = view.differences(&again[pid]);
+        let shown = found.iter().take(20).cloned().collect::<Vec<_>>();
+        assert!(found.is_empty(), "process {pid}:\n{}", shown.join("\n"));
+    }
 }
 
 #[test]
@@ -86,23 +101,7 @@ fn a_tree_with_many_kinds_dies_again_and_again() {
         clean_up();
         assert!(seen.len() > LISTS.len(), "{:?}", seen.keys());
         let ready = prepare(store.newest());
-        let again = look(program.pid, store.newest());
-        assert!(
-            seen.keys().eq(again.keys()),
-            "{:?} {:?}",
-            seen.keys(),
-            again.keys()
-        );
-        for (pid, view) in &seen {
-            let found = view.differences(&again[pid]);
-            let shown = found
-                .iter()
-                .take(20)
-                .cloned()
-                .collect::<Vec<_>>()
-                .join("\n");
-            assert!(found.is_empty(), "round {round}, process {pid}:\n{shown}");
-        }
+        must_equal(&seen, &look(program.pid, store.newest()));
         ready.go().expect("letting it run");
         program.was_restored();
         program.must_be_well();

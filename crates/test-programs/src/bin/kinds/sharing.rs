@@ -29,6 +29,7 @@ pub(crate) const KINDS: &[Kind] = &[
         siblings(libc::CLONE_FILES)
     }),
     ("orphan-sharing-all", |_| orphan()),
+    ("orphan-sharing-with-an-uncle", |_| nephew()),
 ];
 
 /// Memory that is private, and so one of each process unless it is shared as a whole.
@@ -56,6 +57,9 @@ struct Desk {
     argument: AtomicI64,
     answer: AtomicI64,
 }
+
+/// Ends a child; the argument is its process ID.
+const END: i64 = 5;
 
 /// So many partners at most.
 const DESKS: usize = 8;
@@ -121,6 +125,15 @@ fn changed() -> i32 {
         | of(ignored, libc::CLONE_SIGHAND)
 }
 
+/// Whether it is to begin another program: a signal waits that is blocked.
+fn is_told_to_leave() -> bool {
+    let mut waiting = 0u64;
+    let at = &raw mut waiting as usize;
+    // SAFETY: the set is live.
+    unsafe { sys(libc::SYS_rt_sigpending, [at, 8, 0, 0, 0, 0]) };
+    waiting & 1 << (libc::SIGUSR2 - 1) != 0
+}
+
 /// A partner: takes orders for ever. It may have the memory of another process, and its thread's.
 extern "C" fn serve(at: *mut libc::c_void) -> i32 {
     let at = at.cast::<Desk>();
@@ -134,6 +147,20 @@ extern "C" fn serve(at: *mut libc::c_void) -> i32 {
             MAKE => make(next, argument),
             // SAFETY: only a number is passed.
             LEAVE => unsafe { sys(libc::SYS_unshare, [argument as usize, 0, 0, 0, 0, 0]) },
+            // SAFETY: only numbers are passed.
+            END => unsafe {
+                let child = argument as usize;
+                let killed = sys(libc::SYS_kill, [child, libc::SIGKILL as usize, 0, 0, 0, 0]);
+                let waited = sys(libc::SYS_wait4, [child, 0, libc::__WALL as usize, 0, 0, 0]);
+                killed.min(waited)
+            },
+            // SAFETY: takes no pointers that are not literals; does not come back.
+            _ if is_told_to_leave() => unsafe {
+                let program = c"/bin/sleep".as_ptr();
+                let arguments = [program, c"1000".as_ptr(), std::ptr::null()];
+                let at = arguments.as_ptr() as usize;
+                sys(libc::SYS_execve, [program as usize, at, 0, 0, 0, 0])
+            },
             _ => {
                 let nap = [0i64, 1_000_000];
                 let at = nap.as_ptr() as usize;
@@ -230,7 +257,7 @@ fn past_parent() -> Result<Check, Absent> {
 }
 
 /// Three children that share with each other, but not with this process. The first may have been
-/// ended meanwhile.
+/// ended meanwhile, or begun another program.
 fn siblings(flags: i32) -> Result<Check, Absent> {
     let desks = desks();
     let first = partner(desks, 0)?;
@@ -255,5 +282,21 @@ fn orphan() -> Result<Check, Absent> {
         same("what is shared", shared_with(&desks[1]), ALL);
         // SAFETY: only numbers are passed.
         must("kill", unsafe { libc::kill(grandchild, libc::SIGKILL) });
+    })
+}
+
+/// A process that has lost its parent, and shares with that one's parent, a child of this one.
+fn nephew() -> Result<Check, Absent> {
+    let desks = desks();
+    let uncle = partner(desks, 0)?;
+    let parent = ask(&desks[0], MAKE, ALL) as i32;
+    let nephew = ask(&desks[1], MAKE, ALL) as i32;
+    ask(&desks[0], END, parent);
+    look(move || {
+        same("what is shared", shared_with(&desks[2]), 0);
+        same("with the uncle", ask(&desks[0], TELL, 0), ALL.into());
+        // SAFETY: only numbers are passed.
+        must("kill", unsafe { libc::kill(nephew, libc::SIGKILL) });
+        end(uncle);
     })
 }
