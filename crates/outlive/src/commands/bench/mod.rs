@@ -14,11 +14,13 @@
 //!   captured through the ordinary commands.
 
 mod args;
+mod cache;
 mod figures;
 pub mod loads;
 mod overhead;
 mod peer;
 mod plot;
+mod redis;
 mod restore;
 mod rtcr;
 mod session;

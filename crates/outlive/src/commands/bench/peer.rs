@@ -61,7 +61,14 @@ fn call(criu: &Path, verb: &str, pid: u32, dir: &Path) -> Result<Command, Keeper
     std::fs::create_dir(dir).map_err(KeeperError::io(format!("make {}", dir.display())))?;
     let mut command = Command::new(criu);
     command
-        .args([verb, "-v1", "--tree", &pid.to_string(), "--images-dir"])
+        .args([
+            verb,
+            "-v1",
+            "--shell-job",
+            "--tree",
+            &pid.to_string(),
+            "--images-dir",
+        ])
         .arg(dir);
     Ok(command)
 }

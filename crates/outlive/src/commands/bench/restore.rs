@@ -315,7 +315,13 @@ fn alternate(
     };
     let mut command = Command::new(criu);
     command
-        .args(["restore", "-v1", "--restore-detached", "--images-dir"])
+        .args([
+            "restore",
+            "-v1",
+            "--shell-job",
+            "--restore-detached",
+            "--images-dir",
+        ])
         .arg(theirs);
     let began = Instant::now();
     let restored = peer::attempt(session.run(&mut command), fails)?;

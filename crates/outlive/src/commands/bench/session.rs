@@ -10,6 +10,7 @@ use crate::commands::run::withhold;
 use crate::out;
 use outlive_keeper::control::{Reply, Request, Status, ask};
 use outlive_keeper::epoch::Taken;
+use outlive_keeper::images::{Image, Summary};
 use outlive_keeper::keep::SIGNALS;
 use outlive_keeper::subject::{Root, Subject};
 use outlive_keeper::{KeeperError, procfs};
@@ -252,7 +253,8 @@ fn available_memory() -> u64 {
     kilobytes.unwrap_or(0) * 1024
 }
 
-/// What a failed command said: the error of its JSON, or the last line that is not empty.
+/// What a failed command said: the error of its JSON, or its first lines with
+/// errors, or its last line.
 fn told(said: &str, printed: &str) -> Option<String> {
     let json = printed
         .lines()
@@ -260,11 +262,19 @@ fn told(said: &str, printed: &str) -> Option<String> {
     let error = json
         .filter_map(|v| Some(v.get("error")?.as_str()?.to_owned()))
         .next_back();
-    error.or_else(|| {
-        let lines = said.lines().chain(printed.lines());
-        let last = lines.rev().find(|line| !line.trim().is_empty());
-        last.map(|line| out::tame(line.trim()))
-    })
+    let lines = || {
+        let all = said.lines().chain(printed.lines());
+        all.map(str::trim).filter(|line| !line.is_empty())
+    };
+    let errors: Vec<&str> = lines()
+        .filter(|line| line.contains("Error"))
+        .take(3)
+        .collect();
+    let line = || match errors.as_slice() {
+        [] => lines().next_back().map(str::to_owned),
+        errors => Some(errors.join("; ")),
+    };
+    error.or_else(|| line().map(|line| out::tame(&line)))
 }
 
 /// Standard output and error of a program, as files.
@@ -570,6 +580,14 @@ impl<'s> Keeper<'s> {
         })
     }
 
+    /// The epochs that are in its store now.
+    ///
+    /// # Errors
+    /// What the store says.
+    pub fn epochs(&self) -> Result<Vec<Summary>, KeeperError> {
+        Ok(Image::open(&self.subject.epochs_dir())?.epochs())
+    }
+
     /// The name of its subject.
     pub fn name(&self) -> &str {
         self.subject.name()
@@ -635,8 +653,8 @@ mod tests {
             Some("y".into())
         );
         assert_eq!(
-            told("a\n(00.1) Error (x): no\n\n", ""),
-            Some("(00.1) Error (x): no".into())
+            told("a\n(00.1) Error (x): no\nError (y)\nb\n", ""),
+            Some("(00.1) Error (x): no; Error (y)".into())
         );
         assert_eq!(told("", "\n"), None);
     }

@@ -4,6 +4,7 @@
 //! found at the stop is what was found before it, and nothing more is written meanwhile.
 
 use super::args::Effort;
+use super::cache;
 use super::figures::{Cell, Report, Samples, Table, Unit, float};
 use super::peer;
 use super::plot::{Axis, Plot, Series};
@@ -67,6 +68,9 @@ pub fn measure(session: &Session, effort: &Effort) -> Result<Report, KeeperError
         let (table, plot) = vary(session, effort, &varied)?;
         report.tables.push(table);
         report.plots.push((varied.name, plot));
+    }
+    if effort.wants("stop-redis") {
+        report.tables.push(cache::measure(session, effort)?);
     }
     if let Some(criu) = effort.peer.as_ref().filter(|_| effort.wants("peer")) {
         report.tables.push(peer::stops(session, effort, criu)?);

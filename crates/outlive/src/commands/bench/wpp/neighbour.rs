@@ -3,8 +3,9 @@
 
 use super::super::args::Effort;
 use super::super::figures::{Cell, Table, Unit, float};
+use super::super::redis::installed;
 use super::super::session::{Load, Session};
-use super::{EVERY, redis::installed, turns};
+use super::{EVERY, turns};
 use crate::out;
 use outlive_keeper::KeeperError;
 use std::process::Command;

@@ -2,12 +2,11 @@
 
 use super::super::args::Effort;
 use super::super::figures::{Cell, Report, Table, Unit};
-use super::super::session::{Program, Session};
+use super::super::redis::{self, Server};
+use super::super::session::Session;
 use super::{EVERY, turns};
 use crate::out;
 use outlive_keeper::KeeperError;
-use std::net::{Ipv4Addr, TcpListener};
-use std::process::{Command, Stdio};
 
 /// What `redis-benchmark` is asked for, and what begins its line for it.
 const TESTS: [(&str, &str); 5] = [
@@ -36,21 +35,17 @@ pub fn measure(session: &Session, effort: &Effort, report: &mut Report) -> Resul
     ];
     let heading = format!("Redis, 50 clients, {requests} requests: requests a second");
     let mut table = Table::new("wpp-redis", heading, &columns);
-    for tool in ["redis-server", "redis-benchmark"] {
-        if !installed(tool) {
-            table.row(vec![Cell::words(format!(
-                "not measured: {tool} is not installed"
-            ))]);
-            report.tables.push(table);
-            return Ok(());
-        }
+    if let Some(lack) = redis::lacking() {
+        table.row(vec![Cell::words(lack)]);
+        report.tables.push(table);
+        return Ok(());
     }
     for payload in effort.points(&PAYLOADS, &[64], u64::MAX) {
         out::say(&format!("wpp: redis, {payload} bytes"));
         let server = Server::start(session)?;
         let count = effort.runs(5, 1);
         let found = turns(session, server.program.pid(), count, EVERY, || {
-            server.benchmark(session, payload, requests)
+            benchmark(&server, session, payload, requests)
         })?;
         for ((name, _), turns) in TESTS.iter().zip(found) {
             table.row(vec![
@@ -72,63 +67,20 @@ pub fn measure(session: &Session, effort: &Effort, report: &mut Report) -> Resul
     Ok(())
 }
 
-/// Whether a program can be called.
-pub fn installed(program: &str) -> bool {
-    let path = std::env::var_os("PATH").unwrap_or_default();
-    std::env::split_paths(&path).any(|dir| dir.join(program).is_file())
-}
-
-struct Server {
-    program: Program,
-    port: String,
-}
-
-impl Server {
-    fn start(session: &Session) -> Result<Self, KeeperError> {
-        let free = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).and_then(|l| l.local_addr());
-        let port = free
-            .map_err(KeeperError::io("look for a free port"))?
-            .port();
-        let port_text = port.to_string();
-        let mut command = Command::new("redis-server");
-        command.args(["--port", &port_text, "--bind", "127.0.0.1", "--save", ""]);
-        command
-            .args(["--appendonly", "no"])
-            .current_dir(session.dir());
-        let program = session.spawn(command.stdout(Stdio::null()).stderr(Stdio::null()))?;
-        session.wait("redis-server", || {
-            Ok(std::net::TcpStream::connect((Ipv4Addr::LOCALHOST, port))
-                .ok()
-                .map(|_| ()))
-        })?;
-        Ok(Self {
-            program,
-            port: port_text,
-        })
-    }
-
-    /// Requests a second of each test, with an empty server.
-    fn benchmark(
-        &self,
-        session: &Session,
-        payload: u64,
-        requests: u32,
-    ) -> Result<Vec<f64>, KeeperError> {
-        let call = |words: &[&str]| {
-            let mut command = Command::new("redis-benchmark");
-            command
-                .args(["-h", "127.0.0.1", "-p", &self.port, "--csv"])
-                .args(words);
-            session.run(&mut command)
-        };
-        call(&["-n", "1", "-c", "1", "flushall"])?;
-        let (payload, requests) = (payload.to_string(), requests.to_string());
-        let tests = TESTS.map(|(name, _)| name).join(",");
-        let text = call(&["-t", &tests, "-c", "50", "-n", &requests, "-d", &payload])?;
-        results(&text).ok_or_else(|| {
-            KeeperError::Other(format!("redis-benchmark printed no results:\n{text}"))
-        })
-    }
+/// Requests a second of each test, with an empty server.
+fn benchmark(
+    server: &Server,
+    session: &Session,
+    payload: u64,
+    requests: u32,
+) -> Result<Vec<f64>, KeeperError> {
+    server.ask("FLUSHALL")?;
+    let (payload, requests) = (payload.to_string(), requests.to_string());
+    let tests = TESTS.map(|(name, _)| name).join(",");
+    let words = ["-t", &tests, "-c", "50", "-n", &requests, "-d", &payload];
+    let text = session.run(&mut server.benchmark(&words))?;
+    results(&text)
+        .ok_or_else(|| KeeperError::Other(format!("redis-benchmark printed no results:\n{text}")))
 }
 
 /// Requests a second of all tests in the output of `redis-benchmark --csv`.
