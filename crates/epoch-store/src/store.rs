@@ -13,6 +13,7 @@ use crate::generation::{Generation, Head, OpenError, committed_name, fresh_name,
 use crate::host::{Host, SystemHost};
 use crate::map::PageMap;
 use crate::reader::Reader;
+use crate::ready::Ready;
 use crate::verify::{self, Progress, Report};
 use crate::writer::Writer;
 use outlive_epoch::{EpochFacts, EpochId, PAGE_SIZE, StoreError};
@@ -32,6 +33,7 @@ pub struct Store {
     pub(crate) current: Option<Live>,
     unsettled: Option<Live>,
     pub(crate) times: CommitTimes,
+    pub(crate) ready: Option<Ready>,
     /// An epoch was abandoned: the medium may still have to report an error of its writes.
     pub(crate) abandoned: bool,
     next_number: u64,
@@ -254,6 +256,7 @@ impl Store {
             current: None,
             unsettled: None,
             times: CommitTimes::default(),
+            ready: None,
             abandoned: false,
             next_number: 1,
         };
@@ -354,6 +357,11 @@ impl Store {
     pub(crate) fn publish(&mut self, live: Live) -> Result<(), StoreError> {
         self.unsettled = Some(live);
         self.settle()
+    }
+
+    /// Whether no commit is open.
+    pub(crate) fn is_settled(&self) -> bool {
+        self.unsettled.is_none()
     }
 
     /// Completes the last step of a commit, if it is open.

@@ -70,6 +70,14 @@ impl<'a> Writer<'a> {
         }
     }
 
+    /// Begins further on in the log of this generation, before anything was written.
+    pub(crate) fn start_at(&mut self, generation: u64, at: u64) {
+        let fits = self.generation.number == generation && at >= self.start;
+        if fits && !self.base && self.tail == self.start {
+            (self.start, self.tail) = (at, at);
+        }
+    }
+
     /// Whether this epoch begins a new generation: it must be given every page.
     #[must_use]
     pub fn is_base(&self) -> bool {

@@ -32,7 +32,12 @@ fn scenario(disk: &SimDisk, history: &[Script]) -> (u64, u64) {
                 store = open(disk, Access::Write)?;
             }
             begun = i as u64 + 1;
-            acked = script.write(&mut store)?.0;
+            // The second is that of a power event.
+            acked = if i == 1 {
+                script.write_event(&mut store)?.0
+            } else {
+                script.write(&mut store)?.0
+            };
         }
         store.close()
     })();

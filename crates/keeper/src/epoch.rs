@@ -14,7 +14,7 @@
 //! - The mechanisms are reached through traits, so that the order is tested without a program.
 
 use outlive_epoch::{EpochFacts, EpochWriter, PageSink, StoreError};
-use outlive_epoch_store::CommitTimes;
+use outlive_epoch_store::{Ahead, CommitTimes};
 use outlive_process::{Captured, ProcessError, StopTimes, Stopped, Tracked, Tracking};
 use serde::{Deserialize, Serialize};
 use std::time::{Duration, Instant};
@@ -74,6 +74,10 @@ pub trait Snapshot {
 pub trait EpochLog {
     /// Begins an epoch after the last one.
     fn begin(&mut self) -> Result<Box<dyn EpochWriter + '_>, StoreError>;
+    /// Begins the epoch of a power event, in space that was written ahead where there is some.
+    fn begin_event(&mut self) -> Result<Box<dyn EpochWriter + '_>, StoreError>;
+    /// Writes a piece of the space for such an epoch of so many bytes ahead.
+    fn write_ahead(&mut self, len: u64) -> Result<Ahead, StoreError>;
     /// Begins a full epoch that replaces all earlier ones at its commit.
     fn begin_base(&mut self) -> Result<Box<dyn EpochWriter + '_>, StoreError>;
     /// Number of the newest committed epoch; 0 where there is none.

@@ -2,7 +2,7 @@
 
 use crate::epoch::{EpochLog, Frozen, Program, Snapshot};
 use outlive_epoch::{Acked, EpochFacts, EpochId, EpochWriter, PageSink, Run, StoreError};
-use outlive_epoch_store::CommitTimes;
+use outlive_epoch_store::{Ahead, CommitTimes};
 use outlive_process::{ProcessError, StopTimes};
 use std::{cell::RefCell, rc::Rc, time::Duration};
 
@@ -156,6 +156,8 @@ pub struct FakeLog {
     pub committed: u64,
     pub bases: u64,
     pub fail_commit: bool,
+    /// Pieces that were written ahead.
+    pub ahead: u64,
 }
 
 struct FakeWriter<'a> {
@@ -212,6 +214,18 @@ impl EpochLog for FakeLog {
             log: self,
             base: true,
         }))
+    }
+
+    fn begin_event(&mut self) -> Result<Box<dyn EpochWriter + '_>, StoreError> {
+        self.begin()
+    }
+
+    fn write_ahead(&mut self, _: u64) -> Result<Ahead, StoreError> {
+        self.ahead += 1;
+        Ok(Ahead {
+            written: 1 << 40,
+            more: self.ahead < 3,
+        })
     }
 
     fn newest(&self) -> u64 {

@@ -10,7 +10,7 @@ use outlive_epoch::{
     Acked, Content, EpochFacts, EpochId, EpochReader, EpochWriter, PAGE_SIZE, Run, StoreError,
     VisitError,
 };
-use outlive_epoch_store::{Access, CommitTimes, Store};
+use outlive_epoch_store::{Access, Ahead, CommitTimes, Store};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -253,6 +253,14 @@ fn put_zeros(to: &mut dyn EpochWriter, run: Run, zeros: &[u8]) -> Result<(), Sto
 impl EpochLog for Log {
     fn begin(&mut self) -> Result<Box<dyn EpochWriter + '_>, StoreError> {
         Ok(self.store.begin()?)
+    }
+
+    fn begin_event(&mut self) -> Result<Box<dyn EpochWriter + '_>, StoreError> {
+        Ok(self.store.begin_event()?)
+    }
+
+    fn write_ahead(&mut self, len: u64) -> Result<Ahead, StoreError> {
+        self.store.write_ahead(len)
     }
 
     fn begin_base(&mut self) -> Result<Box<dyn EpochWriter + '_>, StoreError> {

@@ -16,21 +16,20 @@ use crate::KeeperError;
 use crate::budget::keeping::{HoldUp, Watch, When};
 use crate::budget::model::Model;
 use crate::budget::pacing::Step;
+pub use crate::companion::Companion;
+use crate::companion::timespec;
 use crate::control::{Asker, Control, Reply, Request, Status, failed};
 use crate::epoch::{self, EpochLog, Fate, Manner, Program, Taken};
 use crate::plan::{Begin, Plan};
-use crate::power::{Desk, Ears, Event, Heard, PowerReport, monotonic_ns};
-use crate::procfs::{self, Pids};
+use crate::power::{self, Desk, Ears, Event, Heard, PowerReport, monotonic_ns};
+use crate::procfs::Pids;
 use crate::stats::Stops;
 use crate::subject::Capture;
+use outlive_epoch_store::APART;
 use outlive_linux::signals::{Received, SignalQueue};
 use outlive_process::{ProcessError, Strategy};
 use rustix::event::{PollFd, PollFlags, poll};
-use rustix::fd::OwnedFd;
-use rustix::process::{
-    Pid, PidfdFlags, Signal, WaitOptions, pidfd_open, pidfd_send_signal, waitpid,
-};
-use rustix::time::Timespec;
+use rustix::process::Signal;
 use std::collections::{BTreeSet, VecDeque};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -78,6 +77,9 @@ pub struct Settings {
 /// The least time for stopping all threads at an event, however little the budget leaves.
 const LEAST_STOP: Duration = Duration::from_millis(1);
 
+/// Space is written ahead where there is so much time, nanoseconds.
+const READYING: u64 = 8_000_000;
+
 /// How often threads are looked for that did not stop in time and must be let go when they come
 /// back from the kernel.
 const STRAGGLERS_POLL: Duration = Duration::from_millis(20);
@@ -122,6 +124,8 @@ pub struct Keeper<'a, P: Program> {
     origin: Instant,
     stops: Stops,
     watch: Watch,
+    /// Space for the epoch of an event may have to be written ahead.
+    readying: bool,
     status: Status,
     said: BTreeSet<String>,
 }
@@ -167,10 +171,14 @@ impl<'a, P: Program> Keeper<'a, P> {
             max_wear: settings.max_wear,
         };
         let (hold_up, model) = (settings.hold_up, settings.model.clone());
+        if hold_up.is_some() {
+            power::lock_memory();
+        }
         let watch = Watch::new(hold_up, model, settings.max_wear, 0);
         Ok(Self {
             settings,
             watch,
+            readying: false,
             log,
             attach,
             tell,
@@ -226,7 +234,10 @@ impl<'a, P: Program> Keeper<'a, P> {
                 return Ok(ending);
             }
             let manner = match self.step() {
-                Step::Wait(_) => continue,
+                Step::Wait(ns) => {
+                    self.get_ready(ns);
+                    continue;
+                }
                 Step::Epoch => Manner::Running,
                 Step::Held => Manner::Held,
             };
@@ -242,6 +253,26 @@ impl<'a, P: Program> Keeper<'a, P> {
         self.watch.model()
     }
 
+    /// Writes a piece of the space for the epoch of an event ahead, where there is time.
+    fn get_ready(&mut self, wait: u64) {
+        if !self.readying || wait < READYING {
+            return;
+        }
+        self.readying = false;
+        let Some(len) = self.watch.ready_bytes() else {
+            return;
+        };
+        let room = len.saturating_mul(2 * APART);
+        if self.log.free_bytes().is_some_and(|free| free < room) {
+            return;
+        }
+        // Without it, the epoch of an event goes where any other would.
+        if let Ok(ahead) = self.log.write_ahead(len) {
+            self.watch.wrote_ahead(ahead.written);
+            self.readying = ahead.more;
+        }
+    }
+
     fn step(&self) -> Step {
         let now = self.now();
         let failing = self.plan.failures() > 0;
@@ -254,6 +285,7 @@ impl<'a, P: Program> Keeper<'a, P> {
 
     fn sleep(&self, ears: &Ears<'_>) -> Result<(), KeeperError> {
         let mut wait = match self.step() {
+            Step::Wait(ns) if self.readying && ns >= READYING => Duration::ZERO,
             Step::Wait(ns) if ears.inbox.is_empty() => Duration::from_nanos(ns),
             _ => Duration::ZERO,
         };
@@ -372,6 +404,7 @@ impl<'a, P: Program> Keeper<'a, P> {
         match &done {
             Ok((taken, fate)) => {
                 self.plan.committed(begun, ended);
+                self.readying = self.settings.hold_up.is_some();
                 self.stops.add(taken.stop_us);
                 self.status.committed += 1;
                 self.status.last_time_ns = Some(taken.time_ns);
@@ -472,6 +505,7 @@ impl<'a, P: Program> Keeper<'a, P> {
                 program.forget_progress();
                 self.log.begin_base()?
             }
+            _ if manner == Manner::Event => self.log.begin_event()?,
             _ => self.log.begin()?,
         };
         *lost_track = true;
@@ -533,140 +567,6 @@ impl<'a, P: Program> Keeper<'a, P> {
             (self.tell)(text);
         }
     }
-}
-
-/// A running program that this process accompanies: it learns of its end and passes signals on.
-#[derive(Debug)]
-pub struct Companion {
-    pid: u32,
-    child: bool,
-    process: OwnedFd,
-}
-
-impl Companion {
-    /// Accompanies process `pid`, which is our `child` or not.
-    ///
-    /// # Errors
-    /// Where the process is not there.
-    pub fn of(pid: u32, child: bool) -> Result<Self, KeeperError> {
-        let process = open_process(pid)?;
-        Ok(Self {
-            pid,
-            child,
-            process,
-        })
-    }
-
-    /// Passes signals on until the program ends; takes no epochs.
-    ///
-    /// # Errors
-    /// What the operating system says of waiting.
-    pub fn run(self, signals: &mut SignalQueue) -> Result<Ending, KeeperError> {
-        loop {
-            let mut set = [
-                PollFd::new(signals, PollFlags::IN),
-                PollFd::new(&self.process, PollFlags::IN),
-            ];
-            match poll(&mut set, None) {
-                Ok(_) | Err(rustix::io::Errno::INTR) => {}
-                Err(error) => return Err(KeeperError::io("poll")(error)),
-            }
-            while let Some(signal) = signals
-                .take()
-                .map_err(KeeperError::io("read the signal queue"))?
-            {
-                self.pass_on(signal);
-            }
-            if let Some(ending) = self.ended()? {
-                return Ok(ending);
-            }
-        }
-    }
-
-    fn gone(&self) -> bool {
-        self.gone_within(Duration::ZERO)
-    }
-
-    fn gone_within(&self, wait: Duration) -> bool {
-        let mut set = [PollFd::new(&self.process, PollFlags::IN)];
-        matches!(poll(&mut set, Some(&timespec(wait))), Ok(n) if n > 0)
-    }
-
-    /// How the program ended, where it did.
-    fn ended(&self) -> Result<Option<Ending>, KeeperError> {
-        if self.child {
-            reap_strays(self.pid);
-        }
-        if !self.gone() {
-            return Ok(None);
-        }
-        if !self.child {
-            return Ok(Some(Ending::Gone));
-        }
-        let pid = Pid::from_raw(i32::try_from(self.pid).unwrap_or(0));
-        match waitpid(pid, WaitOptions::NOHANG) {
-            Ok(Some((_, status))) => {
-                let byte = |n: i32| u8::try_from(n & 0xff).unwrap_or(u8::MAX);
-                let exited = status.exit_status().map(|n| Ending::Exited(byte(n)));
-                let killed = status.terminating_signal().map(|n| Ending::Killed(byte(n)));
-                Ok(exited.or(killed))
-            }
-            Ok(None) => Ok(None),
-            Err(rustix::io::Errno::CHILD) => Ok(Some(Ending::Gone)),
-            Err(error) => Err(KeeperError::io("wait for the program")(error)),
-        }
-    }
-
-    fn pass_on(&self, received: Received) {
-        if received.from_kernel && self.same_group() {
-            return;
-        }
-        if let Some(signal) = Signal::from_named_raw(received.signal) {
-            // A program that is just gone is noticed by whoever waits for it.
-            let _ = pidfd_send_signal(&self.process, signal);
-        }
-    }
-
-    fn same_group(&self) -> bool {
-        let group = procfs::group(self.pid);
-        group.is_some() && group == procfs::group(std::process::id())
-    }
-}
-
-/// Reaps children of ours that are not the program itself: processes of it whose parents ended, and
-/// which have ended too. Only a process that adopted strays on purpose does so: elsewhere a child may
-/// be somebody else's, who waits for it.
-fn reap_strays(program: u32) {
-    if !matches!(rustix::process::child_subreaper(), Ok(Some(_))) {
-        return;
-    }
-    for child in procfs::children() {
-        if child != program
-            && let Some(pid) = i32::try_from(child).ok().and_then(Pid::from_raw)
-        {
-            // One that lives is left alone by this.
-            let _ = waitpid(Some(pid), WaitOptions::NOHANG);
-        }
-    }
-}
-
-fn timespec(wait: Duration) -> Timespec {
-    Timespec {
-        tv_sec: i64::try_from(wait.as_secs()).unwrap_or(i64::MAX),
-        tv_nsec: i64::from(wait.subsec_nanos()),
-    }
-}
-
-fn open_process(pid: u32) -> Result<OwnedFd, KeeperError> {
-    let raw = i32::try_from(pid).ok().and_then(Pid::from_raw);
-    let gone = || KeeperError::Other(format!("there is no process {pid}"));
-    pidfd_open(raw.ok_or_else(gone)?, PidfdFlags::empty()).map_err(|error| {
-        if error == rustix::io::Errno::SRCH {
-            gone()
-        } else {
-            KeeperError::io(format!("open process {pid}"))(error)
-        }
-    })
 }
 
 /// The time, nanoseconds since the Unix epoch.

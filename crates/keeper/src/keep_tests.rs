@@ -4,6 +4,7 @@ use super::*;
 use crate::budget::model::Figures;
 use crate::control::ask;
 use crate::fake::{FakeLog, FakeProgram};
+use rustix::process::Pid;
 use std::path::Path;
 use std::process::{Child, Command};
 use std::rc::Rc;

@@ -5,6 +5,7 @@
 //! - [`epoch`]: the order of one epoch.
 //! - [`keep`]: the loop that keeps one subject.
 //! - [`power`]: what is heard meanwhile, and power events.
+//! - [`companion`]: the process that a keeper goes along with.
 //! - [`control`]: the conversation with a running keeper.
 //! - [`subject`]: the store root, names, and what is known of a subject besides its epochs.
 //! - [`ownership`]: whose image it is.
@@ -14,6 +15,7 @@
 //! business.
 
 pub mod budget;
+pub mod companion;
 pub mod control;
 pub mod epoch;
 mod error;

@@ -242,3 +242,24 @@ impl Desk<'_, '_> {
         back
     }
 }
+
+/// Keeps this process in memory, with what it allocates later: at an event nothing is to be fetched
+/// from a disk. A matter of speed, so a refusal is no error; where only some memory may be locked,
+/// none is, since further allocations would fail.
+pub(crate) fn lock_memory() {
+    use rustix::mm::{MlockAllFlags, mlockall};
+    use rustix::process::{Resource, getrlimit};
+    let unlimited = getrlimit(Resource::Memlock).current.is_none();
+    if unlimited || may_lock() {
+        let _ = mlockall(MlockAllFlags::CURRENT | MlockAllFlags::FUTURE | MlockAllFlags::ONFAULT);
+    }
+}
+
+/// Whether this process has `CAP_IPC_LOCK`.
+fn may_lock() -> bool {
+    const IPC_LOCK: u32 = 14;
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let line = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
+    let mask = line.and_then(|hex| u64::from_str_radix(hex.trim(), 16).ok());
+    mask.is_some_and(|mask| mask >> IPC_LOCK & 1 == 1)
+}

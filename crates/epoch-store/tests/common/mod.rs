@@ -4,7 +4,7 @@
 use outlive_epoch::{
     Content, EpochFacts, EpochId, EpochReader, EpochWriter, PAGE_SIZE, Run, SpaceId, StoreError,
 };
-use outlive_epoch_store::{Access, Host, Reader, Store};
+use outlive_epoch_store::{Access, Host, Reader, Store, Writer};
 use outlive_media::SimDisk;
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -117,11 +117,21 @@ impl Script {
 
     /// Writes and commits it.
     pub fn write(&self, store: &mut Store) -> Result<EpochId, StoreError> {
-        let mut writer = if self.base {
+        let writer = if self.base {
             store.begin_base()?
         } else {
             store.begin()?
         };
+        self.write_with(writer)
+    }
+
+    /// The same as the epoch of a power event, in space that is written ahead.
+    pub fn write_event(&self, store: &mut Store) -> Result<EpochId, StoreError> {
+        while store.write_ahead(3 * PAGE_SIZE as u64)?.more {}
+        self.write_with(store.begin_event()?)
+    }
+
+    fn write_with(&self, mut writer: Box<Writer<'_>>) -> Result<EpochId, StoreError> {
         self.stage(&mut *writer)?;
         let id = writer.id();
         let facts = EpochFacts {

@@ -8,6 +8,9 @@ use crate::epoch::Taken;
 use outlive_epoch::PAGE_SIZE;
 use serde::{Deserialize, Serialize};
 
+/// The most space that is kept ready for the epoch of an event, bytes.
+const MOST_READY: u64 = 256 << 20;
+
 /// A hold-up budget, as it is asked for and remembered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct HoldUp {
@@ -137,6 +140,20 @@ impl Watch {
             _ if due == 0 => Step::Epoch,
             _ => Step::Wait(due),
         }
+    }
+
+    /// Bytes were written ahead.
+    pub fn wrote_ahead(&mut self, bytes: u64) {
+        self.wear.also(bytes);
+    }
+
+    /// How much space is to be kept ready for the epoch of an event, bytes; `None` without a budget.
+    #[must_use]
+    pub fn ready_bytes(&self) -> Option<u64> {
+        let figures = self.figures();
+        let allowed = figures.allowed(self.hold_up?.budget_ns)?;
+        let bytes = allowed.saturating_add(figures.tables.saturating_mul(2));
+        Some(bytes.clamp(1 << 20, MOST_READY))
     }
 
     /// Learns from an epoch.

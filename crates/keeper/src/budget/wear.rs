@@ -17,6 +17,7 @@ pub struct Wear {
     since: u64,
     bytes: u64,
     paid_until: u64,
+    owed: u64,
     first: bool,
 }
 
@@ -29,6 +30,7 @@ impl Wear {
             since: now,
             bytes: 0,
             paid_until: now,
+            owed: 0,
             first: true,
         }
     }
@@ -36,6 +38,7 @@ impl Wear {
     /// An epoch that was begun at `started` wrote so many bytes.
     pub fn add(&mut self, started: u64, bytes: u64) {
         self.bytes = self.bytes.saturating_add(bytes);
+        let bytes = bytes.saturating_add(std::mem::take(&mut self.owed));
         if std::mem::take(&mut self.first) {
             return;
         }
@@ -44,6 +47,12 @@ impl Wear {
             let ns = u64::try_from(ns).unwrap_or(u64::MAX);
             self.paid_until = self.paid_until.max(started).saturating_add(ns);
         }
+    }
+
+    /// Something else wrote so many bytes; they are counted, and the next epoch pays for them.
+    pub fn also(&mut self, bytes: u64) {
+        self.owed = self.owed.saturating_add(bytes);
+        self.bytes = self.bytes.saturating_add(bytes);
     }
 
     /// Nanoseconds until the cap allows another epoch.
