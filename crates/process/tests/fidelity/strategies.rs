@@ -242,6 +242,48 @@ fn a_guard_holds_writers_at_the_limit() {
     program.must_report();
 }
 
+/// Kilobytes of page tables of a program.
+fn page_tables(program: &Program) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{}/status", program.pid));
+    let status = status.expect("its status");
+    let line = status.lines().find_map(|l| l.strip_prefix("VmPTE:"));
+    let number = line.and_then(|l| l.trim().strip_suffix(" kB")?.parse().ok());
+    number.expect("the size of its page tables")
+}
+
+/// Holes are not protected, which would make page tables for them: 2 GiB for these.
+#[test]
+fn a_tebibyte_of_holes_costs_less_than_a_mebibyte() {
+    let _alone = alone();
+    if !may_run("a_tebibyte_of_holes_costs_less_than_a_mebibyte") {
+        return;
+    }
+    for strategy in [Strategy::Incremental, Strategy::Redundant, Strategy::Cow] {
+        let mut program = Program::start("vast", &[]);
+        std::thread::sleep(Duration::from_millis(20));
+        let before = page_tables(&program);
+        let mut tracked = begin(&program, (strategy, 1));
+        let mut store = Store::default();
+        // Nobody looks at the program from outside: that would take minutes.
+        for _ in 0..5 {
+            let failed = |e: ProcessError| -> ! { panic!("{strategy}: {e}; {}", program.story()) };
+            let mut writer = store.begin();
+            tracked.precopy(&mut *writer).unwrap_or_else(|e| failed(e));
+            let (stopped, captured) = tracked.stop(&mut *writer).unwrap_or_else(|e| failed(e));
+            stopped.resume().expect("resuming");
+            captured.write(&mut *writer).unwrap_or_else(|e| failed(e));
+            writer.commit(captured.facts).expect("the commit");
+            let grown = page_tables(&program).saturating_sub(before);
+            assert!(grown < 1024, "{strategy}: {before} kB grew by {grown} kB");
+        }
+        drop(tracked);
+        program.kill();
+        prepare(store.newest()).go().expect("letting it run");
+        program.was_restored();
+        program.must_report();
+    }
+}
+
 /// Nothing of a program is registered anywhere where everything is copied.
 #[test]
 fn copying_everything_registers_nothing() {
