@@ -120,6 +120,8 @@ pub struct Status {
     pub last_time_ns: Option<u64>,
     /// Epochs that failed.
     pub failures: u64,
+    /// Epochs that were given up because the program would have been stopped for too long.
+    pub abandoned: u64,
     /// Why the last of them failed.
     pub last_failure: Option<String>,
     /// How memory is captured.

@@ -9,7 +9,9 @@
 //!   *power event* nothing comes before the stop, and what becomes of the program is decided once
 //!   the epoch is durable. An event that is noticed before a running epoch lets the program run on
 //!   makes that epoch its own.
-//! - After any failure from precopy on, the tracker is told to forget its progress: what it handed
+//! - A stop that would take longer than it may is given up, and with it the epoch. The tracker hands
+//!   all of it over again then.
+//! - After any other failure from precopy on, the tracker is told to forget its progress: what it handed
 //!   over never became an epoch.
 //! - The mechanisms are reached through traits, so that the order is tested without a program.
 
@@ -31,10 +33,12 @@ pub trait Program {
     /// Copies what changed while the program runs.
     fn precopy(&mut self, sink: &mut dyn PageSink) -> Result<(), ProcessError>;
     /// Freezes the program and takes what is left into memory; what is found right before, while
-    /// it still runs, goes into `sink`.
+    /// it still runs, goes into `sink`. A stop that would last longer than `limit` is given up:
+    /// [`ProcessError::TooLong`] says so, and then nothing of its progress is lost.
     fn stop(
         &mut self,
         sink: &mut dyn PageSink,
+        limit: Option<Duration>,
     ) -> Result<(Self::Frozen<'_>, Self::Snapshot), ProcessError>;
     /// What was taken since the last epoch did not become one.
     fn forget_progress(&mut self);
@@ -164,6 +168,10 @@ pub enum Fate {
 
 /// Who is asked while an epoch is taken.
 pub trait Hooks {
+    /// How long a program that runs on may be stopped; `None` for as long as it takes.
+    fn longest_stop(&self) -> Option<Duration> {
+        None
+    }
     /// Whether there is a power event, so that the program must not run on now.
     fn urgent(&mut self) -> bool;
     /// An event's epoch is durable and the program stands still: what is to become of it? May take
@@ -197,8 +205,9 @@ pub fn take<P: Program>(
     hooks: &mut dyn Hooks,
 ) -> Result<(Taken, Fate), ProcessError> {
     let done = steps(program, writer, manner, hooks);
-    if done.is_err() {
-        program.forget_progress();
+    match done {
+        Ok(_) | Err(ProcessError::TooLong { .. }) => {}
+        Err(_) => program.forget_progress(),
     }
     done
 }
@@ -216,7 +225,8 @@ fn steps<P: Program>(
     let precopy_us = micros(began.elapsed());
     let stopping = Instant::now();
     // An early return drops `frozen`, which lets the program run on.
-    let (frozen, snapshot) = program.stop(&mut *writer)?;
+    let limit = hooks.longest_stop().filter(|_| manner == Manner::Running);
+    let (frozen, snapshot) = program.stop(&mut *writer, limit)?;
     if manner == Manner::Running && !hooks.urgent() {
         let stopped = frozen.resume()?;
         let steps = write(&snapshot, &mut *writer, precopy_us)?;
@@ -301,8 +311,12 @@ impl Program for Tracked {
         Tracked::precopy(self, sink)
     }
 
-    fn stop(&mut self, sink: &mut dyn PageSink) -> Result<(Stopped<'_>, Captured), ProcessError> {
-        Tracked::stop(self, sink)
+    fn stop(
+        &mut self,
+        sink: &mut dyn PageSink,
+        limit: Option<Duration>,
+    ) -> Result<(Stopped<'_>, Captured), ProcessError> {
+        Tracked::stop(self, sink, limit)
     }
 
     fn forget_progress(&mut self) {

@@ -105,7 +105,9 @@ fn process_code(error: &ProcessError) -> u8 {
         ProcessError::Image(_) => 4,
         ProcessError::Store(error) => store_code(error),
         ProcessError::Kernel { source, .. } => io_code(source),
-        ProcessError::Gone { .. } | ProcessError::NotStopped { .. } => 1,
+        ProcessError::Gone { .. }
+        | ProcessError::NotStopped { .. }
+        | ProcessError::TooLong { .. } => 1,
     }
 }
 

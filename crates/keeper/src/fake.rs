@@ -118,6 +118,7 @@ impl Program for FakeProgram {
     fn stop(
         &mut self,
         _: &mut dyn PageSink,
+        _: Option<Duration>,
     ) -> Result<(FakeFrozen<'_>, FakeSnapshot), ProcessError> {
         self.step("stop")?;
         let snapshot = FakeSnapshot {

@@ -70,6 +70,8 @@ pub struct Settings {
     pub hold_up: Option<HoldUp>,
     /// Most bytes that are to be written a day.
     pub max_wear: Option<u64>,
+    /// How long the program may be stopped for an epoch.
+    pub max_stop: Option<Duration>,
     /// What is known of the medium.
     pub model: Model,
 }
@@ -157,6 +159,7 @@ impl<'a, P: Program> Keeper<'a, P> {
             p99_stop_us: None,
             last_time_ns: None,
             failures: 0,
+            abandoned: 0,
             last_failure: None,
             capture: settings.capture.clone(),
             tracking: "none yet".into(),
@@ -395,6 +398,7 @@ impl<'a, P: Program> Keeper<'a, P> {
             ears,
             event,
             budget: self.watch.budget_ns(),
+            longest_stop: self.settings.max_stop,
             status: &status,
             durable: None,
         };
@@ -420,6 +424,13 @@ impl<'a, P: Program> Keeper<'a, P> {
                         },
                     );
                 }
+            }
+            Err(error @ ProcessError::TooLong { .. }) => {
+                // Only a new generation has lost track: of everything else nothing is lost.
+                self.plan.given_up(begun, ended, base);
+                self.watch.failed();
+                self.status.abandoned += 1;
+                self.say(&format!("no epoch: {error} (`ps --json` counts these)"));
             }
             Err(error) => {
                 self.plan.failed(ended, lost_track);

@@ -66,6 +66,7 @@ fn keep_with<T: Send + 'static>(
         child: true,
         hold_up,
         max_wear: None,
+        max_stop: None,
         model: Model::new(Figures::default()),
     };
     let mut keeper = Keeper::new(settings, &mut log, &mut attach, &mut tell).unwrap();

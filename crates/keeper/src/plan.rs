@@ -8,6 +8,7 @@
 //!   interval, so that the program is never under capture without a break.
 //! - After the n-th failure in a row the next attempt waits `interval * 2^n`, at most
 //!   [`LONGEST_WAIT`] (or the interval, where that is longer).
+//! - An epoch that was given up is no failure: the next one is due as ever.
 //! - A *full* epoch always begins a new generation, because what older epochs say of pages that
 //!   are no longer there must not shine through: the first epoch of a tracker (but not of one that
 //!   goes on from the newest epoch, after a restore), and the one after a failure that lost track.
@@ -112,6 +113,14 @@ impl Plan {
         self.full = false;
         let breather = ended.saturating_add(self.interval / 10);
         self.due = started.saturating_add(self.interval).max(breather);
+    }
+
+    /// An epoch was given up because the program would have been stopped for too long; `lost_track`
+    /// as in [`Plan::failed`]. The next one is due as if it had been committed.
+    pub fn given_up(&mut self, started: u64, ended: u64, lost_track: bool) {
+        let full = self.full | lost_track;
+        self.committed(started, ended);
+        self.full = full;
     }
 
     /// An epoch failed at `ended`; `lost_track` where the tracker has forgotten its progress.

@@ -168,6 +168,8 @@ pub struct Desk<'a, 'b> {
     pub event: Option<Event>,
     /// The budget, nanoseconds.
     pub budget: Option<u64>,
+    /// How long the program may be stopped.
+    pub longest_stop: Option<Duration>,
     /// What is answered meanwhile, but for what changes with the event.
     pub status: &'a Status,
     /// When everything was durable, where it was.
@@ -175,6 +177,10 @@ pub struct Desk<'a, 'b> {
 }
 
 impl Hooks for Desk<'_, '_> {
+    fn longest_stop(&self) -> Option<Duration> {
+        self.longest_stop
+    }
+
     fn urgent(&mut self) -> bool {
         // What cannot be heard now is heard of by the loop.
         let _ = self.ears.listen();

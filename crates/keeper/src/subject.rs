@@ -59,6 +59,9 @@ pub struct Card {
     /// Most bytes that are to be written a day.
     #[serde(default)]
     pub max_wear: Option<u64>,
+    /// How long the program may be stopped for an epoch, microseconds.
+    #[serde(default)]
+    pub max_stop_us: Option<u64>,
     /// The process.
     pub pid: u32,
     /// Its start time in clock ticks since boot, which tells it from a later process of the same
@@ -130,6 +133,12 @@ impl Default for Capture {
 pub const CARD_VERSION: u32 = 1;
 
 impl Card {
+    /// How long the program may be stopped for an epoch.
+    #[must_use]
+    pub fn max_stop(&self) -> Option<std::time::Duration> {
+        self.max_stop_us.map(std::time::Duration::from_micros)
+    }
+
     /// Whether the process of this card still runs.
     #[must_use]
     pub fn runs(&self) -> bool {
@@ -449,6 +458,7 @@ mod tests {
             capture: Capture::default(),
             hold_up: None,
             max_wear: Some(5),
+            max_stop_us: Some(700),
             pid: std::process::id(),
             started: procfs::start_time(std::process::id()).unwrap(),
             boot: procfs::boot_id(),

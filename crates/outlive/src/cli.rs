@@ -198,9 +198,19 @@ pub struct Promise {
     /// hold-up budget comes first
     #[arg(long, value_name = "BYTES", value_parser = parse_bytes)]
     pub max_wear: Option<u64>,
+    /// Longest time for which the program is stopped for an epoch, with its unit: 500us, 2ms. An
+    /// epoch that would take longer is abandoned, and the next one copies more before its stop
+    #[arg(long, value_name = "TIME", value_parser = parse_duration)]
+    pub max_stop: Option<Duration>,
 }
 
 impl Promise {
+    /// The longest stop as it is written down, microseconds.
+    pub fn max_stop_us(&self) -> Option<u64> {
+        self.max_stop
+            .map(|t| u64::try_from(t.as_micros()).unwrap_or(u64::MAX))
+    }
+
     /// The budget as the keeper has it.
     pub fn hold_up(&self) -> Option<HoldUp> {
         self.hold_up.map(|budget| HoldUp {

@@ -62,6 +62,13 @@ pub enum ProcessError {
         /// How long it was waited for, milliseconds.
         waited_ms: u64,
     },
+    /// The program would have been stopped for longer than is allowed; it runs on, and nothing is
+    /// lost: what was found is taken by the next epoch.
+    #[error("the stop would have taken longer than {limit_us} us; the program runs on")]
+    TooLong {
+        /// The longest that a stop may take, microseconds.
+        limit_us: u64,
+    },
     /// The kernel answered with an error where none was expected.
     #[error("pid {pid}: {what}: {source}")]
     Kernel {

@@ -264,29 +264,22 @@ impl Stopping {
     fn give_up(&mut self, prepare: &mut dyn FnMut(&mut Held)) {
         const SOON: Duration = Duration::from_millis(100);
         let deadline = Instant::now() + SOON;
-        for running in self.fresh.drain(..) {
-            let tid = running.tid();
+        let mut release = |mut held: Held| {
+            prepare(&mut held);
+            // It may have been killed meanwhile.
+            let _ = held.release();
+        };
+        // Those that stand do not wait for the others.
+        let held = std::mem::take(&mut self.held);
+        held.into_values().for_each(&mut release);
+        // The last thread that is waited for is the leading one, where all were killed.
+        for running in self.fresh.drain(..).chain(self.stuck.take()) {
             // One that does not stop is let go when it comes back from the kernel.
             if let Ok(halted) = running.wait_interrupted(deadline)
                 && let Ok(held) = Held::new(halted)
             {
-                self.held.insert(tid, held);
+                release(held);
             }
-        }
-        for mut held in std::mem::take(&mut self.held).into_values() {
-            prepare(&mut held);
-            // It may have been killed meanwhile.
-            let _ = held.release();
-        }
-        // The last thread that is waited for is the leading one, where all were killed.
-        let Some(stuck) = self.stuck.take() else {
-            return;
-        };
-        if let Ok(halted) = stuck.wait_interrupted(deadline)
-            && let Ok(mut held) = Held::new(halted)
-        {
-            prepare(&mut held);
-            let _ = held.release();
         }
     }
 }

@@ -15,6 +15,7 @@ use crate::resources::shared::{self, SharedObjects};
 use crate::resources::{attributes, memory, signals, thread, timers};
 use crate::strategy::{Granularity, Strategy};
 use crate::target::{Status, Target};
+use crate::track::Limit;
 use crate::{ProcessError, Refusal, namespaces, preflight};
 use outlive_epoch::{PageSink, Run};
 use outlive_linux::maps::{self, Mapping, VmFlags};
@@ -274,6 +275,13 @@ impl Member {
         Ok(changes.bytes())
     }
 
+    /// See [`PageTracker::owe`].
+    pub fn owe(&mut self, pages: &[Run], absent: &[Run]) {
+        if let Space::Held(space) = &mut self.space {
+            space.pages.owe(pages, absent);
+        }
+    }
+
     /// Whether the epochs so far hold nothing of it.
     #[must_use]
     pub fn is_fresh(&self) -> bool {
@@ -407,12 +415,14 @@ impl Member {
         threads: &mut [Held],
         seen: Vec<Seen>,
         shared: &mut SharedObjects,
+        limit: &Limit,
     ) -> Result<MemberState, ProcessError> {
         let mut laps = Laps::new();
         let leader_status = seen[0].0.status.clone();
         let (asked, answers) = self.ask(threads)?;
+        limit.check()?;
         laps.lap("remote");
-        let (memory, residue) = match self.describe(&asked, &answers[0], shared)? {
+        let (memory, residue) = match self.describe(&asked, &answers[0], shared, limit)? {
             Some(taken) => taken,
             None => (memory::MemoryState::of_another(), Residue::default()),
         };
@@ -454,6 +464,7 @@ impl Member {
         asked: &Asked,
         answers: &Results,
         shared: &mut SharedObjects,
+        limit: &Limit,
     ) -> Result<Option<(memory::MemoryState, Residue)>, ProcessError> {
         let Space::Held(space) = &mut self.space else {
             return Ok(None);
@@ -467,6 +478,10 @@ impl Member {
         let changes = space.pages.pass(&self.target, &areas, World::Stopped)?;
         let guards = changes.guards.clone();
         laps.lap("scan");
+        if let Err(e) = limit.check_copy(changes.bytes_now()) {
+            space.pages.owe_changes(&changes);
+            return Err(e);
+        }
         let bytes = usize::try_from(changes.bytes_now()).unwrap_or(usize::MAX);
         let spare = self.spare.take(bytes);
         let residue = space.pages.take(&self.target, changes, spare)?;

@@ -152,6 +152,10 @@ pub struct PageTracker {
     /// Some pages may be shared with other processes of the program, see [`PageTracker::read`].
     pub has_relatives: bool,
     granularity: Granularity,
+    /// Page indexes that are to be handed over by the next pass, written again or not …
+    owed: IntervalSet,
+    /// … and those that are to be said to be absent, before that.
+    owed_absent: IntervalSet,
 }
 
 /// Whether mappings may change under our hands.
@@ -197,6 +201,8 @@ impl PageTracker {
             buffer: Vec::new(),
             has_relatives: false,
             granularity,
+            owed: IntervalSet::default(),
+            owed_absent: IntervalSet::default(),
         })
     }
 
@@ -246,6 +252,8 @@ impl PageTracker {
     /// All pages that the epochs so far hold: they are no more, and nobody tracks them further.
     #[must_use]
     pub fn retire(mut self) -> Vec<Run> {
+        let owed = std::mem::take(&mut self.owed_absent);
+        owed.iter().for_each(|(s, e)| self.stored.insert(s, e));
         let all = self.stored.remove(0, u64::MAX);
         all.into_iter()
             .filter_map(|(s, e)| Run::new(self.space, s, e - s))
@@ -267,6 +275,8 @@ impl PageTracker {
         let guard = guard
             .transpose()
             .map_err(|e| target.kernel("guarding its memory", e))?;
+        let owed = std::mem::take(&mut self.owed_absent);
+        owed.iter().for_each(|(s, e)| self.stored.insert(s, e));
         let all = self.stored.remove(0, u64::MAX);
         let old = all
             .into_iter()
@@ -295,6 +305,36 @@ impl PageTracker {
         self.dense.clear();
         self.guarded.clear();
         self.doubtful.clear();
+        self.owed.clear();
+        self.owed_absent.clear();
+    }
+
+    /// What was handed over of this address space got into no epoch: the next pass does so again.
+    pub fn owe(&mut self, pages: &[Run], absent: &[Run]) {
+        for run in pages {
+            self.owed.insert(run.first(), run.end());
+        }
+        for run in absent {
+            self.owed_absent.insert(run.first(), run.end());
+        }
+    }
+
+    /// The same of what a pass found and what was not taken then.
+    pub fn owe_changes(&mut self, changes: &Changes) {
+        for &(start, end) in changes
+            .written
+            .iter()
+            .chain(&changes.unreadable)
+            .chain(&changes.behind)
+        {
+            self.owed.insert(start / PAGE, end / PAGE);
+        }
+        for &(start, end) in &changes.absent {
+            self.owed_absent.insert(start / PAGE, end / PAGE);
+        }
+        if let Some(guard) = &self.guard {
+            guard.abandon();
+        }
     }
 
     /// Finds what changed since the last pass. `areas` are all private mappings, in order.
@@ -310,6 +350,9 @@ impl PageTracker {
         self.protected.clear();
         self.stopped = world == World::Stopped;
         let mut changes = Changes::default();
+        let told_again = self.owed_absent.iter().map(|(s, e)| (s * PAGE, e * PAGE));
+        changes.absent.extend(told_again);
+        self.owed_absent.clear();
         let mut end_of_last = 0;
         for area in areas {
             drop_stored(&mut self.stored, (end_of_last, area.span.0), &mut changes);
@@ -317,6 +360,7 @@ impl PageTracker {
             let list = changes.list(area);
             let before = list.len();
             let found = self.scan(area, &mut changes);
+            let found = found.and_then(|()| self.scan_owed(area, &mut changes));
             let list = changes.list(area);
             let written = list.split_off(before);
             list.extend(self.granularity.round(written, area.span, &self.stored));
@@ -417,6 +461,38 @@ impl PageTracker {
             }
         }
         self.guarded.extend(doubtful);
+        Ok(())
+    }
+
+    /// What is owed in an area is looked at anew, but for whether it was written: that was asked for
+    /// before. What does not exist any more is absent.
+    fn scan_owed(&mut self, area: &PrivateArea, changes: &mut Changes) -> Result<(), Errno> {
+        let exists = Query {
+            any_of: pagemap::PRESENT | pagemap::SWAPPED | pagemap::GUARD,
+            report: pagemap::FILE | pagemap::ZERO | pagemap::GUARD,
+            ..Query::default()
+        };
+        let owed = self.owed.remove(area.span.0 / PAGE, area.span.1 / PAGE);
+        for (i, &(first, end)) in owed.iter().enumerate() {
+            let Self {
+                pagemap, stored, ..
+            } = self;
+            let (first, end) = (first * PAGE, end * PAGE);
+            let mut at = first;
+            let found = pagemap.scan(first, end, exists, |r| {
+                if r.categories == 0 {
+                    drop_stored(stored, (at, r.start), changes);
+                    push_span(changes.list(area), (r.start, r.end));
+                    at = r.end;
+                }
+            });
+            if let Err(e) = found {
+                let rest = owed.get(i..).unwrap_or_default();
+                rest.iter().for_each(|&(s, e)| self.owed.insert(s, e));
+                return Err(e);
+            }
+            drop_stored(stored, (at, end), changes);
+        }
         Ok(())
     }
 

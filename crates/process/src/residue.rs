@@ -18,8 +18,8 @@ pub struct Residue {
     pub took: Duration,
     /// What is copied while the program runs again …
     pub behind: Option<Behind>,
-    /// … and how many pages that is.
-    pub behind_pages: u64,
+    /// … and where those pages belong.
+    pub behind_runs: Vec<Run>,
 }
 
 impl Residue {
@@ -40,6 +40,7 @@ impl Residue {
     /// Number of pages with contents.
     #[must_use]
     pub fn pages(&self) -> u64 {
-        self.runs.iter().map(Run::count).sum::<u64>() + self.behind_pages
+        let behind = self.behind_runs.iter().map(Run::count);
+        self.runs.iter().map(Run::count).sum::<u64>() + behind.sum::<u64>()
     }
 }

@@ -2,8 +2,10 @@
 //! and what is copied while it runs. The stop itself is in [`stop`].
 
 mod fellows;
+mod limit;
 mod stop;
 
+pub use limit::Limit;
 pub use stop::Stopped;
 
 use crate::captured::Spare;
@@ -20,7 +22,8 @@ use crate::sharing::Sharing;
 use crate::strategy::{self, Granularity, Strategy};
 use crate::target::Target;
 use crate::{ProcessError, namespaces, preflight};
-use outlive_epoch::{PageSink, Run};
+use limit::{Experience, Notes, Noting};
+use outlive_epoch::{PageSink, Run, SpaceId};
 use rustix::fd::BorrowedFd;
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -82,6 +85,9 @@ pub struct Tracked {
     /// Pages of members that are no more, which the epochs so far hold.
     retired: Vec<Run>,
     spare: Spare,
+    /// What was handed over since the last stop.
+    notes: Notes,
+    experience: Experience,
     detached: bool,
 }
 
@@ -135,6 +141,8 @@ impl Tracked {
             system_v: SystemV::default(),
             retired: Vec::new(),
             spare: Spare::default(),
+            notes: Notes::default(),
+            experience: Experience::default(),
             detached: false,
         })
     }
@@ -264,6 +272,26 @@ impl Tracked {
         }
         preflight::let_spawn(self.root, &self.adopters, self.options.stop_timeout)?;
         self.adopt_all()?;
+        self.noting(sink, Self::copy_all)
+    }
+
+    /// Does something with a sink that takes notes.
+    fn noting<T>(
+        &mut self,
+        sink: &mut dyn PageSink,
+        work: impl FnOnce(&mut Self, &mut dyn PageSink) -> T,
+    ) -> T {
+        let mut notes = std::mem::take(&mut self.notes);
+        let mut noting = Noting {
+            sink,
+            notes: &mut notes,
+        };
+        let done = work(self, &mut noting);
+        self.notes = notes;
+        done
+    }
+
+    fn copy_all(&mut self, sink: &mut dyn PageSink) -> Result<(), ProcessError> {
         self.tell_retired(sink)?;
         let strategy = self.options.strategy;
         let all = self.members.iter();
@@ -348,6 +376,26 @@ impl Tracked {
     pub fn forget_progress(&mut self) {
         self.members.values_mut().for_each(Member::forget_progress);
         self.shared.forget();
+        self.notes.clear();
+    }
+
+    /// What was handed over since the last stop gets into no epoch: it is handed over again.
+    fn owe_all(&mut self) {
+        let mut notes = std::mem::take(&mut self.notes);
+        for (space, pages, absent) in notes.take() {
+            self.owe(space, &pages, &absent);
+        }
+    }
+
+    fn owe(&mut self, space: SpaceId, pages: &[Run], absent: &[Run]) {
+        let mut members = self.members.values_mut();
+        let holds = |m: &&mut Member| m.target.id == space.0 && m.holder() == m.target.pid;
+        if let Some(member) = members.find(holds) {
+            member.owe(pages, absent);
+        } else {
+            self.shared.owe(pages);
+            self.retired.extend(absent);
+        }
     }
 
     /// Ends tracking; no trace stays in the program.

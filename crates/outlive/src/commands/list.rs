@@ -173,6 +173,8 @@ impl Entry {
             "median_stop_us": live.and_then(|l| l.median_stop_us),
             "p99_stop_us": live.and_then(|l| l.p99_stop_us),
             "failures": live.map(|l| l.failures),
+            "abandoned": live.map(|l| l.abandoned),
+            "max_stop_us": self.card.as_ref().and_then(|card| card.max_stop_us),
             "last_failure": live.and_then(|l| l.last_failure.clone()),
             "strategy": self.capture().map(|c| c.strategy.clone()),
             "granularity": self.capture().map(|c| c.granularity),
@@ -207,6 +209,10 @@ fn table(entries: &[Entry]) -> String {
         ("COMMAND", Left),
     ];
     let dash = || "-".to_owned();
+    let failed = |live: &Status| match live.abandoned {
+        0 => live.failures.to_string(),
+        n => format!("{}, {n} abandoned", live.failures),
+    };
     let rows: Vec<Vec<String>> = entries
         .iter()
         .map(|entry| {
@@ -226,7 +232,7 @@ fn table(entries: &[Entry]) -> String {
                 stop(live.and_then(|l| l.last_stop_us)),
                 stop(live.and_then(|l| l.median_stop_us)),
                 stop(live.and_then(|l| l.p99_stop_us)),
-                live.map_or_else(dash, |l| l.failures.to_string()),
+                live.map_or_else(dash, failed),
                 entry.promise().unwrap_or_else(dash),
                 command.unwrap_or_else(dash),
             ]

@@ -132,7 +132,9 @@ fn subject(
         Some(_) => medium::model(root, asked, 0)?,
         None => medium::model_again(root, known.hold_up, name),
     };
-    if asked.is_some() || args.promise.max_wear.is_some() {
+    let max_stop = args.promise.max_stop_us();
+    if asked.is_some() || args.promise.max_wear.is_some() || max_stop.is_some() {
+        known.max_stop_us = max_stop.or(known.max_stop_us);
         known.hold_up = asked.or(known.hold_up);
         known.max_wear = args.promise.max_wear.or(known.max_wear);
         subject.write_card(&lock, &known)?;
@@ -171,6 +173,7 @@ fn subject(
     let settings = Settings {
         pid,
         every: Duration::from_nanos(known.every_ns),
+        max_stop: known.max_stop(),
         capture: known.capture,
         child: true,
         hold_up: known.hold_up,

@@ -79,6 +79,7 @@ pub fn run(root: &Root, args: &RunArgs, json: bool) -> Result<u8, KeeperError> {
         child,
         hold_up,
         max_wear: args.pace.promise.max_wear,
+        max_stop: args.pace.promise.max_stop,
         model,
     };
     let options = options(&args.pace, true);
@@ -132,6 +133,7 @@ pub fn attach(root: &Root, args: &AttachArgs, json: bool) -> Result<u8, KeeperEr
     let settings = Settings {
         pid,
         every: Duration::from_nanos(card.every_ns),
+        max_stop: card.max_stop(),
         capture: card.capture,
         child: false,
         hold_up,
@@ -291,6 +293,7 @@ fn blank_card(command: Vec<String>, pace: &Pace) -> Card {
         capture: pace.capture(),
         hold_up: pace.promise.hold_up(),
         max_wear: pace.promise.max_wear,
+        max_stop_us: pace.promise.max_stop_us(),
         pid: 0,
         started: 0,
         boot: procfs::boot_id(),

@@ -814,3 +814,38 @@ fn a_crowd_of_threads_descriptors_and_mappings_comes_back() {
     signal(kept.pid(), Signal::USR1);
     assert_eq!(kept.code(), 0, "{}", place.said());
 }
+
+/// No stop can be as short as that: all epochs are abandoned but those that end the program, and
+/// what they found is in the one that does.
+#[test]
+fn a_program_is_not_stopped_for_longer_than_it_may_be() {
+    if !may_run("a_program_is_not_stopped_for_longer_than_it_may_be") {
+        return;
+    }
+    let (_alone, place) = (alone(), Place::new());
+    let crowd = test_program("crowd");
+    let much = "--threads 5 --descriptors 20 --memory 16 --dirty-rate 50";
+    let how = "run --name a --every 20ms --max-stop 1us --";
+    let mut words: Vec<&str> = how.split(' ').collect();
+    words.push(&crowd);
+    words.extend(much.split(' '));
+    let mut kept = place.start(&words);
+    assert!(kept.line().starts_with("ready"), "{}", place.said());
+    let abandoned = || place.status("a")["abandoned"].as_u64().unwrap_or(0);
+    for _ in 0..2 {
+        until("epochs are abandoned", || abandoned() > 3);
+        let status = place.status("a");
+        assert_eq!(status["failures"], 0, "{status}");
+        assert_eq!(status["max_stop_us"], 1, "{status}");
+        let told = place.said().matches("no epoch").count();
+        assert_eq!(told, 1, "{}", place.said());
+        let before = place.newest("a");
+        place.call(&["stop", "a"]).succeeds();
+        assert_eq!(kept.code(), 0, "{}", place.said());
+        assert_eq!(place.newest("a"), before + 1);
+        kept = place.start(&["restore", "a"]);
+    }
+    until("epochs are abandoned", || abandoned() > 3);
+    signal(kept.pid(), Signal::USR1);
+    assert_eq!(kept.code(), 0, "{}", place.said());
+}

@@ -163,13 +163,15 @@ impl PageTracker {
             self.note_stored(span);
         }
         let behind = self.guard.as_ref().filter(|_| !changes.behind.is_empty());
-        let absent: Result<Vec<Run>, _> = changes.absent.iter().map(|&s| self.run(s)).collect();
+        let runs_of = |spans: &[Span]| spans.iter().map(|&s| self.run(s)).collect();
+        let absent: Result<Vec<Run>, _> = runs_of(&changes.absent);
+        let behind_runs: Result<Vec<Run>, _> = runs_of(&changes.behind);
         Ok(Residue {
             runs,
             absent: absent?,
             buffer,
             took: began.elapsed(),
-            behind_pages: changes.bytes_behind() / PAGE,
+            behind_runs: behind_runs?,
             behind: behind.map(|g| g.behind(self.space, self.has_relatives)),
         })
     }

@@ -8,19 +8,21 @@
 //!   where new ones appear at every try they are adopted at the stop.
 //! - Whatever fails, all of them go on as before.
 
-use super::{Tracked, cause};
+use super::limit::Limit;
+use super::{Tracked, Tracking, cause};
 use crate::captured::{Captured, Clocks, FilesToSync, StopTimes};
 use crate::family::{self, Kin};
 use crate::freeze::{Held, freeze};
 use crate::image::ZombieState;
 use crate::laps::Laps;
-use crate::member::{self, Member, NotAdopted, Seen};
+use crate::member::{self, Member, MemberState, NotAdopted, Seen};
 use crate::reentry::{Sleepers, WaitBook};
+use crate::residue::Residue;
 use crate::resources::{descriptors, system_v};
 use crate::sharing::Shares;
 use crate::target::{Status, Target};
 use crate::{ProcessError, preflight};
-use outlive_epoch::{EpochFacts, PageSink};
+use outlive_epoch::{EpochFacts, PageSink, Run};
 use outlive_linux::thread::Urgent;
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
@@ -34,6 +36,10 @@ const A_MOMENT: Duration = Duration::from_millis(2);
 const STRANGER_TRIES: u32 = 3;
 /// … and for how long: who makes processes all the time would get no epoch.
 const STRANGER_PATIENCE: Duration = Duration::from_millis(50);
+/// How often a stop that would have taken too long is tried again in one epoch, each time after
+/// more copying.
+const LONG_TRIES: u32 = 2;
+
 /// How long a program that was killed may take to be gone, at least.
 const GONE_WITHIN: Duration = Duration::from_secs(5);
 
@@ -48,63 +54,145 @@ struct Frozen {
     stranger: Option<(Target, WaitBook)>,
 }
 
+/// All processes that stand, and until when they may.
+struct Standing {
+    limit: Limit,
+    frozen: Vec<Frozen>,
+    zombies: Vec<Kin>,
+}
+
+/// Why a try came to nothing.
+enum NoStop {
+    /// There was a process that is no member.
+    Strange,
+    /// A thread was in a call that goes by no name.
+    Nameless,
+    Failed(ProcessError),
+}
+
+/// How often a stop was tried.
+struct Tries {
+    began: Instant,
+    strange: u32,
+    nameless: u32,
+    long: u32,
+}
+
+impl Tries {
+    fn begin() -> Self {
+        Self {
+            began: Instant::now(),
+            strange: 0,
+            nameless: 0,
+            long: 0,
+        }
+    }
+
+    /// Whether to go on with these processes.
+    fn accept(&self, frozen: &[Frozen]) -> Result<(), NoStop> {
+        let patient = self.strange < STRANGER_TRIES && self.began.elapsed() < STRANGER_PATIENCE;
+        if patient && frozen.iter().any(|p| p.stranger.is_some()) {
+            Err(NoStop::Strange)
+        } else if self.nameless < NAMING_TRIES && frozen.iter().any(|p| p.nameless) {
+            Err(NoStop::Nameless)
+        } else {
+            Ok(())
+        }
+    }
+
+    /// For how long the program runs until the next try, if there is one.
+    fn after(&mut self, why: NoStop) -> Result<Duration, ProcessError> {
+        match why {
+            NoStop::Strange => self.strange += 1,
+            NoStop::Nameless => {
+                // It had not fallen asleep yet when it was looked at: by now it will have.
+                self.nameless += 1;
+                return Ok(A_MOMENT);
+            }
+            NoStop::Failed(ProcessError::TooLong { .. }) if self.long < LONG_TRIES => {
+                self.long += 1;
+            }
+            NoStop::Failed(e) => return Err(e),
+        }
+        tracing::debug!(self.strange, self.long, "another try");
+        Ok(Duration::ZERO)
+    }
+}
+
 impl Tracked {
     /// Freezes the program and takes everything that is left into memory. What is found while it
     /// still runs is copied into `sink`. On failure the program runs on as before.
+    ///
+    /// With a `limit` the stop is given up rather than longer; after a few tries it is
+    /// [`ProcessError::TooLong`], and nothing of what `sink` was given counts: it is handed over
+    /// again. After any other failure [`Tracked::forget_progress`] must be called.
     pub fn stop(
         &mut self,
         sink: &mut dyn PageSink,
+        limit: Option<Duration>,
     ) -> Result<(Stopped<'_>, Captured), ProcessError> {
         let urgent = Urgent::begin();
-        let (mut nameless, mut strange) = (0, 0);
-        let first = Instant::now();
-        let (began, mut frozen, zombies) = loop {
-            preflight::let_spawn(self.root, &self.adopters, self.options.stop_timeout)?;
-            self.take_on_new(sink)?;
-            let mut sleepers = self.before_stop()?;
-            let began = Instant::now();
-            let mut frozen = Vec::new();
-            let zombies = match self.freeze_all(&mut sleepers, &mut frozen) {
-                Ok(zombies) => zombies,
-                Err(e) => {
-                    self.let_go(frozen)?;
-                    return Err(e);
+        let mut tries = Tries::begin();
+        loop {
+            let (mut standing, done) =
+                self.noting(sink, |tracked, sink| tracked.try_stop(sink, limit, &tries))?;
+            match done {
+                Ok(captured) => {
+                    self.notes.clear();
+                    let stopped = Stopped {
+                        tracked: self,
+                        frozen: standing.frozen,
+                        began: standing.limit.began(),
+                        _urgent: urgent,
+                    };
+                    return Ok((stopped, captured));
                 }
-            };
-            let patient = strange < STRANGER_TRIES && first.elapsed() < STRANGER_PATIENCE;
-            if patient && frozen.iter().any(|p| p.stranger.is_some()) {
-                self.let_go(frozen)?;
-                strange += 1;
-            } else if nameless < NAMING_TRIES && frozen.iter().any(|p| p.nameless) {
-                // It had not fallen asleep yet when it was looked at: by now it will have.
-                self.let_go(frozen)?;
-                nameless += 1;
-                std::thread::sleep(A_MOMENT);
-            } else {
-                break (began, frozen, zombies);
-            }
-        };
-        tracing::debug!(strange, nameless, us = ?began.elapsed().as_micros(), "frozen");
-        let freeze = began.elapsed();
-        match self.capture(&mut frozen, zombies) {
-            Ok(mut captured) => {
-                captured.times.freeze = freeze;
-                let rest = began.elapsed().saturating_sub(freeze);
-                captured.times.scan = rest.saturating_sub(captured.times.copy);
-                let stopped = Stopped {
-                    tracked: self,
-                    frozen,
-                    began,
-                    _urgent: urgent,
-                };
-                Ok((stopped, captured))
-            }
-            Err(e) => {
-                self.let_go(frozen)?;
-                let explained = |e, member: &Member| cause(e, &member.target, self.root);
-                Err(self.members.values().fold(e, explained))
+                Err(why) => {
+                    self.let_go(std::mem::take(&mut standing.frozen))?;
+                    match tries.after(why) {
+                        Ok(pause) => std::thread::sleep(pause),
+                        Err(e) => return Err(self.given_up(e)),
+                    }
+                }
             }
         }
+    }
+
+    fn given_up(&mut self, error: ProcessError) -> ProcessError {
+        if let ProcessError::TooLong { .. } = error {
+            self.owe_all();
+        }
+        let explained = |e, member: &Member| cause(e, &member.target, self.root);
+        self.members.values().fold(error, explained)
+    }
+
+    /// One try. Whoever stands afterwards is to be let go.
+    fn try_stop(
+        &mut self,
+        sink: &mut dyn PageSink,
+        limit: Option<Duration>,
+        tries: &Tries,
+    ) -> Result<(Standing, Result<Captured, NoStop>), ProcessError> {
+        preflight::let_spawn(self.root, &self.adopters, self.options.stop_timeout)?;
+        self.take_on_new(sink)?;
+        if tries.long > 0 && self.tracking == Tracking::WriteProtect {
+            let all: Vec<u32> = self.members.keys().copied().collect();
+            for _ in 0..=tries.long {
+                self.copy_ahead(&all, sink)?;
+            }
+        }
+        let mut sleepers = self.before_stop()?;
+        let mut standing = Standing {
+            limit: Limit::begin(limit, self.experience),
+            frozen: Vec::new(),
+            zombies: Vec::new(),
+        };
+        let frozen = self.freeze_all(&mut sleepers, &mut standing);
+        let done = frozen.map_err(NoStop::Failed).and_then(|()| {
+            tries.accept(&standing.frozen)?;
+            self.capture(&mut standing).map_err(NoStop::Failed)
+        });
+        Ok((standing, done))
     }
 
     fn before_stop(&mut self) -> Result<BTreeMap<u32, Sleepers>, ProcessError> {
@@ -127,8 +215,8 @@ impl Tracked {
     fn freeze_all(
         &mut self,
         sleepers: &mut BTreeMap<u32, Sleepers>,
-        frozen: &mut Vec<Frozen>,
-    ) -> Result<Vec<Kin>, ProcessError> {
+        standing: &mut Standing,
+    ) -> Result<(), ProcessError> {
         let mut done = BTreeSet::new();
         loop {
             let kin = family::list(self.root, &self.adopters);
@@ -138,13 +226,21 @@ impl Tracked {
                 .filter(|k| !k.zombie && !done.contains(&k.pid))
                 .collect();
             if new.is_empty() {
-                return Ok(kin.into_iter().filter(|k| k.zombie).collect());
+                standing.zombies = kin.into_iter().filter(|k| k.zombie).collect();
+                return Ok(());
             }
             for kin in new {
-                match self.freeze_one(kin, sleepers.remove(&kin.pid).unwrap_or_default()) {
+                let sleepers = sleepers.remove(&kin.pid).unwrap_or_default();
+                standing.limit.check()?;
+                let timeout = standing.limit.left().unwrap_or(Duration::MAX);
+                let timeout = timeout.min(self.options.stop_timeout);
+                match self.freeze_one(kin, sleepers, timeout) {
                     Ok(process) => {
                         done.insert(kin.pid);
-                        frozen.push(process);
+                        standing.frozen.push(process);
+                    }
+                    Err(ProcessError::NotStopped { .. }) if timeout < self.options.stop_timeout => {
+                        return Err(standing.limit.exceeded());
                     }
                     // A child may end at any time.
                     Err(_) if kin.pid != self.root && family::is_ending(kin.pid) => {}
@@ -154,15 +250,19 @@ impl Tracked {
         }
     }
 
-    fn freeze_one(&mut self, kin: Kin, sleepers: Sleepers) -> Result<Frozen, ProcessError> {
-        let timeout = self.options.stop_timeout;
+    fn freeze_one(
+        &mut self,
+        kin: Kin,
+        sleepers: Sleepers,
+        timeout: Duration,
+    ) -> Result<Frozen, ProcessError> {
         if let Some(member) = self.members.get_mut(&kin.pid) {
             let mut threads = member.freeze(timeout, &sleepers)?;
             if !member.is_intact() {
                 // It began another program since it was looked at.
                 member.give_back(threads, &sleepers)?;
                 self.drop_member(kin.pid);
-                return self.freeze_one(kin, Sleepers::default());
+                return self.freeze_one(kin, Sleepers::default(), timeout);
             }
             let nameless = member.has_nameless(&threads, &sleepers);
             return match member.look(&mut threads, &sleepers) {
@@ -215,11 +315,60 @@ impl Tracked {
         failed
     }
 
-    fn capture(
+    /// Takes everything; what was taken of memory before something failed is owed.
+    fn capture(&mut self, standing: &mut Standing) -> Result<Captured, ProcessError> {
+        let freeze = standing.limit.began().elapsed();
+        tracing::debug!(us = ?freeze.as_micros(), "frozen");
+        let mut states = Vec::with_capacity(standing.frozen.len());
+        let captured = self.capture_all(standing, &mut states);
+        let captured = captured.and_then(|c| match standing.limit.check() {
+            Ok(()) => Ok(c),
+            Err(e) => {
+                self.owe_residue(&c.shared_residue);
+                self.retired.extend(&c.retired);
+                Err(e)
+            }
+        });
+        let mut captured = match captured {
+            Ok(captured) => captured,
+            Err(e) => {
+                states.iter().for_each(|s| self.owe_residue(&s.residue));
+                return Err(e);
+            }
+        };
+        let runs = states.iter().flat_map(|s| &s.residue.runs);
+        let bytes = runs.map(Run::bytes).sum();
+        let copy = states.iter().map(|s| s.residue.took).sum();
+        self.experience.copied(bytes, copy);
+        captured.states = states;
+        let rest = standing.limit.began().elapsed().saturating_sub(freeze);
+        captured.times = StopTimes {
+            freeze,
+            scan: rest.saturating_sub(copy),
+            copy,
+        };
+        Ok(captured)
+    }
+
+    fn owe_residue(&mut self, residue: &Residue) {
+        for run in residue.runs.iter().chain(&residue.behind_runs) {
+            self.owe(run.space(), &[*run], &[]);
+        }
+        for run in &residue.absent {
+            self.owe(run.space(), &[], &[*run]);
+        }
+    }
+
+    fn capture_all(
         &mut self,
-        frozen: &mut [Frozen],
-        zombies: Vec<Kin>,
+        standing: &mut Standing,
+        states: &mut Vec<MemberState>,
     ) -> Result<Captured, ProcessError> {
+        let Standing {
+            limit,
+            frozen,
+            zombies,
+        } = standing;
         let mut laps = Laps::new();
         self.adopt_strangers(frozen)?;
         laps.lap("adopting");
@@ -240,8 +389,8 @@ impl Tracked {
         let fellows = self.fellows(&pids);
         let collected = self.collect_descriptors(frozen, &shares)?;
         laps.lap("descriptors");
+        limit.check()?;
         let many = frozen.len() > 1;
-        let mut states = Vec::with_capacity(frozen.len());
         for process in frozen.iter_mut() {
             let parent = self.id_of(process.kin.parent);
             let member = self
@@ -252,20 +401,21 @@ impl Tracked {
             member.set_relatives(many);
             member.has_fellows = fellows.contains(&member.holder());
             let seen = std::mem::take(&mut process.seen);
-            let mut state = member.capture(&mut process.threads, seen, &mut self.shared)?;
+            let mut state = member.capture(&mut process.threads, seen, &mut self.shared, limit)?;
             state.process.parent = parent;
             self.note_shares(process.kin.pid, &shares, &mut state);
             states.push(state);
+            limit.check()?;
         }
-        self.refuse_shares(&states)?;
+        self.refuse_shares(states)?;
         let zombies = zombies
-            .into_iter()
-            .map(|kin| ZombieState::of(kin, self.id_of(kin.parent)))
+            .iter()
+            .map(|kin| ZombieState::of(*kin, self.id_of(kin.parent)))
             .collect::<Result<_, _>>()?;
         // After everything that has time left: a timer may fire late by the clocks, never early.
         let clocks = Clocks::of(&self.member(self.root)?.target)?;
         let threads = states.iter().map(|s| s.threads.threads.len() as u32).sum();
-        let subject = clocks.subject(&states, zombies, threads);
+        let subject = clocks.subject(states, zombies, threads);
         laps.lap("processes");
         let mut members = system_v::Members::new();
         for process in frozen.iter() {
@@ -279,25 +429,24 @@ impl Tracked {
             .get(&self.root)
             .ok_or_else(|| gone(self.root))?
             .target;
-        let (shared, shared_residue) = self.shared.take(&segments, root, &members)?;
         let system_v = self.system_v.collect(root, &members)?;
+        limit.check()?;
+        // Last: what it finds is not found again.
+        let (shared, shared_residue) = self.shared.take(&segments, root, &members)?;
         laps.lap("shared memory");
         laps.tell("stop");
-        let files = FilesToSync::new(collected.files, &states);
+        let files = FilesToSync::new(collected.files, states);
         Ok(Captured {
             processes: states.len() as u32,
             threads,
-            times: StopTimes {
-                copy: states.iter().map(|s| s.residue.took).sum(),
-                ..StopTimes::default()
-            },
+            times: StopTimes::default(),
             facts: EpochFacts {
                 taken_at_ns: clocks.realtime_ns,
                 stop_us: 0,
             },
             subject,
             machine: self.machine.clone(),
-            states,
+            states: Vec::new(),
             table: collected.table,
             shared,
             shared_residue,
@@ -411,7 +560,9 @@ impl Stopped<'_> {
     /// Lets the program run on; the time from the first thread frozen to the last one resumed.
     pub fn resume(mut self) -> Result<Duration, ProcessError> {
         let frozen = std::mem::take(&mut self.frozen);
+        let began = Instant::now();
         self.tracked.let_go(frozen)?;
+        self.tracked.experience.released(began.elapsed());
         Ok(self.began.elapsed())
     }
 

@@ -53,7 +53,7 @@ fn tracer() {
         match Tracked::attach(pid, TrackOptions::default()) {
             Ok(mut tracked) => {
                 for _ in 0..5 {
-                    let (stopped, _) = tracked.stop(&mut Nowhere).expect("the stop");
+                    let (stopped, _) = tracked.stop(&mut Nowhere, None).expect("the stop");
                     stopped.resume().expect("resuming");
                 }
             }

@@ -26,7 +26,7 @@ const ALL: [(Strategy, u32); 8] = [
     (Strategy::Cow, 16),
 ];
 
-fn begin(program: &Program, (strategy, pages): (Strategy, u32)) -> Tracked {
+pub fn begin(program: &Program, (strategy, pages): (Strategy, u32)) -> Tracked {
     let options = TrackOptions {
         strategy,
         granularity: Granularity::new(pages).expect("a power of two"),
@@ -93,7 +93,7 @@ fn behind(tracked: &mut Tracked, store: &mut Store) -> Result<View, ProcessError
     let pid = tracked.pid();
     let mut writer = store.begin();
     tracked.precopy(&mut *writer)?;
-    let (stopped, captured) = tracked.stop(&mut *writer)?;
+    let (stopped, captured) = tracked.stop(&mut *writer, None)?;
     let mut seen = View::take(pid, &[]);
     stopped.resume()?;
     // It gets a head start.
@@ -269,7 +269,9 @@ fn a_tebibyte_of_holes_costs_less_than_a_mebibyte() {
             let failed = |e: ProcessError| -> ! { panic!("{strategy}: {e}; {}", program.story()) };
             let mut writer = store.begin();
             tracked.precopy(&mut *writer).unwrap_or_else(|e| failed(e));
-            let (stopped, captured) = tracked.stop(&mut *writer).unwrap_or_else(|e| failed(e));
+            let (stopped, captured) = tracked
+                .stop(&mut *writer, None)
+                .unwrap_or_else(|e| failed(e));
             stopped.resume().expect("resuming");
             captured.write(&mut *writer).unwrap_or_else(|e| failed(e));
             writer.commit(captured.facts).expect("the commit");

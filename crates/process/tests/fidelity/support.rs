@@ -371,7 +371,7 @@ pub fn epoch(tracked: &mut Tracked, store: &mut Store) -> Result<View, ProcessEr
     let pid = tracked.pid();
     let mut writer = store.begin();
     tracked.precopy(&mut *writer)?;
-    let (stopped, captured) = tracked.stop(&mut *writer)?;
+    let (stopped, captured) = tracked.stop(&mut *writer, None)?;
     captured.write(&mut *writer)?;
     let view = View::take(pid, &moving(&writer.epoch));
     stopped.resume()?;
@@ -383,7 +383,7 @@ pub fn epoch(tracked: &mut Tracked, store: &mut Store) -> Result<View, ProcessEr
 /// Stops the program and lets it go on.
 pub fn stop_and_resume(program: &Program, tracked: &mut Tracked) {
     let stopped = tracked
-        .stop(&mut Nowhere)
+        .stop(&mut Nowhere, None)
         .map(|(stopped, _)| stopped.resume());
     match stopped {
         Ok(Ok(_)) => program.must_be_well(),
@@ -396,7 +396,9 @@ pub fn last_epoch(program: &mut Program, mut tracked: Tracked, store: &mut Store
     let mut writer = store.begin();
     let failed = |e: ProcessError| -> ! { panic!("{e}; {}", program.story()) };
     tracked.precopy(&mut *writer).unwrap_or_else(|e| failed(e));
-    let (stopped, captured) = tracked.stop(&mut *writer).unwrap_or_else(|e| failed(e));
+    let (stopped, captured) = tracked
+        .stop(&mut *writer, None)
+        .unwrap_or_else(|e| failed(e));
     captured.write(&mut *writer).expect("writing the epoch");
     let view = View::take(program.pid, &moving(&writer.epoch));
     captured.sync_files().expect("syncing files");

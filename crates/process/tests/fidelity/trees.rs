@@ -57,7 +57,7 @@ pub fn last_epoch(
 ) -> BTreeMap<u32, View> {
     let mut writer = store.begin();
     tracked.precopy(&mut *writer).expect("copying ahead");
-    let (stopped, captured) = tracked.stop(&mut *writer).expect("the stop");
+    let (stopped, captured) = tracked.stop(&mut *writer, None).expect("the stop");
     captured.write(&mut *writer).expect("writing the epoch");
     let seen = look(program.pid, &writer.epoch);
     captured.sync_files().expect("syncing files");

@@ -52,7 +52,7 @@ fn a_dropped_stop_lets_the_program_go_on() {
     let program = Program::start("kinds", &["nothing"]);
     let mut tracked = track(&program);
     for _ in 0..20 {
-        drop(tracked.stop(&mut Nowhere).expect("the stop"));
+        drop(tracked.stop(&mut Nowhere, None).expect("the stop"));
         must_be_free(&program);
     }
     drop(tracked);

@@ -316,6 +316,21 @@ impl SharedObjects {
         Ok((SharedState { memories }, residue))
     }
 
+    /// Pages that were handed over got into no epoch: they differ from whatever is found next.
+    pub fn owe(&mut self, pages: &[Run]) {
+        for run in pages {
+            let mut all = self.known.values_mut();
+            let Some(known) = all.find(|known| SpaceId(known.space) == run.space()) else {
+                continue;
+            };
+            known.looked_at = None;
+            for index in run.first()..run.end() {
+                let hash = known.pages.entry(index).or_default();
+                *hash = !*hash;
+            }
+        }
+    }
+
     /// What was taken as saved is not.
     pub fn forget(&mut self) {
         for known in self.known.values_mut() {
