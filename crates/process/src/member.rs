@@ -16,7 +16,7 @@ use crate::resources::{attributes, memory, signals, thread, timers};
 use crate::strategy::{Granularity, Strategy};
 use crate::target::{Status, Target};
 use crate::track::Limit;
-use crate::{ProcessError, Refusal, namespaces, preflight};
+use crate::{ProcessError, Refusal, namespaces, preflight, sharing};
 use outlive_epoch::{PageSink, Run};
 use outlive_linux::maps::{self, Mapping, VmFlags};
 use outlive_linux::remote::{Arena, Batch, CallId, Results};
@@ -33,6 +33,8 @@ pub struct Member {
     waits: WaitBook,
     /// Other members have its address space too.
     pub has_fellows: bool,
+    /// Threads that may be apart from their process; unknown of one that was not looked at.
+    suspects: Option<Vec<u32>>,
     /// Buffers of earlier stops.
     pub spare: Spare,
 }
@@ -206,6 +208,7 @@ impl Member {
             })),
             waits,
             has_fellows: false,
+            suspects: None,
             spare: Spare::default(),
         }
     }
@@ -220,6 +223,7 @@ impl Member {
             target,
             waits,
             has_fellows: false,
+            suspects: None,
             spare: Spare::default(),
         }
     }
@@ -316,7 +320,18 @@ impl Member {
                 space.lock_future = Some(future_locking(ours));
             }
         }
+        let apart = sharing::apart(&self.target, self.target.threads()?);
+        self.suspects = Some(apart.into_iter().map(|(tid, _)| tid).collect());
         Ok(self.waits.look(&self.target))
+    }
+
+    /// Refusals of stopped threads that are apart from their process, see [`sharing::apart`].
+    pub fn refuse_apart(&mut self, tids: impl Iterator<Item = u32>) -> Vec<Refusal> {
+        let suspects = self.suspects.take();
+        let is_suspect = |tid: &u32| suspects.as_ref().is_none_or(|s| s.contains(tid));
+        let apart = sharing::apart(&self.target, tids.filter(is_suspect));
+        let refusal = |found| sharing::refuse_apart(&self.target, found);
+        apart.into_iter().map(refusal).collect()
     }
 
     /// Whether a stopped thread was in a call that goes by no name, see [`WaitBook::is_nameless`].

@@ -10,6 +10,11 @@
 //!   there is a new one.
 //! - What could not be made again ([`births`]) is refused.
 //!
+//! # Threads
+//! A thread can leave the descriptors and directories of its process (`unshare(2)`). Such a process is
+//! refused. All threads are compared while the program runs, before each stop, and those that were
+//! found apart again at the stop: one that leaves in between is found by the next epoch.
+//!
 //! # Limits
 //! POSIX locks belong to a table of descriptors. After a restore those of a shared one were taken by
 //! the process that stands for it, and `F_GETLK` names that.
@@ -115,6 +120,33 @@ fn search(
         }
     }
     Ok(Err(low))
+}
+
+/// Threads that do not have the descriptors or the directories of their process. One that is about to
+/// end has none.
+pub fn apart(target: &Target, tids: impl IntoIterator<Item = u32>) -> Vec<(u32, Kind)> {
+    let kinds = [
+        (kcmp::Kind::Files, Kind::Descriptors),
+        (kcmp::Kind::Filesystem, Kind::Directories),
+    ];
+    let others = tids.into_iter().filter(|tid| *tid != target.pid);
+    let differing = |tid: u32| {
+        let differs = move |kind| kcmp::same(target.pid, tid, kind) == Ok(false);
+        kinds
+            .into_iter()
+            .filter(move |(kind, _)| differs(*kind))
+            .map(move |(_, kind)| (tid, kind))
+    };
+    others.flat_map(differing).collect()
+}
+
+/// The refusal of a thread that is apart.
+pub fn refuse_apart(target: &Target, (tid, kind): (u32, Kind)) -> Refusal {
+    let what = format!(
+        "a {} of its own, not that of its process (unshare)",
+        name(kind)
+    );
+    target.refusal(format!("thread {tid}"), what, "this cannot be saved yet")
 }
 
 /// Whether two processes have one address space.

@@ -374,10 +374,13 @@ impl Tracked {
         laps.lap("adopting");
         let mut refusals = Vec::new();
         for process in frozen.iter() {
-            let target = &self.member(process.kin.pid)?.target;
+            let member = self.members.get_mut(&process.kin.pid);
+            let member = member.ok_or_else(|| gone(process.kin.pid))?;
             for (held, (sight, _)) in process.threads.iter().zip(&process.seen) {
+                let target = &member.target;
                 refusals.extend(preflight::of_thread(target, held.tid, &sight.status));
             }
+            refusals.extend(member.refuse_apart(process.threads.iter().map(|t| t.tid)));
         }
         if !refusals.is_empty() {
             return Err(ProcessError::Refused(refusals));

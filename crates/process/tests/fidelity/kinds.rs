@@ -84,6 +84,14 @@ const REFUSED: &[(&str, &str)] = &[
     ("asynchronous-io", "asynchronous I/O context"),
     ("working-directory-deleted", "working directory was deleted"),
     ("child-stopped", "program is stopped by signal"),
+    (
+        "thread-with-descriptors-of-its-own",
+        "table of descriptors of its own",
+    ),
+    (
+        "thread-with-a-directory-of-its-own",
+        "working directory of its own",
+    ),
     ("child-of-vfork", "vfork"),
     ("child-traced", "traced by process"),
     ("leading-thread-ended", "leading thread"),

@@ -13,7 +13,7 @@ use std::collections::BTreeMap;
 /// What each process holds. The first is the root; the others are its children.
 const LISTS: [&str; 4] = [
     "anonymous,child-zombie,child-waiting,epoll-nested,file-appended,memory-file-shared,\
-     signals-queued,tcp-listening,posix-timer-signal,policy-of-thread",
+     signals-queued,tcp-listening,posix-timer-signal,policy-of-thread,siblings-sharing-all",
     "anonymous-shared,eventfd-semaphore,fifo-with-contents,file-locked-description,guard-pages,\
      pipe-full,timerfd-once,unix-stream-queued,session-of-its-own",
     "break-moved,epoll-ready,file-private-changed,inotify,locked,no-access-with-contents,\

@@ -28,6 +28,12 @@ pub(crate) const KINDS: &[Kind] = &[
     ("siblings-sharing-descriptors", |_| {
         siblings(libc::CLONE_FILES)
     }),
+    ("thread-with-descriptors-of-its-own", |_| {
+        thread_apart(libc::CLONE_FILES)
+    }),
+    ("thread-with-a-directory-of-its-own", |_| {
+        thread_apart(libc::CLONE_FS)
+    }),
     ("orphan-sharing-all", |_| orphan()),
     ("orphan-sharing-with-an-uncle", |_| nephew()),
 ];
@@ -299,4 +305,12 @@ fn nephew() -> Result<Check, Absent> {
         must("kill", unsafe { libc::kill(nephew, libc::SIGKILL) });
         end(uncle);
     })
+}
+
+/// A thread that does not share with its process what threads share.
+fn thread_apart(flag: i32) -> Result<Check, Absent> {
+    let desks = desks();
+    std::thread::spawn(|| serve(std::ptr::from_ref(&desks[0]).cast_mut().cast()));
+    offered("unshare", ask(&desks[0], LEAVE, flag))?;
+    look(move || same("what is shared", shared_with(&desks[0]), ALL & !flag))
 }
