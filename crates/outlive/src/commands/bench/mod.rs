@@ -17,6 +17,7 @@ mod args;
 mod cache;
 mod figures;
 pub mod loads;
+mod noise;
 mod overhead;
 mod peer;
 mod plot;
@@ -63,9 +64,10 @@ pub fn bench(args: &BenchArgs, json: bool) -> Result<u8, KeeperError> {
         reports.push(report.json());
     }
     if json {
-        let only = reports.len() == 1;
-        let all = reports.pop().filter(|_| only);
-        out::json(&all.unwrap_or(Value::Array(reports)));
+        out::json(&match reports.as_slice() {
+            [only] => only.clone(),
+            all => Value::Array(all.to_vec()),
+        });
     }
     Ok(0)
 }
@@ -73,6 +75,8 @@ pub fn bench(args: &BenchArgs, json: bool) -> Result<u8, KeeperError> {
 fn one(name: &str, effort: &Effort) -> Result<Report, KeeperError> {
     let session = Session::begin(&effort.dir)?;
     let machine = machine();
+    let pieces = if effort.short { 50 } else { 1000 };
+    let before = noise::noise(pieces);
     let mut report = match name {
         "rtcr" => rtcr::measure(&session, effort)?,
         "wpp" => wpp::measure(&session, effort)?,
@@ -81,8 +85,15 @@ fn one(name: &str, effort: &Effort) -> Result<Report, KeeperError> {
         _ => overhead::measure(&session, effort)?,
     };
     report.command = effort.command(name);
+    let after = noise::noise(pieces);
     let mut notes = vec![
         format!("{machine}."),
+        format!(
+            "Noise of the machine: a fixed piece of work of 1 ms took {} times its least before the \
+             run, and {} times after it (median / 99th percentile / most, of {pieces}).",
+            noise::told(&before),
+            noise::told(&after),
+        ),
         "Two values with a slash are median and 99th percentile, with the number of samples in \
          brackets."
             .into(),
