@@ -18,6 +18,7 @@
 use outlive_epoch::{EpochFacts, EpochWriter, PageSink, StoreError};
 use outlive_epoch_store::{Ahead, CommitTimes};
 use outlive_process::{Captured, ProcessError, StopTimes, Stopped, Tracked, Tracking};
+use rustix::fd::BorrowedFd;
 use serde::{Deserialize, Serialize};
 use std::time::{Duration, Instant};
 
@@ -48,6 +49,13 @@ pub trait Program {
     fn full_copy_because(&self) -> Option<String>;
     /// Gives threads so long to stop from now on; returns how long they had.
     fn stop_within(&mut self, timeout: Duration) -> Duration;
+    /// Pages that may have been written since the last stop, as of now; `None` where nobody guards
+    /// them.
+    fn dirty_pages(&self) -> Option<u64>;
+    /// Holds writers beyond so many of them, until the next stop; `None`: never.
+    fn limit_dirty(&mut self, pages: Option<u64>);
+    /// Descriptors of which one is readable while writers are held.
+    fn pressure(&self) -> Vec<BorrowedFd<'_>>;
 }
 
 /// A frozen program.
@@ -338,6 +346,18 @@ impl Program for Tracked {
         let before = self.stop_timeout();
         self.set_stop_timeout(timeout);
         before
+    }
+
+    fn dirty_pages(&self) -> Option<u64> {
+        Tracked::dirty_pages(self)
+    }
+
+    fn limit_dirty(&mut self, pages: Option<u64>) {
+        Tracked::limit_dirty(self, pages);
+    }
+
+    fn pressure(&self) -> Vec<BorrowedFd<'_>> {
+        Tracked::pressure(self).collect()
     }
 }
 

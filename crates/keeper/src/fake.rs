@@ -4,6 +4,7 @@ use crate::epoch::{EpochLog, Frozen, Program, Snapshot};
 use outlive_epoch::{Acked, EpochFacts, EpochId, EpochWriter, PageSink, Run, StoreError};
 use outlive_epoch_store::{Ahead, CommitTimes};
 use outlive_process::{ProcessError, StopTimes};
+use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::{cell::RefCell, rc::Rc, time::Duration};
 
 pub type Trace = Rc<RefCell<Vec<&'static str>>>;
@@ -14,6 +15,9 @@ pub struct FakeProgram {
     pub fail: Rc<RefCell<Option<&'static str>>>,
     /// Ended by `Frozen::end`, where the test has a real process to stand for the program.
     pub process: Rc<RefCell<Option<std::process::Child>>>,
+    /// How often a limit is reached.
+    pub presses: u32,
+    pub pressed: Option<(OwnedFd, OwnedFd)>,
 }
 
 impl FakeProgram {
@@ -22,6 +26,8 @@ impl FakeProgram {
             trace: Trace::default(),
             fail: Rc::new(RefCell::new(fail)),
             process: Rc::default(),
+            presses: 0,
+            pressed: None,
         }
     }
 
@@ -148,6 +154,27 @@ impl Program for FakeProgram {
 
     fn stop_within(&mut self, timeout: Duration) -> Duration {
         timeout
+    }
+
+    fn dirty_pages(&self) -> Option<u64> {
+        Some(7)
+    }
+
+    fn limit_dirty(&mut self, pages: Option<u64>) {
+        let what = if pages.is_some() { "limit" } else { "no limit" };
+        self.trace.borrow_mut().push(what);
+        self.pressed = None;
+        // Pressed at once, whoever writes.
+        if pages.is_some() && self.presses > 0 {
+            self.presses -= 1;
+            let (read, write) = rustix::pipe::pipe().expect("pipe");
+            rustix::io::write(&write, b"x").expect("write");
+            self.pressed = Some((read, write));
+        }
+    }
+
+    fn pressure(&self) -> Vec<BorrowedFd<'_>> {
+        self.pressed.iter().map(|(read, _)| read.as_fd()).collect()
     }
 }
 

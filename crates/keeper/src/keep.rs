@@ -25,6 +25,7 @@ use crate::power::{self, Desk, Ears, Event, Heard, PowerReport, monotonic_ns};
 use crate::procfs::Pids;
 use crate::stats::Stops;
 use crate::subject::Capture;
+use outlive_epoch::PAGE_SIZE;
 use outlive_epoch_store::APART;
 use outlive_linux::signals::{Received, SignalQueue};
 use outlive_process::{ProcessError, Strategy};
@@ -277,9 +278,31 @@ impl<'a, P: Program> Keeper<'a, P> {
     }
 
     fn step(&self) -> Step {
+        if self.is_pressed() {
+            return self.watch.pressed();
+        }
         let now = self.now();
         let failing = self.plan.failures() > 0;
         self.watch.step(now, self.plan.wait(now), failing)
+    }
+
+    /// Strict: whether a writer is held at the limit.
+    fn is_pressed(&self) -> bool {
+        let pressure = self.program.as_ref().map(P::pressure).unwrap_or_default();
+        let mut set: Vec<_> = pressure
+            .iter()
+            .map(|fd| PollFd::new(fd, PollFlags::IN))
+            .collect();
+        !set.is_empty() && matches!(poll(&mut set, Some(&timespec(Duration::ZERO))), Ok(n) if n > 0)
+    }
+
+    /// Strict: tells the program's guard how much may be written until the next stop.
+    fn limit(&mut self) {
+        let strict = self.settings.hold_up.is_some_and(|h| h.strict);
+        let pages = self.watch.limit().map(|bytes| bytes / PAGE_SIZE as u64);
+        if let Some(program) = self.program.as_mut().filter(|_| strict) {
+            program.limit_dirty(pages);
+        }
     }
 
     fn now(&self) -> u64 {
@@ -296,7 +319,9 @@ impl<'a, P: Program> Keeper<'a, P> {
             wait = wait.min(STRAGGLERS_POLL);
         }
         let timeout = timespec(wait);
+        let pressure = self.program.as_ref().map(P::pressure).unwrap_or_default();
         let mut set = ears.control.poll_set();
+        set.extend(pressure.iter().map(|fd| PollFd::new(fd, PollFlags::IN)));
         set.push(PollFd::new(&*ears.signals, PollFlags::IN));
         set.push(PollFd::new(&self.companion.process, PollFlags::IN));
         match poll(&mut set, Some(&timeout)) {
@@ -346,6 +371,7 @@ impl<'a, P: Program> Keeper<'a, P> {
                 asker.answer(&Reply::Heard);
                 return None;
             }
+            Request::Checkpoint if self.watch.pressed() == Step::Held => Manner::Held,
             Request::Checkpoint => Manner::Running,
             Request::Stop => Manner::Ending,
         };
@@ -367,6 +393,17 @@ impl<'a, P: Program> Keeper<'a, P> {
     }
 
     fn status(&mut self) -> Status {
+        let mut budget = self.watch.status(self.now());
+        if let Some(budget) = budget.as_mut().filter(|b| b.hold_up.strict) {
+            let pages = self.program.as_ref().and_then(P::dirty_pages);
+            let bytes = pages.map(|n| n.saturating_mul(PAGE_SIZE as u64));
+            if let Some(bytes) = bytes {
+                // Known, not only expected.
+                budget.expected_bytes = bytes;
+                budget.expected_ns = self.watch.figures().cost(bytes);
+            }
+            budget.dirty_bytes = bytes;
+        }
         Status {
             epoch: self.log.newest(),
             last_stop_us: self.stops.last(),
@@ -374,7 +411,7 @@ impl<'a, P: Program> Keeper<'a, P> {
             p99_stop_us: self.stops.percentile(99),
             log_bytes: self.log.log_bytes(),
             live_bytes: self.log.live_bytes(),
-            budget: self.watch.status(self.now()),
+            budget,
             model: self.watch.figures(),
             events: self.watch.events,
             bytes_written: self.watch.wear().bytes(),
@@ -437,6 +474,9 @@ impl<'a, P: Program> Keeper<'a, P> {
                 self.watch.failed();
                 self.failure(error);
             }
+        }
+        if !matches!(done, Ok((_, Fate::Ended))) {
+            self.limit();
         }
         if let Some(event) = event {
             self.conclude(event, durable, &done);

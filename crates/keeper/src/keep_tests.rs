@@ -54,6 +54,12 @@ fn keep_with<T: Send + 'static>(
             trace: trace.clone(),
             fail: fails.clone(),
             process: process.clone(),
+            presses: if hold_up.is_some_and(|h| h.strict) {
+                3
+            } else {
+                0
+            },
+            pressed: None,
         })
     };
     let mut log = FakeLog::default();
@@ -259,4 +265,48 @@ fn an_event_that_fails_says_which_epoch_counts() {
     };
     assert!(error.contains("epoch 0 is what would come back"), "{error}");
     assert_eq!((status.events.count, status.events.late), (1, 1));
+}
+
+#[test]
+fn strictly_the_first_epoch_is_held_and_whoever_is_at_the_limit_gets_an_epoch() {
+    let strict = Some(HoldUp {
+        budget_ns: 600_000_000_000,
+        strict: true,
+    });
+    let script = |dir: &Path| {
+        // Far apart: only the limit asks for more than the first.
+        ask(dir, Request::Checkpoint, None).unwrap();
+        while status(dir).committed < 4 {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        let status = status(dir);
+        ask(dir, Request::Stop, None).unwrap();
+        status
+    };
+    let sleep = child("exec sleep 1000");
+    let (outcome, status) = keep_with(sleep, NEVER, strict, None, script);
+    let first = ["precopy", "stop", "write", "sync", "resume", "limit"];
+    assert_eq!(outcome.trace[..6], first, "held until it was durable");
+    let second = ["precopy", "stop", "resume", "write", "sync", "limit"];
+    assert_eq!(outcome.trace[6..12], second);
+    let budget = status.budget.unwrap();
+    assert_eq!(budget.dirty_bytes, Some(7 * 4096));
+    assert!(budget.limit_bytes.unwrap() > 0);
+}
+
+#[test]
+fn strictly_a_failed_epoch_does_not_hold_the_program_for_ever() {
+    let strict = Some(HoldUp {
+        budget_ns: 600_000_000_000,
+        strict: true,
+    });
+    let script = |dir: &Path| {
+        ask(dir, Request::Checkpoint, None).unwrap();
+        let pid = Pid::from_raw(i32::try_from(status(dir).pids.pid).unwrap()).unwrap();
+        rustix::process::kill_process(pid, Signal::KILL).unwrap();
+    };
+    let sleep = child("exec sleep 1000");
+    let (outcome, ()) = keep_with(sleep, NEVER, strict, Some("write"), script);
+    assert!(outcome.trace.contains(&"no limit"), "{:?}", outcome.trace);
+    assert!(!outcome.trace.contains(&"limit"), "{:?}", outcome.trace);
 }

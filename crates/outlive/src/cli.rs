@@ -191,8 +191,9 @@ pub struct Promise {
     /// this time after the mains failed. Refused where the medium cannot do that
     #[arg(long, value_name = "TIME", value_parser = parse_duration)]
     pub hold_up: Option<Duration>,
-    /// Keep the budget strictly (not offered yet)
-    #[arg(long, hide = true, requires = "hold_up")]
+    /// Keep the budget at every instant: whoever would write more than it allows is held. Writes to
+    /// protected pages are slower. The strategy is then cow
+    #[arg(long, requires = "hold_up")]
     pub strict: bool,
     /// Most bytes written to the medium a day, such as 200GB; epochs are then further apart. A
     /// hold-up budget comes first
@@ -345,9 +346,6 @@ impl Cli {
     /// Usage, naming the flag.
     pub fn offered(&self) -> Result<(), KeeperError> {
         let missing = match &self.command {
-            Command::Run(RunArgs { pace, .. }) | Command::Attach(AttachArgs { pace, .. }) => {
-                pace.missing()
-            }
             Command::Restore(args) => args.missing(),
             _ => None,
         };
@@ -362,21 +360,23 @@ impl Pace {
     /// How memory is captured, as it is written down.
     #[must_use]
     pub fn capture(&self) -> Capture {
-        Capture::of(self.strategy.into(), self.granularity)
+        Capture::of(self.strategy(), self.granularity)
     }
 
-    fn missing(&self) -> Option<&'static str> {
-        self.promise.strict.then_some("--strict")
+    /// The strategy that was asked for, or the one that strictness needs.
+    pub fn strategy(&self) -> outlive_process::Strategy {
+        let strategy = if self.promise.strict {
+            Strategy::Cow
+        } else {
+            self.strategy
+        };
+        strategy.into()
     }
 }
 
 impl RestoreArgs {
     fn missing(&self) -> Option<&'static str> {
-        let flags = [
-            (self.promise.strict, "--strict"),
-            (self.lazy, "--lazy"),
-            (self.tcp == Tcp::Keep, "--tcp keep"),
-        ];
+        let flags = [(self.lazy, "--lazy"), (self.tcp == Tcp::Keep, "--tcp keep")];
         flags.iter().find_map(|(used, flag)| used.then_some(*flag))
     }
 }
@@ -484,12 +484,7 @@ mod tests {
 
     #[test]
     fn what_is_not_offered_yet_is_a_usage_error() {
-        for line in [
-            "run --hold-up 10ms --strict -- a",
-            "restore a --hold-up 10ms --strict",
-            "restore a --lazy",
-            "restore a --tcp keep",
-        ] {
+        for line in ["restore a --lazy", "restore a --tcp keep"] {
             let error = parse(line).unwrap().offered().unwrap_err();
             assert_eq!(error.exit_code(), 2, "{line}");
             assert!(error.to_string().contains("not offered yet"), "{line}");

@@ -3,13 +3,15 @@
 
 use super::model::{Figures, Model, Sample};
 use super::pacing::{self, Pacing, Step};
+use super::strict::{self, Bound};
 use super::wear::Wear;
 use crate::epoch::Taken;
 use outlive_epoch::PAGE_SIZE;
 use serde::{Deserialize, Serialize};
 
-/// The most space that is kept ready for the epoch of an event, bytes.
-const MOST_READY: u64 = 256 << 20;
+/// The most space that is kept ready for the epoch of an event, bytes: of a larger one the file
+/// system's journal is a small part.
+const MOST_READY: u64 = 32 << 20;
 
 /// A hold-up budget, as it is asked for and remembered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -32,6 +34,11 @@ pub struct BudgetStatus {
     pub expected_bytes: u64,
     /// The most of them with which an event fits into the budget.
     pub allowed_bytes: u64,
+    /// Strict: the bytes that are written and not durable now, as they are known, without those of an
+    /// epoch on its way.
+    pub dirty_bytes: Option<u64>,
+    /// Strict: the most of them; whoever would write more is held.
+    pub limit_bytes: Option<u64>,
     /// Intervals in which the budget may not have been kept at some instant.
     pub violations: u64,
     /// How long it may not have been kept, nanoseconds.
@@ -88,6 +95,9 @@ pub struct Watch {
     hold_up: Option<HoldUp>,
     model: Model,
     pacing: Option<Pacing>,
+    /// Strict, since the first epoch.
+    bound: Option<Bound>,
+    begun: bool,
     wear: Wear,
     /// What became of events.
     pub events: Events,
@@ -101,6 +111,8 @@ impl Watch {
             hold_up,
             model,
             pacing: hold_up.map(|h| Pacing::new(h.budget_ns)),
+            bound: None,
+            begun: false,
             wear: Wear::new(max_wear, now),
             events: Events::default(),
         }
@@ -135,11 +147,39 @@ impl Watch {
     #[must_use]
     pub fn step(&self, now: u64, due: u64, failing: bool) -> Step {
         let due = due.max(self.wear.wait(now));
-        match &self.pacing {
+        let step = match &self.pacing {
             Some(pacing) if !failing => pacing.step(now, due, &self.figures()),
             _ if due == 0 => Step::Epoch,
             _ => Step::Wait(due),
+        };
+        match step {
+            Step::Epoch if self.holds() => Step::Held,
+            step => step,
         }
+    }
+
+    /// What to do when an epoch is wanted at once: writers are at the limit, or somebody asked.
+    #[must_use]
+    pub fn pressed(&self) -> Step {
+        if self.holds() {
+            Step::Held
+        } else {
+            Step::Epoch
+        }
+    }
+
+    /// Strict: before the first epoch there is nothing to go back to, and a budget may have room for
+    /// one commit only.
+    fn holds(&self) -> bool {
+        let strict = self.hold_up.is_some_and(|h| h.strict);
+        strict && (!self.begun || self.bound.is_some_and(|b| b.held))
+    }
+
+    /// Strict: the most bytes that may be written between two stops. While an epoch is on its way, the
+    /// other half of the bound is.
+    #[must_use]
+    pub fn limit(&self) -> Option<u64> {
+        self.bound.map(|b| b.flush_at)
     }
 
     /// Bytes were written ahead.
@@ -161,6 +201,11 @@ impl Watch {
         self.model.add(&sample(taken));
         self.wear.add(when.begun, taken.bytes_written);
         let figures = self.model.figures();
+        self.begun = true;
+        self.bound = self
+            .hold_up
+            .filter(|h| h.strict)
+            .and_then(|h| strict::bound(&figures, h.budget_ns).ok());
         let ns = |us: u64| us.saturating_mul(1000);
         let Some(pacing) = &mut self.pacing else {
             return;
@@ -191,8 +236,10 @@ impl Watch {
         );
     }
 
-    /// An epoch failed.
+    /// An epoch failed. Nobody is held until there is one again: a full store must not stop a program
+    /// for good.
     pub fn failed(&mut self) {
+        self.bound = None;
         if let Some(pacing) = &mut self.pacing {
             pacing.failed();
         }
@@ -208,6 +255,8 @@ impl Watch {
             expected_ns: pacing.cost(now, &figures),
             expected_bytes: pacing.expected(now),
             allowed_bytes: figures.allowed(hold_up.budget_ns).unwrap_or(0),
+            dirty_bytes: None,
+            limit_bytes: self.limit(),
             violations: counts.violations,
             violated_ns: counts.violated,
             holding: pacing.holding(),

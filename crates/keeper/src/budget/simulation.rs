@@ -328,8 +328,7 @@ impl Simulation {
         let share = u128::from(bytes) * u128::from(clean) / u128::from(load.working_set.max(1));
         let mut new = u64::try_from(share).unwrap_or(u64::MAX);
         if let Some(bound) = self.bound {
-            let way = self.way.map_or(0, |w| w.bytes);
-            new = new.min(bound.limit.saturating_sub(self.dirty + way));
+            new = new.min(bound.flush_at.saturating_sub(self.dirty));
         }
         self.dirty += new;
         self.out.ran += self.scene.tick;
@@ -349,7 +348,8 @@ impl Simulation {
         self.history.push(now);
         if let Some(bound) = self.bound {
             let residue = self.dirty + self.way.map_or(0, |w| w.bytes);
-            self.out.over_limit += u64::from(residue > bound.limit.max(self.over_before));
+            let before = self.over_before.saturating_add(bound.flush_at);
+            self.out.over_limit += u64::from(residue > bound.limit.max(before));
         }
         if self.random.below(64) == 0 {
             self.cut(&now);

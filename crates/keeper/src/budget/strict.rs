@@ -1,17 +1,16 @@
 //! The bound that is handed to synchronous write protection.
 //!
-//! In strict mode a page is noted before it is written. The mechanism counts, at every instant, the
-//! bytes that are not durable: written since the last stop (*hot* pages, which stay unprotected,
-//! always count), and on their way to the medium. It holds a writing thread as long as the count is
-//! at the limit. What is decided here is the limit.
+//! In strict mode a page is noted before it is written. What is not durable at an instant was written
+//! since the last stop (which the mechanism counts, and beyond its limit holds the writer), or is on
+//! its way to the medium. What is decided here is the limit of both, and the part of each.
 //!
 //! Pure.
 //!
 //! # Rules
 //! - An event with residue at the limit fits into the budget, also where it first has to wait for an
 //!   epoch that is on its way.
-//! - Half of the limit is written behind while the program fills the other half.
-//! - At most a quarter of the limit is hot.
+//! - Half of the limit is written behind while the program fills the other half: a writer that has
+//!   filled its half is held until the next stop.
 //! - The program is held during its first epoch, before which there is nothing to go back to.
 //! - Where the budget has room for one commit only, the program is held during each epoch.
 
@@ -22,9 +21,7 @@ use super::model::{Figures, MIB};
 pub struct Bound {
     /// Most bytes that are not durable at any instant.
     pub limit: u64,
-    /// Most bytes that may stay unprotected; part of the limit, always counted.
-    pub hot: u64,
-    /// An epoch is begun when so many bytes are not durable.
+    /// Most bytes that may be written between two stops.
     pub flush_at: u64,
     /// The program stays stopped until each epoch is durable.
     pub held: bool,
@@ -58,7 +55,6 @@ pub fn bound(figures: &Figures, budget: u64) -> Result<Bound, u64> {
     };
     Ok(Bound {
         limit,
-        hot: limit / 4,
         flush_at: if held { limit } else { limit / 2 },
         held,
     })
@@ -86,7 +82,7 @@ mod tests {
                     let first = u64::try_from(u128::from(bound.limit) * u128::from(on_the_way) / 1000).unwrap();
                     let way = f.transfer(first) + f.commit();
                     prop_assert!(way + f.cost(bound.limit - first) <= budget + 3);
-                    prop_assert!(bound.hot <= bound.flush_at && bound.flush_at <= bound.limit);
+                    prop_assert!(bound.flush_at <= bound.limit);
                 }
             }
         }

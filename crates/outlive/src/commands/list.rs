@@ -121,6 +121,8 @@ impl Entry {
             "expected_us": budget.expected_ns.div_ceil(1000),
             "expected_bytes": budget.expected_bytes,
             "allowed_bytes": budget.allowed_bytes,
+            "dirty_bytes": budget.dirty_bytes,
+            "limit_bytes": budget.limit_bytes,
             "violations": budget.violations,
             "violated_us": budget.violated_ns / 1000,
             "holding": budget.holding,

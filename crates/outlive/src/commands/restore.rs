@@ -21,9 +21,11 @@ use outlive_keeper::images::{Image, Log};
 use outlive_keeper::keep::{Companion, Keeper, Settings};
 use outlive_keeper::ownership::Own;
 use outlive_keeper::procfs::{self, Pids};
-use outlive_keeper::subject::{Card, Root, Subject};
+use outlive_keeper::subject::{Capture, Card, Root, Subject};
 use outlive_linux::signals::SignalQueue;
-use outlive_process::{FilesPolicy, Ready, RestoreOptions, Restored, TrackOptions, Tracked};
+use outlive_process::{
+    FilesPolicy, Ready, RestoreOptions, Restored, Strategy, TrackOptions, Tracked,
+};
 use rustix::fd::OwnedFd;
 use rustix::process::Signal;
 use serde::{Deserialize, Serialize};
@@ -125,7 +127,7 @@ fn subject(
     Own::check(subject.dir())?;
     let lock = claim(&subject)?;
     let mut known = subject.card()?;
-    let (strategy, granularity) = known.capture.read()?;
+    let (mut strategy, granularity) = known.capture.read()?;
     must_not_run(&subject, &known)?;
     let asked = args.promise.hold_up();
     let model = match asked {
@@ -136,6 +138,10 @@ fn subject(
     if asked.is_some() || args.promise.max_wear.is_some() || max_stop.is_some() {
         known.max_stop_us = max_stop.or(known.max_stop_us);
         known.hold_up = asked.or(known.hold_up);
+        if known.hold_up.is_some_and(|h| h.strict) {
+            strategy = Strategy::Cow;
+            known.capture = Capture::of(strategy, granularity);
+        }
         known.max_wear = args.promise.max_wear.or(known.max_wear);
         subject.write_card(&lock, &known)?;
     }

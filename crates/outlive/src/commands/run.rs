@@ -226,7 +226,7 @@ pub fn adopt_strays() -> Result<(), KeeperError> {
 fn options(pace: &Pace, strays: bool) -> TrackOptions {
     TrackOptions {
         stop_timeout: pace.timeout,
-        strategy: pace.strategy.into(),
+        strategy: pace.strategy(),
         granularity: pace.granularity,
         strays,
     }

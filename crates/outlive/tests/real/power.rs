@@ -158,6 +158,72 @@ fn at_an_event_all_of_the_frozen_program_is_on_the_medium_and_it_goes_on() {
 }
 
 #[test]
+fn strictly_no_more_is_written_than_the_budget_allows() {
+    if !may_run("strictly_no_more_is_written_than_the_budget_allows") {
+        return;
+    }
+    let (_alone, place) = (alone(), Place::new());
+    let python = installed("python3");
+    // More than may be unsaved.
+    let large = WRITER
+        .replace("32 << 20", "320 << 20")
+        .replace("% 30", "% 318");
+    let words = [
+        "run",
+        "--name",
+        "a",
+        "--every",
+        "1h",
+        "--hold-up",
+        "1s",
+        "--strict",
+        "--",
+        &python,
+        "-I",
+        "-S",
+        "-c",
+        &large,
+    ];
+    let mut kept = place.start(&words);
+    until("it writes", || rounds(&place) > 0);
+    place.call(&["checkpoint", "a"]).succeeds();
+    assert_eq!(place.status("a")["strategy"], "cow");
+    let mut known = 0;
+    for round in 0..times(12, 300) {
+        let budget = place.status("a")["hold_up"].clone();
+        let bytes = |field: &str| budget[field].as_u64();
+        // Where the medium has become too slow for the budget, there is no limit, and it is counted.
+        let Some(limit) = bytes("limit_bytes") else {
+            continue;
+        };
+        let dirty = bytes("dirty_bytes").unwrap();
+        assert!(dirty <= limit, "{dirty} of {limit}: {budget}");
+        known += 1;
+        if round % 4 == 0 {
+            let words = [
+                "power",
+                "simulate",
+                "a",
+                "--mains-back-after",
+                "1ms",
+                "--json",
+            ];
+            let report = place.call(&words).json();
+            let late = report["power"]["event_us"].as_u64().unwrap() > 1_000_000;
+            let counted = place.status("a")["power_events"]["late"] != 0;
+            assert!(!late || counted, "{report}");
+        }
+    }
+    assert!(known > 0);
+    let before = rounds(&place);
+    until("it goes on", || rounds(&place) > before);
+    let epochs = place.newest("a");
+    until("the limit asks for epochs", || place.newest("a") > epochs);
+    place.call(&["stop", "a"]).succeeds();
+    kept.code();
+}
+
+#[test]
 fn a_thread_that_cannot_be_stopped_meets_the_deadline_and_the_last_epoch_counts() {
     if !may_run("a_thread_that_cannot_be_stopped_meets_the_deadline_and_the_last_epoch_counts") {
         return;
