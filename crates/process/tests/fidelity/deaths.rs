@@ -71,8 +71,18 @@ fn a_dead_tracer_leaves_the_program_running() {
         return;
     }
     let program = Program::start("registers", &["patient"]);
+    let said = outlives_tracers(program, times(12, 300));
+    let words = |line: &str| line.rsplit_once(' ')?.1.parse::<u64>().ok();
+    assert!(said.lines().filter_map(words).all(|n| n > 0), "{said}");
+    // Here threads of several processes use one working memory.
+    let program = Program::start("kinds", &["grandchild-sharing-all"]);
+    outlives_tracers(program, times(6, 100));
+}
+
+/// Kills one tracer after the other; what the program reports then.
+fn outlives_tracers(program: Program, tracers: usize) -> String {
     let maps = program.settled_mappings();
-    for round in 0..times(12, 300) {
+    for round in 0..tracers {
         let mut tracer = Command::new(std::env::current_exe().expect("this test has a path"))
             .args(["--exact", "deaths::tracer", "--ignored"])
             .env(VICTIM, program.pid.to_string())
@@ -102,7 +112,5 @@ fn a_dead_tracer_leaves_the_program_running() {
         }
     }
     assert_eq!(maps, program.mappings());
-    let words = |line: &str| line.rsplit_once(' ')?.1.parse::<u64>().ok();
-    let said = program.must_report();
-    assert!(said.lines().filter_map(words).all(|n| n > 0), "{said}");
+    program.must_report()
 }

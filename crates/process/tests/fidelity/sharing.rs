@@ -9,7 +9,10 @@ use crate::support::{
 };
 use crate::trees::{last_epoch, look, must_equal};
 use outlive_epoch::SpaceId;
-use outlive_process::{RestoreOptions, Strategy, TrackOptions, Tracked, restore};
+use outlive_process::image::{self, group, kinds};
+use outlive_process::resources::attributes::ProcessState;
+use outlive_process::{ProcessError, RestoreOptions, Strategy, TrackOptions, Tracked, restore};
+use outlive_state_tree::to_fdt;
 use rustix::process::{Pid, Signal, kill_process};
 
 const KINDS: [&str; 12] = [
@@ -232,4 +235,66 @@ fn epochs_of_an_address_space_go_on_from_the_restored_one() {
         program.must_report();
         clean_up();
     }
+}
+
+/// What an image says of who shares is judged before anything is made.
+#[test]
+fn an_image_in_which_sharing_makes_no_sense_is_refused() {
+    let _alone = alone();
+    if !may_run("an_image_in_which_sharing_makes_no_sense_is_refused") {
+        return;
+    }
+    adopt_orphans();
+    let mut program = Program::start("kinds", &["grandchild-sharing-all"]);
+    let tracked = track(&program);
+    let mut store = Store::default();
+    let _ = last_epoch(&mut program, tracked, &mut store);
+    clean_up();
+    let processes = image::describe(store.newest())
+        .expect("the subject")
+        .processes;
+    let [root, child, grandchild] = processes[..] else {
+        panic!("{processes:?}");
+    };
+    type Change = fn(&mut ProcessState, [u32; 3]);
+    let changes: [(u32, Change, &str); 7] = [
+        (child, |p, _| p.shares_memory_with = 1, "with nobody"),
+        (child, |p, _| p.shares_memory_with = p.pid, "with nobody"),
+        (child, |p, _| p.shares_memory_with = 0, "is missing"),
+        (
+            root,
+            |p, [_, child, _]| p.shares_memory_with = child,
+            "with nobody",
+        ),
+        (
+            grandchild,
+            |p, [_, child, _]| p.shares_directories_with = child,
+            "with nobody",
+        ),
+        (
+            root,
+            |p, [_, child, _]| p.shares_directories_with = child,
+            "with nobody",
+        ),
+        (
+            grandchild,
+            |p, _| p.shares_descriptors_with = u32::MAX,
+            "with nobody",
+        ),
+    ];
+    for (at, (pid, change, wrong)) in changes.into_iter().enumerate() {
+        let mut epoch = store.newest().clone();
+        let name = group(kinds::ATTRIBUTES, pid);
+        let mut state: ProcessState = image::get(&epoch, &name).expect("a process");
+        change(&mut state, [root, child, grandchild]);
+        epoch.replace(&name, to_fdt(&state).expect("a tree"));
+        match restore(&epoch, &RestoreOptions::default()) {
+            Err(ProcessError::Image(what)) => assert!(what.contains(wrong), "{at}: {what}"),
+            Err(e) => panic!("{at}: {e}"),
+            Ok(_) => panic!("{at}: it is restored"),
+        }
+        assert!(!std::path::Path::new(&format!("/proc/{root}")).exists());
+    }
+    // The image as it is can be restored.
+    drop(prepare(store.newest()));
 }
