@@ -185,8 +185,20 @@ impl Outlive {
 
     /// `outlive run --name NAME --every EVERY --store DIR -- CMD…`
     pub fn run(&self, name: &str, every: &str, line: &[String]) -> Result<Running> {
+        self.run_with(name, every, &[], line)
+    }
+
+    /// The same with more flags.
+    pub fn run_with(
+        &self,
+        name: &str,
+        every: &str,
+        flags: &[&str],
+        line: &[String],
+    ) -> Result<Running> {
         let store = self.store.display().to_string();
         let mut command = self.command(&["run", "--name", name, "--every", every]);
+        command.args(flags);
         command.args(["--store", &store, "--"]).args(line);
         command.stdout(Stdio::null()).stderr(Stdio::piped());
         let mut keeper = command.spawn().context("cannot start outlive")?;

@@ -2,6 +2,7 @@
 
 mod programs;
 mod redis;
+mod strategies;
 
 use anyhow::Result;
 use std::fs;
@@ -13,6 +14,8 @@ pub enum Command {
     Redis(redis::Options),
     /// Stop times, epochs a second and restores of programs of all sorts.
     Programs(programs::Options),
+    /// Stops, traffic and throughput of every strategy, on a writer and a Redis.
+    Strategies(strategies::Options),
 }
 
 /// Runs the command.
@@ -20,6 +23,7 @@ pub fn run(command: &Command) -> Result<()> {
     match command {
         Command::Redis(options) => redis::run(options),
         Command::Programs(options) => programs::run(options),
+        Command::Strategies(options) => strategies::run(options),
     }
 }
 

@@ -333,7 +333,7 @@ fn still_runs(server: &mut std::process::Child) -> Result<()> {
 }
 
 /// `"SET","98765.43",…` in the output of `redis-benchmark --csv`.
-fn requests_per_second(text: &str) -> Option<f64> {
+pub fn requests_per_second(text: &str) -> Option<f64> {
     let line = text.lines().find(|line| line.starts_with("\"SET\""))?;
     line.split(',').nth(1)?.trim_matches('"').parse().ok()
 }
