@@ -446,7 +446,9 @@ impl<'a, P: Program> Keeper<'a, P> {
             Ok((taken, fate)) => {
                 self.plan.committed(begun, ended);
                 self.readying = self.settings.hold_up.is_some();
-                self.stops.add(taken.stop_us);
+                if event.is_none() {
+                    self.stops.add(taken.stop_us);
+                }
                 self.status.committed += 1;
                 self.status.last_time_ns = Some(taken.time_ns);
                 let held = manner == Manner::Held || event.is_some();
@@ -458,6 +460,7 @@ impl<'a, P: Program> Keeper<'a, P> {
                             ended,
                             held,
                             base,
+                            event: event.is_some(),
                         },
                     );
                 }

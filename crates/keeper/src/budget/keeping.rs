@@ -87,6 +87,8 @@ pub struct When {
     pub held: bool,
     /// Everything was copied.
     pub base: bool,
+    /// It was that of a power event.
+    pub event: bool,
 }
 
 /// The budget of one subject.
@@ -231,6 +233,7 @@ impl Watch {
                 resumed,
                 bytes: taken.bytes_written.saturating_add(files),
                 base: when.base,
+                event: when.event,
             },
             &figures,
         );
@@ -319,6 +322,7 @@ mod tests {
             ended,
             held: false,
             base: false,
+            event: false,
         }
     }
 

@@ -18,6 +18,8 @@ pub mod keeping;
 pub mod model;
 pub mod pacing;
 #[cfg(test)]
+mod scale;
+#[cfg(test)]
 mod simulation;
 #[cfg(test)]
 mod simulation_tests;

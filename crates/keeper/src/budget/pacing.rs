@@ -23,6 +23,8 @@
 //!   is durable (back-pressure), and then runs for as long as its writing allows: a duty cycle.
 //! - Where not even nothing can be saved within the budget, neither haste nor holding would help:
 //!   epochs come as they would without one, and each interval is a violation.
+//! - After a first epoch that was long on its way the program is held during the second, since how
+//!   much it writes is not known yet.
 //! - What is expected is the highest rate among the last [`RATES`] epochs. A program that begins to
 //!   write faster is found out at the next look: that is a *violation*, and each is counted.
 //! - A violation is never taken back: an interval in which the budget may not have been kept at
@@ -70,6 +72,8 @@ pub struct Taken {
     pub bytes: u64,
     /// Everything was copied, whether it had been written or not.
     pub base: bool,
+    /// It was that of a power event: the program stood still because of that.
+    pub event: bool,
 }
 
 /// Figures for the user.
@@ -177,6 +181,11 @@ impl Pacing {
                 due => Step::Wait(due),
             };
         }
+        if self.rates.is_empty() && last.durable.saturating_sub(last.resumed) > self.budget {
+            // How much was written during the long way of the first epoch, nobody knows; during
+            // another such way it would be more yet.
+            return Step::Held;
+        }
         let epoch = if self.holding {
             Step::Held
         } else {
@@ -210,7 +219,7 @@ impl Pacing {
             self.rates.push_back(rate);
         }
         self.judge(&last, &taken, ran_from, rate, figures);
-        if taken.was_held() {
+        if taken.was_held() && !taken.event {
             self.counts.held += taken.resumed.saturating_sub(taken.stopped);
         }
         self.choose(figures);

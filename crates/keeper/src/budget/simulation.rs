@@ -125,7 +125,8 @@ pub struct Outcome {
     pub counted: u64,
     /// Nanoseconds that the program was held.
     pub held: u64,
-    /// Nanoseconds that the program ran.
+    /// Nanoseconds since the first epoch was durable, and those of them that the program ran.
+    pub observed: u64,
     pub ran: u64,
     /// Power cuts, those that took longer than the budget, and those of the latter that neither a
     /// counted violation nor the medium explains.
@@ -214,6 +215,7 @@ impl Simulation {
             self.write();
         }
         if self.begun {
+            self.out.observed += self.scene.tick;
             self.observe(stopped);
         }
         self.now += self.scene.tick;
@@ -239,6 +241,7 @@ impl Simulation {
         let taken = Taken {
             begun: way.stopped,
             base: false,
+            event: false,
             stopped: way.stopped,
             durable: way.durable,
             resumed: way.resumed,
@@ -253,7 +256,9 @@ impl Simulation {
             self.over_before = self.dirty;
         }
         self.out.epochs += 1;
-        self.out.bytes_written += way.bytes;
+        if self.begun {
+            self.out.bytes_written += way.bytes;
+        }
         self.out.digest = self.out.digest.rotate_left(7) ^ way.bytes ^ way.durable;
         self.begun = true;
     }
@@ -331,7 +336,9 @@ impl Simulation {
             new = new.min(bound.flush_at.saturating_sub(self.dirty));
         }
         self.dirty += new;
-        self.out.ran += self.scene.tick;
+        if self.begun {
+            self.out.ran += self.scene.tick;
+        }
     }
 
     fn observe(&mut self, stopped: bool) {
