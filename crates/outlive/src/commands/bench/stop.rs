@@ -18,8 +18,8 @@ const WRITTEN: u64 = 256;
 const MEMORY: u64 = 256 << 20;
 /// Memory where something else than memory is varied, bytes.
 const LITTLE: u64 = 16 << 20;
-/// The strategy that takes written pages at the stop, and the one that copies them before.
-const BOTH: &[&str] = &["incremental", "redundant"];
+/// The strategies that take written pages at the stop, before it, and after it.
+const EACH: &[&str] = &["incremental", "redundant", "cow"];
 /// Where the strategy makes no difference.
 const ONE: &[&str] = &["redundant"];
 /// Epochs before those that count, besides the first.
@@ -133,7 +133,7 @@ fn by_memory(effort: &Effort) -> Vec<Varied> {
         label: "memory",
         unit: Unit::Memory,
         values: effort.points(&sizes, &[16 << 20, 64 << 20], most),
-        strategies: BOTH,
+        strategies: EACH,
         program: |memory| Made {
             memory,
             more: None,
@@ -147,7 +147,7 @@ fn by_memory(effort: &Effort) -> Vec<Varied> {
         label: "pages written since the last epoch",
         unit: Unit::Count,
         values: effort.points(&counts, &[16, 1024], u64::MAX),
-        strategies: BOTH,
+        strategies: EACH,
         program: |written| Made {
             memory: MEMORY,
             more: None,
