@@ -31,7 +31,7 @@ pub fn measure(session: &Session, effort: &Effort) -> Result<Table, KeeperError>
         "what",
         "stop: median / p99",
         "first",
-        "durable: median / p99",
+        "durable after the stop: median / p99",
         "bytes an epoch",
         "of idle",
     ];

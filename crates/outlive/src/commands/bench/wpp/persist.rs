@@ -11,8 +11,49 @@ use crate::out;
 use outlive_keeper::KeeperError;
 use serde_json::Value;
 
-/// Pages a second that the program writes, one after the other.
-const RATES: [u64; 3] = [0, 1000, 10_000];
+/// A program under a power event.
+struct Kept {
+    /// Pages a second that it writes, one after the other.
+    rate: u64,
+    /// How it is kept, besides the time between epochs.
+    flags: &'static [&'static str],
+}
+
+const KEPT: [Kept; 5] = [
+    Kept {
+        rate: 0,
+        flags: &[],
+    },
+    Kept {
+        rate: 1000,
+        flags: &[],
+    },
+    Kept {
+        rate: 10_000,
+        flags: &[],
+    },
+    Kept {
+        rate: 10_000,
+        flags: &["--hold-up", "100ms"],
+    },
+    Kept {
+        rate: 10_000,
+        flags: &["--hold-up", "100ms", "--strict"],
+    },
+];
+
+impl Kept {
+    fn name(&self) -> String {
+        let flags = match self.flags {
+            [] => String::new(),
+            flags => format!(", {}", flags.join(" ")),
+        };
+        match self.rate {
+            0 => format!("kept, an epoch every {EVERY}, idle{flags}"),
+            rate => format!("kept{flags}, writes {} pages a second", out::count(rate)),
+        }
+    }
+}
 
 /// Measures it.
 ///
@@ -22,15 +63,15 @@ pub fn measure(session: &Session, effort: &Effort, report: &mut Report) -> Resul
     let columns = [
         "memory",
         "what",
-        "event to durable and ended",
+        "event to program ended",
         "stop to durable",
         "bytes written",
     ];
     let mut table = Table::new("wpp-persist", "Time to persist", &columns);
-    let mut lines: Vec<Series> = RATES
+    let mut lines: Vec<Series> = KEPT
         .iter()
-        .map(|rate| Series {
-            name: name(*rate),
+        .map(|kept| Series {
+            name: kept.name(),
             points: Vec::new(),
         })
         .collect();
@@ -50,15 +91,25 @@ pub fn measure(session: &Session, effort: &Effort, report: &mut Report) -> Resul
             table.row(vec![size, Cell::words(format!("not measured: {lack}"))]);
             continue;
         }
-        for (nth, rate) in RATES.into_iter().enumerate() {
-            let found = events(session, effort, memory, rate)?;
+        for (nth, kept) in KEPT.iter().enumerate() {
+            let what = Cell::words(kept.name());
+            let found = match events(session, effort, memory, kept) {
+                Err(KeeperError::Told {
+                    exit: 2 | 3,
+                    message,
+                }) => {
+                    table.row(vec![size.clone(), what, Cell::words(out::tame(&message))]);
+                    continue;
+                }
+                other => other?,
+            };
             let median = found.event.median();
             lines[nth]
                 .points
                 .extend(median.map(|m| (float(memory), m, found.event.percentile(99.0))));
             table.row(vec![
                 size.clone(),
-                Cell::words(name(rate)),
+                what,
                 Cell::Many(Unit::Time, found.event),
                 Cell::Many(Unit::Time, found.durable),
                 Cell::One(Unit::Bytes, found.written.median().unwrap_or(0.0)),
@@ -66,7 +117,7 @@ pub fn measure(session: &Session, effort: &Effort, report: &mut Report) -> Resul
         }
         let durable = images(session, effort, memory)?;
         let median = durable.median();
-        lines[RATES.len()]
+        lines[KEPT.len()]
             .points
             .extend(median.map(|m| (float(memory), m, durable.percentile(99.0))));
         table.row(vec![
@@ -101,13 +152,6 @@ pub fn measure(session: &Session, effort: &Effort, report: &mut Report) -> Resul
     Ok(())
 }
 
-fn name(rate: u64) -> String {
-    match rate {
-        0 => format!("kept, an epoch every {EVERY}, idle"),
-        rate => format!("kept, writes {} pages a second", out::count(rate)),
-    }
-}
-
 #[derive(Default)]
 struct Found {
     event: Samples,
@@ -120,16 +164,16 @@ fn events(
     session: &Session,
     effort: &Effort,
     memory: u64,
-    rate: u64,
+    kept: &Kept,
 ) -> Result<Found, KeeperError> {
     let mut found = Found::default();
     for _ in 0..effort.runs(10, 1) {
         let mut load = Load::start(session)?;
         load.ask(&format!("hold 1 {memory}"))?;
-        if rate > 0 {
-            load.ask(&format!("writes {rate}"))?;
+        if kept.rate > 0 {
+            load.ask(&format!("writes {}", kept.rate))?;
         }
-        let keeper = Keeper::attach(session, load.program.pid(), EVERY, &[])?;
+        let keeper = Keeper::attach(session, load.program.pid(), EVERY, kept.flags)?;
         keeper.committed(5)?;
         let mut command = session.outlive(&["power", "simulate", keeper.name()])?;
         let printed = session.run_beside(&mut command, &mut [&mut load.program])?;
