@@ -267,6 +267,23 @@ impl Outlive {
         Ok(self.json(&["power", "simulate", name, "--json"])?.0)
     }
 
+    /// The same with mains that come back at once.
+    pub fn simulate_outage(&self, name: &str) -> Result<serde_json::Value> {
+        let back = ["--mains-back-after", "1us", "--json"];
+        let words: Vec<&str> = ["power", "simulate", name]
+            .into_iter()
+            .chain(back)
+            .collect();
+        Ok(self.json(&words)?.0)
+    }
+
+    /// What `outlive ps --json` says of a subject.
+    pub fn status(&self, name: &str) -> Result<serde_json::Value> {
+        let all: Vec<serde_json::Value> = self.json(&["ps", "--json"])?.0;
+        let found = all.into_iter().find(|entry| entry["name"] == name);
+        found.with_context(|| format!("`outlive ps` does not know {name}"))
+    }
+
     /// `outlive stop NAME`
     pub fn stop(&self, name: &str) -> Result<()> {
         self.call(&["stop", name]).map(drop)

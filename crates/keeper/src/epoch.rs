@@ -17,6 +17,7 @@
 
 use outlive_epoch::{EpochFacts, EpochWriter, PageSink, StoreError};
 use outlive_epoch_store::{Ahead, CommitTimes};
+use outlive_linux::thread::Urgent;
 use outlive_process::{Captured, ProcessError, StopTimes, Stopped, Tracked, Tracking};
 use rustix::fd::BorrowedFd;
 use serde::{Deserialize, Serialize};
@@ -290,7 +291,10 @@ fn commit<S: Snapshot>(
         stop_us,
         ..snapshot.facts()
     };
+    // Mostly a wait for the medium: what comes of it is not to wait for a processor as well.
+    let urgent = Urgent::begin();
     let acked = writer.commit(facts)?;
+    drop(urgent);
     let (processes, threads) = snapshot.counts();
     Ok(Taken {
         epoch: acked.epoch.0,

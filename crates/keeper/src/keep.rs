@@ -188,7 +188,10 @@ impl<'a, P: Program> Keeper<'a, P> {
             tell,
             program: None,
             companion,
-            plan: Plan::new(every_ns, 0),
+            plan: match hold_up {
+                Some(_) => Plan::new(every_ns, 0).with_long_log(),
+                None => Plan::new(every_ns, 0),
+            },
             origin: Instant::now(),
             stops: Stops::default(),
             status,
@@ -545,7 +548,7 @@ impl<'a, P: Program> Keeper<'a, P> {
             (Manner::Event, Begin::Base) if !self.plan.is_full() => Begin::Next,
             (_, begin) => begin,
         };
-        let patience = self.patience(desk);
+        let patience = Self::patience(desk);
         let Some(program) = self.program.as_mut() else {
             return Err(ProcessError::Gone {
                 pid: self.settings.pid,
@@ -575,13 +578,12 @@ impl<'a, P: Program> Keeper<'a, P> {
         Ok((taken, fate))
     }
 
-    /// How long threads may take to stop at an event: what the budget leaves.
-    fn patience(&self, desk: &Desk<'_, '_>) -> Option<Duration> {
+    /// How long threads may take to stop at an event: until the budget has passed. (What is durable a
+    /// little late may still be in time, what is not durable never is.)
+    fn patience(desk: &Desk<'_, '_>) -> Option<Duration> {
         let (event, budget) = (desk.event.as_ref()?, desk.budget?);
-        let figures = self.watch.figures();
-        let rest = figures.floor().saturating_sub(figures.freeze_ns);
         let gone = monotonic_ns().saturating_sub(event.at);
-        let left = budget.saturating_sub(rest).saturating_sub(gone);
+        let left = budget.saturating_sub(gone).max(budget / 4);
         Some(Duration::from_nanos(left).max(LEAST_STOP))
     }
 

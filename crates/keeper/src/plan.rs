@@ -22,6 +22,9 @@ pub const LONGEST_WAIT: u64 = 30_000_000_000;
 /// A log up to this size, in bytes, is left to grow.
 pub const SMALL_LOG: u64 = 1 << 30;
 
+/// The same for a program with a hold-up budget.
+pub const LONG_LOG: u64 = 16 << 30;
+
 /// How the next epoch is to be written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Begin {
@@ -38,6 +41,7 @@ pub struct Plan {
     due: u64,
     failures: u32,
     full: bool,
+    small: u64,
 }
 
 impl Plan {
@@ -51,7 +55,16 @@ impl Plan {
             due: now.saturating_add(interval),
             failures: 0,
             full: true,
+            small: SMALL_LOG,
         }
+    }
+
+    /// The same for a program with a hold-up budget, which a full epoch exceeds: its log may grow up to
+    /// [`LONG_LOG`] before it counts as long.
+    #[must_use]
+    pub fn with_long_log(mut self) -> Self {
+        self.small = LONG_LOG;
+        self
     }
 
     /// The tracker goes on from the newest epoch of the log: the first one after it need not be
@@ -88,7 +101,7 @@ impl Plan {
         live_bytes: impl FnOnce() -> u64,
     ) -> Begin {
         let free = free.unwrap_or(u64::MAX);
-        let small = SMALL_LOG.min(log_bytes.saturating_add(free) / 4);
+        let small = self.small.min(log_bytes.saturating_add(free) / 4);
         let grown = || {
             if log_bytes <= small && free > log_bytes.saturating_mul(2) {
                 return false;
@@ -241,6 +254,9 @@ mod tests {
             Begin::Next,
             "nothing was taken, nothing is lost"
         );
+        let long = plan.clone().with_long_log();
+        assert_eq!(long.begin(LONG_LOG, None, || 0), Begin::Next);
+        assert_eq!(long.begin(LONG_LOG + 1, None, || 0), Begin::Base);
         plan.failed(3, true);
         assert_eq!(plan.begin(0, None, || 0), Begin::Base);
     }

@@ -11,6 +11,7 @@ use super::model::{Figures, MIB, Model};
 use crate::KeeperError;
 use crate::keep::now_ns;
 use crate::procfs;
+use outlive_linux::thread::Urgent;
 use outlive_media::{BLOCK, FileMedium, Medium, MediumError};
 use serde::{Deserialize, Serialize};
 use std::fs;
@@ -111,6 +112,8 @@ pub fn measure(dir: &Path) -> Result<Measured, KeeperError> {
 }
 
 fn measure_in(path: &Path) -> Result<Measured, MediumError> {
+    // As commits are made.
+    let _urgent = Urgent::begin();
     let began = Instant::now();
     let ns = |since: Instant| u64::try_from(since.elapsed().as_nanos()).unwrap_or(u64::MAX);
     let medium = FileMedium::create(path)?;
