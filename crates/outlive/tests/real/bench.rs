@@ -97,6 +97,7 @@ fn each_measurement_has_a_short_form() {
                 "stop-threads",
                 "stop-mappings",
                 "stop-descriptors",
+                "stop-redis",
             ],
         ),
         (&["restore"], &["restore-memory"]),

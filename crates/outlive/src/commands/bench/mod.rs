@@ -75,7 +75,7 @@ pub fn bench(args: &BenchArgs, json: bool) -> Result<u8, KeeperError> {
 fn one(name: &str, effort: &Effort) -> Result<Report, KeeperError> {
     let session = Session::begin(&effort.dir)?;
     let machine = machine();
-    let pieces = if effort.short { 50 } else { 1000 };
+    let pieces = if effort.short { 20 } else { 1000 };
     let before = noise::noise(pieces);
     let mut report = match name {
         "rtcr" => rtcr::measure(&session, effort)?,

@@ -80,7 +80,7 @@ fn sizes(effort: &Effort, most: u64) -> Vec<u64> {
     let most = effort.memory(most, 64 << 20);
     effort.points(
         &[16 << 20, 64 << 20, 256 << 20, 1 << 30, 4 << 30],
-        &[16 << 20, 64 << 20],
+        &[32 << 20],
         most,
     )
 }

@@ -96,7 +96,7 @@ fn vary(
     let mut table = Table::new(v.name, v.heading, &columns);
     let mut lines: Vec<[Series; 2]> = Vec::new();
     let most = effort.memory(200 * MB, 20 * MB) / MB;
-    let values = effort.points(&[1, 2, 5, 10, 20, 50, 100, 150, 200], &[1, 10], most);
+    let values = effort.points(&[1, 2, 5, 10, 20, 50, 100, 150, 200], &[10], most);
     for strategy in STRATEGIES {
         let series = |which| Series {
             name: format!("{strategy}, {which}"),

@@ -81,7 +81,7 @@ pub fn measure(session: &Session, effort: &Effort, report: &mut Report) -> Resul
     });
     let sizes = [16 << 20, 64 << 20, 256 << 20, 1 << 30, 4 << 30, 8 << 30];
     let most = effort.memory(8 << 30, 64 << 20);
-    for memory in effort.points(&sizes, &[16 << 20, 64 << 20], most) {
+    for memory in effort.points(&sizes, &[16 << 20], most) {
         out::say(&format!(
             "wpp: persist {}",
             Unit::Memory.show(float(memory))
