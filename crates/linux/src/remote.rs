@@ -20,7 +20,8 @@
 
 use crate::Errno;
 use crate::memory;
-use crate::ptrace::{Halted, Registers, Running, WaitError};
+use crate::ptrace::{Halted, Registers, Running, Stop, WaitError};
+use rustix::process::{Pid, Signal, kill_process};
 use std::time::{Duration, Instant};
 
 /// How long a thread waits in the loop for its tracer before it helps itself.
@@ -450,8 +451,7 @@ impl Arena {
         let tid = running.tid();
         let kernel = |what| move |source| RemoteError::Kernel { tid, what, source };
         let deadline = Instant::now() + BATCH_TIMEOUT;
-        self.await_done(header, deadline)
-            .map_err(kernel("waiting for the batch"))?;
+        let running = self.await_done(running, header, deadline)?;
         running.interrupt().map_err(kernel("stopping"))?;
         let halted = running.wait_interrupted(deadline).map_err(|(_, e)| e)?;
         let rip = halted.registers().map_err(kernel("reading registers"))?.rip;
@@ -474,17 +474,53 @@ impl Arena {
         self.finish(flight)
     }
 
-    fn await_done(&self, header: u64, deadline: Instant) -> Result<(), Errno> {
+    /// Waits until the thread has made all calls of its batch. A thread that is told to continue
+    /// (SIGCONT) stops for its tracer whatever it does, and is sent on; one that is told to stop
+    /// (SIGSTOP) is told so again afterwards.
+    fn await_done(
+        &self,
+        mut running: Running,
+        header: u64,
+        deadline: Instant,
+    ) -> Result<Running, RemoteError> {
+        /// Almost every batch is done by then, and nobody is asked before.
+        const SOON: Duration = Duration::from_millis(1);
+        let tid = running.tid();
+        let kernel = |what| move |source| RemoteError::Kernel { tid, what, source };
+        let begun = Instant::now();
         let mut done = [0u8; 8];
+        let mut told_to_stop = false;
         loop {
-            memory::read_exact(self.pid, header + 16, &mut done)?;
+            memory::read_exact(self.pid, header + 16, &mut done)
+                .map_err(kernel("waiting for the batch"))?;
             if u64::from_ne_bytes(done) == 1 {
-                return Ok(());
+                if told_to_stop && let Some(raw) = Pid::from_raw(tid.cast_signed()) {
+                    // One that has ended need not stop.
+                    let _ = kill_process(raw, Signal::STOP);
+                }
+                return Ok(running);
             }
-            if Instant::now() > deadline {
-                return Err(Errno::TIMEDOUT);
+            let now = Instant::now();
+            if now > deadline {
+                return Err(kernel("waiting for the batch")(Errno::TIMEDOUT));
             }
             rustix::thread::sched_yield();
+            if now - begun < SOON {
+                continue;
+            }
+            running = match running.wait(now) {
+                Ok(halted) => match halted.stop() {
+                    Stop::Signal(libc::SIGSTOP) => {
+                        told_to_stop = true;
+                        halted.resume().map_err(kernel("resuming"))?
+                    }
+                    // All signals are blocked: this is a fault.
+                    Stop::Signal(_) => return Err(kernel("running a batch")(Errno::FAULT)),
+                    _ => halted.resume().map_err(kernel("resuming"))?,
+                },
+                Err((Some(running), WaitError::Timeout { .. })) => running,
+                Err((_, e)) => return Err(e.into()),
+            };
         }
     }
 }

@@ -1,8 +1,10 @@
 //! Whatever goes wrong, the program goes on as before, and nothing stays attached to it.
 
 use crate::store::{Nowhere, Store};
-use crate::support::{Program, alone, descriptors, epoch, may_run, track};
+use crate::support::{Program, alone, descriptors, epoch, may_run, times, track};
 use crate::view::tids;
+use outlive_process::{ProcessError, Tracked};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Fails if any thread is still traced or stopped.
 pub fn must_be_free(program: &Program) {
@@ -58,4 +60,37 @@ fn a_dropped_stop_lets_the_program_go_on() {
     drop(tracked);
     must_be_free(&program);
     program.must_report();
+}
+
+/// A thread that is told to continue while it stands does so in another stop, whatever it was to do.
+#[test]
+fn being_told_to_continue_changes_nothing() {
+    let _alone = alone();
+    if !may_run("being_told_to_continue_changes_nothing") {
+        return;
+    }
+    let program = Program::start("registers", &["patient"]);
+    let mut tracked = track(&program);
+    let done = AtomicBool::new(false);
+    let failed = std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !done.load(Ordering::SeqCst) {
+                program.signal(libc::SIGCONT);
+                std::thread::sleep(std::time::Duration::from_micros(20));
+            }
+        });
+        let stop = |_| stop_of(&mut tracked).err();
+        let failed = (0..times(60, 3000)).find_map(stop);
+        done.store(true, Ordering::SeqCst);
+        failed
+    });
+    assert!(failed.is_none(), "{failed:?}; {}", program.story());
+    drop(tracked);
+    must_be_free(&program);
+    program.must_report();
+}
+
+fn stop_of(tracked: &mut Tracked) -> Result<(), ProcessError> {
+    let (stopped, _) = tracked.stop(&mut Nowhere, None)?;
+    stopped.resume().map(drop)
 }
