@@ -53,6 +53,13 @@ impl FlagsCache {
         found.map_or(VmFlags::default(), |(_, flags)| *flags)
     }
 
+    /// Where the mapping of this name lay when flags were read last.
+    #[must_use]
+    pub fn place_of(&self, name: &[u8]) -> Option<(u64, u64)> {
+        let found = self.known.iter().find(|(m, _)| m.name == name);
+        found.map(|(m, _)| (m.start, m.end))
+    }
+
     /// Gives flags to the mappings found at the stop: those of the mapping that lay there when the
     /// flags were read, which is the same one or one that it was split from or grew out of.
     pub fn assign(&mut self, now: Vec<Mapping>) -> Vec<(Mapping, VmFlags)> {

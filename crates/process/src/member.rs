@@ -340,6 +340,21 @@ impl Member {
         threads.iter().any(|t| self.waits.is_nameless(t, sleepers))
     }
 
+    /// Whether a stopped thread is inside the code that the kernel gives to programs, where it reads
+    /// a clock: another kernel could not let it go on there.
+    #[must_use]
+    pub fn reads_clock(&self, threads: &[Held]) -> bool {
+        let Space::Held(space) = &self.space else {
+            return false;
+        };
+        let Some((start, end)) = space.flags.place_of(b"[vdso]") else {
+            return false;
+        };
+        threads
+            .iter()
+            .any(|t| (start..end).contains(&t.registers.rip))
+    }
+
     /// Refuses a process that has gone to other namespaces since it was adopted.
     pub fn refuse_moved(&self, root: u32) -> Result<(), ProcessError> {
         match namespaces::refusals(&self.target, root)? {

@@ -61,7 +61,26 @@ pub fn refusals(target: &Target, root: u32) -> Result<Vec<Refusal>, ProcessError
         };
         found.extend(refusal);
     }
+    found.extend(of_children(target));
     Ok(found)
+}
+
+/// Refuses a process whose children will live elsewhere. (Where that comes about between this look
+/// and the stop, the next look refuses.)
+fn of_children(target: &Target) -> Vec<Refusal> {
+    let pid = target.pid.to_string();
+    // One that is not there yet cannot be read, and is another one.
+    let apart =
+        |(name, children, _): &(&str, &str, &str)| id(&pid, children).ok() != id(&pid, name).ok();
+    let refusal = |(_, _, what): (&str, &str, &str)| {
+        let what = format!("its children will live in another {what} namespace (unshare)");
+        target.refusal("", what, "this cannot be saved yet")
+    };
+    let kinds = [
+        ("pid", "pid_for_children", "PID"),
+        ("time", "time_for_children", "time"),
+    ];
+    kinds.into_iter().filter(apart).map(refusal).collect()
 }
 
 fn first_of_its_namespace(target: &Target) -> Option<Refusal> {

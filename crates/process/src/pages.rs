@@ -311,6 +311,9 @@ impl PageTracker {
 
     /// What was handed over of this address space got into no epoch: the next pass does so again.
     pub fn owe(&mut self, pages: &[Run], absent: &[Run]) {
+        if let Some(guard) = &self.guard {
+            guard.abandon();
+        }
         for run in pages {
             self.owed.insert(run.first(), run.end());
         }
@@ -473,6 +476,10 @@ impl PageTracker {
             ..Query::default()
         };
         let owed = self.owed.remove(area.span.0 / PAGE, area.span.1 / PAGE);
+        if self.tracker.is_none() || self.unguarded.contains(&area.span) {
+            // All that exists there is taken in any case.
+            return Ok(());
+        }
         for (i, &(first, end)) in owed.iter().enumerate() {
             let Self {
                 pagemap, stored, ..

@@ -246,16 +246,7 @@ pub fn collect(
     asked: &Asked,
     answers: &Results,
 ) -> Result<ProcessState, ProcessError> {
-    let mut found = asked.refused.found(answers);
-    let namespace =
-        |name: &str| std::fs::metadata(format!("/proc/{}/ns/{name}", target.pid)).map(|m| m.ino());
-    if namespace("pid_for_children").ok() != namespace("pid").ok() {
-        found.push("its children will live in another PID namespace (unshare)");
-    }
-    if namespace("time_for_children").ok() != namespace("time").ok() {
-        found.push("its children will live in another time namespace (unshare)");
-    }
-    refuse(target, found)?;
+    refuse(target, asked.refused.found(answers))?;
     let optional = asked.optional.map(|id| answers.value(id).unwrap_or(0));
     let stat = Stat::read(target.pid).map_err(|e| target.kernel("reading its stat", e))?;
     let mut interval_timers = Vec::with_capacity(12);

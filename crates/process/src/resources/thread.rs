@@ -286,7 +286,13 @@ pub fn collect(
     };
     let (robust_list, robust_list_length) =
         thread::robust_list(tid).map_err(|e| kernel("reading its robust list", e))?;
-    let comm = target.proc_file(&format!("task/{tid}/comm"))?;
+    // The status file has the name too, but for bytes that it escapes or that are no text.
+    let name = &sight.status.name;
+    let comm = if name.contains(['\\', '\n', char::REPLACEMENT_CHARACTER]) {
+        target.proc_file(&format!("task/{tid}/comm"))?
+    } else {
+        name.as_bytes().to_vec()
+    };
     // A kernel without memory nodes has no such call.
     let policy = answers.value(asked.policy).map_or(0, |_| {
         answers

@@ -36,6 +36,10 @@ const A_MOMENT: Duration = Duration::from_millis(2);
 const STRANGER_TRIES: u32 = 3;
 /// … and for how long: who makes processes all the time would get no epoch.
 const STRANGER_PATIENCE: Duration = Duration::from_millis(50);
+/// How often a stop is tried again because a thread was reading a clock in the code that the kernel
+/// gives to programs: under another kernel it could not go on there.
+const CLOCK_TRIES: u32 = 3;
+
 /// How often a stop that would have taken too long is tried again in one epoch, each time after
 /// more copying.
 const LONG_TRIES: u32 = 2;
@@ -50,6 +54,8 @@ struct Frozen {
     seen: Vec<Seen>,
     /// A thread was in a call that goes by no name, so that it could not be made again.
     nameless: bool,
+    /// A thread was reading a clock in the kernel's own code.
+    reads_clock: bool,
     /// For a process that is no member yet.
     stranger: Option<(Target, WaitBook)>,
 }
@@ -67,6 +73,8 @@ enum NoStop {
     Strange,
     /// A thread was in a call that goes by no name.
     Nameless,
+    /// A thread was reading a clock.
+    Clock,
     Failed(ProcessError),
 }
 
@@ -75,6 +83,7 @@ struct Tries {
     began: Instant,
     strange: u32,
     nameless: u32,
+    clock: u32,
     long: u32,
 }
 
@@ -84,6 +93,7 @@ impl Tries {
             began: Instant::now(),
             strange: 0,
             nameless: 0,
+            clock: 0,
             long: 0,
         }
     }
@@ -95,6 +105,8 @@ impl Tries {
             Err(NoStop::Strange)
         } else if self.nameless < NAMING_TRIES && frozen.iter().any(|p| p.nameless) {
             Err(NoStop::Nameless)
+        } else if self.clock < CLOCK_TRIES && frozen.iter().any(|p| p.reads_clock) {
+            Err(NoStop::Clock)
         } else {
             Ok(())
         }
@@ -104,6 +116,7 @@ impl Tries {
     fn after(&mut self, why: NoStop) -> Result<Duration, ProcessError> {
         match why {
             NoStop::Strange => self.strange += 1,
+            NoStop::Clock => self.clock += 1,
             NoStop::Nameless => {
                 // It had not fallen asleep yet when it was looked at: by now it will have.
                 self.nameless += 1;
@@ -265,12 +278,14 @@ impl Tracked {
                 return self.freeze_one(kin, Sleepers::default(), timeout);
             }
             let nameless = member.has_nameless(&threads, &sleepers);
+            let reads_clock = member.reads_clock(&threads);
             return match member.look(&mut threads, &sleepers) {
                 Ok(seen) => Ok(Frozen {
                     kin,
                     threads,
                     seen,
                     nameless,
+                    reads_clock,
                     stranger: None,
                 }),
                 Err(e) => {
@@ -291,6 +306,7 @@ impl Tracked {
                 threads,
                 seen,
                 nameless,
+                reads_clock: false,
                 stranger: Some((target, waits)),
             }),
             Err(e) => {
@@ -618,5 +634,58 @@ impl Drop for Stopped<'_> {
     fn drop(&mut self) {
         let frozen = std::mem::take(&mut self.frozen);
         let _ = self.tracked.let_go(frozen);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn standing(nameless: bool, reads_clock: bool) -> [Frozen; 1] {
+        let kin = Kin {
+            pid: 1,
+            parent: 0,
+            zombie: false,
+        };
+        [Frozen {
+            kin,
+            threads: Vec::new(),
+            seen: Vec::new(),
+            nameless,
+            reads_clock,
+            stranger: None,
+        }]
+    }
+
+    #[test]
+    fn what_stands_badly_is_tried_again_a_few_times_and_then_taken() {
+        let tried = |standing: &[Frozen]| {
+            let mut tries = Tries::begin();
+            let mut count = 0;
+            while let Err(why) = tries.accept(standing) {
+                assert!(tries.after(why).is_ok(), "there is a next try");
+                count += 1;
+            }
+            count
+        };
+        assert_eq!(tried(&standing(false, false)), 0);
+        assert_eq!(tried(&standing(true, false)), NAMING_TRIES);
+        assert_eq!(tried(&standing(false, true)), CLOCK_TRIES);
+        assert_eq!(tried(&standing(true, true)), NAMING_TRIES + CLOCK_TRIES);
+    }
+
+    #[test]
+    fn a_stop_that_is_too_long_is_tried_again_and_then_given_up() {
+        let mut tries = Tries::begin();
+        let long = || NoStop::Failed(ProcessError::TooLong { limit_us: 1 });
+        for _ in 0..LONG_TRIES {
+            assert!(tries.after(long()).is_ok(), "there is a next try");
+        }
+        assert!(matches!(
+            tries.after(long()),
+            Err(ProcessError::TooLong { limit_us: 1 })
+        ));
+        let other = NoStop::Failed(ProcessError::Image(String::new()));
+        assert!(Tries::begin().after(other).is_err());
     }
 }
