@@ -5,12 +5,16 @@
 //! tell. So every page is compared, by a 128-bit hash, with what the epochs so far hold. That
 //! reads all of it at each look, also at the stop. Only a deleted file that nobody in the subject
 //! can write to is looked at once.
+//!
+//! What was handed on and got into no epoch is owed: it is handed on again, whatever its hash. It
+//! may be owed several times over before that.
 
 use super::nameless::{self, DeletedState, MemfdState};
 use super::{
     AnonymousState, MappedFileState, Origin, SHARED_SPACE, SegmentState, SharedMemory, SharedState,
     Sort,
 };
+use crate::interval::IntervalSet;
 use crate::residue::Residue;
 use crate::resources::descriptors::Probe;
 use crate::resources::memory;
@@ -49,6 +53,8 @@ struct Known {
     name: Vec<u8>,
     /// Hashes of the pages that the epochs so far hold.
     pages: HashMap<u64, u128>,
+    /// Indexes of pages that are to be handed on again.
+    owed: IntervalSet,
     /// How many mappings of it there are at this epoch.
     mappings: u64,
     /// Somebody has it at this epoch …
@@ -200,6 +206,7 @@ impl SharedObjects {
             sort: key.2,
             name: name.to_vec(),
             pages: HashMap::new(),
+            owed: IntervalSet::default(),
             mappings,
             used: true,
             writable,
@@ -316,7 +323,8 @@ impl SharedObjects {
         Ok((SharedState { memories }, residue))
     }
 
-    /// Pages that were handed over got into no epoch: they differ from whatever is found next.
+    /// Pages that were handed over got into no epoch: those that are still there are handed over
+    /// again.
     pub fn owe(&mut self, pages: &[Run]) {
         for run in pages {
             let mut all = self.known.values_mut();
@@ -324,10 +332,7 @@ impl SharedObjects {
                 continue;
             };
             known.looked_at = None;
-            for index in run.first()..run.end() {
-                let hash = known.pages.entry(index).or_default();
-                *hash = !*hash;
-            }
+            known.owed.insert(run.first(), run.end());
         }
     }
 
@@ -335,6 +340,7 @@ impl SharedObjects {
     pub fn forget(&mut self) {
         for known in self.known.values_mut() {
             known.pages.clear();
+            known.owed.clear();
             known.looked_at = None;
         }
     }
@@ -372,7 +378,7 @@ impl Known {
             .ok_or_else(|| ProcessError::Image(format!("page {first} of shared memory")))
     }
 
-    /// Compares every page that exists with what is known, and hands on what differs.
+    /// Compares every page that exists with what is known, and hands on what differs or is owed.
     fn look(
         &mut self,
         buffer: &mut Vec<u8>,
@@ -383,6 +389,7 @@ impl Known {
             return Ok(());
         }
         self.looked_at = Some(looks);
+        let owed = std::mem::take(&mut self.owed);
         buffer.resize(PIECE, 0);
         let size = looks.0;
         let mut seen = HashMap::with_capacity(self.pages.len());
@@ -397,7 +404,8 @@ impl Known {
                 for (i, page) in piece.chunks_exact(PAGE_SIZE).enumerate() {
                     let index = at / PAGE_SIZE as u64 + i as u64;
                     let hash = xxh3_128(page);
-                    if self.pages.remove(&index) != Some(hash) {
+                    let is_owed = owed.within(index, index + 1).next().is_some();
+                    if self.pages.remove(&index) != Some(hash) || is_owed {
                         changes.changed(self.run(index, 1)?, page)?;
                     }
                     seen.insert(index, hash);
@@ -468,6 +476,7 @@ mod tests {
             sort: Sort::Anonymous,
             name: b"test".to_vec(),
             pages: HashMap::new(),
+            owed: IntervalSet::default(),
             mappings: 1,
             used: true,
             writable: true,
@@ -495,6 +504,36 @@ mod tests {
         let punch = rustix::fs::FallocateFlags::PUNCH_HOLE | rustix::fs::FallocateFlags::KEEP_SIZE;
         rustix::fs::fallocate(&known.file, punch, 3 * 4096, 4096).unwrap();
         assert_eq!(changes(&mut known), (vec![], vec![3]));
+    }
+
+    /// A page is written once after it was handed on, and both are given up.
+    #[test]
+    fn what_is_owed_twice_is_taken() {
+        let mut known = object();
+        known.file.write_all_at(&[1; 4 * 4096], 0).unwrap();
+        assert_eq!(changes(&mut known).0, [0, 1, 2, 3]);
+        known.file.write_all_at(&[2], 4096).unwrap();
+        assert_eq!(changes(&mut known).0, [1]);
+        let key = ((0, 1), 7, Sort::Anonymous);
+        let mut objects = SharedObjects::default();
+        objects.known.insert(key, known);
+        let runs = [(1, 2), (1, 1)].map(|(first, n)| Run::new(SpaceId(SHARED_SPACE), first, n));
+        for run in runs {
+            objects.owe(&[run.unwrap()]);
+        }
+        let known = objects.known.get_mut(&key).unwrap();
+        assert_eq!(changes(known), (vec![1, 2], vec![]));
+        assert_eq!(changes(known), (vec![], vec![]));
+    }
+
+    #[test]
+    fn what_is_owed_and_is_no_more_is_absent() {
+        let mut known = object();
+        known.file.write_all_at(&[1; 3 * 4096], 0).unwrap();
+        changes(&mut known);
+        known.owed.insert(1, 3);
+        known.file.set_len(2 * 4096).unwrap();
+        assert_eq!(changes(&mut known), (vec![1], vec![2]));
     }
 
     #[test]
