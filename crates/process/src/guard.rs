@@ -19,8 +19,9 @@
 //! - If this process dies, the kernel lifts the protection of everything.
 //!
 //! # What it does not count
-//! Memory mapped since the last stop, and private mappings of files, which the kernel guards
-//! asynchronously only: these are taken at every stop. A call of the kernel that writes much
+//! Memory mapped since the last stop, or used for the first time in mappings that are mostly holes
+//! (holes are not protected there, which would cost page tables); and private mappings of files, which
+//! the kernel guards asynchronously only: these are taken at every stop. A call of the kernel that writes much
 //! (`read(2)`) may go beyond the limit during a stop.
 
 use crate::ProcessError;

@@ -2,8 +2,8 @@
 //! a Redis.
 //!
 //! # How it is measured
-//! - One strategy after the other in one run, each with a program of its own, freshly filled; first
-//!   the program untracked.
+//! - One strategy after the other in one run, each with a program of its own, freshly filled; next to
+//!   each the same program untracked, which its speed is compared with.
 //! - The first epochs, in which everything is new, are counted apart.
 //! - A writer that finds anything wrong with its memory ends, which fails the run.
 
@@ -71,6 +71,9 @@ pub struct Options {
     /// How many SET requests a run makes.
     #[arg(long, default_value_t = 500_000)]
     requests: u32,
+    /// An `outlive` binary to use instead of building one.
+    #[arg(long, value_name = "PATH")]
+    outlive: Option<PathBuf>,
 }
 
 /// One way, measured on one program.
@@ -79,8 +82,9 @@ struct Measured {
     epochs: Vec<Epoch>,
     committed: u64,
     failed: u64,
-    /// What the program did a second.
+    /// What the program did a second, and what it did untracked.
     speed: f64,
+    untracked: f64,
     /// Largest memory of the keeper, and the page tables of the program, bytes.
     keeper: u64,
     tables: u64,
@@ -99,7 +103,12 @@ pub fn run(options: &Options) -> Result<()> {
         bail!("the strategy cow takes privilege: run this as root");
     }
     tools::ensure(&["redis-server", "redis-benchmark"])?;
-    let binary = workspace::build_outlive()?;
+    let binary = match &options.outlive {
+        Some(path) => path
+            .canonicalize()
+            .with_context(|| format!("no {}", path.display()))?,
+        None => workspace::build_outlive()?,
+    };
     let built = workspace::cargo()
         .args(["build", "--release", "-p", "outlive-test-programs"])
         .args(["--bin", "crowd"])
@@ -107,7 +116,7 @@ pub fn run(options: &Options) -> Result<()> {
         .context("cannot start cargo")?;
     ensure!(built.success(), "the writer does not build: {built}");
     let scratch = workspace::scratch()?;
-    workspace::need_space(&scratch, 20_000_000_000)?;
+    workspace::need_space(&scratch, 6_000_000_000)?;
     let folder = cleanup::folder(&scratch)?;
     let store = folder.join("store");
     fs::create_dir(&store).context("cannot make the store's folder")?;
@@ -137,14 +146,19 @@ impl Bench {
         measure: impl Fn(&Self, &str, Option<&[&str]>) -> Result<Measured>,
     ) -> Result<Vec<Measured>> {
         let mut all = Vec::new();
-        let ways = WAYS.iter().map(|(name, flags)| (*name, Some(*flags)));
-        for (number, (name, flags)) in std::iter::once(("untracked", None)).chain(ways).enumerate()
-        {
-            let subject = format!("{what}-{number}");
-            let mut measured = measure(self, &subject, flags)
-                .with_context(|| format!("measuring {what}, {name}"))?;
-            name.clone_into(&mut measured.way);
-            println!("{what}, {name}: {:.0} a second", measured.speed);
+        for (number, (name, flags)) in WAYS.into_iter().enumerate() {
+            let one = |how: &str, flags| {
+                measure(self, &format!("{what}-{number}-{how}"), flags)
+                    .with_context(|| format!("measuring {what}, {name}, {how}"))
+            };
+            let untracked = one("untracked", None)?.speed;
+            let measured = Measured {
+                way: name.into(),
+                untracked,
+                ..one("tracked", Some(flags))?
+            };
+            let speed = measured.speed;
+            println!("{what}, {name}: {speed:.0} a second, {untracked:.0} untracked");
             all.push(measured);
         }
         Ok(all)
@@ -339,6 +353,7 @@ impl Subject<'_> {
             },
             epochs: self.seen.into_values().collect(),
             failed,
+            untracked: 0.0,
             speed,
             keeper,
             tables,
@@ -361,7 +376,6 @@ fn print(all: &[Measured]) {
          bytes an epoch | epochs (kinds of failure) | speed | of untracked | keeper's memory | \
          page tables |\n|---|---|---|---|---|---|---|---|---|---|"
     );
-    let untracked = all.first().map_or(0.0, |m| m.speed);
     for m in all {
         let of = |what: fn(&Epoch) -> Option<u64>| -> Vec<f64> {
             let known = m.epochs.iter().filter_map(what);
@@ -378,7 +392,7 @@ fn print(all: &[Measured]) {
             m.committed,
             m.failed,
             stats::count(m.speed as u64),
-            m.speed / untracked,
+            m.speed / m.untracked,
             stats::bytes(m.keeper),
             stats::bytes(m.tables),
         );

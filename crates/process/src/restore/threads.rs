@@ -13,7 +13,7 @@ use outlive_linux::ptrace::{Registers, Running, Stop};
 use outlive_linux::remote::{Arg, Batch};
 use outlive_linux::spawn::{CLONE_ARGS_SIZE, clone_args};
 use std::collections::{BTreeMap, BTreeSet};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// Flags of a further thread of the same process, which is traced from birth.
 const THREAD: u64 = (libc::CLONE_VM
@@ -23,6 +23,8 @@ const THREAD: u64 = (libc::CLONE_VM
     | libc::CLONE_THREAD
     | libc::CLONE_SYSVSEM
     | libc::CLONE_PTRACE) as u64;
+/// How long the ID of a thread that has ended may stay taken.
+const IDS_FREE_WITHIN: Duration = Duration::from_millis(500);
 /// Threads made by one batch: their IDs must fit into the working memory.
 const GROUP: usize = 1024;
 
@@ -100,14 +102,7 @@ pub fn recreate(
 }
 
 fn make_group(stub: &mut Stub, threads: &[ThreadState]) -> Result<(), ProcessError> {
-    let tids: Vec<u8> = threads.iter().flat_map(|t| t.tid.to_ne_bytes()).collect();
-    let at = stub.scratch(&tids)?;
-    let steps = threads.iter().enumerate().map(|(i, t)| {
-        let args = clone_args(THREAD, 0, at + 4 * i as u64);
-        let args = [Arg::In(args.to_vec()), Arg::Value(CLONE_ARGS_SIZE as u64)];
-        Step::new(libc::SYS_clone3, args, format!("making thread {}", t.tid))
-    });
-    let made = stub.steps(steps.collect());
+    let made = make_patiently(stub, threads);
     let here = if stub.target.pid == stub.target.id {
         BTreeMap::new()
     } else {
@@ -132,7 +127,32 @@ fn make_group(stub: &mut Stub, threads: &[ThreadState]) -> Result<(), ProcessErr
             }
         }
     }
-    made.map(drop)
+    made
+}
+
+/// Makes threads. A process that was killed may be gone and reaped a moment before the IDs of its
+/// threads are free again.
+fn make_patiently(stub: &mut Stub, threads: &[ThreadState]) -> Result<(), ProcessError> {
+    let deadline = Instant::now() + IDS_FREE_WITHIN;
+    loop {
+        let there = stub.ids_here()?;
+        let missing = || threads.iter().filter(|t| !there.contains_key(&t.tid));
+        let tids: Vec<u8> = missing().flat_map(|t| t.tid.to_ne_bytes()).collect();
+        let at = stub.scratch(&tids)?;
+        let steps = missing().enumerate().map(|(i, t)| {
+            let args = clone_args(THREAD, 0, at + 4 * i as u64);
+            let args = [Arg::In(args.to_vec()), Arg::Value(CLONE_ARGS_SIZE as u64)];
+            Step::new(libc::SYS_clone3, args, format!("making thread {}", t.tid))
+        });
+        match stub.steps(steps.collect()) {
+            Err(ProcessError::Kernel { source, .. })
+                if source.raw_os_error() == Some(libc::EEXIST) && Instant::now() < deadline =>
+            {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            made => return made.map(drop),
+        }
+    }
 }
 
 fn interrupted(state: &ThreadState) -> Option<Interruption> {

@@ -209,6 +209,56 @@ fn a_dead_guard_holds_nobody() {
     assert!(said.contains("steps"), "{said}");
 }
 
+/// A program that may not be guarded is refused, with what to do, and unharmed.
+#[test]
+fn a_program_without_privilege_is_not_guarded() {
+    const NAME: &str = "a_program_without_privilege_is_not_guarded";
+    let _alone = alone();
+    if !may_run(NAME) {
+        return;
+    }
+    let free = std::fs::read_to_string("/proc/sys/vm/unprivileged_userfaultfd");
+    if free.is_ok_and(|text| text.trim() == "1") {
+        println!("SKIPPED 1 test: {NAME}: vm.unprivileged_userfaultfd is 1");
+        return;
+    }
+    let program = Program::start("shifter", &["2", "humble"]);
+    let before = program.mappings().lines().count();
+    let options = TrackOptions {
+        strategy: Strategy::Cow,
+        ..TrackOptions::default()
+    };
+    match Tracked::attach(program.pid, options) {
+        Err(ProcessError::Refused(all)) => {
+            let [refusal] = &all[..] else {
+                panic!("{all:?}");
+            };
+            assert_eq!(refusal.pid, program.pid);
+            let remedies = [
+                "--strategy",
+                "CAP_SYS_PTRACE",
+                "vm.unprivileged_userfaultfd=1",
+            ];
+            for remedy in remedies {
+                assert!(refusal.remedy.contains(remedy), "{refusal:?}");
+            }
+        }
+        Err(e) => panic!("{e}"),
+        Ok(_) => panic!("it was not refused"),
+    }
+    let ours = "/dev/zero";
+    assert!(
+        before > 0 && !program.mappings().contains(ours),
+        "{}",
+        program.mappings()
+    );
+    // The others need no privilege.
+    let mut tracked = begin(&program, (Strategy::Redundant, 1));
+    epoch(&mut tracked, &mut Store::default()).expect("an epoch");
+    tracked.detach().expect("detaching");
+    program.must_report();
+}
+
 /// The guard knows how many pages may have been written, and holds writers at the limit until the
 /// next stop.
 #[test]

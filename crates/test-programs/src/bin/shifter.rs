@@ -1,5 +1,6 @@
 //! Memory that is written, given back, moved, replaced and inherited all the time, and looked at:
-//! `shifter SEED [patient]`. Ends at SIGUSR1, after one more look.
+//! `shifter SEED [patient|humble]`. Ends at SIGUSR1, after one more look; a humble one has given up all
+//! its capabilities.
 //!
 //! # Safety
 //! Each region is a mapping that one thread owns; what it is replaced by lies at the same place or is
@@ -112,6 +113,16 @@ impl Region {
     }
 }
 
+/// Gives up all capabilities.
+fn be_humble() {
+    /// `_LINUX_CAPABILITY_VERSION_3`.
+    const VERSION: u32 = 0x2008_0522;
+    let (header, none) = ([VERSION, 0], [0u32; 6]);
+    // SAFETY: both are live and of the size that this version has.
+    let done = unsafe { libc::syscall(libc::SYS_capset, header.as_ptr(), none.as_ptr()) };
+    expect("capset", done, 0);
+}
+
 /// A child looks at everything, writes some of it, and ends.
 fn inherit(regions: &mut [Region], random: &mut Random) {
     // SAFETY: the child has this thread only, and neither allocates nor locks.
@@ -174,9 +185,13 @@ fn main() {
     let seed = std::env::args().nth(1).and_then(|w| w.parse().ok());
     // While somebody traces it, a signal that nobody wants ends a wait, too.
     block(&[libc::SIGUSR1, libc::SIGCHLD]);
+    let manner = std::env::args().nth(2);
+    if manner.as_deref() == Some("humble") {
+        be_humble();
+    }
     let worker = std::thread::spawn(move || shift(seed.unwrap_or(1)));
     say("ready");
-    if std::env::args().nth(2).as_deref() == Some("patient") {
+    if manner.as_deref() == Some("patient") {
         // For tests in which a tracer is killed: what it interrupted stays interrupted.
         let set = signals(&[libc::SIGUSR1]);
         let set = std::ptr::from_ref(&set).cast::<libc::sigset_t>();
