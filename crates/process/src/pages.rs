@@ -507,7 +507,17 @@ impl PageTracker {
         self.guarded.range(start..end).next().is_some()
     }
 
+    /// A scan that fails may have protected pages that it did not report, because a mapping was
+    /// replaced under it, again and again perhaps: all of the area is fresh at the next pass then.
     fn scan_tracked(&mut self, area: &PrivateArea, changes: &mut Changes) -> Result<(), Errno> {
+        let scanned = self.scan_registered(area, changes);
+        if let (Err(_), Some(tracker)) = (&scanned, &self.tracker) {
+            let _ = tracker.unregister(area.span.0, area.span.1);
+        }
+        scanned
+    }
+
+    fn scan_registered(&mut self, area: &PrivateArea, changes: &mut Changes) -> Result<(), Errno> {
         let dense = self.dense.contains(&area.span) && !self.is_guarded(area.span);
         let known = self.must_be_registered(area).and_then(|()| {
             if dense {
@@ -530,6 +540,11 @@ impl PageTracker {
                     return self.scan_unguarded(area, changes);
                 }
                 registered?;
+                // A mapping that the kernel moved beside a registered one (`mremap`) takes the
+                // registration from that, and leaves its pages protected: they would count as
+                // clean. To end the registration lifts the protection of all of them.
+                tracker.unregister(area.span.0, area.span.1)?;
+                tracker.register(area.span.0, area.span.1)?;
                 drop_stored(&mut self.stored, area.span, changes);
                 self.scan_sparse(area, changes)
             }
