@@ -73,6 +73,25 @@ impl PageMap {
             })
     }
 
+    /// The parts of a run that are held, in order.
+    pub fn within(&self, run: Run) -> impl Iterator<Item = (Run, Where)> + '_ {
+        let space = run.space();
+        let (first, end) = (run.first(), run.end());
+        let before = self
+            .pieces
+            .range((space.0, 0)..(space.0, first))
+            .next_back();
+        let rest = self.pieces.range((space.0, first)..(space.0, end));
+        before
+            .into_iter()
+            .chain(rest)
+            .filter_map(move |(&(_, from), &(to, place))| {
+                let (start, stop) = (from.max(first), to.min(end));
+                let part = Run::new(space, start, stop.checked_sub(start)?)?;
+                Some((part, place.skip(start - from)))
+            })
+    }
+
     /// The runs without what they hold, as long as they can be.
     pub fn runs(&self) -> Vec<Run> {
         let mut runs: Vec<Run> = Vec::new();
@@ -164,6 +183,20 @@ mod tests {
             }
             let stored = model.values().filter(|w| matches!(w, Where::Data { .. })).count();
             prop_assert_eq!(map.stored(), stored as u64);
+            for (space, first, count) in [(0, 3, 9), (1, 0, 60), (0, 17, 1)] {
+                let wanted = Run::new(SpaceId(space), first, count).unwrap();
+                let mut part = BTreeMap::new();
+                for (run, place) in map.within(wanted) {
+                    for i in 0..run.count() {
+                        part.insert((space, run.first() + i), place.skip(i));
+                    }
+                }
+                let expected: BTreeMap<_, _> = model
+                    .range((space, first)..(space, first + count))
+                    .map(|(&k, &w)| (k, w))
+                    .collect();
+                prop_assert_eq!(part, expected);
+            }
             let in_runs: u64 = map.runs().iter().map(Run::count).sum();
             prop_assert_eq!(in_runs, model.len() as u64);
             prop_assert_eq!(flat, model);

@@ -1,16 +1,14 @@
 //! Reading of one epoch.
 //!
 //! The page indexes of the chain are laid over each other when the reader is made. Pages are
-//! delivered in the order of the file, with large reads that a second thread makes ahead, and
+//! delivered in the order of the file (or against it, latest first), with large reads that a second thread makes ahead, and
 //! checked before they are handed out.
 
 use crate::damage::{Part, Trouble};
 use crate::format::{BLOCK_LEN, Kind, Seed, Trailer, TreePlace};
 use crate::generation::Generation;
 use crate::map::{PageMap, Where};
-use outlive_epoch::{
-    Content, EpochId, EpochReader, PAGE_SIZE, Run, SpaceId, StoreError, VisitError,
-};
+use outlive_epoch::{Content, EpochId, EpochReader, Order, PAGE_SIZE, Run, StoreError, VisitError};
 use outlive_media::{Buffer, TRANSFER};
 use std::collections::BTreeMap;
 use std::sync::mpsc;
@@ -76,18 +74,15 @@ impl Reader {
         self.map.stored() * PAGE_SIZE as u64
     }
 
-    /// All pieces of the wanted spaces, cut to the size of one transfer and gathered into reads, in
+    /// All pieces of the wanted runs, cut to the size of one transfer and gathered into reads, in
     /// file order.
-    fn plan(&self, wanted: Wanted<'_>) -> Vec<Chunk> {
+    fn plan(&self, wanted: &[Run]) -> Vec<Chunk> {
         let limit = TRANSFER as u64;
         let mut pieces: Vec<Piece> = Vec::new();
-        for (run, place) in self.map.pieces() {
+        for (run, place) in wanted.iter().flat_map(|run| self.map.within(*run)) {
             let Where::Data { at, epoch, crc } = place else {
                 continue;
             };
-            if !wanted(run.space()) {
-                continue;
-            }
             let per_transfer = limit / BLOCK_LEN;
             for from in (0..run.count()).step_by(per_transfer as usize) {
                 let count = per_transfer.min(run.count() - from);
@@ -154,16 +149,15 @@ impl Reader {
         Ok(())
     }
 
-    fn visit_zeros(&self, wanted: Wanted<'_>, visit: Visit<'_>) -> Result<(), VisitError> {
-        let zeros = self.map.pieces().filter(|(_, place)| *place == Where::Zero);
-        for (run, _) in zeros.filter(|(run, _)| wanted(run.space())) {
+    fn visit_zeros(&self, wanted: &[Run], visit: Visit<'_>) -> Result<(), VisitError> {
+        let parts = wanted.iter().flat_map(|run| self.map.within(*run));
+        for (run, _) in parts.filter(|(_, place)| *place == Where::Zero) {
             visit(run, Content::Zero)?;
         }
         Ok(())
     }
 }
 
-type Wanted<'a> = &'a dyn Fn(SpaceId) -> bool;
 type Visit<'a> = &'a mut dyn FnMut(Run, Content<'_>) -> Result<(), VisitError>;
 
 fn visit_chunk(chunk: &Chunk, bytes: &[u8], visit: Visit<'_>) -> Result<(), VisitError> {
@@ -202,9 +196,13 @@ impl EpochReader for Reader {
         self.map.runs()
     }
 
-    fn pages_of(&self, wanted: Wanted<'_>, visit: Visit<'_>) -> Result<(), VisitError> {
+    fn pages_in(&self, wanted: &[Run], order: Order, visit: Visit<'_>) -> Result<(), VisitError> {
         self.visit_zeros(wanted, visit)?;
-        let chunks = self.plan(wanted);
+        let mut chunks = self.plan(wanted);
+        if order == Order::LatestFirst {
+            // Later epochs stand behind earlier ones.
+            chunks.reverse();
+        }
         let lens = chunks.iter().map(|chunk| chunk.len);
         if let [chunk] = &chunks[..] {
             let mut buffer = new_buffer(lens)?;

@@ -87,6 +87,15 @@ pub enum Content<'a> {
     Zero,
 }
 
+/// In which order pages are handed out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Order {
+    /// As the medium delivers them fastest.
+    Fastest,
+    /// What was written last comes first, by and large: it is likely to be used again.
+    LatestFirst,
+}
+
 /// Reads one committed epoch, checked.
 pub trait EpochReader {
     /// Which epoch this is.
@@ -102,13 +111,25 @@ pub trait EpochReader {
     /// their contents. Pages that are in no run are absent.
     fn runs(&self) -> Vec<Run>;
 
-    /// Hands out every page of the wanted spaces that the epoch holds exactly once, in whatever
-    /// order the medium delivers fastest. The visitor's error ends the walk.
+    /// Hands out every page of the wanted runs (which do not overlap) that the epoch holds exactly
+    /// once, in this order. The visitor's error ends the walk.
+    fn pages_in(
+        &self,
+        wanted: &[Run],
+        order: Order,
+        visit: &mut dyn FnMut(Run, Content<'_>) -> Result<(), VisitError>,
+    ) -> Result<(), VisitError>;
+
+    /// The same with all pages of the wanted spaces, as fast as it goes.
     fn pages_of(
         &self,
         wanted: &dyn Fn(SpaceId) -> bool,
         visit: &mut dyn FnMut(Run, Content<'_>) -> Result<(), VisitError>,
-    ) -> Result<(), VisitError>;
+    ) -> Result<(), VisitError> {
+        let mut runs = self.runs();
+        runs.retain(|run| wanted(run.space()));
+        self.pages_in(&runs, Order::Fastest, visit)
+    }
 
     /// The same, of all spaces.
     fn pages(
@@ -116,6 +137,33 @@ pub trait EpochReader {
         visit: &mut dyn FnMut(Run, Content<'_>) -> Result<(), VisitError>,
     ) -> Result<(), VisitError> {
         self.pages_of(&|_| true, visit)
+    }
+}
+
+impl<T: EpochReader + ?Sized> EpochReader for std::sync::Arc<T> {
+    fn id(&self) -> EpochId {
+        (**self).id()
+    }
+
+    fn groups(&self) -> Vec<String> {
+        (**self).groups()
+    }
+
+    fn tree(&self, group: &str) -> Result<Option<Vec<u8>>, StoreError> {
+        (**self).tree(group)
+    }
+
+    fn runs(&self) -> Vec<Run> {
+        (**self).runs()
+    }
+
+    fn pages_in(
+        &self,
+        wanted: &[Run],
+        order: Order,
+        visit: &mut dyn FnMut(Run, Content<'_>) -> Result<(), VisitError>,
+    ) -> Result<(), VisitError> {
+        (**self).pages_in(wanted, order, visit)
     }
 }
 

@@ -12,6 +12,7 @@ use outlive_epoch::{
 };
 use outlive_epoch_store::{Access, Ahead, CommitTimes, Store};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 /// One committed epoch, as listings show it.
@@ -135,6 +136,17 @@ impl Image {
     /// What the store says; where there is no such epoch, which there are.
     pub fn epoch(&self, epoch: Option<u64>) -> Result<Box<dyn EpochReader + '_>, StoreError> {
         Ok(Box::new(self.store.epoch(epoch.map(EpochId))?))
+    }
+
+    /// The same, for several readers at a time.
+    ///
+    /// # Errors
+    /// As for [`Image::epoch`].
+    pub fn epoch_for_all(
+        &self,
+        epoch: Option<u64>,
+    ) -> Result<Arc<dyn EpochReader + Send + Sync>, StoreError> {
+        Ok(Arc::new(self.store.epoch(epoch.map(EpochId))?))
     }
 
     /// Where it is.

@@ -30,6 +30,7 @@ use outlive_epoch_store::APART;
 use outlive_linux::signals::{Received, SignalQueue};
 use outlive_process::{ProcessError, Strategy};
 use rustix::event::{PollFd, PollFlags, poll};
+use rustix::fd::OwnedFd;
 use rustix::process::Signal;
 use std::collections::{BTreeSet, VecDeque};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -87,6 +88,9 @@ const READYING: u64 = 8_000_000;
 /// back from the kernel.
 const STRAGGLERS_POLL: Duration = Duration::from_millis(20);
 
+/// How often it is looked for whether epochs may begin.
+const AWAITED_POLL: Duration = Duration::from_millis(10);
+
 /// Why the keeper is done.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Ending {
@@ -129,6 +133,8 @@ pub struct Keeper<'a, P: Program> {
     watch: Watch,
     /// Space for the epoch of an event may have to be written ahead.
     readying: bool,
+    /// Nothing is due before this is readable.
+    awaited: Option<OwnedFd>,
     status: Status,
     said: BTreeSet<String>,
 }
@@ -183,6 +189,7 @@ impl<'a, P: Program> Keeper<'a, P> {
             settings,
             watch,
             readying: false,
+            awaited: None,
             log,
             attach,
             tell,
@@ -212,6 +219,14 @@ impl<'a, P: Program> Keeper<'a, P> {
     pub fn going_on(mut self, program: P) -> Self {
         self.plan.goes_on();
         self.with_program(program)
+    }
+
+    /// No epoch is due before `ready` is readable. One that is asked for is taken all the same, as
+    /// soon as tracking can begin.
+    #[must_use]
+    pub fn not_before(mut self, ready: OwnedFd) -> Self {
+        self.awaited = Some(ready);
+        self
     }
 
     /// Keeps the program until it ends, is ended, or tracking ends.
@@ -285,6 +300,9 @@ impl<'a, P: Program> Keeper<'a, P> {
             return self.watch.pressed();
         }
         let now = self.now();
+        if self.awaited.as_ref().is_some_and(|fd| !is_readable(fd)) {
+            return Step::Wait(AWAITED_POLL.as_nanos() as u64);
+        }
         let failing = self.plan.failures() > 0;
         self.watch.step(now, self.plan.wait(now), failing)
     }
@@ -623,6 +641,11 @@ impl<'a, P: Program> Keeper<'a, P> {
             (self.tell)(text);
         }
     }
+}
+
+fn is_readable(fd: &OwnedFd) -> bool {
+    let now = timespec(Duration::ZERO);
+    poll(&mut [PollFd::new(fd, PollFlags::IN)], Some(&now)).is_ok_and(|n| n > 0)
 }
 
 /// The time, nanoseconds since the Unix epoch.

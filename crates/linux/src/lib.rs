@@ -11,6 +11,7 @@ compile_error!("outlive runs on x86-64 Linux only");
 pub mod area;
 pub mod cachestat;
 pub mod clock;
+pub mod demand;
 pub mod descriptors;
 pub mod inherited;
 pub mod inotify;

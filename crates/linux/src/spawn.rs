@@ -110,6 +110,35 @@ pub fn ended_child(status: u32) -> Result<OwnedFd, Errno> {
     Ok(pidfd)
 }
 
+/// Makes a child that has all descriptors in common with this process, and of whose end nobody is
+/// told; it ends after `life`.
+///
+/// # Safety
+/// `life` obeys the rule in the module heading: system calls only.
+pub(crate) unsafe fn fork_with_files(life: impl FnOnce()) -> Result<OwnedFd, Errno> {
+    let mut pidfd: i32 = -1;
+    let args = CloneArgs {
+        flags: (libc::CLONE_PIDFD | libc::CLONE_FILES) as u64 | CLEAR_SIGHAND,
+        pidfd: &raw mut pidfd as u64,
+        ..CloneArgs::default()
+    };
+    // SAFETY: args and pidfd are live; the child only runs `life`, which obeys the rule by the
+    // contract of this function, and ends.
+    let child = unsafe {
+        let r = libc::syscall(libc::SYS_clone3, &raw const args, size_of::<CloneArgs>());
+        if r == 0 {
+            life();
+            libc::_exit(0);
+        }
+        r
+    };
+    if child < 0 || pidfd < 0 {
+        return Err(last_error());
+    }
+    // SAFETY: pidfd was just made by the kernel for us and is nobody else's.
+    Ok(unsafe { OwnedFd::from_raw_fd(pidfd) })
+}
+
 /// Waits until a child ends, and forgets it.
 pub(crate) fn reap(pidfd: &OwnedFd) -> Result<(), Errno> {
     let options = libc::WEXITED | libc::__WALL;

@@ -286,8 +286,8 @@ pub struct RestoreArgs {
     /// others, `keep` takes them as they are
     #[arg(long, default_value = "reconcile", value_name = "HOW")]
     pub files: Files,
-    /// Bring memory in when it is needed (not offered yet)
-    #[arg(long, hide = true)]
+    /// Let the program run at once, and bring its memory in when it is touched, the rest behind it
+    #[arg(long)]
     pub lazy: bool,
     /// Make a PID namespace for the program, in which its process IDs are free; it has others
     /// outside
@@ -376,7 +376,7 @@ impl Pace {
 
 impl RestoreArgs {
     fn missing(&self) -> Option<&'static str> {
-        let flags = [(self.lazy, "--lazy"), (self.tcp == Tcp::Keep, "--tcp keep")];
+        let flags = [(self.tcp == Tcp::Keep, "--tcp keep")];
         flags.iter().find_map(|(used, flag)| used.then_some(*flag))
     }
 }
@@ -484,11 +484,10 @@ mod tests {
 
     #[test]
     fn what_is_not_offered_yet_is_a_usage_error() {
-        for line in ["restore a --lazy", "restore a --tcp keep"] {
-            let error = parse(line).unwrap().offered().unwrap_err();
-            assert_eq!(error.exit_code(), 2, "{line}");
-            assert!(error.to_string().contains("not offered yet"), "{line}");
-        }
+        let error = parse("restore a --tcp keep").unwrap().offered();
+        let error = error.unwrap_err();
+        assert_eq!(error.exit_code(), 2);
+        assert!(error.to_string().contains("not offered yet"));
         for line in [
             "run -- a",
             "run --strategy copy -- a",

@@ -7,7 +7,7 @@
 
 use indicatif::{ProgressBar, ProgressStyle};
 use outlive_epoch::{
-    Acked, Content, EpochFacts, EpochId, EpochReader, EpochWriter, PageSink, Run, SpaceId,
+    Acked, Content, EpochFacts, EpochId, EpochReader, EpochWriter, Order, PageSink, Run,
     StoreError, VisitError,
 };
 use std::cell::{Cell, RefCell};
@@ -107,14 +107,15 @@ impl EpochReader for Watched<'_> {
         self.reader.runs()
     }
 
-    fn pages_of(
+    fn pages_in(
         &self,
-        wanted: &dyn Fn(SpaceId) -> bool,
+        wanted: &[Run],
+        order: Order,
         visit: &mut dyn FnMut(Run, Content<'_>) -> Result<(), VisitError>,
     ) -> Result<(), VisitError> {
         let all = bytes(&self.reader.runs());
         let mut progress = self.progress.borrow_mut();
-        self.reader.pages_of(wanted, &mut |run, content| {
+        self.reader.pages_in(wanted, order, &mut |run, content| {
             visit(run, content)?;
             self.done.set(self.done.get().saturating_add(run.bytes()));
             progress.at(self.done.get(), all);

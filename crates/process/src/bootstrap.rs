@@ -8,6 +8,7 @@ use outlive_linux::maps::{self, Mapping};
 use outlive_linux::memory;
 use outlive_linux::remote::{Arena, Arg, Batch};
 use outlive_linux::userfault::{FLAGS, GUARD_FLAGS, WriteTracker};
+use rustix::fd::OwnedFd;
 use rustix::process::{PidfdGetfdFlags, pidfd_getfd};
 
 /// Where the arena lies and how it is divided.
@@ -193,14 +194,8 @@ pub fn make_tracker(
     arena: &Arena,
     guards: bool,
 ) -> Result<Result<WriteTracker, String>, ProcessError> {
-    let mut batch = Batch::new();
     let flags = if guards { GUARD_FLAGS } else { FLAGS };
-    let fd = batch.push(libc::SYS_userfaultfd, [Arg::Value(flags)]);
-    let answers = leader
-        .run(arena, batch)
-        .map_err(|e| remote_failed(target, e))?;
-    let number = match answers.value(fd) {
-        Ok(number) => number,
+    let made = match take_userfault(target, leader, arena, flags)? {
         Err(Errno::PERM) if guards => {
             let what =
                 "memory that it may not have guarded (userfaultfd with faults of the kernel)";
@@ -210,7 +205,31 @@ pub fn make_tracker(
                 target.refusal("", what, remedy),
             ]));
         }
-        Err(e) => return Ok(Err(format!("userfaultfd: {e}"))),
+        made if guards => made.and_then(WriteTracker::guarding),
+        made => made.and_then(WriteTracker::new),
+    };
+    Ok(made.map_err(|e| match e {
+        Errno::INVAL => "this kernel has no asynchronous write protection (Linux 6.7)".into(),
+        e => format!("userfaultfd: {e}"),
+    }))
+}
+
+/// Creates a userfaultfd in the process and takes it out. `Err` in the inner result: the kernel
+/// makes none.
+pub fn take_userfault(
+    target: &Target,
+    leader: &mut Held,
+    arena: &Arena,
+    flags: u64,
+) -> Result<Result<OwnedFd, Errno>, ProcessError> {
+    let mut batch = Batch::new();
+    let fd = batch.push(libc::SYS_userfaultfd, [Arg::Value(flags)]);
+    let answers = leader
+        .run(arena, batch)
+        .map_err(|e| remote_failed(target, e))?;
+    let number = match answers.value(fd) {
+        Ok(number) => number,
+        Err(e) => return Ok(Err(e)),
     };
     let taken = pidfd_getfd(&target.pidfd, number as i32, PidfdGetfdFlags::empty());
     let mut batch = Batch::new();
@@ -219,15 +238,7 @@ pub fn make_tracker(
         .run(arena, batch)
         .map_err(|e| remote_failed(target, e))?;
     let taken = taken.map_err(|e| target.kernel("taking over the userfaultfd", e))?;
-    let made = if guards {
-        WriteTracker::guarding(taken)
-    } else {
-        WriteTracker::new(taken)
-    };
-    Ok(made.map_err(|e| match e {
-        Errno::INVAL => "this kernel has no asynchronous write protection (Linux 6.7)".into(),
-        e => format!("userfaultfd: {e}"),
-    }))
+    Ok(Ok(taken))
 }
 
 /// Keeps the arena out of children and core dumps.

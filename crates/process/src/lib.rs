@@ -41,6 +41,7 @@ mod waits;
 pub use captured::{Captured, StopTimes};
 pub use error::{ProcessError, Refusal};
 pub use outlive_linux::ptrace::release_stragglers;
-pub use restore::{FilesPolicy, Ready, RestoreOptions, Restored, restore};
+pub use restore::lazy::{Lazy, Served, Source};
+pub use restore::{FilesPolicy, Launched, Ready, RestoreOptions, Restored, restore};
 pub use strategy::{Granularity, Strategy};
 pub use track::{Stopped, TrackOptions, Tracked, Tracking};

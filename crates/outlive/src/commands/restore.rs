@@ -24,18 +24,21 @@ use outlive_keeper::procfs::{self, Pids};
 use outlive_keeper::subject::{Capture, Card, Root, Subject};
 use outlive_linux::signals::SignalQueue;
 use outlive_process::{
-    FilesPolicy, Ready, RestoreOptions, Restored, Strategy, TrackOptions, Tracked,
+    FilesPolicy, Launched, Lazy, ProcessError, Ready, RestoreOptions, Restored, Served, Source,
+    Strategy, TrackOptions, Tracked,
 };
-use rustix::fd::OwnedFd;
+use rustix::fd::{AsFd, OwnedFd};
 use rustix::process::Signal;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
+use std::cell::Cell;
 use std::fs::{File, OpenOptions};
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::{Command, Stdio};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 /// How long a thread may take to stop in an epoch after a restore.
@@ -62,6 +65,7 @@ enum Report {
         pids: Pids,
         restore_us: u64,
         first_run_us: u64,
+        later_bytes: u64,
         epoch: u64,
         notices: Vec<String>,
     },
@@ -101,20 +105,77 @@ fn from_image(dir: &Path, args: &RestoreArgs, teller: &mut Teller) -> Result<u8,
     let (ready, epoch) = prepare(dir, args, None)?;
     not_interrupted(&mut signals)?;
     if let Teller::Parent(_) = teller {
-        teller.tell(ready.go()?, epoch);
+        let Launched { restored, lazy, .. } = ready.launch()?;
+        teller.tell(restored, epoch);
+        // Whoever serves its memory stays until it is all there.
+        lazy.map_or(Ok(()), |mut lazy| lazy.finish().map(drop))?;
         return Ok(0);
     }
     let modes = Modes::note();
     let _lent = Lent::to(ready.pid());
-    let restored = ready.go()?;
+    let Launched { restored, lazy, .. } = ready.launch()?;
     let pid = restored.pid;
     terminal::redraw(pid);
     teller.tell(restored, epoch);
+    let rest = Rest::follow(lazy, teller);
     let ending = Companion::of(pid, true)?.run(&mut signals)?;
     if let Some(modes) = modes {
         modes.after(&ending);
     }
+    rest.wait()?;
     Ok(ending.code())
+}
+
+/// The memory of a program that comes after it; a thread tells when all of it is there.
+#[derive(Default)]
+struct Rest {
+    thread: Cell<Option<JoinHandle<Result<(), ProcessError>>>>,
+    ready: Option<OwnedFd>,
+}
+
+impl Rest {
+    fn follow(lazy: Option<Lazy>, teller: &Teller) -> Self {
+        let json = matches!(teller, Teller::User { json: true });
+        let Some(mut lazy) = lazy else {
+            return Self::default();
+        };
+        // Without it, epochs that are due wait for the thread.
+        let ready = lazy.as_fd().try_clone_to_owned().ok();
+        let thread = std::thread::spawn(move || {
+            let served = lazy.finish()?;
+            tell_rest(&served, json);
+            Ok(())
+        });
+        Self {
+            thread: Cell::new(Some(thread)),
+            ready,
+        }
+    }
+
+    /// Waits until all is there. Fails where the program had to be ended.
+    fn wait(&self) -> Result<(), ProcessError> {
+        match self.thread.take().map(JoinHandle::join) {
+            Some(Ok(done)) => done,
+            _ => Ok(()),
+        }
+    }
+}
+
+fn tell_rest(served: &Served, json: bool) {
+    if json {
+        out::json(&json!({
+            "resident_us": served.resident_us,
+            "waits": served.waits,
+            "on_demand_bytes": served.on_demand,
+            "bytes": served.bytes,
+        }));
+        return;
+    }
+    out::say(&format!(
+        "all memory is there after {}; the program waited for a page {} times",
+        out::time_us(served.resident_us),
+        served.waits,
+    ));
 }
 
 fn subject(
@@ -159,7 +220,11 @@ fn subject(
     let mut control = Control::open(subject.dir())?;
     let modes = Modes::note();
     let _lent = Lent::to(ready.pid());
-    let (mut restored, tracked) = ready.go_tracked()?;
+    let Launched {
+        mut restored,
+        tracked,
+        lazy,
+    } = ready.launch()?;
     let pid = restored.pid;
     terminal::redraw(pid);
     // The program runs: what fails now costs its epochs, not its life.
@@ -186,10 +251,18 @@ fn subject(
         max_wear: known.max_wear,
         model,
     };
-    let mut attach = || Tracked::attach(pid, options.clone());
+    let mut rest = Rest::follow(lazy, teller);
+    let ready = rest.ready.take();
+    let mut attach = || {
+        rest.wait()?;
+        Tracked::attach(pid, options.clone())
+    };
     let mut tell = |text: &str| out::say(&format!("{name}: {text}"));
     let newest = log.newest();
     let mut keeper = Keeper::new(settings, &mut log, &mut attach, &mut tell)?;
+    if let Some(ready) = ready {
+        keeper = keeper.not_before(ready);
+    }
     keeper = match tracked {
         Some(program) if epoch == newest => keeper.going_on(program),
         Some(program) => keeper.with_program(program),
@@ -201,6 +274,7 @@ fn subject(
     if let Some(modes) = modes {
         modes.after(&ending);
     }
+    rest.wait()?;
     finish(&subject, &lock, &log, &ending, false)
 }
 
@@ -250,7 +324,7 @@ fn put_in_place(
     args: &RestoreArgs,
     track: Option<TrackOptions>,
 ) -> Result<(Ready, u64), KeeperError> {
-    let reader = image.epoch(args.epoch)?;
+    let reader = image.epoch_for_all(args.epoch)?;
     let files = match args.files {
         Files::Reconcile => FilesPolicy::Reconcile,
         Files::Keep => FilesPolicy::Keep,
@@ -263,12 +337,13 @@ fn put_in_place(
             std::thread::sleep(Duration::from_millis(2));
         }
     }
-    let reader = Watched::new(reader);
     let options = RestoreOptions {
         files,
         new_pid_ns: args.new_pid_ns,
-        track,
+        track: track.filter(|_| !args.lazy),
+        lazy: args.lazy.then(|| Source(reader.clone())),
     };
+    let reader = Watched::new(Box::new(reader));
     let ready = outlive_process::restore(&reader, &options)?;
     Ok((ready, epoch))
 }
@@ -280,12 +355,14 @@ impl Teller {
             ns_pid,
             restore_us,
             first_run_us,
+            later_bytes,
             notices,
         } = restored;
         let report = Report::Done {
             pids: Pids { pid, ns_pid },
             restore_us,
             first_run_us,
+            later_bytes,
             epoch,
             notices,
         };
@@ -309,7 +386,7 @@ impl Report {
     }
 
     fn show(self, json: bool) -> Result<u8, KeeperError> {
-        let (pids, restore_us, first_run_us, epoch, notices) = match self {
+        let (pids, restore_us, first_run_us, later_bytes, epoch, notices) = match self {
             Self::Failed { error, exit } => {
                 return Err(KeeperError::Told {
                     message: error,
@@ -320,9 +397,10 @@ impl Report {
                 pids,
                 restore_us,
                 first_run_us,
+                later_bytes,
                 epoch,
                 notices,
-            } => (pids, restore_us, first_run_us, epoch, notices),
+            } => (pids, restore_us, first_run_us, later_bytes, epoch, notices),
         };
         for notice in &notices {
             out::say(notice);
@@ -333,12 +411,17 @@ impl Report {
                 "ns_pid": pids.ns_pid,
                 "restore_us": restore_us,
                 "first_run_us": first_run_us,
+                "later_bytes": later_bytes,
                 "epoch": epoch,
                 "notices": notices,
             }));
         } else {
+            let place = match later_bytes {
+                0 => "all in place",
+                _ => "in place but for memory that comes later",
+            };
             out::say(&format!(
-                "pid {pids} runs again from epoch {epoch}: all in place after {}, first run after {}",
+                "pid {pids} runs again from epoch {epoch}: {place} after {}, first run after {}",
                 out::time_us(restore_us),
                 out::time_us(first_run_us),
             ));

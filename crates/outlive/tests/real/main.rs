@@ -10,6 +10,7 @@ mod all_sorts;
 mod bad_images;
 mod bench;
 mod kills;
+mod lazy;
 mod no_space;
 mod owners;
 mod pid_namespace;

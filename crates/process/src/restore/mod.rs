@@ -17,8 +17,10 @@
 mod going_on;
 mod heirs;
 mod late;
+pub mod lazy;
 mod leave;
 mod machine;
+mod memory;
 mod saved;
 mod space;
 mod stub;
@@ -29,7 +31,7 @@ mod vdso;
 
 use crate::image::{SubjectState, ThreadsState};
 use crate::laps::Laps;
-use crate::resources::shared::{self, FileContents, Memories, Origin};
+use crate::resources::shared::{self, FileContents, Origin};
 use crate::resources::timers::{self, TimerState};
 use crate::resources::{attributes, descriptors};
 use crate::target::gone_or;
@@ -37,6 +39,8 @@ use crate::track::{TrackOptions, Tracked};
 use crate::{ProcessError, Refusal};
 use going_on::GoingOn;
 use heirs::Heirs;
+use lazy::{Later, Lazy, Missing, Serving};
+use memory::Contents;
 use outlive_epoch::EpochReader;
 use outlive_linux::Errno;
 use outlive_linux::clock::{TimeOffsets, host_clocks};
@@ -73,9 +77,15 @@ pub struct RestoreOptions {
     pub files: FilesPolicy,
     /// Whether to make a PID namespace for the program, where its process IDs are free.
     pub new_pid_ns: bool,
-    /// How its memory is to be tracked from its first instruction on, see [`Ready::go_tracked`].
+    /// How its memory is to be tracked from its first instruction on, see [`Launched::tracked`].
     pub track: Option<TrackOptions>,
+    /// Whether the program is to run before all its memory is there, which is served from here.
+    /// Then it is not tracked.
+    pub lazy: Option<lazy::Source>,
 }
+
+/// Results of interrupted calls that ended while they were entered again, by process and thread.
+type Ended = Vec<Vec<Option<u64>>>;
 
 /// A program that is restored but has not run yet; dropping it removes every trace of it.
 pub struct Ready {
@@ -86,14 +96,16 @@ pub struct Ready {
     threads: Vec<ThreadsState>,
     /// Which of them have memory of their own.
     with_memory: Vec<bool>,
-    /// Results of interrupted calls that ended while they were entered again.
-    ended: Vec<Vec<Option<u64>>>,
+    ended: Ended,
     made: descriptors::Made,
     made_files: MadeFiles,
     objects: Objects,
     contents: HashMap<u32, FileContents>,
     /// Where its memory is tracked.
     tracking: Option<GoingOn>,
+    /// Where pages come later, and how many bytes.
+    serving: Option<Serving>,
+    later_bytes: u64,
     notices: Vec<String>,
     began: Instant,
     restore_us: u64,
@@ -110,8 +122,22 @@ pub struct Restored {
     pub restore_us: u64,
     /// From the call of [`restore`] until the first thread ran, microseconds.
     pub first_run_us: u64,
+    /// Bytes of memory that were not there yet when it ran.
+    pub later_bytes: u64,
     /// Things the user should know: connections that were reset, file tails kept aside.
     pub notices: Vec<String>,
+}
+
+/// A restored, running program, and what goes on with it.
+pub struct Launched {
+    /// The program.
+    pub restored: Restored,
+    /// Tracking that began with [`RestoreOptions::track`]: the next epoch after the one restored has
+    /// to hold only what changed since. Without a tracker that cannot be, and tracking has to begin
+    /// anew.
+    pub tracked: Option<Tracked>,
+    /// What brings its pages ([`RestoreOptions::lazy`]).
+    pub lazy: Option<Lazy>,
 }
 
 /// The refusal for a process ID that is in use.
@@ -158,35 +184,46 @@ pub fn restore(reader: &dyn EpochReader, options: &RestoreOptions) -> Result<Rea
         .map(|away| namespace(&saved, away, offsets, &mut made))
         .transpose()?;
     let place = namespace.as_ref().map_or(Place::Here(offsets), Place::In);
-    let heirs = Heirs::find(&saved, reader);
+    let heirs = &Heirs::find(&saved, reader);
+    let later = match options.lazy {
+        Some(_) => lazy::choose(&saved, heirs, reader),
+        None => Later::new(),
+    };
+    let from = Contents {
+        reader,
+        heirs,
+        later: &later,
+    };
     let mut stubs = tree::make(&saved, &ours, place, &mut |at, stub| {
-        give(
-            stub,
-            &saved.processes[at],
-            &files[at],
-            &shared,
-            &heirs,
-            reader,
-        )
+        memory::give(stub, &saved.processes[at], &files[at], &shared, &from)
     })?;
     late::bring(&mut stubs, &saved, &made)?;
     let memories = Rc::get_mut(&mut shared).ok_or_else(shared_is_held)?;
     objects.make(&saved, &mut stubs, memories)?;
     laps.lap("processes");
-    let tracking = memory(
+    memory::make(
         &mut stubs,
-        &mut saved,
+        &saved,
         &files,
         (&shared, &mut contents),
-        (&objects, &heirs),
-        (reader, options.track.as_ref()),
+        (&objects, &from),
     )?;
+    // Whatever is written from here on differs from the epoch.
+    let tracking = match &options.track {
+        Some(how) if options.lazy.is_none() => GoingOn::begin(&mut stubs, &saved, reader, how),
+        _ => None,
+    };
+    let missing = Missing::begin(&mut stubs, &saved, &later, (reader, began))?;
+    memory::finish(&mut stubs, &mut saved, &files, &shared)?;
     objects.finish(&saved)?;
     drop((files, shared));
     laps.lap("memory");
     attributes_and_descriptors(&mut stubs, &saved, &made, &mut notices)?;
     laps.lap("attributes");
-    let ended = threads_of_all(&mut stubs, &saved, &mut notices)?;
+    let later_bytes = missing.bytes();
+    let source = options.lazy.clone().filter(|_| later_bytes > 0);
+    let missing = source.map(|source| (missing, source));
+    let (ended, serving) = threads_of_all(&mut stubs, &saved, &mut notices, missing)?;
     laps.lap("threads");
     laps.tell("restore");
     let restore_us = began.elapsed().as_micros() as u64;
@@ -205,6 +242,8 @@ pub fn restore(reader: &dyn EpochReader, options: &RestoreOptions) -> Result<Rea
         objects,
         contents,
         tracking,
+        serving,
+        later_bytes,
         notices,
         began,
         restore_us,
@@ -233,16 +272,20 @@ fn attributes_and_descriptors(
     call(stubs, descriptors::finish_calls(&saved.table))
 }
 
-/// Makes all threads with their states; returns results of interrupted calls that ended.
+/// Makes all threads with their states; returns results of interrupted calls that ended. What is
+/// done to their memory may need missing pages, which are served from when all IDs are taken.
 fn threads_of_all(
     stubs: &mut [Stub],
     saved: &Saved,
     notices: &mut Vec<String>,
-) -> Result<Vec<Vec<Option<u64>>>, ProcessError> {
+    missing: Option<(Missing, lazy::Source)>,
+) -> Result<(Ended, Option<Serving>), ProcessError> {
     for (stub, saved) in stubs.iter_mut().zip(&saved.processes) {
         limits(stub, &saved.process)?;
         threads::make(stub, &saved.threads.threads)?;
     }
+    let serving = missing.map(|(missing, source)| missing.serve(source, stubs));
+    let serving = serving.transpose()?;
     call(stubs, descriptors::owner_calls(&saved.table))?;
     let mut ended = Vec::with_capacity(stubs.len());
     for (stub, saved) in stubs.iter_mut().zip(&saved.processes) {
@@ -254,7 +297,7 @@ fn threads_of_all(
         late_attributes(stub, &saved.process)?;
         ended.push(threads::rearm(stub, threads)?);
     }
-    Ok(ended)
+    Ok((ended, serving))
 }
 
 fn no_mounts(saved: &Saved, source: Errno) -> ProcessError {
@@ -298,135 +341,6 @@ fn contents(saved: &Saved, files: &[Files]) -> Result<HashMap<u32, FileContents>
         }
     }
     Ok(all)
-}
-
-/// Makes the address space of a process whose children have much of it, before these are made.
-fn give(
-    stub: &mut Stub,
-    saved: &SavedProcess,
-    files: &Files,
-    shared: &Memories,
-    heirs: &Heirs,
-    reader: &dyn EpochReader,
-) -> Result<(), ProcessError> {
-    if !heirs.gives(stub.target.id) {
-        return Ok(());
-    }
-    let populating = mappings(stub, saved, files, shared, heirs, reader)?;
-    let flight = stub.begin(populating)?;
-    let space = space_of(stub, saved, heirs)?;
-    let filled = space::fill(&[space], &Memories::new(), &mut HashMap::new(), reader);
-    stub.finish(flight)?;
-    filled
-}
-
-fn space_of<'a>(
-    stub: &'a Stub,
-    saved: &'a SavedProcess,
-    heirs: &Heirs,
-) -> Result<space::Space<'a>, ProcessError> {
-    let open = |_| std::fs::File::open(format!("/proc/{}/mem", stub.target.pid));
-    let inherited = heirs.of(stub.target.id).map(open).transpose();
-    Ok(space::Space {
-        target: &stub.target,
-        state: &saved.memory,
-        inherited: inherited.map_err(|e| stub.target.kernel("opening its memory", e))?,
-    })
-}
-
-/// Makes the mappings of one process.
-fn mappings(
-    stub: &mut Stub,
-    saved: &SavedProcess,
-    files: &Files,
-    shared: &Memories,
-    heirs: &Heirs,
-    reader: &dyn EpochReader,
-) -> Result<Batch, ProcessError> {
-    let heritage = heirs.of(stub.target.id);
-    space::clear(stub, &saved.memory, heritage)?;
-    let populating = space::map(stub, &saved.memory, &files.mapped, shared, heritage, reader)?;
-    if let Some(code) = &saved.old_code {
-        vdso::write(stub, code)?;
-    }
-    Ok(populating)
-}
-
-/// Makes all address spaces.
-fn memory(
-    stubs: &mut [Stub],
-    saved: &mut Saved,
-    files: &[Files],
-    (shared, contents): (&Memories, &mut HashMap<u32, FileContents>),
-    (objects, heirs): (&Objects, &Heirs),
-    (reader, track): (&dyn EpochReader, Option<&TrackOptions>),
-) -> Result<Option<GoingOn>, ProcessError> {
-    let has_none = |(_, p): &(&mut Stub, &SavedProcess)| !p.has_memory();
-    for (stub, _) in stubs.iter_mut().zip(&saved.processes).filter(has_none) {
-        space::forget_rseq(stub)?;
-    }
-    let mut flights = Vec::with_capacity(stubs.len());
-    for ((stub, saved), files) in stubs.iter_mut().zip(&saved.processes).zip(files) {
-        if !saved.has_memory() {
-            continue;
-        }
-        let populating = if heirs.gives(stub.target.id) {
-            Batch::new()
-        } else {
-            mappings(stub, saved, files, shared, heirs, reader)?
-        };
-        let (arena, length) = stub.arena.range();
-        objects.attach(stub, &saved.memory, arena + length + tree::ASIDE)?;
-        flights.push(stub.begin(populating)?);
-    }
-    let filled = {
-        let spaces = stubs.iter().zip(&saved.processes);
-        let spaces: Result<Vec<_>, _> = spaces
-            .filter(|(stub, p)| p.has_memory() && !heirs.gives(stub.target.id))
-            .map(|(stub, p)| space_of(stub, p, heirs))
-            .collect();
-        spaces.and_then(|spaces| space::fill(&spaces, shared, contents, reader))
-    };
-    let with_memory = stubs
-        .iter_mut()
-        .zip(&saved.processes)
-        .filter(|(_, p)| p.has_memory());
-    for ((stub, _), flight) in with_memory.zip(flights) {
-        stub.finish(flight)?;
-    }
-    filled?;
-    // Whatever is written from here on differs from the epoch.
-    let tracking = track.and_then(|how| GoingOn::begin(stubs, saved, reader, how));
-    shared::seal(&saved.shared, shared)?;
-    for ((stub, saved), files) in stubs.iter_mut().zip(&saved.processes).zip(files) {
-        if saved.has_memory() {
-            space::map_sealed(stub, &saved.memory, shared)?;
-            space::finish(stub, &saved.memory)?;
-            space::set_layout(stub, &saved.memory, &files.executable)?;
-        }
-    }
-    leave_old_code(stubs, saved)?;
-    Ok(tracking)
-}
-
-/// Brings all threads out of the code of another kernel, before that leads to this one's.
-fn leave_old_code(stubs: &mut [Stub], saved: &mut Saved) -> Result<(), ProcessError> {
-    for (at, stub) in stubs.iter_mut().enumerate() {
-        let holder = saved.holder_of_memory(at);
-        let places = saved.processes[holder]
-            .old_code
-            .as_ref()
-            .map(|code| code.places.clone());
-        if let Some(places) = places {
-            leave::leave(stub, &places, &mut saved.processes[at].threads.threads)?;
-        }
-    }
-    for (stub, saved) in stubs.iter_mut().zip(&saved.processes) {
-        if let Some(code) = &saved.old_code {
-            vdso::connect(stub, code)?;
-        }
-    }
-    Ok(())
 }
 
 fn shared_is_held() -> ProcessError {
@@ -621,17 +535,18 @@ impl Ready {
         &self.notices
     }
 
-    /// Lets the program run.
+    /// Lets the program run, without tracking; returns when all its memory is there.
     pub fn go(mut self) -> Result<Restored, ProcessError> {
         self.tracking = None;
-        let (restored, _) = self.go_tracked()?;
-        Ok(restored)
+        let launched = self.launch()?;
+        if let Some(mut lazy) = launched.lazy {
+            lazy.finish()?;
+        }
+        Ok(launched.restored)
     }
 
-    /// Lets the program run under tracking that began with [`RestoreOptions::track`]: the next
-    /// epoch after the one restored has to hold only what changed since. Without a tracker that
-    /// cannot be, and tracking has to begin anew.
-    pub fn go_tracked(mut self) -> Result<(Restored, Option<Tracked>), ProcessError> {
+    /// Lets the program run, tracked and lazily where that was asked for.
+    pub fn launch(mut self) -> Result<Launched, ProcessError> {
         let (pid, ns_pid) = (self.pid(), self.ns_pid());
         for contents in self.contents.values() {
             contents
@@ -657,6 +572,7 @@ impl Ready {
             let kept = namespace.keep(ns_pid);
             kept.map_err(|e| spawn_failed(pid, e))?;
         }
+        let lazy = self.serving.take().map(Serving::bring_all).transpose()?;
         let mut first_run_us = 0;
         let mut stubs = std::mem::take(&mut self.stubs);
         stubs.iter_mut().for_each(|s| s.keep = true);
@@ -678,8 +594,13 @@ impl Ready {
             ns_pid,
             restore_us: self.restore_us,
             first_run_us,
+            later_bytes: self.later_bytes,
             notices: self.notices,
         };
-        Ok((restored, tracked))
+        Ok(Launched {
+            restored,
+            tracked,
+            lazy,
+        })
     }
 }

@@ -1,12 +1,13 @@
 //! Making the address space: mappings first, then contents, then protections, seals and locks.
 
 use super::heirs::{Heritage, first_protection};
+use super::lazy::at_once;
 use super::stub::{Step, Stub, step};
 use crate::ProcessError;
 use crate::resources::memory::{Area, AreaKind, LAYOUT, MappedFile, MemoryState};
 use crate::resources::shared::{FileContents, Memories, Memory};
 use crate::target::Target;
-use outlive_epoch::{Content, EpochReader, PAGE_SIZE, Run, SpaceId, VisitError};
+use outlive_epoch::{Content, EpochReader, Order, PAGE_SIZE, Run, SpaceId, VisitError};
 use outlive_linux::maps::{self, Mapping, VmFlags};
 use outlive_linux::memory;
 use outlive_linux::remote::{Arg, Batch};
@@ -223,16 +224,16 @@ pub fn runs_of(id: u32, state: &MemoryState, reader: &dyn EpochReader) -> Runs {
 }
 
 /// Makes all mappings that are not kept of the parent's. `files` are open in the new process at the same numbers as here. Returns
-/// calls that make writing the contents faster if they run meanwhile.
+/// calls that make writing the contents faster if they run meanwhile, of those `runs` that do not
+/// come `later`.
 pub fn map(
     stub: &mut Stub,
     state: &MemoryState,
     files: &[File],
     shared: &Memories,
     heritage: Option<&Heritage>,
-    reader: &dyn EpochReader,
+    (mut runs, later): (Runs, &[(u64, u64)]),
 ) -> Result<Batch, ProcessError> {
-    let mut runs = runs_of(stub.target.id, state, reader);
     let none = Heritage::default();
     let heritage = heritage.unwrap_or(&none);
     let mut steps = keep(heritage);
@@ -260,7 +261,7 @@ pub fn map(
             .flat_map(|r| heritage.outside(r.0, r.1))
             .collect();
     }
-    Ok(populating(&runs))
+    Ok(populating(&at_once(runs, later)))
 }
 
 /// Makes what is kept of the parent's mappings the child's: protections, and pages that it has not.
@@ -394,7 +395,10 @@ pub fn fill(
         let id = space.0;
         clips.contains_key(&id) || shared.contains_key(&id) || files.contains(&id)
     };
-    let walked = reader.pages_of(&wanted, &mut |run, content| {
+    let runs = reader.runs().into_iter().filter(|r| wanted(r.space()));
+    let later = |run: &Run| clips.get(&run.space().0).map_or(&[][..], |(s, _)| s.later);
+    let runs: Vec<Run> = runs.flat_map(|run| now(run, later(&run))).collect();
+    let walked = reader.pages_in(&runs, Order::Fastest, &mut |run, content| {
         if let Some(memory) = shared.get(&run.space().0) {
             return write_shared(memory, run, content);
         }
@@ -437,6 +441,16 @@ pub fn fill(
     })
 }
 
+/// The parts of a run that do not come later.
+fn now(run: Run, later: &[(u64, u64)]) -> Vec<Run> {
+    if later.is_empty() {
+        return vec![run];
+    }
+    let parts = at_once(vec![(run.address(), run.address() + run.bytes())], later);
+    let part = |(s, e): (u64, u64)| Run::new(run.space(), s / PAGE, (e - s) / PAGE);
+    parts.into_iter().filter_map(part).collect()
+}
+
 /// Zeros need not be written: the memory is new.
 fn write_shared(memory: &Memory, run: Run, content: Content<'_>) -> Result<(), VisitError> {
     let Content::Bytes(bytes) = content else {
@@ -466,6 +480,8 @@ pub struct Space<'a> {
     /// The memory of a process that has some of its parent's: what is right already is not written.
     /// Reading it so leaves common pages common, which `process_vm_readv(2)` does not.
     pub inherited: Option<File>,
+    /// What is not written now.
+    pub later: &'a [(u64, u64)],
 }
 
 impl Space<'_> {

@@ -211,7 +211,7 @@ fn epochs_of_an_address_space_go_on_from_the_restored_one() {
             let newest = store.newest();
             let ready = restore(newest, &options).expect("restoring it");
             must_equal(&seen, &look(program.pid, newest));
-            let (_, tracked) = ready.go_tracked().expect("letting it run");
+            let tracked = ready.launch().expect("letting it run").tracked;
             program.was_restored();
             let mut tracked = tracked.expect("it is tracked");
             let child = first_child(program.pid);

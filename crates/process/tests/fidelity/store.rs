@@ -2,7 +2,7 @@
 //! seam. Every epoch is a full map of its pages, so that any of them can be restored, and spoilt.
 
 use outlive_epoch::{
-    Acked, Content, EpochFacts, EpochId, EpochReader, EpochWriter, PAGE_SIZE, PageSink, Run,
+    Acked, Content, EpochFacts, EpochId, EpochReader, EpochWriter, Order, PAGE_SIZE, PageSink, Run,
     SpaceId, StoreError, VisitError,
 };
 use std::collections::BTreeMap;
@@ -152,12 +152,16 @@ impl EpochReader for Epoch {
         runs
     }
 
-    fn pages_of(
+    fn pages_in(
         &self,
-        wanted: &dyn Fn(SpaceId) -> bool,
+        wanted: &[Run],
+        _: Order,
         visit: &mut dyn FnMut(Run, Content<'_>) -> Result<(), VisitError>,
     ) -> Result<(), VisitError> {
-        for (&(space, index), page) in self.pages.iter().filter(|((space, _), _)| wanted(*space)) {
+        let keys = wanted
+            .iter()
+            .map(|r| (r.space(), r.first())..(r.space(), r.end()));
+        for (&(space, index), page) in keys.flat_map(|keys| self.pages.range(keys)) {
             let run = Run::new(space, index, 1).expect("one page");
             let zero = **page == [0; PAGE_SIZE];
             visit(

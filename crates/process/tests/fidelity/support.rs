@@ -444,8 +444,9 @@ pub fn bring_back_tracked(program: &mut Program, epoch: &Epoch, seen: &View) -> 
     let ready = restore(epoch as &dyn EpochReader, &options)
         .unwrap_or_else(|e| panic!("restoring epoch {}: {e}", epoch.id()));
     seen.must_equal(&look(&ready, epoch));
-    let (_, tracked) = ready.go_tracked().expect("letting it run");
+    let launched = ready.launch().expect("letting it run");
     program.was_restored();
+    let tracked = launched.tracked;
     tracked.unwrap_or_else(|| panic!("it is not tracked: {}", program.story()))
 }
 
