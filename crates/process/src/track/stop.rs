@@ -40,6 +40,10 @@ const STRANGER_PATIENCE: Duration = Duration::from_millis(50);
 /// gives to programs: under another kernel it could not go on there.
 const CLOCK_TRIES: u32 = 3;
 
+/// How often a stop is tried again because of a descriptor that cannot be saved: a program may have
+/// one for a moment (Redis reads files of `/proc` about itself). Nothing of memory was taken by then.
+const DESCRIPTOR_TRIES: u32 = 3;
+
 /// How often a stop that would have taken too long is tried again in one epoch, each time after
 /// more copying.
 const LONG_TRIES: u32 = 2;
@@ -65,10 +69,14 @@ struct Standing {
     limit: Limit,
     frozen: Vec<Frozen>,
     zombies: Vec<Kin>,
+    /// Descriptors are being looked at, and nothing of memory was.
+    at_descriptors: bool,
 }
 
 /// Why a try came to nothing.
 enum NoStop {
+    /// A descriptor that cannot be saved: perhaps one that is open for a moment only.
+    Descriptor(ProcessError),
     /// There was a process that is no member.
     Strange,
     /// A thread was in a call that goes by no name.
@@ -85,6 +93,7 @@ struct Tries {
     nameless: u32,
     clock: u32,
     long: u32,
+    descriptor: u32,
 }
 
 impl Tries {
@@ -95,6 +104,7 @@ impl Tries {
             nameless: 0,
             clock: 0,
             long: 0,
+            descriptor: 0,
         }
     }
 
@@ -122,6 +132,11 @@ impl Tries {
                 self.nameless += 1;
                 return Ok(A_MOMENT);
             }
+            NoStop::Descriptor(_) if self.descriptor < DESCRIPTOR_TRIES => {
+                self.descriptor += 1;
+                return Ok(A_MOMENT);
+            }
+            NoStop::Descriptor(e) => return Err(e),
             NoStop::Failed(ProcessError::TooLong { .. }) if self.long < LONG_TRIES => {
                 self.long += 1;
             }
@@ -199,11 +214,16 @@ impl Tracked {
             limit: Limit::begin(limit, self.experience),
             frozen: Vec::new(),
             zombies: Vec::new(),
+            at_descriptors: false,
         };
         let frozen = self.freeze_all(&mut sleepers, &mut standing);
         let done = frozen.map_err(NoStop::Failed).and_then(|()| {
             tries.accept(&standing.frozen)?;
-            self.capture(&mut standing).map_err(NoStop::Failed)
+            let captured = self.capture(&mut standing);
+            captured.map_err(|e| match e {
+                ProcessError::Refused(_) if standing.at_descriptors => NoStop::Descriptor(e),
+                e => NoStop::Failed(e),
+            })
         });
         Ok((standing, done))
     }
@@ -384,6 +404,7 @@ impl Tracked {
             limit,
             frozen,
             zombies,
+            at_descriptors,
         } = standing;
         let mut laps = Laps::new();
         self.adopt_strangers(frozen)?;
@@ -406,7 +427,9 @@ impl Tracked {
         let pids: Vec<u32> = frozen.iter().map(|p| p.kin.pid).collect();
         let shares = self.sharing.find(&pids)?;
         let fellows = self.fellows(&pids);
+        *at_descriptors = true;
         let collected = self.collect_descriptors(frozen, &shares)?;
+        *at_descriptors = false;
         laps.lap("descriptors");
         limit.check()?;
         let many = frozen.len() > 1;
@@ -687,5 +710,20 @@ mod tests {
         ));
         let other = NoStop::Failed(ProcessError::Image(String::new()));
         assert!(Tries::begin().after(other).is_err());
+    }
+
+    #[test]
+    fn a_descriptor_that_is_refused_is_looked_at_again_before_it_counts() {
+        let mut tries = Tries::begin();
+        let refused = || NoStop::Descriptor(ProcessError::Refused(Vec::new()));
+        for _ in 0..DESCRIPTOR_TRIES {
+            assert_eq!(tries.after(refused()).ok(), Some(A_MOMENT));
+        }
+        assert!(matches!(
+            tries.after(refused()),
+            Err(ProcessError::Refused(_))
+        ));
+        let later = NoStop::Failed(ProcessError::Refused(Vec::new()));
+        assert!(Tries::begin().after(later).is_err(), "memory may be lost");
     }
 }
