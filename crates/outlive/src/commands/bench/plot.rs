@@ -18,8 +18,8 @@ const BOTTOM: f64 = 62.0;
 /// Height of a line of the legend.
 const LINE: f64 = 18.0;
 /// Colours that people who see few colours can tell apart (Okabe and Ito).
-const COLOURS: [&str; 7] = [
-    "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#000000", "#e69f00", "#56b4e9",
+const COLOURS: [&str; 8] = [
+    "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#000000", "#e69f00", "#56b4e9", "#7f7f7f",
 ];
 
 /// An axis.

@@ -27,6 +27,8 @@ struct Varied {
     name: &'static str,
     heading: &'static str,
     title: &'static str,
+    /// Files of the plots, and which checkpoint each shows.
+    plots: [(&'static str, &'static str); 2],
     column: &'static str,
     /// Number of areas and bytes of each, of a value.
     areas: fn(u64) -> (u64, u64),
@@ -57,6 +59,7 @@ pub fn measure(session: &Session, effort: &Effort) -> Result<Report, KeeperError
         name: "rtcr-size",
         heading: "One area",
         title: "one area by its size",
+        plots: [("rtcr-size-first", "first"), ("rtcr-size-second", "second")],
         column: "area, MB",
         areas: |n| (1, n * MB),
     };
@@ -64,6 +67,10 @@ pub fn measure(session: &Session, effort: &Effort) -> Result<Report, KeeperError
         name: "rtcr-number",
         heading: "Areas of 1 MB",
         title: "areas of 1 MB by their number",
+        plots: [
+            ("rtcr-number-first", "first"),
+            ("rtcr-number-second", "second"),
+        ],
         column: "areas",
         areas: |n| (n, MB),
     };
@@ -94,15 +101,11 @@ fn vary(
         "second: pages",
     ];
     let mut table = Table::new(v.name, v.heading, &columns);
-    let mut lines: Vec<[Series; 2]> = Vec::new();
+    let mut lines: [Vec<Series>; 2] = Default::default();
     let most = effort.memory(200 * MB, 20 * MB) / MB;
     let values = effort.points(&[1, 2, 5, 10, 20, 50, 100, 150, 200], &[10], most);
     for strategy in STRATEGIES {
-        let series = |which| Series {
-            name: format!("{strategy}, {which}"),
-            points: Vec::new(),
-        };
-        let mut line = [series("first"), series("second")];
+        let mut line: [Vec<_>; 2] = Default::default();
         for &value in &values {
             out::say(&format!("rtcr: {} {value}, {strategy}", v.column));
             let (areas, bytes) = (v.areas)(value);
@@ -125,8 +128,8 @@ fn vary(
                     .median()
                     .map(|m| (float(value), m, samples.percentile(99.0)))
             };
-            line[0].points.extend(point(&found.first_stop));
-            line[1].points.extend(point(&found.stop));
+            line[0].extend(point(&found.first_stop));
+            line[1].extend(point(&found.stop));
             table.row(vec![
                 Cell::whole(Unit::Count, value),
                 Cell::words(strategy),
@@ -137,30 +140,31 @@ fn vary(
                 Cell::One(Unit::Count, found.pages.median().unwrap_or(0.0)),
             ]);
         }
-        lines.push(line);
+        for (lines, points) in lines.iter_mut().zip(line) {
+            let name = strategy.into();
+            lines.extend((!points.is_empty()).then_some(Series { name, points }));
+        }
     }
     report.tables.push(table);
-    let series = lines
-        .into_iter()
-        .flatten()
-        .filter(|s| !s.points.is_empty())
-        .collect();
-    let plot = Plot {
-        title: format!("Stop time by strategy: {}", v.title),
-        x: Axis {
-            label: v.column.into(),
-            unit: Unit::Count,
-            log: true,
-        },
-        y: Axis {
-            label: "stop time".into(),
-            unit: Unit::Time,
-            log: true,
-        },
-        series,
-    };
-    report.plots.push((v.name, plot));
+    for ((file, which), series) in v.plots.into_iter().zip(lines) {
+        let title = format!("Stop time of the {which} checkpoint: {}", v.title);
+        report.plots.push((file, plot(title, v.column, series)));
+    }
     Ok(())
+}
+
+fn plot(title: String, x: &str, series: Vec<Series>) -> Plot {
+    let axis = |label: &str, unit| Axis {
+        label: label.into(),
+        unit,
+        log: true,
+    };
+    Plot {
+        title,
+        x: axis(x, Unit::Count),
+        y: axis("stop time", Unit::Time),
+        series,
+    }
 }
 
 /// Both checkpoints, again and again, each time of a program that is not tracked yet.
@@ -281,20 +285,8 @@ fn granularity(session: &Session, effort: &Effort, report: &mut Report) -> Resul
     }
     lines.retain(|line| !line.points.is_empty());
     report.tables.push(table);
-    let plot = Plot {
-        title: "Stop time by granularity".into(),
-        x: Axis {
-            label: "granularity, pages".into(),
-            unit: Unit::Count,
-            log: true,
-        },
-        y: Axis {
-            label: "stop time".into(),
-            unit: Unit::Time,
-            log: true,
-        },
-        series: lines,
-    };
+    let title = "Stop time by granularity".into();
+    let plot = plot(title, "granularity, pages", lines);
     report.plots.push(("rtcr-granularity", plot));
     Ok(())
 }

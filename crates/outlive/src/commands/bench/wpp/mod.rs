@@ -23,8 +23,10 @@ use turns::turns;
 const EVERY: &str = "100ms";
 /// How often memory is mapped, filled and unmapped in one pass.
 const TIMES: u64 = 10;
-/// Passes in one turn.
+/// Most passes in one turn …
 const PASSES: usize = 10;
+/// … and least turns, where there are so many passes.
+const TURNS: usize = 5;
 
 /// Measures all of it.
 ///
@@ -147,8 +149,9 @@ fn cycle(session: &Session, effort: &Effort, report: &mut Report) -> Result<(), 
         &[1, 10],
         most,
     );
-    let passes = PASSES.min(effort.runs(500, 3));
-    let count = effort.runs(500, 3).div_ceil(passes);
+    let runs = effort.runs(500, 2);
+    let passes = (runs / TURNS).clamp(1, PASSES);
+    let count = runs.div_ceil(passes);
     for size in sizes {
         out::say(&format!("wpp: map, fill, unmap {size} MiB"));
         let shown = Cell::whole(Unit::Count, size);
