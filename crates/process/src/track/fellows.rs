@@ -5,6 +5,9 @@
 //!   memory.
 //! - When that one ends, or begins another program, the next takes its place, and all of the memory
 //!   is copied again under its name.
+//! - Where none can take its place they are members no longer: whoever of them is still there is
+//!   adopted anew, with all of its memory. Nobody is saved as having the memory of one that is not
+//!   saved.
 
 use super::Tracked;
 use crate::ProcessError;
@@ -53,10 +56,15 @@ impl Tracked {
                 break;
             }
         }
-        // Fellows of one without an heir are about to be found gone too.
+        let fellows = self.members.values_mut().filter(|m| m.holder() == pid);
         if let Some(heir) = heir {
-            let fellows = self.members.values_mut().filter(|m| m.holder() == pid);
             fellows.for_each(|m| m.set_holder(heir));
+        } else {
+            let orphans: Vec<u32> = fellows.map(|m| m.target.pid).collect();
+            for orphan in orphans {
+                self.members.remove(&orphan);
+                self.sharing.forget(orphan);
+            }
         }
         self.retired.extend(gone.retire());
     }
@@ -69,14 +77,21 @@ impl Tracked {
     }
 
     /// Says in the state of a process what it shares with which other one; that is saved there only.
+    /// `pids` are all that are saved.
     pub(super) fn note_shares(
         &self,
-        pid: u32,
+        (pid, pids): (u32, &[u32]),
         shares: &BTreeMap<u32, Shares>,
         state: &mut MemberState,
-    ) {
+    ) -> Result<(), ProcessError> {
         let shares = shares.get(&pid).copied().unwrap_or_default();
         let holder = self.members.get(&pid).map_or(pid, Member::holder);
+        if !pids.contains(&holder) {
+            return Err(ProcessError::Gone {
+                pid: holder,
+                what: format!("it stood for the address space of process {pid}"),
+            });
+        }
         let process = &mut state.process;
         process.shares_memory_with = if holder == pid { 0 } else { self.id_of(holder) };
         process.shares_descriptors_with = self.id_of(shares.descriptors);
@@ -90,6 +105,7 @@ impl Tracked {
         if shares.signals != 0 {
             state.signals.actions.clear();
         }
+        Ok(())
     }
 
     pub(super) fn refuse_shares(&self, states: &[MemberState]) -> Result<(), ProcessError> {

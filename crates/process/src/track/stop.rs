@@ -344,7 +344,10 @@ impl Tracked {
                     member::let_go(&target, &mut waits, process.threads)
                 }
                 (None, Some(member)) => member.let_go(process.threads),
-                (None, None) => Ok(()),
+                // One without a foothold by now: its threads go on as they were prepared to.
+                (None, None) => Target::open(process.kin.pid).and_then(|target| {
+                    member::let_go(&target, &mut WaitBook::default(), process.threads)
+                }),
             };
             failed = failed.and(gone);
         }
@@ -445,7 +448,7 @@ impl Tracked {
             let seen = std::mem::take(&mut process.seen);
             let mut state = member.capture(&mut process.threads, seen, &mut self.shared, limit)?;
             state.process.parent = parent;
-            self.note_shares(process.kin.pid, &shares, &mut state);
+            self.note_shares((process.kin.pid, &pids), &shares, &mut state)?;
             states.push(state);
             limit.check()?;
         }

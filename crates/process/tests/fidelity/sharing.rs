@@ -5,7 +5,7 @@
 use crate::store::Store;
 use crate::support;
 use crate::support::{
-    Program, adopt_orphans, alone, clean_up, epoch, may_run, prepare, prepare_apart,
+    NoFiles, Program, adopt_orphans, alone, clean_up, epoch, may_run, prepare, prepare_apart,
 };
 use crate::trees::{last_epoch, look, must_equal};
 use outlive_epoch::SpaceId;
@@ -133,6 +133,36 @@ fn an_address_space_outlives_the_process_that_stands_for_it() {
         for _ in 0..epochs {
             take(&mut tracked, &mut store, "after");
         }
+        die_and_report(program, tracked, store);
+    }
+}
+
+/// Nobody can take the place of the process that stood for an address space: those that have it too
+/// are saved with all of its memory nevertheless, by the next epoch that succeeds.
+#[test]
+fn an_address_space_without_an_heir_is_adopted_anew() {
+    let _alone = alone();
+    if !may_run("an_address_space_without_an_heir_is_adopted_anew") {
+        return;
+    }
+    adopt_orphans();
+    for (ends, strategy) in [(true, Strategy::Redundant), (false, Strategy::Cow)] {
+        let program = Program::start("kinds", &["siblings-sharing-all"]);
+        let options = TrackOptions {
+            strategy,
+            ..options()
+        };
+        let mut tracked = Tracked::attach(program.pid, options).expect("attaching");
+        let mut store = Store::default();
+        take(&mut tracked, &mut store, "before");
+        leave(first_child(program.pid), ends);
+        let mut writer = store.begin();
+        let no_files = NoFiles::begin();
+        // It has been noticed by then that the process is gone, whatever fails besides.
+        let _ = tracked.precopy(&mut *writer);
+        drop((no_files, writer));
+        tracked.forget_progress();
+        store.epochs.clear();
         die_and_report(program, tracked, store);
     }
 }

@@ -11,6 +11,7 @@ use outlive_epoch::{EpochReader, EpochWriter};
 use outlive_process::image::{self, ThreadsState, group, kinds};
 use outlive_process::resources::attributes::ProcessState;
 use outlive_process::{ProcessError, Ready, RestoreOptions, TrackOptions, Tracked, restore};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use std::fs::OpenOptions;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -485,4 +486,25 @@ pub fn descriptors(pid: u32) -> Vec<(String, PathBuf)> {
         .collect();
     all.sort();
     all
+}
+
+/// Nobody in this process can open a file until it is dropped.
+pub struct NoFiles(Rlimit);
+
+impl NoFiles {
+    pub fn begin() -> Self {
+        let before = getrlimit(Resource::Nofile);
+        let none = Rlimit {
+            current: Some(0),
+            ..before
+        };
+        setrlimit(Resource::Nofile, none).expect("a lower limit");
+        Self(before)
+    }
+}
+
+impl Drop for NoFiles {
+    fn drop(&mut self) {
+        let _ = setrlimit(Resource::Nofile, self.0);
+    }
 }
