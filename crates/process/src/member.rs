@@ -409,8 +409,9 @@ impl Member {
         let Space::Held(space) = &mut self.space else {
             return;
         };
-        if let Ok(mappings) = bootstrap::mappings_without(&self.target, Some(self.arena.range())) {
-            space.pages.forget(&private_areas(&mappings));
+        match bootstrap::mappings_without(&self.target, Some(self.arena.range())) {
+            Ok(mappings) => space.pages.forget(&private_areas(&mappings)),
+            Err(_) => space.pages.forget_later(),
         }
     }
 

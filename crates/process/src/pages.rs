@@ -156,6 +156,8 @@ pub struct PageTracker {
     owed: IntervalSet,
     /// … and those that are to be said to be absent, before that.
     owed_absent: IntervalSet,
+    /// The next pass has to begin with [`PageTracker::forget`].
+    must_forget: bool,
 }
 
 /// Whether mappings may change under our hands.
@@ -203,13 +205,14 @@ impl PageTracker {
             granularity,
             owed: IntervalSet::default(),
             owed_absent: IntervalSet::default(),
+            must_forget: false,
         })
     }
 
     /// Whether the epochs so far hold nothing of it.
     #[must_use]
     pub fn is_fresh(&self) -> bool {
-        self.stored.is_empty()
+        self.stored.is_empty() || self.must_forget
     }
 
     /// Begins in a process that holds what an epoch holds and has not run since: `held` are the
@@ -307,6 +310,12 @@ impl PageTracker {
         self.doubtful.clear();
         self.owed.clear();
         self.owed_absent.clear();
+        self.must_forget = false;
+    }
+
+    /// The same where the mappings cannot be read now: the next pass does it.
+    pub fn forget_later(&mut self) {
+        self.must_forget = true;
     }
 
     /// What was handed over of this address space got into no epoch: the next pass does so again.
@@ -347,6 +356,9 @@ impl PageTracker {
         areas: &[PrivateArea],
         world: World,
     ) -> Result<Changes, ProcessError> {
+        if self.must_forget {
+            self.forget(areas);
+        }
         let shared = self.guard.as_ref().map(Guard::shared);
         // Writers wait meanwhile: no protection is lifted unseen.
         let mut guarding = shared.as_ref().map(|s| s.lock());

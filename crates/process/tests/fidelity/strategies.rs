@@ -2,8 +2,8 @@
 
 use crate::store::Store;
 use crate::support::{
-    Program, adopt_orphans, alone, bring_back, clean_up, epoch, last_epoch, look, may_run, moving,
-    prepare, times,
+    NoFiles, Program, adopt_orphans, alone, bring_back, clean_up, epoch, last_epoch, look, may_run,
+    moving, prepare, times,
 };
 use crate::unharmed::must_be_free;
 use crate::view::View;
@@ -144,6 +144,31 @@ fn what_is_copied_behind_a_program_is_what_stood() {
         }
     }
     assert!(good > 20, "{good} epochs");
+}
+
+/// That an epoch was not committed is not forgotten where the mappings cannot be read just then: the
+/// next epoch holds everything.
+#[test]
+fn an_epoch_that_failed_is_made_good_also_where_nothing_could_be_read() {
+    let _alone = alone();
+    if !may_run("an_epoch_that_failed_is_made_good_also_where_nothing_could_be_read") {
+        return;
+    }
+    adopt_orphans();
+    for strategy in [Strategy::Incremental, Strategy::Redundant, Strategy::Cow] {
+        let mut program = Program::start("shifter", &["1"]);
+        let mut tracked = begin(&program, (strategy, 1));
+        let mut store = Store::default();
+        epoch(&mut tracked, &mut store).expect("an epoch");
+        let no_files = NoFiles::begin();
+        tracked.forget_progress();
+        drop(no_files);
+        store.epochs.clear();
+        let seen = last_epoch(&mut program, tracked, &mut store);
+        clean_up();
+        bring_back(&mut program, store.newest(), &seen);
+        program.must_report();
+    }
 }
 
 /// The process that the guard of [`a_dead_guard_holds_nobody`] guards.
