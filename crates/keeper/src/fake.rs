@@ -184,6 +184,8 @@ pub struct FakeLog {
     pub committed: u64,
     pub bases: u64,
     pub fail_commit: bool,
+    /// So many epochs cannot be begun.
+    pub fail_begin: u32,
     /// Pieces that were written ahead.
     pub ahead: u64,
 }
@@ -231,6 +233,13 @@ impl EpochWriter for FakeWriter<'_> {
 
 impl EpochLog for FakeLog {
     fn begin(&mut self) -> Result<Box<dyn EpochWriter + '_>, StoreError> {
+        if let Some(left) = self.fail_begin.checked_sub(1) {
+            self.fail_begin = left;
+            return Err(StoreError::Full {
+                place: "fake".into(),
+                needed: 1,
+            });
+        }
         Ok(Box::new(FakeWriter {
             log: self,
             base: false,

@@ -553,7 +553,7 @@ impl<'a, P: Program> Keeper<'a, P> {
         desk: &mut Desk<'_, '_>,
     ) -> Result<(Taken, Fate), ProcessError> {
         if self.program.is_none() {
-            *lost_track = true;
+            self.plan.begins_anew();
             let program = (self.attach)()?;
             self.adopt(program);
         }

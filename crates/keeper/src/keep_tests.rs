@@ -40,6 +40,18 @@ fn keep_with<T: Send + 'static>(
     fail: Option<&'static str>,
     script: impl FnOnce(&Path) -> T + Send + 'static,
 ) -> (Outcome, T) {
+    keep_log(child, every, hold_up, fail, FakeLog::default(), script)
+}
+
+/// The same over a log; one that holds an epoch is gone on from.
+fn keep_log<T: Send + 'static>(
+    child: Child,
+    every: Duration,
+    hold_up: Option<HoldUp>,
+    fail: Option<&'static str>,
+    mut log: FakeLog,
+    script: impl FnOnce(&Path) -> T + Send + 'static,
+) -> (Outcome, T) {
     let dir = tempfile::tempdir().unwrap();
     let mut signals = SignalQueue::open(&[]).unwrap();
     let mut control = Control::open(dir.path()).unwrap();
@@ -62,7 +74,7 @@ fn keep_with<T: Send + 'static>(
             pressed: None,
         })
     };
-    let mut log = FakeLog::default();
+    let restored = (log.committed > 0).then(|| attach().expect("a tracker"));
     let mut warnings = Vec::new();
     let mut tell = |text: &str| warnings.push(text.to_owned());
     let settings = Settings {
@@ -76,6 +88,9 @@ fn keep_with<T: Send + 'static>(
         model: Model::new(Figures::default()),
     };
     let mut keeper = Keeper::new(settings, &mut log, &mut attach, &mut tell).unwrap();
+    if let Some(program) = restored {
+        keeper = keeper.going_on(program);
+    }
     let ending = keeper.run(&mut signals, &mut control).unwrap();
     drop(keeper);
     drop(control);
@@ -173,6 +188,26 @@ fn failures_are_counted_said_once_and_never_end_the_program() {
         "tracking is begun anew after every second failure"
     );
     assert_eq!(outcome.log.committed, 0);
+}
+
+#[test]
+fn a_tracker_that_takes_the_place_of_another_begins_with_everything() {
+    for (failures, bases) in [(1, 0), (REATTACH_AFTER, 1)] {
+        let script = move |dir: &Path| {
+            for _ in 0..=failures {
+                ask(dir, Request::Checkpoint, None).unwrap();
+            }
+            ask(dir, Request::Stop, None).unwrap();
+        };
+        let log = FakeLog {
+            committed: 5,
+            fail_begin: failures,
+            ..FakeLog::default()
+        };
+        let sleep = child("exec sleep 1000");
+        let (outcome, ()) = keep_log(sleep, NEVER, None, None, log, script);
+        assert_eq!((outcome.log.committed, outcome.log.bases), (7, bases));
+    }
 }
 
 fn hold_up(ms: u64) -> Option<HoldUp> {

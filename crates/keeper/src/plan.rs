@@ -11,7 +11,8 @@
 //! - An epoch that was given up is no failure: the next one is due as ever.
 //! - A *full* epoch always begins a new generation, because what older epochs say of pages that
 //!   are no longer there must not shine through: the first epoch of a tracker (but not of one that
-//!   goes on from the newest epoch, after a restore), and the one after a failure that lost track.
+//!   goes on from the newest epoch, after a restore), also where it takes the place of another, and
+//!   the one after a failure that lost track.
 //! - A new generation also begins when the log has grown beyond four times what is live in it and
 //!   beyond [`SMALL_LOG`], or a quarter of what it could have where that is less; and, while there
 //!   is room for it, before there is none: the old one takes space until the new one is complete.
@@ -71,6 +72,11 @@ impl Plan {
     /// full.
     pub fn goes_on(&mut self) {
         self.full = false;
+    }
+
+    /// Another tracker takes over, which knows nothing of the epochs so far.
+    pub fn begins_anew(&mut self) {
+        self.full = true;
     }
 
     /// Nanoseconds until the next epoch is due; 0 where it is due now.
