@@ -3,6 +3,7 @@
 use super::*;
 use crate::budget::model::Figures;
 use crate::control::ask;
+use crate::epoch::Hooks;
 use crate::fake::{FakeLog, FakeProgram};
 use rustix::process::Pid;
 use std::path::Path;
@@ -78,14 +79,9 @@ fn keep_log<T: Send + 'static>(
     let mut warnings = Vec::new();
     let mut tell = |text: &str| warnings.push(text.to_owned());
     let settings = Settings {
-        capture: crate::subject::Capture::default(),
-        pid,
         every,
-        child: true,
         hold_up,
-        max_wear: None,
-        max_stop: None,
-        model: Model::new(Figures::default()),
+        ..settings(pid)
     };
     let mut keeper = Keeper::new(settings, &mut log, &mut attach, &mut tell).unwrap();
     if let Some(program) = restored {
@@ -105,6 +101,19 @@ fn keep_log<T: Send + 'static>(
         },
         answer,
     )
+}
+
+fn settings(pid: u32) -> Settings {
+    Settings {
+        capture: crate::subject::Capture::default(),
+        pid,
+        every: NEVER,
+        child: true,
+        hold_up: None,
+        max_wear: None,
+        max_stop: None,
+        model: Model::new(Figures::default()),
+    }
 }
 
 const NEVER: Duration = Duration::from_secs(3600);
@@ -344,4 +353,118 @@ fn strictly_a_failed_epoch_does_not_hold_the_program_for_ever() {
     let (outcome, ()) = keep_with(sleep, NEVER, strict, Some("write"), script);
     assert!(outcome.trace.contains(&"no limit"), "{:?}", outcome.trace);
     assert!(!outcome.trace.contains(&"limit"), "{:?}", outcome.trace);
+}
+
+/// What a keeper says of itself that has done nothing yet.
+fn idle_status() -> Status {
+    let (mut log, mut tell) = (FakeLog::default(), |_: &str| ());
+    let mut attach = || Ok(FakeProgram::new(None));
+    let settings = Settings {
+        child: false,
+        ..settings(std::process::id())
+    };
+    let keeper = Keeper::new(settings, &mut log, &mut attach, &mut tell);
+    keeper.unwrap().status()
+}
+
+/// What becomes of a power event when all is durable, with a budget of so many milliseconds and with
+/// these requests in the inbox, in this order. The event is one of them, or came before them by a
+/// signal. Says what each is answered, if it is, and how many are left to the loop.
+fn decided(
+    budget_ms: u64,
+    by_signal: bool,
+    requests: &[Request],
+) -> (Fate, Vec<Option<Reply>>, usize) {
+    let dir = tempfile::tempdir().unwrap();
+    let mut signals = SignalQueue::open(&[]).unwrap();
+    let mut control = Control::open(dir.path()).unwrap();
+    let (mut inbox, mut clients) = (VecDeque::new(), Vec::new());
+    for &request in requests {
+        let path = dir.path().to_path_buf();
+        clients.push(std::thread::spawn(move || ask(&path, request, None)));
+        let before = inbox.len();
+        while inbox.len() == before {
+            let heard = control.requests().into_iter();
+            inbox.extend(heard.map(|(request, asker)| Heard::Request(request, asker)));
+        }
+    }
+    let signal = Heard::Signal(Received {
+        signal: Signal::POWER.as_raw(),
+        from_kernel: false,
+        sender: 0,
+    });
+    let mut ears = Ears {
+        signals: &mut signals,
+        control: &mut control,
+        inbox,
+    };
+    let status = idle_status();
+    let mut desk = Desk {
+        ears: &mut ears,
+        event: by_signal.then(|| Event::of(signal).unwrap()),
+        budget: Some(budget_ms * 1_000_000),
+        longest_stop: None,
+        status: &status,
+        durable: None,
+    };
+    assert!(desk.urgent());
+    let taken = Taken {
+        epoch: 1,
+        time_ns: 1,
+        processes: 1,
+        threads: 1,
+        stop_us: 1,
+        durable_us: 1,
+        pages: 1,
+        bytes_written: 1,
+        steps: crate::epoch::Steps::default(),
+    };
+    let fate = desk.decide(&taken);
+    let answer = Reply::Taken {
+        epoch: taken,
+        pids: status.pids,
+        power: None,
+    };
+    desk.event.take().unwrap().answer(&answer);
+    let left = ears.inbox.len();
+    drop(ears);
+    drop(control);
+    let answers = clients
+        .into_iter()
+        .map(|c| c.join().unwrap().ok().flatten());
+    (fate, answers.collect(), left)
+}
+
+#[test]
+fn an_outage_of_which_two_tell_is_one_event() {
+    let taken = |reply: &Option<Reply>| matches!(reply, Some(Reply::Taken { .. }));
+    let (power, back) = (Request::POWER, Request::PowerBack);
+    for by_signal in [true, false] {
+        let (fate, answers, left) = decided(60_000, by_signal, &[power, power, back]);
+        assert_eq!((fate, left), (Fate::RunsOn, 0));
+        assert!(taken(&answers[0]) && taken(&answers[1]), "{answers:?}");
+        assert_eq!(answers[2], Some(Reply::Heard));
+    }
+    // Whoever knows that it is no simulation is believed.
+    let simulated = Request::Power {
+        mains_back_after_us: Some(0),
+        at_ns: None,
+    };
+    let (fate, answers, _) = decided(10, false, &[simulated, power]);
+    assert_eq!(fate, Fate::Ended);
+    assert!(answers.iter().all(taken), "{answers:?}");
+    // The next outage is another event.
+    let (fate, answers, left) = decided(60_000, false, &[power, back, power]);
+    assert_eq!((fate, left), (Fate::RunsOn, 1));
+    assert!(taken(&answers[0]) && answers[2].is_none(), "{answers:?}");
+}
+
+#[test]
+fn what_was_said_of_the_mains_before_an_event_is_no_news() {
+    let (power, back) = (Request::POWER, Request::PowerBack);
+    let (fate, answers, left) = decided(10, false, &[back, power]);
+    assert_eq!((fate, left), (Fate::Ended, 0));
+    assert_eq!(answers[0], Some(Reply::Heard));
+    let (fate, ..) = decided(60_000, true, &[back]);
+    assert_eq!(fate, Fate::RunsOn, "it was said while the epoch was taken");
 }

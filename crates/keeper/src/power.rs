@@ -7,6 +7,9 @@
 //! - When all is durable the program stays frozen. With a hold-up budget it waits until that has
 //!   passed: if the mains are back before (another `SIGPWR`, a request), the program goes on as if
 //!   nothing had been; else it is ended. Without a budget it is ended at once.
+//! - Whoever else tells of the event before it is over is answered with it: the same outage is no
+//!   second event. That the mains are back counts if it was said after the event, also while its
+//!   epoch was being taken.
 //! - Meanwhile only questions about the state are answered; everything else waits.
 
 use crate::KeeperError;
@@ -55,8 +58,19 @@ impl Heard {
     fn is_mains_back(&self) -> bool {
         match self {
             Self::Signal(received) => received.signal == Signal::POWER.as_raw(),
-            Self::Request(request, _) => matches!(request, Request::PowerBack),
+            Self::Request(..) => self.says_back(),
         }
+    }
+
+    /// Answers whoever said that the mains are back.
+    fn acknowledge(self) {
+        if let Self::Request(_, asker) = self {
+            asker.answer(&Reply::Heard);
+        }
+    }
+
+    fn says_back(&self) -> bool {
+        matches!(self, Self::Request(Request::PowerBack, _))
     }
 }
 
@@ -106,7 +120,7 @@ impl Ears<'_> {
 /// A power event.
 #[derive(Debug)]
 pub struct Event {
-    asker: Option<Asker>,
+    askers: Vec<Asker>,
     /// A simulation: after how long the mains are back.
     mains_back_after: Option<u64>,
     /// When it came, nanoseconds of the monotonic clock.
@@ -131,7 +145,7 @@ impl Event {
         let now = monotonic_ns();
         match heard {
             Heard::Signal(s) if s.signal == Signal::POWER.as_raw() => Ok(Self {
-                asker: None,
+                askers: Vec::new(),
                 mains_back_after: None,
                 at: now,
             }),
@@ -142,7 +156,7 @@ impl Event {
                 },
                 asker,
             ) => Ok(Self {
-                asker: Some(asker),
+                askers: vec![asker],
                 mains_back_after: mains_back_after_us.map(|us| us.saturating_mul(1000)),
                 at: at_ns
                     .filter(|at| *at <= now && now - at < BELIEVED)
@@ -152,9 +166,19 @@ impl Event {
         }
     }
 
-    /// Answers whoever asked for it.
+    /// Another one tells of the same event. It came when the first of them says; where one of them
+    /// does not know after how long the mains are back, nobody does.
+    fn join(&mut self, other: Self) {
+        self.askers.extend(other.askers);
+        let longer = |(a, b): (u64, u64)| a.max(b);
+        let back = self.mains_back_after.zip(other.mains_back_after);
+        self.mains_back_after = back.map(longer);
+        self.at = self.at.min(other.at);
+    }
+
+    /// Answers all who asked for it.
     pub fn answer(self, reply: &Reply) {
-        if let Some(asker) = self.asker {
+        for asker in self.askers {
             asker.answer(reply);
         }
     }
@@ -186,51 +210,59 @@ impl Hooks for Desk<'_, '_> {
         let _ = self.ears.listen();
         let inbox = &mut self.ears.inbox;
         let found = inbox.iter().position(Heard::is_event);
-        let event = found.and_then(|at| Event::of(inbox.remove(at)?).ok());
-        self.event = event.or(self.event.take());
+        if let Some(at) = found.filter(|_| self.event.is_none()) {
+            let after = inbox.split_off(at + 1);
+            self.event = inbox.pop_back().and_then(|heard| Event::of(heard).ok());
+            // Said before the event, that is no news.
+            let (old, other): (VecDeque<_>, VecDeque<_>) =
+                inbox.drain(..).partition(Heard::says_back);
+            *inbox = other;
+            inbox.extend(after);
+            old.into_iter().for_each(Heard::acknowledge);
+        }
         self.event.is_some()
     }
 
     fn decide(&mut self, _: &Taken) -> Fate {
-        let now = monotonic_ns();
-        self.durable = Some(now);
-        let Some(event) = &self.event else {
-            return Fate::RunsOn;
-        };
-        let until = |ns: u64| event.at.saturating_add(ns);
-        let (fate, until) = match (event.mains_back_after, self.budget) {
-            (Some(back), Some(budget)) if back > budget => (Fate::Ended, until(budget)),
-            (Some(back), _) => (Fate::RunsOn, until(back)),
-            (None, Some(budget)) => (Fate::Ended, until(budget)),
-            (None, None) => return Fate::Ended,
-        };
+        self.durable = Some(monotonic_ns());
         loop {
+            // What cannot be heard is not waited for.
+            let hears = self.ears.listen().is_ok();
+            let is_over = self.is_over();
+            let Some(event) = &self.event else {
+                return Fate::RunsOn;
+            };
+            let until = |ns: u64| event.at.saturating_add(ns);
+            let (fate, until) = match (event.mains_back_after, self.budget) {
+                (None, None) => return Fate::Ended,
+                (Some(back), Some(budget)) if back > budget => (Fate::Ended, until(budget)),
+                (Some(back), _) => (Fate::RunsOn, until(back)),
+                (None, Some(budget)) => (Fate::Ended, until(budget)),
+            };
+            if is_over {
+                return Fate::RunsOn;
+            }
             let left = until.saturating_sub(monotonic_ns());
-            if left == 0 {
+            if left == 0 || !hears {
                 return fate;
             }
             self.ears.wait(Duration::from_nanos(left));
-            let before = self.ears.inbox.len();
-            if self.ears.listen().is_err() {
-                return fate;
-            }
-            if self.is_over(before) {
-                return Fate::RunsOn;
-            }
         }
     }
 }
 
 impl Desk<'_, '_> {
-    /// Whether the mains are back, by what was heard lately; questions are answered.
-    fn is_over(&mut self, from: usize) -> bool {
-        let mut back = false;
-        for heard in self.ears.inbox.split_off(from) {
+    /// Whether the mains are back, by what was heard since the event; questions are answered, and
+    /// whoever tells of the event too joins it. Without an event everything is left to the loop.
+    fn is_over(&mut self) -> bool {
+        let Some(event) = &mut self.event else {
+            return false;
+        };
+        let (mut back, mut said) = (false, false);
+        for heard in std::mem::take(&mut self.ears.inbox) {
             if heard.is_mains_back() {
-                back = true;
-                if let Heard::Request(_, asker) = heard {
-                    asker.answer(&Reply::Heard);
-                }
+                (back, said) = (true, said | heard.says_back());
+                heard.acknowledge();
                 continue;
             }
             match heard {
@@ -242,7 +274,13 @@ impl Desk<'_, '_> {
                     };
                     asker.answer(&Reply::Status(Box::new(status)));
                 }
-                other => self.ears.inbox.push_back(other),
+                // After it was said that the mains are back, it is the next outage. (A signal says
+                // nothing of that: signals are heard before requests.)
+                heard if said => self.ears.inbox.push_back(heard),
+                heard => match Event::of(heard) {
+                    Ok(same) => event.join(same),
+                    Err(other) => self.ears.inbox.push_back(other),
+                },
             }
         }
         back
