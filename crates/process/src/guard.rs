@@ -15,7 +15,8 @@
 //!   this is asked of the page map after the read. Where it was not (the program gave memory back),
 //!   the epoch fails.
 //! - The guard's thread waits for nobody but for room for copies, which whoever writes the epoch
-//!   makes without the program. From the beginning of a stop until its end nobody is held.
+//!   makes without the program. From the beginning of a stop until its end nobody is held, and none
+//!   while it is waited for processes that are about to begin a program of their own.
 //! - If this process dies, the kernel lifts the protection of everything.
 //!
 //! # What it does not count

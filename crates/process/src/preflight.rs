@@ -15,10 +15,15 @@ const SPAWN_PATIENCE: Duration = Duration::from_millis(500);
 /// … looking again after so long.
 const SPAWN_POLL: Duration = Duration::from_micros(200);
 
-/// Waits a while (at most `patience`) for processes that are about to begin a program of their own: their parents
-/// could not be stopped, while everything else stands still already. One that does not come to it
-/// is refused.
-pub fn let_spawn(root: u32, adopters: &[u32], patience: Duration) -> Result<(), ProcessError> {
+/// Waits a while (at most `patience`) for processes that are about to begin a program of their own:
+/// their parents could not be stopped, while everything else stands still already. One that does not
+/// come to it is refused. Where there is something to wait for, `begin` is called before.
+pub fn let_spawn(
+    root: u32,
+    adopters: &[u32],
+    patience: Duration,
+    begin: impl FnOnce(),
+) -> Result<(), ProcessError> {
     let spawning = || {
         let all = family::list(root, adopters).into_iter();
         all.filter(family::is_spawning)
@@ -27,6 +32,9 @@ pub fn let_spawn(root: u32, adopters: &[u32], patience: Duration) -> Result<(), 
     };
     let deadline = Instant::now() + SPAWN_PATIENCE.min(patience);
     let first = spawning();
+    if !first.is_empty() {
+        begin();
+    }
     let mut now = first.clone();
     while !now.is_empty() && Instant::now() < deadline {
         std::thread::sleep(SPAWN_POLL);
@@ -50,7 +58,7 @@ pub fn let_spawn(root: u32, adopters: &[u32], patience: Duration) -> Result<(), 
 
 /// Refuses what of a program could not be restored, before anything of it is touched.
 pub fn of_program(root: u32, adopters: &[u32], patience: Duration) -> Result<(), ProcessError> {
-    let_spawn(root, adopters, patience)?;
+    let_spawn(root, adopters, patience, || ())?;
     let mut refusals: Vec<Refusal> = Vec::new();
     let mut processes = Vec::new();
     for kin in family::list(root, adopters)

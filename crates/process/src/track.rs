@@ -270,9 +270,22 @@ impl Tracked {
         if self.tracking != Tracking::WriteProtect {
             return Ok(());
         }
-        preflight::let_spawn(self.root, &self.adopters, self.options.stop_timeout)?;
+        self.let_spawn()?;
         self.adopt_all()?;
         self.noting(sink, Self::copy_all)
+    }
+
+    /// Waits for processes that are about to begin a program of their own. Nobody is held meanwhile:
+    /// they would not come to it where they are, in the memory of their parents.
+    fn let_spawn(&self) -> Result<(), ProcessError> {
+        let open = |open| {
+            let guards = self.members.values().filter_map(Member::guard);
+            guards.for_each(|guard| guard.open(open));
+        };
+        let patience = self.options.stop_timeout;
+        let done = preflight::let_spawn(self.root, &self.adopters, patience, || open(true));
+        open(false);
+        done
     }
 
     /// Does something with a sink that takes notes.

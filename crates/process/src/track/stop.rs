@@ -201,7 +201,7 @@ impl Tracked {
         limit: Option<Duration>,
         tries: &Tries,
     ) -> Result<(Standing, Result<Captured, NoStop>), ProcessError> {
-        preflight::let_spawn(self.root, &self.adopters, self.options.stop_timeout)?;
+        self.let_spawn()?;
         self.take_on_new(sink)?;
         if tries.long > 0 && self.tracking == Tracking::WriteProtect {
             let all: Vec<u32> = self.members.keys().copied().collect();

@@ -284,6 +284,20 @@ fn a_program_without_privilege_is_not_guarded() {
     program.must_report();
 }
 
+/// Waits until somebody is held at the limit.
+fn await_pressure(tracked: &Tracked) {
+    let pressure = tracked.pressure();
+    let mut held: Vec<_> = pressure
+        .map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN))
+        .collect();
+    let patience = Timespec {
+        tv_sec: 30,
+        tv_nsec: 0,
+    };
+    let set = poll(&mut held, Some(&patience));
+    assert!(set.is_ok_and(|n| n > 0), "nobody is held");
+}
+
 /// The guard knows how many pages may have been written, and holds writers at the limit until the
 /// next stop.
 #[test]
@@ -299,15 +313,7 @@ fn a_guard_holds_writers_at_the_limit() {
     tracked.limit_dirty(Some(LIMIT));
     for _ in 0..4 {
         epoch(&mut tracked, &mut store).expect("an epoch");
-        let mut held = tracked
-            .pressure()
-            .map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN));
-        let mut held: Vec<_> = held.by_ref().collect();
-        let patience = Timespec {
-            tv_sec: 30,
-            tv_nsec: 0,
-        };
-        assert_eq!(poll(&mut held, Some(&patience)), Ok(1), "nobody is held");
+        await_pressure(&tracked);
         // Whoever is held does not go on by itself.
         std::thread::sleep(Duration::from_millis(30));
         assert_eq!(tracked.dirty_pages(), Some(LIMIT));
@@ -315,6 +321,27 @@ fn a_guard_holds_writers_at_the_limit() {
     tracked.limit_dirty(None);
     tracked.detach().expect("detaching");
     program.must_report();
+}
+
+/// A process that is about to begin a program of its own, in the memory of its parent, is not left at
+/// the limit: nobody could stop its parent then.
+#[test]
+fn who_begins_a_program_is_not_held_at_a_stop() {
+    let _alone = alone();
+    if !may_run("who_begins_a_program_is_not_held_at_a_stop") {
+        return;
+    }
+    let mut program = Program::start("spawner", &["", "200"]);
+    let mut tracked = begin(&program, (Strategy::Cow, 1));
+    let mut store = Store::default();
+    tracked.limit_dirty(Some(100));
+    for _ in 0..4 {
+        epoch(&mut tracked, &mut store).expect("an epoch");
+        await_pressure(&tracked);
+    }
+    tracked.limit_dirty(None);
+    tracked.detach().expect("detaching");
+    program.kill();
 }
 
 /// Kilobytes of page tables of a program.
