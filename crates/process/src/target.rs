@@ -210,6 +210,10 @@ pub struct Status {
     pub shared_pending: u64,
     /// Signals that are blocked at this moment.
     pub blocked: u64,
+    /// Signals that are ignored.
+    pub ignored: u64,
+    /// Signals that have a handler.
+    pub caught: u64,
     /// File mode creation mask.
     pub umask: u32,
     /// `PR_SET_NO_NEW_PRIVS`.
@@ -225,6 +229,19 @@ impl Status {
     #[must_use]
     pub fn tells_end(pid: u32, tid: u32) -> bool {
         Self::read(pid, tid).map_or(true, |s| matches!(s.state, b'Z' | b'X'))
+    }
+
+    /// Signals that wait, and will be delivered to the thread as soon as it runs. Those that do
+    /// nothing wait only because the thread is traced: else they would not even be queued.
+    #[must_use]
+    pub fn deliverable(&self) -> u64 {
+        /// Signals that do nothing unless they have a handler (signal(7)).
+        const IDLE: [i32; 4] = [libc::SIGCHLD, libc::SIGCONT, libc::SIGURG, libc::SIGWINCH];
+        let idle = IDLE
+            .iter()
+            .fold(0, |set, signal| set | 1u64 << (signal - 1));
+        let nothing = self.ignored | idle & !self.caught;
+        (self.pending | self.shared_pending) & !self.blocked & !nothing
     }
 
     /// Reads the status of a thread.
@@ -298,6 +315,8 @@ impl Status {
             "SigPnd" => self.pending = hex(),
             "ShdPnd" => self.shared_pending = hex(),
             "SigBlk" => self.blocked = hex(),
+            "SigIgn" => self.ignored = hex(),
+            "SigCgt" => self.caught = hex(),
             "CapInh" => self.caps[0] = hex(),
             "CapPrm" => self.caps[1] = hex(),
             "CapEff" => self.caps[2] = hex(),
@@ -400,6 +419,18 @@ mod tests {
         if parent != 0 {
             assert_eq!(stat.sid, Stat::read(parent).unwrap().sid);
         }
+    }
+
+    #[test]
+    fn signals_that_do_nothing_are_not_delivered() {
+        let of = |text: &str| Status::parse(text.as_bytes()).deliverable();
+        let (child, user) = (1 << 16, 1 << 9);
+        let both = "SigPnd:\t0000000000010000\nShdPnd:\t0000000000000200\n";
+        assert_eq!(of(both), user);
+        let with = |more: &str| of(&format!("{both}{more}"));
+        assert_eq!(with("SigCgt:\t0000000000010000\n"), child | user);
+        assert_eq!(with("SigIgn:\t0000000000000200\n"), 0);
+        assert_eq!(with("SigBlk:\t0000000000000200\n"), 0);
     }
 
     #[test]

@@ -126,8 +126,7 @@ pub fn call_of(r: &Registers) -> Call {
 /// How a stopped thread's system call was interrupted, and whether it may be made again.
 #[must_use]
 pub fn interruption_of(r: &Registers, status: &Status) -> Option<Interruption> {
-    let deliverable = (status.pending | status.shared_pending) & !status.blocked != 0;
-    interruption(&call_of(r), r.rax as i64, deliverable)
+    interruption(&call_of(r), r.rax as i64, status.deliverable() != 0)
 }
 
 /// The limit of an interrupted call.

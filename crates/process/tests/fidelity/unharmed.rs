@@ -69,7 +69,12 @@ fn being_told_to_continue_changes_nothing() {
     if !may_run("being_told_to_continue_changes_nothing") {
         return;
     }
-    let program = Program::start("registers", &["patient"]);
+    for words in [&["registers", "patient"][..], &["kinds", "nothing"]] {
+        is_told_to_continue(Program::start(words[0], &words[1..]));
+    }
+}
+
+fn is_told_to_continue(program: Program) {
     let mut tracked = track(&program);
     let done = AtomicBool::new(false);
     let failed = std::thread::scope(|scope| {
