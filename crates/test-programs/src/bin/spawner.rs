@@ -41,7 +41,8 @@ fn main() {
     let end = PathBuf::from(std::env::args_os().nth(1).unwrap_or_default());
     let pages: usize = std::env::args()
         .nth(2)
-        .map_or(0, |pages| pages.parse().expect("a number of pages"));
+        .and_then(|pages| pages.parse().ok())
+        .unwrap_or(0);
     let words = (0..pages * WORDS_OF_A_PAGE).map(|_| AtomicU64::new(0));
     let _ = MEMORY.set(words.collect());
     let mut random = Random::new(5);
