@@ -42,6 +42,13 @@ impl Experience {
         self.release = (self.release * 3 + took) / 4;
     }
 
+    /// A stop was given up. What was feared may have been one bad moment, of which nothing else would
+    /// ever tell.
+    pub(super) fn given_up(&mut self) {
+        self.release = self.release * 3 / 4;
+        self.speed *= 1.25;
+    }
+
     /// So many bytes were copied in this time.
     pub(super) fn copied(&mut self, bytes: u64, took: Duration) {
         if bytes >= TELLING && !took.is_zero() {
@@ -77,7 +84,7 @@ impl Limit {
     /// What is left until threads must be let go; `None` where there is no limit.
     pub(super) fn left(&self) -> Option<Duration> {
         let whole = self.whole?;
-        let gone = self.began.elapsed() + self.experience.release;
+        let gone = self.began.elapsed() + self.experience.release.min(whole / 4);
         Some(whole.saturating_sub(gone))
     }
 
@@ -175,6 +182,18 @@ mod tests {
             none.check(),
             Err(ProcessError::TooLong { limit_us: 0 })
         ));
+    }
+
+    #[test]
+    fn one_bad_moment_does_not_end_all_epochs() {
+        let mut experience = Experience::default();
+        experience.released(Duration::from_secs(100));
+        experience.copied(1 << 30, Duration::from_secs(4000));
+        let second = |experience| Limit::begin(Some(Duration::from_secs(1)), experience);
+        assert!(second(experience).check().is_ok());
+        assert!(second(experience).check_copy(600 << 20).is_err());
+        (0..10).for_each(|_| experience.given_up());
+        assert!(second(experience).check_copy(600 << 20).is_ok());
     }
 
     #[test]

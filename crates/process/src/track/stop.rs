@@ -188,6 +188,7 @@ impl Tracked {
 
     fn given_up(&mut self, error: ProcessError) -> ProcessError {
         if let ProcessError::TooLong { .. } = error {
+            self.experience.given_up();
             self.owe_all();
         }
         let explained = |e, member: &Member| cause(e, &member.target, self.root);

@@ -88,7 +88,7 @@ fn a_stop_that_may_take_no_time_harms_nobody() {
             other => Program::start("kinds", &[other]),
         };
         let mut tracked = begin(&program, (Strategy::Redundant, 1));
-        for _ in 0..times(50, 1000) {
+        for _ in 0..times(12, 300) {
             let given_up = tracked.stop(&mut Nowhere, Some(Duration::from_nanos(1)));
             assert!(matches!(given_up, Err(ProcessError::TooLong { .. })));
             must_be_free(&program);
