@@ -77,9 +77,11 @@ fn every_strategy_brings_back_what_stood() {
 fn a_spoilt_page_is_seen(program: &Program, store: &Store, seen: &crate::view::View) {
     let mut spoilt = store.newest().clone();
     let own = |space: SpaceId| space.0 == program.pid;
+    // The lowest is of the program's own data; the highest would be of its stack, some of which
+    // moves, and some of which is its command line.
     let mut pages = spoilt.pages.iter_mut();
-    let last = pages.rfind(|((space, _), _)| own(*space));
-    let page = Arc::make_mut(last.expect("a page of its own").1);
+    let lowest = pages.find(|((space, _), _)| own(*space));
+    let page = Arc::make_mut(lowest.expect("a page of its own").1);
     page[100] ^= 1;
     let ready = prepare(&spoilt);
     let found = seen.differences(&look(&ready, &spoilt));
