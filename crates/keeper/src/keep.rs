@@ -133,6 +133,8 @@ pub struct Keeper<'a, P: Program> {
     watch: Watch,
     /// Space for the epoch of an event may have to be written ahead.
     readying: bool,
+    /// The last epoch of this tracker was committed: what is written since is all that is unsaved.
+    counts: bool,
     /// Nothing is due before this is readable.
     awaited: Option<OwnedFd>,
     status: Status,
@@ -189,6 +191,7 @@ impl<'a, P: Program> Keeper<'a, P> {
             settings,
             watch,
             readying: false,
+            counts: false,
             awaited: None,
             log,
             attach,
@@ -419,11 +422,12 @@ impl<'a, P: Program> Keeper<'a, P> {
             let pages = self.program.as_ref().and_then(P::dirty_pages);
             let bytes = pages.map(|n| n.saturating_mul(PAGE_SIZE as u64));
             if let Some(bytes) = bytes {
-                // Known, not only expected.
-                budget.expected_bytes = bytes;
-                budget.expected_ns = self.watch.figures().cost(bytes);
+                // At least so many: what an epoch that failed had taken is not among them.
+                let cost = self.watch.figures().cost(bytes);
+                budget.expected_bytes = budget.expected_bytes.max(bytes);
+                budget.expected_ns = budget.expected_ns.max(cost);
             }
-            budget.dirty_bytes = bytes;
+            budget.dirty_bytes = bytes.filter(|_| self.counts);
         }
         Status {
             epoch: self.log.newest(),
@@ -463,6 +467,7 @@ impl<'a, P: Program> Keeper<'a, P> {
         let done = self.attempt(manner, &mut lost_track, &mut base, &mut desk);
         let ended = self.now();
         let Desk { event, durable, .. } = desk;
+        self.counts = done.is_ok();
         match &done {
             Ok((taken, fate)) => {
                 self.plan.committed(begun, ended);

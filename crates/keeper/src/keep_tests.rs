@@ -319,12 +319,14 @@ fn strictly_the_first_epoch_is_held_and_whoever_is_at_the_limit_gets_an_epoch() 
     });
     let script = |dir: &Path| {
         // Far apart: only the limit asks for more than the first.
+        let before = status(dir).budget.unwrap();
         ask(dir, Request::Checkpoint, None).unwrap();
         while status(dir).committed < 4 {
             std::thread::sleep(Duration::from_millis(1));
         }
         let status = status(dir);
         ask(dir, Request::Stop, None).unwrap();
+        assert_eq!(before.dirty_bytes, None, "all of it is unsaved");
         status
     };
     let sleep = child("exec sleep 1000");
@@ -335,6 +337,7 @@ fn strictly_the_first_epoch_is_held_and_whoever_is_at_the_limit_gets_an_epoch() 
     assert_eq!(outcome.trace[6..12], second);
     let budget = status.budget.unwrap();
     assert_eq!(budget.dirty_bytes, Some(7 * 4096));
+    assert!(budget.expected_bytes >= 7 * 4096);
     assert!(budget.limit_bytes.unwrap() > 0);
 }
 
@@ -346,8 +349,12 @@ fn strictly_a_failed_epoch_does_not_hold_the_program_for_ever() {
     });
     let script = |dir: &Path| {
         ask(dir, Request::Checkpoint, None).unwrap();
-        let pid = Pid::from_raw(i32::try_from(status(dir).pids.pid).unwrap()).unwrap();
+        let status = status(dir);
+        let pid = Pid::from_raw(i32::try_from(status.pids.pid).unwrap()).unwrap();
         rustix::process::kill_process(pid, Signal::KILL).unwrap();
+        let budget = status.budget.unwrap();
+        assert_eq!(budget.dirty_bytes, None, "what the epoch took is unsaved");
+        assert!(budget.expected_bytes >= 7 * 4096);
     };
     let sleep = child("exec sleep 1000");
     let (outcome, ()) = keep_with(sleep, NEVER, strict, Some("write"), script);

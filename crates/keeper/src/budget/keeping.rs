@@ -35,7 +35,7 @@ pub struct BudgetStatus {
     /// The most of them with which an event fits into the budget.
     pub allowed_bytes: u64,
     /// Strict: the bytes that are written and not durable now, as they are known, without those of an
-    /// epoch on its way.
+    /// epoch on its way. Not known before an epoch is committed, and again after one that was not.
     pub dirty_bytes: Option<u64>,
     /// Strict: the most of them; whoever would write more is held.
     pub limit_bytes: Option<u64>,
