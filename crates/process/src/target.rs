@@ -264,11 +264,13 @@ impl Status {
     fn parse(text: &[u8]) -> Self {
         let text = String::from_utf8_lossy(text);
         let mut s = Self::default();
-        for line in text.lines() {
+        for line in text.split('\n') {
             let Some((key, value)) = line.split_once(':') else {
                 continue;
             };
-            s.set(key, value.trim_start_matches('\t').trim_end());
+            // Blanks at either end may belong to the name.
+            let value = value.strip_prefix('\t').unwrap_or(value);
+            s.set(key, if key == "Name" { value } else { value.trim() });
         }
         s
     }
@@ -418,6 +420,15 @@ mod tests {
         let parent = std::os::unix::process::parent_id();
         if parent != 0 {
             assert_eq!(stat.sid, Stat::read(parent).unwrap().sid);
+        }
+    }
+
+    #[test]
+    fn blanks_belong_to_a_name() {
+        for name in [" a b ", "\ta\t", "a\r", "", " "] {
+            let text = format!("Name:\t{name}\nUmask:\t0022\nTgid:\t7\n");
+            let status = Status::parse(text.as_bytes());
+            assert_eq!((status.name.as_str(), status.tgid), (name, 7));
         }
     }
 
