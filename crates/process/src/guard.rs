@@ -12,7 +12,8 @@
 //! - Which pages were written is asked of the page map, never of what the guard noted: memory that
 //!   was given back, moved or mapped anew comes without a fault.
 //! - A page that is copied behind must have been protected from the stop until after it was read:
-//!   this is asked of the page map after the read. Where it was not (the program gave memory back),
+//!   this is asked of the page map after the read, and whether it is still a page of the program's
+//!   own and not of the file below. Where it was not (the program gave memory back),
 //!   the epoch fails.
 //! - The guard's thread waits for nobody but for room for copies, which whoever writes the epoch
 //!   makes without the program. From the beginning of a stop until its end nobody is held, and none
@@ -46,11 +47,14 @@ const PAGE: u64 = PAGE_SIZE as u64;
 const CHUNK: u64 = 64;
 /// Pages that the guard itself has copied and that nobody has taken yet, at most.
 const COPIES: usize = 16 << 10;
-/// Pages that exist and are protected.
+/// How often pages are read that were swapped out again meanwhile.
+const READS: u32 = 3;
+/// Pages of the program's own that are in memory and protected. What the page map calls swapped may
+/// be a page that was given back, above a file: right after it was read it is in memory.
 const PROTECTED: Query = Query {
-    all_of: pagemap::WRITTEN,
-    inverted: pagemap::WRITTEN,
-    any_of: pagemap::PRESENT | pagemap::SWAPPED,
+    all_of: pagemap::PRESENT | pagemap::FILE | pagemap::WRITTEN,
+    inverted: pagemap::FILE | pagemap::WRITTEN,
+    any_of: 0,
     report: 0,
     protect: false,
 };
@@ -286,21 +290,26 @@ impl Shared {
     fn copy(&self, state: &mut State, span: Span, out: &mut [u8], slowly: bool) -> bool {
         let (start, end) = (span.0 * PAGE, span.1 * PAGE);
         state.behind.remove(span.0, span.1);
-        let read = if slowly {
-            let mem = File::open(format!("/proc/{}/mem", self.pid));
-            mem.is_ok_and(|mem| mem.read_exact_at(out, start).is_ok())
-        } else {
-            memory::read_exact(self.pid, start, out).is_ok()
-        };
-        let mut protected = 0;
-        let asked = state
-            .pagemap
-            .scan(start, end, PROTECTED, |r| protected += r.end - r.start);
-        let good = read && asked.is_ok() && protected == end - start;
+        let mut good = false;
+        for _ in 0..READS {
+            good = self.read(start, out, slowly) && state.are_protected((start, end));
+            if good {
+                break;
+            }
+        }
         if !good {
             state.lost = Some(start);
         }
         good
+    }
+
+    fn read(&self, start: u64, out: &mut [u8], slowly: bool) -> bool {
+        if slowly {
+            let mem = File::open(format!("/proc/{}/mem", self.pid));
+            mem.is_ok_and(|mem| mem.read_exact_at(out, start).is_ok())
+        } else {
+            memory::read_exact(self.pid, start, out).is_ok()
+        }
     }
 
     fn abandon(&self) -> bool {
@@ -313,6 +322,15 @@ impl Shared {
 }
 
 impl State {
+    /// Whether these are all there, of the program's own, and protected.
+    fn are_protected(&mut self, (start, end): Span) -> bool {
+        let mut protected = 0;
+        let asked = self
+            .pagemap
+            .scan(start, end, PROTECTED, |r| protected += r.end - r.start);
+        asked.is_ok() && protected == end - start
+    }
+
     fn note_dirty(&mut self, (start, end): (u64, u64)) {
         let known: u64 = self.dirty.within(start, end).map(|(s, e)| e - s).sum();
         self.dirty.insert(start, end);

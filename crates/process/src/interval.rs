@@ -69,6 +69,12 @@ impl IntervalSet {
         cut.filter(|(s, e)| s < e)
     }
 
+    /// What of `start..end` is in the set, as a set.
+    pub fn clone_within(&self, start: u64, end: u64) -> Self {
+        let ranges = self.within(start, end).collect();
+        Self { ranges }
+    }
+
     /// The first numbers of the set that follow each other, at most `most` of them.
     pub fn first(&self, most: u64) -> Option<(u64, u64)> {
         let (&start, &end) = self.ranges.first_key_value()?;
@@ -109,6 +115,8 @@ mod tests {
             let mut set = IntervalSet::default();
             let mut model = BTreeSet::new();
             for (add, start, len) in ops {
+                let part: Vec<_> = set.clone_within(start, start + len).iter().collect();
+                prop_assert_eq!(part, set.within(start, start + len).collect::<Vec<_>>());
                 let within: Vec<u64> = set.within(start, start + len).flat_map(|(s, e)| s..e).collect();
                 prop_assert_eq!(within, model.range(start..start + len).copied().collect::<Vec<_>>());
                 prop_assert_eq!(set.first(1).map(|(s, _)| s), model.first().copied());

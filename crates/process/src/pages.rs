@@ -8,7 +8,7 @@
 //! - *Written* pages that exist: their contents go into the epoch.
 //! - Pages that the epochs so far hold and that exist no more (`MADV_DONTNEED`, or the mapping
 //!   went away): they read as what lies below the mapping again, and must be said to be *absent*,
-//!   or a restore would bring old data back.
+//!   or a restore would bring old data back. Above a file that takes a look of its own.
 //! - A mapping that is not registered yet is *fresh*: all of it is absent first, then all its pages
 //!   count as written. `mremap` and `munmap` + `mmap` at the same place end up here.
 //!
@@ -21,6 +21,7 @@
 //! asked for, and only pages that exist are protected: protecting large holes would build page
 //! tables for them (2 MiB a GiB).
 
+mod below;
 mod reading;
 
 use crate::ProcessError;
@@ -146,6 +147,8 @@ pub struct PageTracker {
     guarded: BTreeSet<u64>,
     /// Addresses that could not be read although they were reported as written.
     doubtful: Vec<u64>,
+    /// Addresses in the area being looked at that cannot be read although the program stands still.
+    beyond: Vec<u64>,
     spans: Vec<Span>,
     found: Vec<Region>,
     buffer: Vec<u8>,
@@ -198,6 +201,7 @@ impl PageTracker {
             dense: HashSet::new(),
             guarded: BTreeSet::new(),
             doubtful: Vec::new(),
+            beyond: Vec::new(),
             spans: Vec::new(),
             found: Vec::new(),
             buffer: Vec::new(),
@@ -376,6 +380,7 @@ impl PageTracker {
             let before = list.len();
             let found = self.scan(area, &mut changes);
             let found = found.and_then(|()| self.scan_owed(area, &mut changes));
+            let found = found.and_then(|()| self.drop_given_way(area, &mut changes));
             let list = changes.list(area);
             let written = list.split_off(before);
             list.extend(self.granularity.round(written, area.span, &self.stored));
@@ -420,6 +425,7 @@ impl PageTracker {
     fn scan(&mut self, area: &PrivateArea, changes: &mut Changes) -> Result<(), Errno> {
         let (start, end) = area.span;
         self.resolve_doubts(area.span)?;
+        self.bring_in(area)?;
         if self.tracker.is_none() {
             self.scan_sorts(area.span, area, changes, false)?;
         } else if self.unguarded.contains(&area.span) {

@@ -1,6 +1,6 @@
 //! Memory that is written, given back, moved, replaced and inherited all the time, and looked at:
-//! `shifter SEED [patient|humble]`. Ends at SIGUSR1, after one more look; a humble one has given up all
-//! its capabilities.
+//! `shifter SEED [patient|humble]`. Some of it has a file of zeros below, some a memfd. Ends at SIGUSR1,
+//! after one more look; a humble one has given up all its capabilities.
 //!
 //! # Safety
 //! Each region is a mapping that one thread owns; what it is replaced by lies at the same place or is
@@ -10,6 +10,8 @@
 use outlive_test_programs::{
     Random, await_report_order, block, check, ending, expect, good, mix, say, signals,
 };
+use std::fs::{File, OpenOptions};
+use std::os::fd::{AsRawFd, FromRawFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 const PAGE: usize = 4096;
@@ -21,23 +23,47 @@ const ANONYMOUS: i32 = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
 
 static END: AtomicBool = AtomicBool::new(false);
 
+/// What lies below a region: nothing, or zeros of a file.
+type Below<'a> = Option<&'a File>;
+
 struct Region {
     at: usize,
     /// What each page holds; 0 where it holds nothing.
     pages: Vec<u64>,
 }
 
-fn map(at: usize, pages: usize) -> usize {
+fn map(at: usize, pages: usize, below: Below) -> usize {
     let fixed = if at == 0 { 0 } else { libc::MAP_FIXED };
+    let (how, fd) = match below {
+        Some(file) => (libc::MAP_PRIVATE, file.as_raw_fd()),
+        None => (ANONYMOUS, -1),
+    };
     // SAFETY: a place of the kernel's choice, or one that belongs to the region.
-    let mapped = unsafe { libc::mmap(at as *mut _, pages * PAGE, RW, ANONYMOUS | fixed, -1, 0) };
+    let mapped = unsafe { libc::mmap(at as *mut _, pages * PAGE, RW, how | fixed, fd, 0) };
     good("mmap", mapped as i64) as usize
 }
 
+/// A file and a memfd, of zeros, as long as any region.
+fn files() -> [File; 2] {
+    let mut how = OpenOptions::new();
+    let file = how.read(true).write(true).create(true).truncate(false);
+    let file = file.open("below").unwrap_or_else(|e| panic!("{e}"));
+    // SAFETY: the name ends with a zero.
+    let fd = unsafe { libc::memfd_create(c"below".as_ptr(), libc::MFD_CLOEXEC) };
+    let fd = good("memfd_create", fd.into()) as i32;
+    // SAFETY: it was just made, and belongs to nobody else.
+    let files = [file, unsafe { File::from_raw_fd(fd) }];
+    for file in &files {
+        let long = file.set_len((MOST * PAGE) as u64);
+        check(long.is_ok(), || format!("set_len: {long:?}"));
+    }
+    files
+}
+
 impl Region {
-    fn new(pages: usize) -> Self {
+    fn new(pages: usize, below: Below) -> Self {
         Self {
-            at: map(0, pages),
+            at: map(0, pages, below),
             pages: vec![0; pages],
         }
     }
@@ -83,14 +109,14 @@ impl Region {
     }
 
     fn replace(&mut self, from: usize, upto: usize) {
-        map(self.word(from, false) as usize, upto - from);
+        map(self.word(from, false) as usize, upto - from, None);
         self.pages[from..upto].fill(0);
     }
 
     /// Moves it elsewhere, and makes it as long as is said. The kernel does not do so where parts
     /// that were replaced are mappings of their own: then nothing happens.
     fn shift(&mut self, pages: usize) {
-        let to = map(0, pages);
+        let to = map(0, pages, None);
         let (old, new) = (self.pages.len() * PAGE, pages * PAGE);
         let how = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
         // SAFETY: the region as it is, to a place that was just mapped for it.
@@ -148,8 +174,11 @@ fn inherit(regions: &mut [Region], random: &mut Random) {
 fn shift(seed: u64) -> u64 {
     let mut random = Random::new(seed);
     let length = |random: &mut Random| 1 + random.below(MOST as u64) as usize;
+    let files = files();
+    // None, the file, the memfd, none, …
+    let below = |which: usize| files.get((which + 2) % 3);
     let mut regions: Vec<Region> = (0..REGIONS)
-        .map(|_| Region::new(length(&mut random)))
+        .map(|which| Region::new(length(&mut random), below(which)))
         .collect();
     let mut steps = 0;
     while !END.load(Ordering::Relaxed) {
@@ -163,7 +192,7 @@ fn shift(seed: u64) -> u64 {
             0..3 => inherit(&mut regions, &mut random),
             3..10 => region.shift(length(&mut random)),
             10..20 => {
-                let new = Region::new(length(&mut random));
+                let new = Region::new(length(&mut random), below(which));
                 std::mem::replace(region, new).remove();
             }
             20..80 => region.give_back(from, upto),
