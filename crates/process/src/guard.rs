@@ -15,6 +15,9 @@
 //!   this is asked of the page map after the read, and whether it is still a page of the program's
 //!   own and not of the file below. Where it was not (the program gave memory back),
 //!   the epoch fails.
+//! - Pages are read by the process ID, and protection is asked of the address space that the guard
+//!   began with. A process that began another program has left that one, which may live on through
+//!   others: so it is asked after each read whether our foothold is still there.
 //! - The guard's thread waits for nobody but for room for copies, which whoever writes the epoch
 //!   makes without the program. From the beginning of a stop until its end nobody is held, and none
 //!   while it is waited for processes that are about to begin a program of their own.
@@ -34,6 +37,7 @@ use outlive_epoch::{PAGE_SIZE, PageSink, Run, SpaceId};
 use outlive_linux::Errno;
 use outlive_linux::memory;
 use outlive_linux::pagemap::{self, Pagemap, Query};
+use outlive_linux::remote::Arena;
 use outlive_linux::userfault::WriteTracker;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -69,6 +73,8 @@ pub struct Guard {
 #[derive(Debug)]
 pub(crate) struct Shared {
     pid: u32,
+    /// Where the foothold lies by which its address space is known.
+    foothold: u64,
     tracker: Arc<WriteTracker>,
     /// Pages whose protection is lifted together.
     unit: u64,
@@ -101,9 +107,10 @@ pub(crate) struct State {
 }
 
 impl Guard {
-    /// A guard over a process, by its tracker, which must be synchronous.
+    /// A guard over a process that has a foothold at an address, by its tracker, which must be
+    /// synchronous.
     pub fn new(
-        pid: u32,
+        (pid, foothold): (u32, u64),
         tracker: Arc<WriteTracker>,
         granularity: Granularity,
     ) -> Result<Self, Errno> {
@@ -122,6 +129,7 @@ impl Guard {
         };
         let shared = Arc::new(Shared {
             pid,
+            foothold,
             tracker,
             unit: u64::from(granularity.pages()),
             wake: eventfd(0, flags)?,
@@ -193,6 +201,9 @@ impl Drop for Guard {
         {
             let mut state = self.shared.lock();
             (state.ending, state.open) = (true, true);
+            if let Some((first, _)) = state.behind.first(1) {
+                state.lost = Some(first * PAGE);
+            }
             state.behind.clear();
             self.shared.release(&mut state);
         }
@@ -292,7 +303,9 @@ impl Shared {
         state.behind.remove(span.0, span.1);
         let mut good = false;
         for _ in 0..READS {
-            good = self.read(start, out, slowly) && state.are_protected((start, end));
+            good = self.read(start, out, slowly)
+                && Arena::is_stamped(self.pid, self.foothold)
+                && state.are_protected((start, end));
             if good {
                 break;
             }

@@ -164,7 +164,7 @@ impl Member {
             Ok(tracker) => (Some(tracker), Ok(())),
             Err(why) => (None, Err(why)),
         };
-        let pages = match PageTracker::new(&target, tracker, granularity) {
+        let pages = match PageTracker::new(&target, (tracker, arena.range().0), granularity) {
             Ok(pages) => pages,
             Err(error) => return Err(NotAdopted::boxed(target, waits, error)),
         };

@@ -126,6 +126,8 @@ impl Changes {
 #[derive(Debug)]
 pub struct PageTracker {
     pid: u32,
+    /// Where our foothold lies; 0 where nobody is guarded.
+    foothold: u64,
     space: SpaceId,
     pagemap: Pagemap,
     tracker: Option<Arc<WriteTracker>>,
@@ -173,22 +175,23 @@ pub enum World {
 }
 
 impl PageTracker {
-    /// Begins with nothing stored.
+    /// Begins with nothing stored, in a process with a foothold at this address.
     pub fn new(
         target: &Target,
-        tracker: Option<WriteTracker>,
+        (tracker, foothold): (Option<WriteTracker>, u64),
         granularity: Granularity,
     ) -> Result<Self, ProcessError> {
         let pagemap =
             Pagemap::open(target.pid).map_err(|e| target.kernel("opening its page map", e))?;
         let tracker = tracker.map(Arc::new);
         let guarding = tracker.as_ref().filter(|t| t.is_synchronous());
-        let guard = guarding.map(|t| Guard::new(target.pid, t.clone(), granularity));
+        let guard = guarding.map(|t| Guard::new((target.pid, foothold), t.clone(), granularity));
         let guard = guard
             .transpose()
             .map_err(|e| target.kernel("guarding its memory", e))?;
         Ok(Self {
             pid: target.pid,
+            foothold,
             space: SpaceId(target.id),
             pagemap,
             tracker,
@@ -229,7 +232,7 @@ impl PageTracker {
         held: &[Span],
     ) -> Result<Self, ProcessError> {
         let failed = |e| target.kernel("going on with the tracking of its memory", e);
-        let mut pages = Self::new(target, None, granularity)?;
+        let mut pages = Self::new(target, (None, 0), granularity)?;
         for area in areas {
             tracker.register(area.span.0, area.span.1).map_err(failed)?;
         }
@@ -278,7 +281,8 @@ impl PageTracker {
         let pagemap =
             Pagemap::open(target.pid).map_err(|e| target.kernel("opening its page map", e))?;
         let guarding = self.tracker.as_ref().filter(|_| self.guard.is_some());
-        let guard = guarding.map(|t| Guard::new(target.pid, t.clone(), self.granularity));
+        let guard =
+            guarding.map(|t| Guard::new((target.pid, self.foothold), t.clone(), self.granularity));
         let guard = guard
             .transpose()
             .map_err(|e| target.kernel("guarding its memory", e))?;

@@ -173,6 +173,37 @@ fn an_epoch_that_failed_is_made_good_also_where_nothing_could_be_read() {
     }
 }
 
+/// Another program at the same addresses is not taken for the one that stood, though the address space
+/// of that lives on.
+#[test]
+fn what_is_copied_behind_is_not_of_the_program_that_came_after() {
+    let _alone = alone();
+    if !may_run("what_is_copied_behind_is_not_of_the_program_that_came_after") {
+        return;
+    }
+    adopt_orphans();
+    let program = Program::start("successor", &[]);
+    let mut tracked = begin(&program, (Strategy::Cow, 1));
+    let mut store = Store::default();
+    for _ in 0..4 {
+        epoch(&mut tracked, &mut store).expect("an epoch");
+    }
+    program.signal(libc::SIGUSR1);
+    program.await_word("written");
+    let mut writer = store.begin();
+    let taken = tracked.stop(&mut *writer, None);
+    let (stopped, captured) = taken.expect("a stop");
+    stopped.resume().expect("it runs on");
+    program.signal(libc::SIGUSR2);
+    program.await_word("succeeded");
+    match captured.write(&mut *writer) {
+        Err(ProcessError::Kernel { what, .. }) if what.contains("copying behind") => {}
+        other => panic!("{other:?}"),
+    }
+    drop((captured, tracked, program));
+    clean_up();
+}
+
 /// The process that the guard of [`a_dead_guard_holds_nobody`] guards.
 const GUARDED: &str = "OUTLIVE_TEST_GUARDED";
 
