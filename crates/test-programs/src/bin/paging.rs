@@ -223,10 +223,10 @@ fn main() {
             program.act(forks);
         }
         round += 1;
-        let line = format!("{round}\n");
-        rounds
-            .write_all(line.as_bytes())
-            .expect("the file of rounds");
+        let written = rounds.write_all(format!("{round}\n").as_bytes());
+        check(written.is_ok(), || {
+            format!("the file of rounds: {written:?}")
+        });
     }
     for block in &program.blocks {
         (0..PAGES).for_each(|p| block.look(p));
