@@ -96,7 +96,8 @@ pub enum Command {
 /// Power events.
 #[derive(Debug, Subcommand)]
 pub enum PowerCommand {
-    /// Act as if the power failed now: an epoch at once, then the end of the program; times
+    /// Act as if the power failed now: an epoch at once; then the program stands still for the rest of
+    /// its hold-up budget, and is ended; times
     Simulate {
         /// The subject
         name: String,
@@ -185,14 +186,15 @@ pub struct Pace {
 }
 
 /// Limits that the keeper holds.
-#[derive(Clone, Debug, Default, Args)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Args)]
 pub struct Promise {
     /// Hold-up budget: what is not on the medium is kept so small that all of it is durable within
     /// this time after the mains failed. Refused where the medium cannot do that
     #[arg(long, value_name = "TIME", value_parser = parse_duration)]
     pub hold_up: Option<Duration>,
-    /// Keep the budget at every instant: whoever would write more than it allows is held. Writes to
-    /// protected pages are slower. The strategy is then cow
+    /// Hold whoever would write more than the budget allows. Not bounded are new mappings, mappings
+    /// that are mostly holes, and private mappings of files, until the next epoch. Writes to protected
+    /// pages are slower. The strategy is then cow
     #[arg(long, requires = "hold_up")]
     pub strict: bool,
     /// Most bytes written to the medium a day, such as 200GB; epochs are then further apart. A
@@ -296,7 +298,7 @@ pub struct RestoreArgs {
     /// Connections to outside peers: they are reset (keeping them is not offered yet)
     #[arg(long, default_value = "reset", value_name = "HOW", hide = true)]
     pub tcp: Tcp,
-    /// What the program can count on from now on, instead of what it was kept with before
+    /// With a NAME: what the program can count on from now on, instead of what it was kept with before
     #[command(flatten)]
     pub promise: Promise,
     /// Set by `--detach` for the process in the background.

@@ -84,6 +84,9 @@ fn errors_have_the_codes_of_the_contract_and_are_json_when_asked() {
     let dir = tempfile::tempdir().unwrap();
     let store = dir.path();
     assert_eq!(failure(store, &["fly", "--json"]).0, 2);
+    let promised = ["restore", "--image", "x/", "--max-stop", "2ms", "--json"];
+    let (code, error) = failure(store, &promised);
+    assert_eq!(code, 2, "nobody would keep it: {error}");
     assert_eq!(
         failure(store, &["run", "--strict", "--json", "--", "true"]).0,
         2

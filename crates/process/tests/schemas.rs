@@ -20,8 +20,8 @@ fn the_published_schemas_are_up_to_date() {
 const HEADING: &str = "# State trees
 
 What an epoch says of a program besides the contents of its pages. An epoch holds one flattened
-device tree (DTB version 17) for each group: `subject`, `machine`,
-`descriptors` and `shared-memory` for the program as a whole, and for each of its processes
+device tree (DTB version 17) for each group: `subject`, `machine`, `descriptors`, `shared-memory` and
+`system-v` for the program as a whole, and for each of its processes
 `process-PID/…` with `attributes`, `signals`, `threads` and, but for a process with the address space
 of another one, `memory`.
 `outlive inspect IMAGE --dts` prints them, `outlive inspect IMAGE --check` holds them against what follows.

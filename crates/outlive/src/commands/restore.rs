@@ -9,7 +9,7 @@
 
 use super::medium;
 use super::run::{adopt_strays, claim, finish, introduce, queue};
-use crate::cli::{Files, RestoreArgs};
+use crate::cli::{Files, Promise, RestoreArgs};
 use crate::out;
 use crate::progress::Watched;
 use crate::terminal::{self, Lent, Modes};
@@ -85,6 +85,11 @@ enum Teller {
 pub fn restore(root: &Root, args: &RestoreArgs, json: bool) -> Result<u8, KeeperError> {
     if args.background {
         return in_background(root, args);
+    }
+    if args.image.is_some() && args.promise != Promise::default() {
+        let what = "--hold-up, --strict, --max-wear and --max-stop need a NAME: nobody keeps a \
+                    program that was restored from an image";
+        return Err(KeeperError::Usage(what.into()));
     }
     if args.detach {
         return detach(root, args, json);
