@@ -18,6 +18,8 @@
 //! - Pages are read by the process ID, and protection is asked of the address space that the guard
 //!   began with. A process that began another program has left that one, which may live on through
 //!   others: so it is asked after each read whether our foothold is still there.
+//! - A process that ends before it is copied behind takes the epoch with it. So nothing is left behind
+//!   of one that came lately, nor for a while of any but the root after one took an epoch.
 //! - The guard's thread waits for nobody but for room for copies, which whoever writes the epoch
 //!   makes without the program. From the beginning of a stop until its end nobody is held, and none
 //!   while it is waited for processes that are about to begin a program of their own.

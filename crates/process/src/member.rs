@@ -308,6 +308,14 @@ impl Member {
         }
     }
 
+    /// Whether the process may end without the program, and whether therefore nothing of it is to be
+    /// copied behind at the next stop.
+    pub fn set_fleeting(&mut self, may_end: bool, hurries: bool) {
+        if let Space::Held(space) = &mut self.space {
+            (space.pages.may_end, space.pages.hurries) = (may_end, hurries);
+        }
+    }
+
     /// What is done before a stop, while the program runs.
     pub fn before_stop(&mut self) -> Result<Sleepers, ProcessError> {
         if let Some(guard) = self.guard() {

@@ -47,6 +47,8 @@ const DENSE_HOLES: u64 = 64 << 20;
 const DENSE_SHARE: u64 = 8;
 /// Stops whose pages are not copied behind after the program gave back what was to be copied.
 const MOST_REST: u32 = 63;
+/// Stops at which nothing is left behind of a process that may end before it is copied.
+const YOUNG: u32 = 3;
 /// Less than this is taken at the stop, bytes.
 const SMALL: u64 = 1 << 20;
 /// Protected pages between written ones are protected once more if they are no more than this,
@@ -137,6 +139,12 @@ pub struct PageTracker {
     unguarded: HashSet<Span>,
     /// Stops whose pages are not copied behind, and how many it was after the last loss.
     rest: (u32, u32),
+    /// Stops so far.
+    stops: u32,
+    /// The process may end without the program, see [`PageTracker::leave_behind`].
+    pub may_end: bool,
+    /// Where it may, nothing of it is left behind at the next stop.
+    pub hurries: bool,
     /// What this pass protected, and whether the program stands meanwhile.
     protected: Vec<Span>,
     stopped: bool,
@@ -198,6 +206,9 @@ impl PageTracker {
             guard,
             unguarded: HashSet::new(),
             rest: (0, 0),
+            stops: 0,
+            may_end: false,
+            hurries: false,
             protected: Vec::new(),
             stopped: false,
             stored: IntervalSet::default(),
@@ -417,9 +428,12 @@ impl PageTracker {
         Ok(changes)
     }
 
-    /// Has written pages copied behind the program, where that is worth it.
+    /// Has written pages copied behind the program, where that is worth it. A process that ends before
+    /// takes the epoch with it: nothing is left behind of one that came lately.
     fn leave_behind(&mut self, changes: &mut Changes) {
-        let resting = self.rest.0 > 0;
+        let young = self.stops < YOUNG;
+        self.stops = self.stops.saturating_add(1);
+        let resting = self.rest.0 > 0 || self.may_end && (young || self.hurries);
         self.rest.0 = self.rest.0.saturating_sub(1);
         if !resting && changes.bytes() >= SMALL {
             changes.behind = std::mem::take(&mut changes.written);

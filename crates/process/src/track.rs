@@ -66,6 +66,8 @@ pub enum Tracking {
     FullCopy(String),
 }
 
+/// Stops without copies behind after processes ended before they were copied, at most.
+const MOST_HURRY: u32 = 63;
 /// How often it is looked for new processes right before a stop, until there are none.
 const LOOKS: u32 = 4;
 
@@ -88,6 +90,9 @@ pub struct Tracked {
     /// What was handed over since the last stop.
     notes: Notes,
     experience: Experience,
+    /// Stops at which nothing but the root is left to be copied behind, because processes ended before
+    /// they were copied, and how many it was after the last such loss.
+    hurry: (u32, u32),
     detached: bool,
 }
 
@@ -143,6 +148,7 @@ impl Tracked {
             spare: Spare::default(),
             notes: Notes::default(),
             experience: Experience::default(),
+            hurry: (0, 0),
             detached: false,
         })
     }
@@ -387,6 +393,16 @@ impl Tracked {
 
     /// Call when an epoch was not committed: what it took as saved is not; the next one is full.
     pub fn forget_progress(&mut self) {
+        // Whoever has ended meanwhile is not asked again: others would do the same.
+        let over = self
+            .members
+            .values()
+            .filter(|m| m.target.has_ended() || !m.is_intact());
+        let lost = over.filter_map(Member::guard).filter(|g| g.abandon());
+        if lost.count() > 0 {
+            let longer = (self.hurry.1 * 2 + 1).min(MOST_HURRY);
+            self.hurry = (longer, longer);
+        }
         self.members.values_mut().for_each(Member::forget_progress);
         self.shared.forget();
         self.notes.clear();

@@ -445,6 +445,7 @@ impl Tracked {
                 .ok_or_else(|| gone(process.kin.pid))?;
             member.spare = self.spare.clone();
             member.set_relatives(many);
+            member.set_fleeting(process.kin.pid != self.root, self.hurry.0 > 0);
             member.has_fellows = fellows.contains(&member.holder());
             let seen = std::mem::take(&mut process.seen);
             let mut state = member.capture(&mut process.threads, seen, &mut self.shared, limit)?;
@@ -453,6 +454,7 @@ impl Tracked {
             states.push(state);
             limit.check()?;
         }
+        self.hurry.0 = self.hurry.0.saturating_sub(1);
         self.refuse_shares(states)?;
         let zombies = zombies
             .iter()

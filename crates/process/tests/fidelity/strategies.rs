@@ -204,6 +204,63 @@ fn what_is_copied_behind_is_not_of_the_program_that_came_after() {
     clean_up();
 }
 
+/// Has a child write to its memory, and end between the stop and the copy behind it.
+fn lose_behind(
+    (program, who, word): (&Program, usize, &str),
+    tracked: &mut Tracked,
+    store: &mut Store,
+) -> Result<(), ProcessError> {
+    let children = std::fs::read_to_string(format!("/proc/{0}/task/{0}/children", program.pid));
+    let children = children.expect("its children");
+    let pid = children.split_whitespace().nth(who).expect("a child");
+    let signal = |signal| {
+        let pid = pid.parse().ok().and_then(rustix::process::Pid::from_raw);
+        rustix::process::kill_process(pid.expect("a process ID"), signal).expect("a signal");
+    };
+    let mut writer = store.begin();
+    tracked.precopy(&mut *writer)?;
+    signal(rustix::process::Signal::USR1);
+    program.await_word(word);
+    let (stopped, captured) = tracked.stop(&mut *writer, None)?;
+    stopped.resume()?;
+    signal(rustix::process::Signal::KILL);
+    let stat = || std::fs::read_to_string(format!("/proc/{pid}/stat")).expect("it is not reaped");
+    while !stat().contains(") Z ") {
+        std::thread::yield_now();
+    }
+    captured.write(&mut *writer)?;
+    writer.commit(captured.facts).expect("the commit");
+    Ok(())
+}
+
+/// A child that came lately costs no epoch when it ends; an older one costs one, and the next none.
+#[test]
+fn children_that_end_cost_few_epochs() {
+    let _alone = alone();
+    if !may_run("children_that_end_cost_few_epochs") {
+        return;
+    }
+    adopt_orphans();
+    let program = Program::start("brood", &["3"]);
+    (0..3).for_each(|who| program.await_word(&format!("{who}:0")));
+    let mut tracked = begin(&program, (Strategy::Cow, 1));
+    let mut store = Store::default();
+    epoch(&mut tracked, &mut store).expect("an epoch");
+    lose_behind((&program, 0, "0:1"), &mut tracked, &mut store).expect("a young child");
+    for _ in 0..4 {
+        epoch(&mut tracked, &mut store).expect("an epoch");
+    }
+    match lose_behind((&program, 1, "1:1"), &mut tracked, &mut store) {
+        Err(ProcessError::Kernel { what, .. }) if what.contains("copying behind") => {}
+        other => panic!("{other:?}"),
+    }
+    tracked.forget_progress();
+    store.epochs.clear();
+    lose_behind((&program, 2, "2:1"), &mut tracked, &mut store).expect("the next child");
+    drop((tracked, program));
+    clean_up();
+}
+
 /// The process that the guard of [`a_dead_guard_holds_nobody`] guards.
 const GUARDED: &str = "OUTLIVE_TEST_GUARDED";
 
