@@ -394,6 +394,7 @@ impl PageTracker {
             let list = changes.list(area);
             let before = list.len();
             let found = self.scan(area, &mut changes);
+            let found = found.and_then(|()| self.bring_in(area));
             let found = found.and_then(|()| self.scan_owed(area, &mut changes));
             let found = found.and_then(|()| self.drop_given_way(area, &mut changes));
             let list = changes.list(area);
@@ -443,7 +444,6 @@ impl PageTracker {
     fn scan(&mut self, area: &PrivateArea, changes: &mut Changes) -> Result<(), Errno> {
         let (start, end) = area.span;
         self.resolve_doubts(area.span)?;
-        self.bring_in(area)?;
         if self.tracker.is_none() {
             self.scan_sorts(area.span, area, changes, false)?;
         } else if self.unguarded.contains(&area.span) {

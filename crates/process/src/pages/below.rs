@@ -47,7 +47,8 @@ impl PageTracker {
         spans
     }
 
-    /// Brings in what the page map calls swapped.
+    /// Brings in what the page map calls swapped. This comes after the scan that protects, which may
+    /// protect what was given back before: then it is called swapped, too.
     pub(super) fn bring_in(&mut self, area: &PrivateArea) -> Result<(), Errno> {
         self.beyond.clear();
         let swapped = Query {
@@ -105,9 +106,10 @@ impl PageTracker {
                 if r.categories & pagemap::FILE != 0 {
                     drop_stored(stored, (r.start, r.end), changes);
                 } else if *stopped {
-                    // Swapped again at once: whatever it is, it is what the program would read.
+                    // Swapped again at once: whatever it is, it is what the program would read, and
+                    // cannot be left to be copied behind.
                     for (s, e) in stored.within(r.start / PAGE, r.end / PAGE) {
-                        push_span(changes.list(area), (s * PAGE, e * PAGE));
+                        push_span(&mut changes.unreadable, (s * PAGE, e * PAGE));
                     }
                 }
             })?;
