@@ -206,6 +206,10 @@ fn a_program_without_a_keeper_is_neither_stopped_nor_forgotten() {
     ];
     let mut kept = Kept::start(dir.path(), &words);
     assert_eq!(kept.line(), "ready");
+    // The program may be quicker than the keeper writes down who it is.
+    while !call(dir.path(), &["ps", "--json"]).1.contains("running") {
+        std::thread::sleep(std::time::Duration::from_millis(5));
+    }
     kept.signal(rustix::process::Signal::KILL);
     kept.keeper.wait().unwrap();
     let (_, stdout, _) = call(dir.path(), &["ps", "--json"]);
