@@ -350,7 +350,11 @@ impl Tracked {
                     member::let_go(&target, &mut WaitBook::default(), process.threads)
                 }),
             };
-            failed = failed.and(gone);
+            failed = failed.and(match gone {
+                // A child may be killed at any time, also while it stands.
+                Err(ProcessError::Gone { .. }) if process.kin.pid != self.root => Ok(()),
+                gone => gone,
+            });
         }
         failed
     }
