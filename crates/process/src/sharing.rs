@@ -246,15 +246,29 @@ pub fn preflight(processes: &[(Kin, Target)]) -> Vec<Refusal> {
     found
 }
 
+/// Where a thread goes on is not told while it runs. It is in our working memory for no longer than a
+/// few calls without a wait: so often it is asked again, a millisecond apart.
+const RUNNING_TRIES: u32 = 30;
+
 /// Whether some thread waits in working memory that an outlive left which died.
 fn helps_itself(target: &Target) -> bool {
     let mappings = maps::read(target.pid).unwrap_or_default();
     let left = |m: &&Mapping| bootstrap::may_be_arena(m) && Arena::is_stamped(target.pid, m.start);
     let arenas: Vec<&Mapping> = mappings.iter().filter(left).collect();
-    let waits_there = |tid: &u32| {
-        // Its last word is where the thread goes on.
+    let call_of = |tid: &u32| {
         let call = target.proc_file(&format!("task/{tid}/syscall"));
-        let call = String::from_utf8_lossy(&call.unwrap_or_default()).into_owned();
+        String::from_utf8_lossy(&call.unwrap_or_default()).into_owned()
+    };
+    let waits_there = |tid: &u32| {
+        let mut call = call_of(tid);
+        for _ in 0..RUNNING_TRIES {
+            if !call.starts_with("running") {
+                break;
+            }
+            std::thread::sleep(std::time::Duration::from_millis(1));
+            call = call_of(tid);
+        }
+        // Its last word is where the thread goes on.
         let at = call.split_whitespace().next_back();
         let at = at.and_then(|w| u64::from_str_radix(w.trim_start_matches("0x"), 16).ok());
         at.is_some_and(|at| arenas.iter().any(|m| (m.start..m.end).contains(&at)))

@@ -23,7 +23,8 @@ fn die_and_come_back(place: &Place, mut kept: Kept) -> Kept {
     until("all of it is there again", || {
         let ended = kept.keeper.try_wait().unwrap();
         assert!(ended.is_none(), "{}", place.said());
-        family(kept.pid()).len() > count
+        // Before that, who makes a process may be counted for it.
+        place.said().contains("runs again") && family(kept.pid()).len() > count
     });
     kept
 }
@@ -60,7 +61,9 @@ fn streams_between_processes_lose_and_double_nothing() {
     until("it has begun", || family(kept.pid()).len() == 3);
     for _ in 0..times(6, 200) {
         kept = die_and_come_back(&place, kept);
-        assert_eq!(family(kept.pid()).len(), 3, "{}", place.said());
+        if family(kept.pid()).len() != 3 {
+            panic!("it ended with {}: {}", kept.code(), place.said());
+        }
     }
     place.epoch_after("a", place.newest("a"));
     signal(family(kept.pid())[1], Signal::USR1);
