@@ -170,6 +170,20 @@ pub fn await_report_order() {
     await_signal(libc::SIGUSR1);
 }
 
+/// Waits for SIGUSR1 again and again, for tests in which a tracer is killed: what that one interrupted
+/// stays interrupted.
+pub fn await_report_order_patiently() {
+    let set = signals(&[libc::SIGUSR1]);
+    // SAFETY: set is live and 8 bytes long; neither information nor a limit is given.
+    let wait = || unsafe {
+        sys(
+            libc::SYS_rt_sigtimedwait,
+            [&raw const set as usize, 0, 0, 8, 0, 0],
+        )
+    };
+    while wait() != i64::from(libc::SIGUSR1) {}
+}
+
 /// Waits for a signal, which must be blocked in all threads. A wait that ends without it fails.
 pub fn await_signal(signal: i32) {
     let set = signals(&[signal]);

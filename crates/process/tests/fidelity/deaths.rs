@@ -75,7 +75,7 @@ fn a_dead_tracer_leaves_the_program_running() {
     let words = |line: &str| line.rsplit_once(' ')?.1.parse::<u64>().ok();
     assert!(said.lines().filter_map(words).all(|n| n > 0), "{said}");
     // Here threads of several processes use one working memory.
-    let program = Program::start("kinds", &["grandchild-sharing-all"]);
+    let program = Program::start("kinds", &["grandchild-sharing-all", "patient"]);
     outlives_tracers(program, times(6, 100));
 }
 

@@ -11,7 +11,9 @@
 //! callers pass pointers to live blocks of the sizes that are stated.
 #![allow(unsafe_code)]
 
-use outlive_test_programs::{await_report_order, block, fail, mix, say};
+use outlive_test_programs::{
+    await_report_order, await_report_order_patiently, block, fail, mix, say,
+};
 use std::arch::global_asm;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -264,11 +266,6 @@ fn has_keys() -> bool {
     std::arch::x86_64::__cpuid_count(7, 0).ecx & 1 << 4 != 0
 }
 
-fn empty_set() -> libc::sigset_t {
-    // SAFETY: all-zero is the empty set.
-    unsafe { std::mem::zeroed() }
-}
-
 fn main() {
     block(&[libc::SIGUSR1]);
     let mut parts = vec![
@@ -318,13 +315,7 @@ fn main() {
     let before: Vec<u64> = counts.iter().map(|c| c.1.load(Ordering::Relaxed)).collect();
     say("ready");
     if std::env::args().nth(1).as_deref() == Some("patient") {
-        // For tests in which a tracer is killed: what it interrupted stays interrupted.
-        let mut set: libc::sigset_t = empty_set();
-        // SAFETY: set is live.
-        unsafe {
-            libc::sigaddset(&raw mut set, libc::SIGUSR1);
-            while libc::sigwaitinfo(&raw const set, std::ptr::null_mut()) != libc::SIGUSR1 {}
-        }
+        await_report_order_patiently();
     } else {
         await_report_order();
     }

@@ -8,7 +8,8 @@
 #![allow(unsafe_code)]
 
 use outlive_test_programs::{
-    Random, await_report_order, block, check, ending, expect, good, mix, say, signals,
+    Random, await_report_order, await_report_order_patiently, block, check, ending, expect, good,
+    mix, say,
 };
 use std::fs::{File, OpenOptions};
 use std::os::fd::{AsRawFd, FromRawFd};
@@ -221,13 +222,7 @@ fn main() {
     let worker = std::thread::spawn(move || shift(seed.unwrap_or(1)));
     say("ready");
     if manner.as_deref() == Some("patient") {
-        // For tests in which a tracer is killed: what it interrupted stays interrupted.
-        let set = signals(&[libc::SIGUSR1]);
-        let set = std::ptr::from_ref(&set).cast::<libc::sigset_t>();
-        // SAFETY: the first 8 bytes of a set, which is live, are all that the kernel reads; the
-        // size is said.
-        let wait = || unsafe { libc::syscall(libc::SYS_rt_sigtimedwait, set, 0, 0, 8) };
-        while wait() != i64::from(libc::SIGUSR1) {}
+        await_report_order_patiently();
     } else {
         await_report_order();
     }

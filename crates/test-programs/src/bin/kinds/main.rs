@@ -21,7 +21,9 @@ mod process;
 mod sharing;
 mod sockets;
 
-use outlive_test_programs::{await_report_order, await_signal, block, fail, say};
+use outlive_test_programs::{
+    await_report_order, await_report_order_patiently, await_signal, block, fail, say,
+};
 use std::path::PathBuf;
 
 /// Looks whether it is still what it was; fails loudly where it is not.
@@ -95,11 +97,12 @@ fn main() {
         return tree(&words.collect::<Vec<_>>());
     }
     let Some((_, make)) = kinds().find(|(n, _)| *n == name) else {
-        fail("usage: kinds NAME [later] | kinds --list")
+        fail("usage: kinds NAME [later|patient] | kinds --list")
     };
     let here = std::env::current_dir().unwrap_or_else(|_| PathBuf::from("/"));
     block(&[libc::SIGUSR1, libc::SIGUSR2]);
-    let later = words.next().as_deref() == Some("later");
+    let manner = words.next();
+    let later = manner.as_deref() == Some("later");
     if later {
         say("ready");
         await_signal(libc::SIGUSR2);
@@ -109,7 +112,11 @@ fn main() {
         say(&format!("absent: {why}"));
     }
     say(if later { "held" } else { "ready" });
-    await_report_order();
+    if manner.as_deref() == Some("patient") {
+        await_report_order_patiently();
+    } else {
+        await_report_order();
+    }
     if let Ok(check) = made {
         check();
     }
