@@ -7,6 +7,9 @@
 //! - *grown*: longer, and the bytes before the recorded end are the same. It is truncated back,
 //!   what is cut off goes to `PATH.outlive-tail.EPOCH`, and the recorded time is set again, so
 //!   that a second restore finds it equal;
+//! - *touched*: as long as it was and not longer than what the checksum covers, which says that
+//!   every byte is as it was. The recorded time is set again. A writer that is killed inside
+//!   `write(2)` leaves this: the kernel sets the time before it takes the first byte;
 //! - anything else is refused, unless the user keeps files as they are.
 //!
 //! A file that is only read must be the same file, or have the same size and time.
@@ -59,7 +62,11 @@ pub struct FileState {
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Verdict {
     Equal,
-    Grown { by: u64 },
+    /// The same contents with another time.
+    Touched,
+    Grown {
+        by: u64,
+    },
     Changed(&'static str),
 }
 
@@ -148,11 +155,15 @@ pub(crate) fn judge(
     if now.size < then.size {
         return Ok(Verdict::Changed("it is shorter than at the epoch"));
     }
-    if now.size == then.size && !was_cut {
+    let same_size = now.size == then.size;
+    if same_size && !was_cut && then.size > TAIL {
         return Ok(Verdict::Changed("it was modified after the epoch"));
     }
     if !tail_equal()? {
         return Ok(Verdict::Changed("it was overwritten after the epoch"));
+    }
+    if same_size {
+        return Ok(Verdict::Touched);
     }
     Ok(Verdict::Grown {
         by: now.size - then.size,
@@ -377,7 +388,11 @@ impl FileState {
                 format!("file {path} is not as it was: {how}"),
                 remedy,
             )),
-            Verdict::Grown { by } => {
+            verdict @ (Verdict::Touched | Verdict::Grown { .. }) => {
+                let grown_by = match verdict {
+                    Verdict::Grown { by } => by,
+                    _ => 0,
+                };
                 let file = reopen(held, OFlags::RDWR | OFlags::NONBLOCK).map_err(|errno| {
                     failed(cx.request.pid, format!("open {path} for writing"), errno)
                 })?;
@@ -387,7 +402,7 @@ impl FileState {
                         path: self.path.clone(),
                         file,
                         size: then.size,
-                        grown_by: by,
+                        grown_by,
                         modified: then.modified,
                         epoch: cx.request.epoch,
                     });
@@ -495,10 +510,6 @@ mod tests {
         for now in [
             Seen { size: 99, ..THEN },
             Seen {
-                modified: 60,
-                ..THEN
-            },
-            Seen {
                 size: 130,
                 inode: 8,
                 ..THEN
@@ -522,13 +533,32 @@ mod tests {
         }
     }
 
+    /// As a writer leaves it that was killed inside `write(2)`.
+    #[test]
+    fn another_time_alone_is_no_change_where_every_byte_is_vouched_for() {
+        for size in [0, 1, TAIL, TAIL + 1] {
+            let then = Seen { size, ..THEN };
+            let now = Seen {
+                modified: 60,
+                ..then
+            };
+            let verdict = |tail| judge(&then, &now, false, || Ok(tail)).unwrap();
+            if size <= TAIL {
+                assert_eq!(verdict(true), Verdict::Touched, "{size}");
+            } else {
+                assert!(matches!(verdict(true), Verdict::Changed(_)), "{size}");
+            }
+            assert!(matches!(verdict(false), Verdict::Changed(_)), "{size}");
+        }
+    }
+
     #[test]
     fn a_restore_that_was_interrupted_after_the_cut_goes_on() {
         let cut = Seen {
             modified: 70,
             ..THEN
         };
-        assert_eq!(verdict(cut, true, true), Verdict::Grown { by: 0 });
+        assert_eq!(verdict(cut, true, true), Verdict::Touched);
         assert!(matches!(verdict(cut, true, false), Verdict::Changed(_)));
     }
 }

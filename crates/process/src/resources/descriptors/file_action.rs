@@ -1,5 +1,5 @@
-//! Truncating a file back to what it was at the epoch: the only change that a restore makes to a
-//! file which existed before.
+//! Giving a file its size and its time of the epoch again: the only changes that a restore makes to
+//! a file which existed before.
 //!
 //! # Rules
 //! - A tail goes to a new file, never into one that is there: restoring an epoch twice keeps both.
@@ -24,7 +24,7 @@ pub struct FileAction {
     pub file: OwnedFd,
     /// Its size at the epoch.
     pub size: u64,
-    /// By how many bytes it is longer now.
+    /// By how many bytes it is longer now; 0 where only its time is another one.
     pub grown_by: u64,
     /// When it was last modified before the epoch, nanoseconds since 1970.
     pub modified: i64,
@@ -63,6 +63,11 @@ impl FileAction {
         };
         rustix::fs::futimens(&self.file, &times).map_err(wrap("set the time of"))?;
         rustix::fs::fsync(&self.file).map_err(wrap("write back"))?;
+        if self.grown_by == 0 {
+            return Ok(format!(
+                "{path} has its contents of the epoch and had a later time of modification: set back"
+            ));
+        }
         Ok(format!(
             "{path} had grown by {} bytes since the epoch: cut back, the tail is in {}",
             self.grown_by,
