@@ -5,6 +5,7 @@
 //! flags are equal, in `n log n` questions. What does not change from epoch to epoch is kept in [`Memory`].
 
 use super::context::{Around, CollectContext};
+use super::file::Vouched;
 use super::locks;
 use super::owner;
 use super::probe::{InfoReader, Probe, ProcDirs, SocketSort, Target, failed};
@@ -27,8 +28,8 @@ type FoundFile = ((u64, u64), Vec<u8>);
 /// one gives the same result.
 #[derive(Debug, Default)]
 pub struct Memory {
-    /// Per writable file (device, inode): size, modification time, checksum of the tail.
-    pub(crate) tails: HashMap<(u64, u64), (u64, i64, u32)>,
+    /// Per writable file (device, inode): what vouches for its contents.
+    pub(crate) vouched: HashMap<(u64, u64), Vouched>,
     /// Per process and number: the file (mount, inode) and the path that was seen to lead to it.
     pub(crate) found: HashMap<(u32, u32), FoundFile>,
     /// Options of a new socket, per sort.

@@ -38,6 +38,9 @@ pub struct Around {
     pub processes: HashSet<u32>,
     /// Numbers of the pseudo-terminals whose masters are in the subject.
     pub ptys: HashSet<u32>,
+    /// Inodes of files that somebody can write to other than by appending. Their file systems are
+    /// not told apart.
+    pub overwriters: HashSet<u64>,
     /// Inodes of all sockets.
     pub sockets: HashSet<u64>,
     /// By inode: TCP connections within the subject.
@@ -69,8 +72,12 @@ impl Around {
         if probe.link.starts_with(b"pipe:[") || probe.has_path() && !probe.has(OFlags::PATH) {
             let key = (probe.info.mount, probe.info.inode);
             let ends = self.pipes.entry(key).or_default();
+            let writes = probe.access() != OFlags::RDONLY.bits();
             ends.0 |= probe.access() != OFlags::WRONLY.bits();
-            ends.1 |= probe.access() != OFlags::RDONLY.bits();
+            ends.1 |= writes;
+            if writes && !probe.has(OFlags::APPEND) {
+                self.overwriters.insert(probe.info.inode);
+            }
         } else if probe.link.starts_with(b"socket:[") {
             self.sockets.insert(probe.info.inode);
         }

@@ -2,14 +2,15 @@
 //!
 //! # Files go with the memory
 //! A file that the program can write is recorded with its size and modification time, and with a
-//! checksum of the last bytes before its end. At the restore it is one of:
+//! checksum: of all of it where all of its writers can only append, so that from epoch to epoch only
+//! what was appended is read; else of the last bytes before its end. At the restore it is one of:
 //! - *equal*: the same size and time;
 //! - *grown*: longer, and the bytes before the recorded end are the same. It is truncated back,
 //!   what is cut off goes to `PATH.outlive-tail.EPOCH`, and the recorded time is set again, so
 //!   that a second restore finds it equal;
-//! - *touched*: as long as it was and not longer than what the checksum covers, which says that
-//!   every byte is as it was. The recorded time is set again. A writer that is killed inside
-//!   `write(2)` leaves this: the kernel sets the time before it takes the first byte;
+//! - *touched*: as long as it was, and the checksum covers all of it and says that every byte is as
+//!   it was. The recorded time is set again. A writer that is killed inside `write(2)` leaves this:
+//!   the kernel sets the time before it takes the first byte;
 //! - anything else is refused, unless the user keeps files as they are.
 //!
 //! A file that is only read must be the same file, or have the same size and time.
@@ -21,7 +22,7 @@
 use super::Descriptor;
 use super::collect::Memory;
 use super::context::{About, Around, CheckContext, CollectContext, RecreateContext};
-use super::file_action::{FileAction, tail_name};
+use super::file_action::{FileAction, cut_name};
 use super::probe::{Probe, failed, show};
 use crate::ProcessError;
 use crate::restore::FilesPolicy;
@@ -33,6 +34,8 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 /// How many bytes before the end of a file vouch for the rest of it.
 const TAIL: u64 = 4096;
+/// How many bytes at most are read at a stop for the checksum of one file.
+const MOST_READ: u64 = 16 << 20;
 
 /// An open regular file.
 #[derive(StateNode, Debug, Clone, PartialEq)]
@@ -52,8 +55,10 @@ pub struct FileState {
     pub size: u64,
     /// When it was last modified, nanoseconds since 1970.
     pub modified: i64,
-    /// CRC32C of the last bytes (up to 4096), of a file that is open for writing.
+    /// Of a file that is open for writing: CRC32C of its bytes from `crc-from` to the end.
     pub tail_crc: Option<u32>,
+    /// Where the checksummed bytes begin: 0 where all of it is.
+    pub crc_from: u64,
     /// Whether the kernel makes up its contents (`/proc`, `/sys`): nothing to be compared.
     pub made_up: bool,
 }
@@ -137,12 +142,12 @@ fn same_file(then: &Seen, now: &Seen) -> bool {
         }
 }
 
-/// Judges a file that the program could write. `tail_equal` says whether the bytes before the
-/// recorded end are as they were.
+/// Judges a file that the program could write. `tail_equal` says whether the checksummed bytes are
+/// as they were, `vouched` whether they are all, or the file was cut by an earlier restore.
 pub(crate) fn judge(
     then: &Seen,
     now: &Seen,
-    was_cut: bool,
+    vouched: bool,
     tail_equal: impl FnOnce() -> Result<bool, Errno>,
 ) -> Result<Verdict, Errno> {
     let equal_contents = then.size == now.size && then.modified == now.modified;
@@ -156,7 +161,7 @@ pub(crate) fn judge(
         return Ok(Verdict::Changed("it is shorter than at the epoch"));
     }
     let same_size = now.size == then.size;
-    if same_size && !was_cut && then.size > TAIL {
+    if same_size && !vouched {
         return Ok(Verdict::Changed("it was modified after the epoch"));
     }
     if !tail_equal()? {
@@ -170,21 +175,58 @@ pub(crate) fn judge(
     })
 }
 
-/// CRC32C of the last bytes before `size`.
-fn tail_crc(file: BorrowedFd<'_>, size: u64) -> Result<u32, Errno> {
-    let length = size.min(TAIL);
-    let mut bytes = vec![0; length as usize];
-    let mut filled = 0;
-    while filled < bytes.len() {
-        let at = size - length + filled as u64;
-        match rustix::io::pread(file, &mut bytes[filled..], at) {
+/// What vouches for the contents of a file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Vouched {
+    size: u64,
+    modified: i64,
+    from: u64,
+    crc: u32,
+}
+
+impl Vouched {
+    /// Of a file that looks like this, after an earlier look. Where it can only be appended to, that
+    /// covers all of it, as far as not too much would have to be read.
+    fn of(
+        file: BorrowedFd<'_>,
+        seen: &Seen,
+        appended: bool,
+        before: Option<&Self>,
+    ) -> Result<Self, Errno> {
+        let goes_on = |b: &&Self| b.from == 0 && b.size <= seen.size;
+        let whole = before.filter(goes_on).map_or((0, 0), |b| (b.size, b.crc));
+        let tail = seen.size.saturating_sub(TAIL);
+        let (from, (read_from, crc)) = match appended && seen.size - whole.0 <= MOST_READ {
+            true => (0, whole),
+            false => (tail, (tail, 0)),
+        };
+        Ok(Self {
+            size: seen.size,
+            modified: seen.modified,
+            from,
+            crc: crc_of(file, read_from, seen.size, crc)?,
+        })
+    }
+}
+
+/// Goes on with the CRC32C of what comes before, as far as the file goes.
+fn crc_of(file: BorrowedFd<'_>, from: u64, to: u64, mut crc: u32) -> Result<u32, Errno> {
+    const PIECE: u64 = 256 << 10;
+    let mut buffer = vec![0; to.saturating_sub(from).min(PIECE) as usize];
+    let mut at = from;
+    while at < to {
+        let wanted = PIECE.min(to - at) as usize;
+        match rustix::io::pread(file, &mut buffer[..wanted], at) {
             Ok(0) => break,
-            Ok(n) => filled += n,
+            Ok(n) => {
+                crc = crc32c::crc32c_append(crc, &buffer[..n]);
+                at += n as u64;
+            }
             Err(Errno::INTR) => {}
             Err(errno) => return Err(errno),
         }
     }
-    Ok(crc32c::crc32c(&bytes[..filled]))
+    Ok(crc)
 }
 
 /// Opens anew what an `O_PATH` descriptor stands for.
@@ -290,7 +332,7 @@ impl Descriptor for FileState {
         refuse_lost(probe, cx.memory)?;
         let seen = Seen::of(probe.stat()?);
         let writable = probe.access() != OFlags::RDONLY.bits() && !probe.has(OFlags::PATH);
-        let tail_crc = if writable && !made_up {
+        let vouched = if writable && !made_up {
             written(probe, cx, &seen)?
         } else {
             None
@@ -303,7 +345,8 @@ impl Descriptor for FileState {
             born: seen.born,
             size: seen.size,
             modified: seen.modified,
-            tail_crc,
+            tail_crc: vouched.map(|v| v.crc),
+            crc_from: vouched.map_or(0, |v| v.from),
             made_up,
         })
     }
@@ -373,11 +416,12 @@ impl FileState {
             }
             return Err(cx.refuse(about, format!("file {path} is another one now"), remedy));
         }
-        let was_cut = look_up(&tail_name(&self.path, cx.request.epoch)).is_ok();
-        let verdict = judge(&then, now, was_cut, || match self.tail_crc {
+        let was_cut = || look_up(&cut_name(&self.path, cx.request.epoch)).is_ok();
+        let vouched = self.crc_from == 0 || was_cut();
+        let verdict = judge(&then, now, vouched, || match self.tail_crc {
             Some(crc) => {
                 let file = reopen(held, OFlags::RDONLY | OFlags::NONBLOCK)?;
-                Ok(tail_crc(file.as_fd(), then.size)? == crc)
+                Ok(crc_of(file.as_fd(), self.crc_from, then.size, 0)? == crc)
             }
             None => Ok(false),
         });
@@ -417,25 +461,25 @@ fn written(
     probe: &Probe<'_>,
     cx: &mut CollectContext<'_>,
     seen: &Seen,
-) -> Result<Option<u32>, ProcessError> {
+) -> Result<Option<Vouched>, ProcessError> {
     let key = (seen.device, seen.inode);
     if let Entry::Vacant(vacant) = cx.files.files.entry(key) {
         vacant.insert((probe.shown(), probe.another_duplicate()?));
     }
-    if let Some(&(size, modified, crc)) = cx.memory.tails.get(&key)
-        && (size, modified) == (seen.size, seen.modified)
+    let before = cx.memory.vouched.get(&key);
+    if let Some(before) = before
+        && (before.size, before.modified) == (seen.size, seen.modified)
     {
-        return Ok(Some(crc));
+        return Ok(Some(*before));
     }
+    let appended = !cx.around.overwriters.contains(&seen.inode);
     // Not through a duplicate: it may be for writing only, or want aligned buffers.
-    let crc = match probe.reopen(OFlags::RDONLY) {
-        Ok(file) => tail_crc(file.as_fd(), seen.size).ok(),
-        Err(_) => None,
-    };
-    if let Some(crc) = crc {
-        cx.memory.tails.insert(key, (seen.size, seen.modified, crc));
+    let file = probe.reopen(OFlags::RDONLY);
+    let vouched = file.and_then(|file| Vouched::of(file.as_fd(), seen, appended, before));
+    if let Ok(vouched) = vouched {
+        cx.memory.vouched.insert(key, vouched);
     }
-    Ok(crc)
+    Ok(vouched.ok())
 }
 
 /// Sets the position of what was opened anew.
@@ -536,20 +580,49 @@ mod tests {
     /// As a writer leaves it that was killed inside `write(2)`.
     #[test]
     fn another_time_alone_is_no_change_where_every_byte_is_vouched_for() {
-        for size in [0, 1, TAIL, TAIL + 1] {
+        for size in [0, 1, TAIL + 1] {
             let then = Seen { size, ..THEN };
             let now = Seen {
                 modified: 60,
                 ..then
             };
-            let verdict = |tail| judge(&then, &now, false, || Ok(tail)).unwrap();
-            if size <= TAIL {
-                assert_eq!(verdict(true), Verdict::Touched, "{size}");
-            } else {
-                assert!(matches!(verdict(true), Verdict::Changed(_)), "{size}");
+            let verdict = |vouched, tail| judge(&then, &now, vouched, || Ok(tail)).unwrap();
+            assert_eq!(verdict(true, true), Verdict::Touched, "{size}");
+            for (vouched, tail) in [(false, true), (true, false)] {
+                let changed = matches!(verdict(vouched, tail), Verdict::Changed(_));
+                assert!(changed, "{size}");
             }
-            assert!(matches!(verdict(false), Verdict::Changed(_)), "{size}");
         }
+    }
+
+    #[test]
+    fn the_checksum_of_what_is_only_appended_to_goes_on() {
+        let file = tempfile::tempfile().unwrap();
+        let mut before: Option<Vouched> = None;
+        let mut seen = THEN;
+        let mut all = Vec::new();
+        let read_from = |v: &Vouched| v.from;
+        for length in [0, 10, 5000, 5000, 100_000] {
+            let more = vec![all.len() as u8; length];
+            std::os::unix::fs::FileExt::write_all_at(&file, &more, all.len() as u64).unwrap();
+            all.extend(more);
+            seen.size = all.len() as u64;
+            let now = Vouched::of(file.as_fd(), &seen, true, before.as_ref()).unwrap();
+            assert_eq!((read_from(&now), now.crc), (0, crc32c::crc32c(&all)));
+            before = Some(now);
+        }
+        let tail = Vouched::of(file.as_fd(), &seen, false, before.as_ref()).unwrap();
+        let start = all.len() - TAIL as usize;
+        let crc = crc32c::crc32c(&all[start..]);
+        assert_eq!((read_from(&tail), tail.crc), (start as u64, crc));
+        file.set_len(MOST_READ * 3).unwrap();
+        seen.size = MOST_READ * 3;
+        let much = Vouched::of(file.as_fd(), &seen, true, before.as_ref()).unwrap();
+        assert_eq!(much.from, seen.size - TAIL, "so much is not read at once");
+        // What shrank is read from its beginning.
+        seen.size = 10;
+        let shrunk = Vouched::of(file.as_fd(), &seen, true, before.as_ref()).unwrap();
+        assert_eq!((shrunk.from, shrunk.crc), (0, crc32c::crc32c(&all[..10])));
     }
 
     #[test]

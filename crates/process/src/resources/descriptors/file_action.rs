@@ -5,13 +5,15 @@
 //! - A tail goes to a new file, never into one that is there: restoring an epoch twice keeps both.
 //!
 //! # Order
-//! What is cut off is copied and made durable first, then the file is truncated, then its time is
-//! set. A crash at any point leaves either the grown file (and perhaps a copy of its tail), or the
-//! cut file beside the copy, which tells the next restore that the cut was ours.
+//! What is cut off is copied to `PATH.outlive-cut.EPOCH` and made durable first, then the file is
+//! truncated, then its time is set, then the copy gets its name, `PATH.outlive-tail.EPOCH`. A crash
+//! at any point leaves either the grown file (and perhaps a copy of its tail), or the cut file beside
+//! the copy, whose first name tells the next restore that the cut was ours.
 
+use super::file::look_up;
 use super::probe::{failed, show};
 use crate::ProcessError;
-use rustix::fs::{Mode, OFlags, Timespec, Timestamps, UTIME_OMIT};
+use rustix::fs::{CWD, Mode, OFlags, RenameFlags, Timespec, Timestamps, UTIME_OMIT, renameat_with};
 use rustix::io::Errno;
 use std::os::fd::OwnedFd;
 
@@ -33,8 +35,13 @@ pub struct FileAction {
 }
 
 /// Where the cut-off tail of a file goes.
-pub(crate) fn tail_name(path: &[u8], epoch: u64) -> Vec<u8> {
+fn tail_name(path: &[u8], epoch: u64) -> Vec<u8> {
     [path, format!(".outlive-tail.{epoch}").as_bytes()].concat()
+}
+
+/// Where it is until the cut is complete.
+pub(crate) fn cut_name(path: &[u8], epoch: u64) -> Vec<u8> {
+    [path, format!(".outlive-cut.{epoch}").as_bytes()].concat()
 }
 
 impl FileAction {
@@ -45,9 +52,12 @@ impl FileAction {
             let what = format!("{what} {path}");
             move |errno| failed(pid, what, errno)
         };
-        let mut tail = tail_name(&self.path, self.epoch);
+        let cut = cut_name(&self.path, self.epoch);
+        let tail = tail_name(&self.path, self.epoch);
         if self.grown_by > 0 {
-            tail = self.copy_tail(tail).map_err(wrap("keep the tail of"))?;
+            // Of a cut that was interrupted, after which the file grew again.
+            set_aside(&cut, &tail).map_err(wrap("keep the tail of"))?;
+            self.copy_tail(&cut).map_err(wrap("keep the tail of"))?;
             rustix::fs::ftruncate(&self.file, self.size).map_err(wrap("truncate"))?;
         }
         let modified = Timespec {
@@ -63,22 +73,27 @@ impl FileAction {
         };
         rustix::fs::futimens(&self.file, &times).map_err(wrap("set the time of"))?;
         rustix::fs::fsync(&self.file).map_err(wrap("write back"))?;
-        if self.grown_by == 0 {
-            return Ok(format!(
+        let tail = set_aside(&cut, &tail).map_err(wrap("keep the tail of"))?;
+        Ok(match (tail, self.grown_by) {
+            (Some(tail), 1..) => format!(
+                "{path} had grown by {} bytes since the epoch: cut back, the tail is in {}",
+                self.grown_by,
+                show(&tail)
+            ),
+            (Some(tail), 0) => format!(
+                "{path} had been cut back by a restore that was interrupted: its tail is in {}",
+                show(&tail)
+            ),
+            (None, _) => format!(
                 "{path} has its contents of the epoch and had a later time of modification: set back"
-            ));
-        }
-        Ok(format!(
-            "{path} had grown by {} bytes since the epoch: cut back, the tail is in {}",
-            self.grown_by,
-            show(&tail)
-        ))
+            ),
+        })
     }
 
-    /// Copies what is cut off to a new file with this name, or the name and a number; returns
-    /// which.
-    fn copy_tail(&self, name: Vec<u8>) -> Result<Vec<u8>, Errno> {
-        let (tail, out) = create_new(name)?;
+    /// Copies what is cut off to a new file with this name.
+    fn copy_tail(&self, name: &[u8]) -> Result<(), Errno> {
+        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
+        let out = rustix::fs::open(name, flags, Mode::RUSR | Mode::WUSR)?;
         let mut buffer = vec![0; 1 << 20];
         let mut at = self.size;
         loop {
@@ -100,26 +115,43 @@ impl FileAction {
             }
         }
         rustix::fs::fsync(&out)?;
-        sync_directory_of(&tail)?;
-        Ok(tail)
+        sync_directory_of(name)
     }
 }
 
-/// How many tails of one file and epoch may lie side by side.
-const TAILS: u32 = 10_000;
+/// How many files of one name may lie side by side.
+const ASIDE: u32 = 10_000;
 
-fn create_new(name: Vec<u8>) -> Result<(Vec<u8>, OwnedFd), Errno> {
-    let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
-    let mut candidate = name.clone();
-    for number in 1..TAILS {
-        match rustix::fs::open(&candidate[..], flags, Mode::RUSR | Mode::WUSR) {
-            Ok(file) => return Ok((candidate, file)),
+/// Gives a file another name, or that name and a number where that is taken; returns which. `None`
+/// where there is no such file.
+fn set_aside(from: &[u8], to: &[u8]) -> Result<Option<Vec<u8>>, Errno> {
+    let mut candidate = to.to_vec();
+    for number in 1..ASIDE {
+        match rename_new(from, &candidate) {
+            Ok(()) => {
+                sync_directory_of(&candidate)?;
+                return Ok(Some(candidate));
+            }
+            Err(Errno::NOENT) => return Ok(None),
             Err(Errno::EXIST) => {}
             Err(errno) => return Err(errno),
         }
-        candidate = [&name, format!(".{number}").as_bytes()].concat();
+        candidate = [to, format!(".{number}").as_bytes()].concat();
     }
     Err(Errno::EXIST)
+}
+
+/// Renames without replacing anything.
+fn rename_new(from: &[u8], to: &[u8]) -> Result<(), Errno> {
+    match renameat_with(CWD, from, CWD, to, RenameFlags::NOREPLACE) {
+        // A file system that cannot promise it.
+        Err(Errno::INVAL | Errno::NOSYS) => match look_up(to) {
+            Ok(_) => Err(Errno::EXIST),
+            Err(Errno::NOENT) => rustix::fs::rename(from, to),
+            Err(errno) => Err(errno),
+        },
+        done => done,
+    }
 }
 
 fn sync_directory_of(path: &[u8]) -> Result<(), Errno> {
@@ -173,6 +205,42 @@ mod tests {
             std::fs::metadata(&tail).unwrap().permissions().mode() & 0o777,
             0o600
         );
+    }
+
+    #[test]
+    fn a_cut_that_was_interrupted_is_completed() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("log");
+        std::fs::write(&path, b"before|").unwrap();
+        std::fs::write(dir.path().join("log.outlive-cut.4"), b"after").unwrap();
+        let open = || {
+            std::fs::OpenOptions::new()
+                .write(true)
+                .read(true)
+                .open(&path)
+        };
+        let mut action = FileAction {
+            path: path.as_os_str().as_encoded_bytes().to_vec(),
+            file: open().unwrap().into(),
+            size: 7,
+            grown_by: 0,
+            modified: 0,
+            epoch: 4,
+        };
+        let tail = |name: &str| std::fs::read(dir.path().join(name)).unwrap();
+        assert!(action.apply(1).unwrap().contains("log.outlive-tail.4"));
+        assert_eq!(tail("log.outlive-tail.4"), b"after");
+        std::fs::rename(
+            dir.path().join("log.outlive-tail.4"),
+            dir.path().join("log.outlive-cut.4"),
+        )
+        .unwrap();
+        std::fs::write(&path, b"before|again").unwrap();
+        action.grown_by = 5;
+        assert!(action.apply(1).unwrap().contains("log.outlive-tail.4.1"));
+        assert_eq!(tail("log.outlive-tail.4"), b"after");
+        assert_eq!(tail("log.outlive-tail.4.1"), b"again");
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 3);
     }
 
     #[test]

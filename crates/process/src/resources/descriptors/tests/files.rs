@@ -174,6 +174,33 @@ fn a_file_whose_time_alone_changed_gets_it_back() {
     }
 }
 
+/// A log of any length, if its writers can only append.
+#[test]
+fn all_of_a_log_is_vouched_for() {
+    let _quiet = no_child_starts();
+    let fixture = Fixture::new();
+    let path = fixture.file("log", &[b'a'; 100_000]);
+    let log = OpenOptions::new().append(true).open(&path).unwrap();
+    let table = collect(&[number(&log)]);
+    let later = std::time::SystemTime::now() + std::time::Duration::from_secs(5);
+    log.set_modified(later).unwrap();
+    let notices = recreate(&table).apply_files(me()).unwrap();
+    assert!(notices[0].contains("set back"), "{notices:?}");
+    append(&path, b"more");
+    let notices = recreate(&table).apply_files(me()).unwrap();
+    assert!(notices[0].contains("grown by 4 bytes"), "{notices:?}");
+    // Far from the end.
+    rustix::io::pwrite(writable(&path), b"b", 10).unwrap();
+    assert!(check_refused(&table)[0].what.contains("overwritten"));
+    append(&path, b"more");
+    assert!(check_refused(&table)[0].what.contains("overwritten"));
+    // Somebody else who has it open may write anywhere: only the end is looked at.
+    let other = writable(&path);
+    let table = collect(&[number(&log), number(&other)]);
+    other.set_modified(later).unwrap();
+    assert!(check_refused(&table)[0].what.contains("modified"));
+}
+
 #[test]
 fn what_is_not_as_it_was_is_refused_unless_kept() {
     let _quiet = no_child_starts();
