@@ -4,6 +4,7 @@ use crate::family;
 use crate::member;
 use crate::namespaces;
 use crate::resources::{descriptors, timers};
+use crate::sharing::outside::Outside;
 use crate::target::{Status, Target};
 use crate::{ProcessError, Refusal, sharing};
 use outlive_linux::processor;
@@ -57,14 +58,18 @@ pub fn let_spawn(
 }
 
 /// Refuses what of a program could not be restored, before anything of it is touched.
-pub fn of_program(root: u32, adopters: &[u32], patience: Duration) -> Result<(), ProcessError> {
+pub fn of_program(
+    root: u32,
+    adopters: &[u32],
+    patience: Duration,
+    outside: &mut Outside,
+) -> Result<(), ProcessError> {
     let_spawn(root, adopters, patience, || ())?;
     let mut refusals: Vec<Refusal> = Vec::new();
     let mut processes = Vec::new();
-    for kin in family::list(root, adopters)
-        .into_iter()
-        .filter(|k| !k.zombie)
-    {
+    let all = family::list(root, adopters);
+    refusals.extend(outside.refusals(&all, || family::list(root, adopters)));
+    for kin in all.into_iter().filter(|k| !k.zombie) {
         match Target::open(kin.pid) {
             Ok(target) if !family::is_spawning(&kin) => processes.push((kin, target)),
             // A child may end at any time.

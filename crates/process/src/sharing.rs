@@ -8,7 +8,8 @@
 //!   the tree stands.
 //! - Two processes that share nothing never will: so those found alone are not compared again until
 //!   there is a new one.
-//! - What could not be made again ([`births`]) is refused.
+//! - What could not be made again ([`births`]) is refused, and what is shared with a process that is
+//!   not of the program ([`outside`]).
 //!
 //! # Threads
 //! A thread can leave the descriptors and directories of its process (`unshare(2)`). Such a process is
@@ -18,6 +19,8 @@
 //! # Limits
 //! POSIX locks belong to a table of descriptors. After a restore those of a shared one were taken by
 //! the process that stands for it, and `F_GETLK` names that.
+
+pub mod outside;
 
 use crate::births::{self, KINDS, Kind, Unborn};
 use crate::bootstrap;

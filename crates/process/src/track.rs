@@ -19,6 +19,7 @@ use crate::resources::machine::MachineState;
 use crate::resources::shared::SharedObjects;
 use crate::resources::system_v::SystemV;
 use crate::sharing::Sharing;
+use crate::sharing::outside::Outside;
 use crate::strategy::{self, Granularity, Strategy};
 use crate::target::Target;
 use crate::{ProcessError, namespaces, preflight};
@@ -82,6 +83,7 @@ pub struct Tracked {
     descriptors: descriptors::Memory,
     shared: SharedObjects,
     sharing: Sharing,
+    outside: Outside,
     machine: Arc<MachineState>,
     system_v: SystemV,
     /// Pages of members that are no more, which the epochs so far hold.
@@ -101,7 +103,8 @@ impl Tracked {
     /// that could not be restored.
     pub fn attach(pid: u32, options: TrackOptions) -> Result<Self, ProcessError> {
         let mut tracked = Self::of(pid, options)?;
-        preflight::of_program(pid, &tracked.adopters, tracked.options.stop_timeout)?;
+        let patience = tracked.options.stop_timeout;
+        preflight::of_program(pid, &tracked.adopters, patience, &mut tracked.outside)?;
         tracked.adopt_all()?;
         Ok(tracked)
     }
@@ -142,6 +145,7 @@ impl Tracked {
             descriptors: descriptors::Memory::default(),
             shared: SharedObjects::default(),
             sharing: Sharing::default(),
+            outside: Outside::default(),
             machine: Arc::new(MachineState::here()?),
             system_v: SystemV::default(),
             retired: Vec::new(),
@@ -192,8 +196,14 @@ impl Tracked {
     /// those that became members.
     fn adopt_all(&mut self) -> Result<Vec<u32>, ProcessError> {
         self.drop_ended();
+        let all = family::list(self.root, &self.adopters);
+        let again = || family::list(self.root, &self.adopters);
+        let refusals = self.outside.refusals(&all, again);
+        if !refusals.is_empty() {
+            return Err(ProcessError::Refused(refusals));
+        }
         let mut adopted = Vec::new();
-        for kin in family::list(self.root, &self.adopters) {
+        for kin in all {
             // What is about to begin a program of its own is nobody's member.
             if kin.zombie || self.members.contains_key(&kin.pid) || family::is_spawning(&kin) {
                 continue;

@@ -11,7 +11,9 @@ use crate::trees::{last_epoch, look, must_equal};
 use outlive_epoch::SpaceId;
 use outlive_process::image::{self, group, kinds};
 use outlive_process::resources::attributes::ProcessState;
-use outlive_process::{ProcessError, RestoreOptions, Strategy, TrackOptions, Tracked, restore};
+use outlive_process::{
+    ProcessError, Refusal, RestoreOptions, Strategy, TrackOptions, Tracked, restore,
+};
 use outlive_state_tree::to_fdt;
 use rustix::process::{Pid, Signal, kill_process};
 
@@ -263,6 +265,91 @@ fn epochs_of_an_address_space_go_on_from_the_restored_one() {
         ready.go().expect("letting it run");
         program.was_restored();
         program.must_report();
+        clean_up();
+    }
+}
+
+/// Whether it is refused because of this process, and goes on unharmed.
+fn must_be_refused(outcome: Result<(), ProcessError>, what: &str, other: u32) {
+    let Err(ProcessError::Refused(list)) = outcome else {
+        panic!("{what}: not refused: {:?}", outcome.err());
+    };
+    let named = format!("with process {other} (kinds), which is not of this program");
+    let names = |r: &Refusal| r.what.contains(&named) && r.what.contains(what);
+    assert!(list.iter().any(names), "{what}: {list:?}");
+}
+
+#[test]
+fn what_is_shared_with_a_process_outside_is_refused_before_harm() {
+    let _alone = alone();
+    if !may_run("what_is_shared_with_a_process_outside_is_refused_before_harm") {
+        return;
+    }
+    adopt_orphans();
+    for (kind, what) in [
+        ("child-sharing-memory", "its memory with"),
+        ("child-sharing-descriptors", "its table of descriptors with"),
+        ("child-sharing-directory", "its working directory with"),
+        (
+            "child-sharing-signals",
+            "its memory and signal actions with",
+        ),
+    ] {
+        let program = Program::start("kinds", &[kind]);
+        let child = first_child(program.pid);
+        let before = program.mappings();
+        let tracked = Tracked::attach(child, TrackOptions::default());
+        must_be_refused(tracked.map(drop), what, program.pid);
+        assert_eq!(before, program.mappings());
+        // The whole program is another matter.
+        drop(track(&program));
+        program.must_report();
+        clean_up();
+    }
+    // Its parent has ended, and nobody says that it belongs to the program.
+    let program = Program::start("kinds", &["orphan-sharing-all"]);
+    let orphan = first_child(std::process::id());
+    let tracked = Tracked::attach(program.pid, TrackOptions::default());
+    must_be_refused(tracked.map(drop), "its memory and", orphan);
+    program.must_report();
+    clean_up();
+}
+
+/// A process that shares leaves the program while that is tracked: it is a new one, or one that was
+/// of the program.
+#[test]
+fn what_comes_to_be_shared_with_a_process_outside_is_refused_by_the_next_epoch() {
+    let _alone = alone();
+    if !may_run("what_comes_to_be_shared_with_a_process_outside_is_refused_by_the_next_epoch") {
+        return;
+    }
+    adopt_orphans();
+    for later in [true, false] {
+        let kind = ["grandchild-sharing-all", "orphan-sharing-all"][usize::from(later)];
+        let manner: &[&str] = if later { &[kind, "later"] } else { &[kind] };
+        let program = Program::start("kinds", manner);
+        let options = TrackOptions::default();
+        let mut tracked = Tracked::attach(program.pid, options).expect("attaching");
+        let mut store = Store::default();
+        take(&mut tracked, &mut store, kind);
+        take(&mut tracked, &mut store, kind);
+        if later {
+            program.signal(libc::SIGUSR2);
+            program.await_word("held");
+        } else {
+            leave(first_child(program.pid), true);
+        }
+        let orphan = || first_child(std::process::id());
+        for _ in 0..2 {
+            let taken = epoch(&mut tracked, &mut store).map(drop);
+            must_be_refused(taken, "its memory and", orphan());
+        }
+        // Nothing is shared any more.
+        support::end(orphan().cast_signed());
+        take(&mut tracked, &mut store, kind);
+        drop(tracked);
+        program.must_be_well();
+        drop(program);
         clean_up();
     }
 }
