@@ -15,10 +15,6 @@
 //! A thread can leave the descriptors and directories of its process (`unshare(2)`). Such a process is
 //! refused. All threads are compared while the program runs, before each stop, and those that were
 //! found apart again at the stop: one that leaves in between is found by the next epoch.
-//!
-//! # Limits
-//! POSIX locks belong to a table of descriptors. After a restore those of a shared one were taken by
-//! the process that stands for it, and `F_GETLK` names that.
 
 pub mod outside;
 

@@ -12,7 +12,7 @@ use crate::resources::{attributes, descriptors, memory, signals, timers};
 use crate::{ProcessError, Refusal, sharing};
 use outlive_epoch::EpochReader;
 use outlive_linux::maps::Mapping;
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
@@ -215,6 +215,10 @@ impl Saved {
             .collect();
         let holders = self.table.descriptions.iter().flat_map(|d| &d.holders);
         sharing::validate(&shares, &holders.map(|h| h.process).collect())?;
+        let by_pid: BTreeMap<u32, &attributes::ProcessState> =
+            shares.iter().map(|(p, _)| (p.pid, *p)).collect();
+        let holder_of = |pid| by_pid.get(&pid).map(|p| p.shares_descriptors_with);
+        descriptors::validate_takers(&self.table, &holder_of)?;
         for saved in &self.processes {
             let threads = saved.threads.threads.iter().map(|t| t.tid).collect();
             timers::validate(&saved.signals.timers, &pids, &threads)?;

@@ -17,9 +17,10 @@ use outlive_process::{
 use outlive_state_tree::to_fdt;
 use rustix::process::{Pid, Signal, kill_process};
 
-const KINDS: [&str; 12] = [
+const KINDS: [&str; 13] = [
     "child-sharing-memory",
     "child-sharing-descriptors",
+    "child-locking-by-shared-descriptors",
     "child-sharing-directory",
     "child-sharing-signals",
     "child-sharing-all-but-memory",

@@ -1,12 +1,14 @@
 //! Advisory locks on files, as `fdinfo` lists them.
 //!
 //! Locks of an open file description (`flock`, `F_OFD_SETLK`) are taken again with the description
-//! in hand; POSIX locks belong to a process, which must take them itself. Leases are refused.
+//! in hand; POSIX locks belong to a table of descriptors and tell which process took them: that one
+//! must take them itself. Where it has ended, the process that has the table does. Leases are refused.
 
 use super::context::{About, RemoteCall};
 use super::probe::{Probe, failed};
-use super::table::OpenDescription;
+use super::table::{FdTable, OpenDescription};
 use crate::ProcessError;
+use outlive_linux::kcmp;
 use outlive_linux::remote::Arg;
 use outlive_state_tree::{StateNode, StateValue};
 use rustix::fs::FlockOperation;
@@ -32,6 +34,9 @@ pub struct LockState {
     pub kind: LockKind,
     /// The process that owns it, where a process does.
     pub process: Option<u32>,
+    /// The process that took it, where that is another one with the same table of descriptors;
+    /// else 0.
+    pub taken_by: u32,
     /// Whether it keeps readers out too.
     pub exclusive: bool,
     /// First byte.
@@ -50,7 +55,7 @@ enum Line {
 
 fn parse(line: &str, process: u32) -> Line {
     let words: Vec<&str> = line.split_whitespace().collect();
-    let [_, kind, _, access, _, _, start, end] = words[..] else {
+    let [_, kind, _, access, taker, _, start, end] = words[..] else {
         return if words.get(1) == Some(&"LEASE") {
             Line::Lease
         } else {
@@ -83,9 +88,12 @@ fn parse(line: &str, process: u32) -> Line {
             _ => return Line::Unknown,
         },
     };
+    let taken_by = taker.parse().unwrap_or(0);
+    let by_another = kind == LockKind::Process && taken_by != process;
     Line::Lock(LockState {
         kind,
         process: (kind == LockKind::Process).then_some(process),
+        taken_by: if by_another { taken_by } else { 0 },
         exclusive,
         start,
         length,
@@ -110,7 +118,7 @@ fn collect(probe: &Probe<'_>) -> Result<Vec<LockState>, ProcessError> {
     let mut locks = Vec::new();
     for (_, line) in probe.info.lines().filter(|&(key, _)| key == "lock") {
         match parse(line, probe.target.pid) {
-            Line::Lock(lock) => locks.push(lock),
+            Line::Lock(lock) => locks.push(taken_by_a_sharer(probe.target.pid, lock)),
             Line::Lease => {
                 return Err(probe.refuse(
                     format!("file lease on {}", probe.shown()),
@@ -129,6 +137,35 @@ fn collect(probe: &Probe<'_>) -> Result<Vec<LockState>, ProcessError> {
         }
     }
     Ok(locks)
+}
+
+/// One that has ended is no taker any more, and its number may be another one's.
+fn taken_by_a_sharer(process: u32, lock: LockState) -> LockState {
+    let shares = |taker| kcmp::same(process, taker, kcmp::Kind::Files) == Ok(true);
+    let taken_by = Some(lock.taken_by).filter(|&t| t != 0 && shares(t));
+    LockState {
+        taken_by: taken_by.unwrap_or(0),
+        ..lock
+    }
+}
+
+/// An image is hostile: who took a lock has the owner's table of descriptors. `holder_of` gives the
+/// process whose table a process has; 0 where that is its own, `None` where there is no such process.
+pub(crate) fn validate(
+    table: &FdTable,
+    holder_of: &dyn Fn(u32) -> Option<u32>,
+) -> Result<(), ProcessError> {
+    let locks = table.descriptions.iter().flat_map(|d| &d.locks);
+    for lock in locks.filter(|l| l.taken_by != 0) {
+        if lock.kind != LockKind::Process || holder_of(lock.taken_by) != lock.process {
+            let what = format!(
+                "a file lock was taken by process {}, which does not share the descriptors",
+                lock.taken_by
+            );
+            return Err(ProcessError::Image(what));
+        }
+    }
+    Ok(())
 }
 
 /// Takes the locks that belong to the description itself.
@@ -225,7 +262,10 @@ pub(crate) fn finish(description: &OpenDescription, calls: &mut Vec<RemoteCall>)
         bytes.extend_from_slice(&length.to_ne_bytes());
         bytes.extend_from_slice(&[0; 8]);
         calls.push(RemoteCall {
-            process,
+            process: match lock.taken_by {
+                0 => process,
+                taker => taker,
+            },
             number: libc::SYS_fcntl,
             args: vec![
                 Arg::Value(number.into()),
@@ -249,6 +289,7 @@ mod tests {
             Line::Lock(LockState {
                 kind,
                 process: (kind == LockKind::Process).then_some(77),
+                taken_by: if kind == LockKind::Process { 12 } else { 0 },
                 exclusive,
                 start,
                 length,
@@ -291,6 +332,7 @@ mod tests {
             description.locks = vec![LockState {
                 kind: LockKind::Process,
                 process,
+                taken_by: 0,
                 exclusive: true,
                 start,
                 length: 1,
@@ -304,12 +346,39 @@ mod tests {
     }
 
     #[test]
+    fn the_taker_of_a_lock_shares_the_descriptors_of_its_owner() {
+        let mut description = sample();
+        description.locks = vec![LockState {
+            kind: LockKind::Process,
+            process: Some(2),
+            taken_by: 3,
+            exclusive: false,
+            start: 0,
+            length: 0,
+        }];
+        let table = FdTable {
+            descriptions: vec![description],
+            pipes: Vec::new(),
+        };
+        for (holder, valid) in [
+            (Some(2), true),
+            (Some(0), false),
+            (Some(1), false),
+            (None, false),
+        ] {
+            let of = |process| holder.filter(|_| process == 3);
+            assert_eq!(validate(&table, &of).is_ok(), valid, "{holder:?}");
+        }
+    }
+
+    #[test]
     fn the_owner_takes_its_lock_by_its_own_number() {
         let mut description = sample();
         description.locks = [1, 2]
             .map(|process| LockState {
                 kind: LockKind::Process,
                 process: Some(process),
+                taken_by: if process == 2 { 3 } else { 0 },
                 exclusive: false,
                 start: 0,
                 length: 0,
@@ -324,7 +393,7 @@ mod tests {
                 _ => panic!("{call:?}"),
             })
             .collect();
-        assert_eq!(takers, [(1, 5), (2, 8)]);
+        assert_eq!(takers, [(1, 5), (3, 8)]);
     }
 
     /// Held by process 1 as 5, by process 2 as 8.

@@ -80,6 +80,7 @@ pub use collect::{Collected, FilesToSync, Memory, collect_table, preflight};
 pub use context::{
     About, Around, Channel, CheckContext, CollectContext, Late, RecreateContext, RemoteCall,
 };
+pub(crate) use locks::validate as validate_takers;
 pub use locks::{LockKind, LockState};
 pub use owner::{OwnerSort, OwnerState, owner_calls};
 pub use pipe::PipeState;

@@ -72,12 +72,11 @@ impl FdTable {
             for holder in &mut description.holders {
                 holder.process = name(holder.process);
             }
-            for owner in description
-                .locks
-                .iter_mut()
-                .filter_map(|l| l.process.as_mut())
-            {
-                *owner = name(*owner);
+            for lock in &mut description.locks {
+                lock.process = lock.process.map(name);
+                if lock.taken_by != 0 {
+                    lock.taken_by = name(lock.taken_by);
+                }
             }
             if let Some(owner) = &mut description.owner {
                 owner.id = name(owner.id);

@@ -78,7 +78,7 @@ fn io<T>(what: &str, result: std::io::Result<T>) -> T {
     result.unwrap_or_else(|e| outlive_test_programs::fail(&format!("{what}: {e}")))
 }
 
-fn file(dir: &Path) -> File {
+pub(crate) fn file(dir: &Path) -> File {
     let mut options = OpenOptions::new();
     options.read(true).write(true).create(true);
     let mut file = io("open", options.open(dir.join("file")));
@@ -209,7 +209,7 @@ fn flock(dir: &Path) -> Result<Check, Absent> {
     })
 }
 
-fn region(kind: i16) -> libc::flock {
+pub(crate) fn region(kind: i16) -> libc::flock {
     libc::flock {
         l_type: kind,
         l_whence: libc::SEEK_SET as i16,

@@ -7,6 +7,8 @@
 use crate::process::end;
 use crate::{Absent, Check, Kind, look, must, offered, same};
 use outlive_test_programs::{now, sys};
+use std::os::fd::AsRawFd;
+use std::path::Path;
 use std::sync::atomic::{AtomicI64, AtomicU64, Ordering::SeqCst};
 
 const ALL: i32 = libc::CLONE_VM | libc::CLONE_FILES | libc::CLONE_FS | libc::CLONE_SIGHAND;
@@ -14,6 +16,7 @@ const ALL: i32 = libc::CLONE_VM | libc::CLONE_FILES | libc::CLONE_FS | libc::CLO
 pub(crate) const KINDS: &[Kind] = &[
     ("child-sharing-memory", |_| child(libc::CLONE_VM)),
     ("child-sharing-descriptors", |_| child(libc::CLONE_FILES)),
+    ("child-locking-by-shared-descriptors", locking),
     ("child-sharing-directory", |_| child(libc::CLONE_FS)),
     ("child-sharing-signals", |_| {
         child(libc::CLONE_VM | libc::CLONE_SIGHAND)
@@ -66,6 +69,9 @@ struct Desk {
 
 /// Ends a child; the argument is its process ID.
 const END: i64 = 5;
+
+/// Takes a lock on a file; the argument is its number.
+const LOCK: i64 = 6;
 
 /// So many partners at most.
 const DESKS: usize = 8;
@@ -153,6 +159,7 @@ extern "C" fn serve(at: *mut libc::c_void) -> i32 {
             MAKE => make(next, argument),
             // SAFETY: only a number is passed.
             LEAVE => unsafe { sys(libc::SYS_unshare, [argument as usize, 0, 0, 0, 0, 0]) },
+            LOCK => lock(argument),
             // SAFETY: only numbers are passed.
             END => unsafe {
                 let child = argument as usize;
@@ -228,6 +235,45 @@ fn child(flags: i32) -> Result<Check, Absent> {
         same("what is shared", shared_with(&desks[0]), flags);
         end(child);
     })
+}
+
+/// A lock of the table of descriptors: it shows who of those who share that took it.
+fn locking(dir: &Path) -> Result<Check, Absent> {
+    let file = crate::files::file(dir);
+    let desks = desks();
+    let child = partner(desks, libc::CLONE_FILES)?;
+    let number = file.as_raw_fd();
+    ask(&desks[0], LOCK, number);
+    look(move || {
+        // Nobody stands in one's own way: another process must look.
+        // SAFETY: the program has one thread; the child makes one call with a live region.
+        let other = must("fork", unsafe { libc::fork() }) as i32;
+        if other == 0 {
+            let mut asked = crate::files::region(libc::F_WRLCK as i16);
+            // SAFETY: as above.
+            unsafe {
+                let r = libc::fcntl(number, libc::F_GETLK, &raw mut asked);
+                let seen = r == 0 && asked.l_pid == child;
+                libc::_exit(i32::from(!seen));
+            }
+        }
+        same("what a child sees", crate::process::ended(other), 0);
+        drop(file);
+        end(child);
+    })
+}
+
+/// Takes a lock.
+fn lock(number: i32) -> i64 {
+    let wanted = crate::files::region(libc::F_WRLCK as i16);
+    let at = &raw const wanted as usize;
+    // SAFETY: the region is live.
+    unsafe {
+        sys(
+            libc::SYS_fcntl,
+            [number as usize, libc::F_SETLK as usize, at, 0, 0, 0],
+        )
+    }
 }
 
 fn grandchild() -> Result<Check, Absent> {
