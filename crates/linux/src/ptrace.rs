@@ -519,42 +519,18 @@ fn wait_stop(tid: u32, own_child: bool, deadline: Instant) -> Result<Stop, WaitE
 }
 
 fn poll_stop(tid: u32, own_child: bool) -> Result<Option<Stop>, WaitError> {
-    let kernel = |source| WaitError::Kernel { tid, source };
-    // SAFETY: all-zero is a valid siginfo_t.
-    let mut info: libc::siginfo_t = unsafe { std::mem::zeroed() };
-    let flags = libc::WEXITED | libc::WSTOPPED | libc::__WALL | libc::WNOHANG | libc::WNOWAIT;
-    // SAFETY: info is live and of the type that waitid writes.
-    if unsafe { libc::waitid(libc::P_PID, tid, &raw mut info, flags) } < 0 {
-        return match last_error() {
-            Errno::INTR => Ok(None),
-            // Nothing to wait for: the thread was reaped or ended in an exec of another thread.
-            Errno::CHILD => Err(WaitError::Ended { tid }),
-            e => Err(kernel(e)),
-        };
-    }
-    // SAFETY: after a successful waitid the SIGCHLD members are the ones that are set; with
-    // WNOHANG and nothing to report they are zero from the initialisation above.
-    if unsafe { info.si_pid() } == 0 {
+    // The exit status of an own child must stay: so it is looked first what there is.
+    if own_child && !peek_stop(tid)? {
         return Ok(None);
     }
-    let ended = matches!(
-        info.si_code,
-        libc::CLD_EXITED | libc::CLD_KILLED | libc::CLD_DUMPED
-    );
-    if ended && own_child {
-        return Err(WaitError::Ended { tid });
-    }
     let mut status = 0;
-    // SAFETY: status is live; the wait for exactly this thread cannot block, its state is known.
-    if unsafe { libc::waitpid(tid as i32, &raw mut status, libc::__WALL | libc::WNOHANG) } < 0 {
-        return Err(kernel(last_error()));
-    }
-    if !libc::WIFSTOPPED(status) {
-        return if status == 0 && !ended {
-            Ok(None)
-        } else {
-            Err(WaitError::Ended { tid })
-        };
+    // SAFETY: status is live; the call does not wait.
+    let found = unsafe { libc::waitpid(tid as i32, &raw mut status, libc::__WALL | libc::WNOHANG) };
+    match found {
+        0 => return Ok(None),
+        n if n < 0 => return wait_error(tid).map(|()| None),
+        _ if !libc::WIFSTOPPED(status) => return Err(WaitError::Ended { tid }),
+        _ => {}
     }
     let signal = libc::WSTOPSIG(status);
     Ok(Some(if status >> 16 == libc::PTRACE_EVENT_STOP {
@@ -564,4 +540,36 @@ fn poll_stop(tid: u32, own_child: bool) -> Result<Option<Stop>, WaitError> {
     } else {
         Stop::Signal(signal)
     }))
+}
+
+/// What the error of a wait for a thread means; nothing where it is to be tried again.
+fn wait_error(tid: u32) -> Result<(), WaitError> {
+    match last_error() {
+        Errno::INTR => Ok(()),
+        // Nothing to wait for: the thread was reaped or ended in an exec of another thread.
+        Errno::CHILD => Err(WaitError::Ended { tid }),
+        source => Err(WaitError::Kernel { tid, source }),
+    }
+}
+
+/// Whether there is a stop to be waited for, in a process whose end is left to be waited for.
+fn peek_stop(tid: u32) -> Result<bool, WaitError> {
+    // SAFETY: all-zero is a valid siginfo_t.
+    let mut info: libc::siginfo_t = unsafe { std::mem::zeroed() };
+    let flags = libc::WEXITED | libc::WSTOPPED | libc::__WALL | libc::WNOHANG | libc::WNOWAIT;
+    // SAFETY: info is live and of the type that waitid writes.
+    if unsafe { libc::waitid(libc::P_PID, tid, &raw mut info, flags) } < 0 {
+        return wait_error(tid).map(|()| false);
+    }
+    let ended = matches!(
+        info.si_code,
+        libc::CLD_EXITED | libc::CLD_KILLED | libc::CLD_DUMPED
+    );
+    // SAFETY: after a successful waitid the SIGCHLD members are the ones that are set; with
+    // WNOHANG and nothing to report they are zero from the initialisation above.
+    match unsafe { info.si_pid() } {
+        0 => Ok(false),
+        _ if ended => Err(WaitError::Ended { tid }),
+        _ => Ok(true),
+    }
 }

@@ -312,6 +312,15 @@ pub struct InFlight {
     batch: Batch,
 }
 
+/// A thread that has run a batch and was ordered to stop.
+#[derive(Debug)]
+pub struct Landing {
+    running: Running,
+    list: u64,
+    batch: Batch,
+    deadline: Instant,
+}
+
 fn put_word(raw: &mut [u8], at: usize, value: u64) {
     raw[at..at + 8].copy_from_slice(&value.to_ne_bytes());
 }
@@ -442,6 +451,13 @@ impl Arena {
     /// Waits for a batch to be done, stops the thread and reads the results. The registers and
     /// the signal mask of the thread are still those of the loop.
     pub fn finish(&self, flight: InFlight) -> Result<(Halted, Results), RemoteError> {
+        self.land(self.call_back(flight)?)
+    }
+
+    /// Waits for a batch to be done, and orders the thread to stop. Where several threads are to be
+    /// stopped, all are called back before the first is waited for ([`Arena::land`]): they come to
+    /// their stops together.
+    pub fn call_back(&self, flight: InFlight) -> Result<Landing, RemoteError> {
         let InFlight {
             running,
             header,
@@ -453,6 +469,24 @@ impl Arena {
         let deadline = Instant::now() + BATCH_TIMEOUT;
         let running = self.await_done(running, header, deadline)?;
         running.interrupt().map_err(kernel("stopping"))?;
+        Ok(Landing {
+            running,
+            list,
+            batch,
+            deadline,
+        })
+    }
+
+    /// Waits for the stop of a thread whose batch is done, and reads the results.
+    pub fn land(&self, landing: Landing) -> Result<(Halted, Results), RemoteError> {
+        let Landing {
+            running,
+            list,
+            batch,
+            deadline,
+        } = landing;
+        let tid = running.tid();
+        let kernel = |what| move |source| RemoteError::Kernel { tid, what, source };
         let halted = running.wait_interrupted(deadline).map_err(|(_, e)| e)?;
         let rip = halted.registers().map_err(kernel("reading registers"))?.rip;
         if !(self.base..self.base + PAGE).contains(&rip) {

@@ -180,6 +180,10 @@ pub struct Pace {
     /// fewer and longer ranges, and more bytes
     #[arg(long, default_value = "1", value_parser = parse_granularity, value_name = "PAGES")]
     pub granularity: Granularity,
+    /// How many threads of the keeper read the state of a program that has much of it, while it
+    /// stands [default: one for each processor, at most 4]
+    #[arg(long, value_parser = parse_threads, value_name = "N")]
+    pub threads: Option<usize>,
     /// What the program can count on
     #[command(flatten)]
     pub promise: Promise,
@@ -408,6 +412,12 @@ fn parse_duration(text: &str) -> Result<Duration, String> {
     ))
 }
 
+fn parse_threads(text: &str) -> Result<usize, String> {
+    const MOST: usize = 64;
+    let threads = text.parse().ok().filter(|n| (1..=MOST).contains(n));
+    threads.ok_or_else(|| format!("{text:?} is no number from 1 to {MOST}"))
+}
+
 fn parse_granularity(text: &str) -> Result<Granularity, String> {
     let pages = text.parse().ok().and_then(Granularity::new);
     pages.ok_or_else(|| {
@@ -496,6 +506,7 @@ mod tests {
             "run --strategy cow -- a",
             "attach --pid 1 --strategy incremental --granularity 1024",
             "run --strategy redundant -- a",
+            "run --threads 64 -- a",
             "restore a --tcp reset --files keep --new-pid-ns",
             "checkpoint a",
             "checkpoint a --image d --leave-running",
@@ -520,6 +531,8 @@ mod tests {
             "run --every 100 -- a",
             "run --every 0ms -- a",
             "run --every 10us -- a",
+            "run --threads 0 -- a",
+            "run --threads 65 -- a",
             "run --granularity 0 -- a",
             "run --granularity 3 -- a",
             "run --granularity 2048 -- a",

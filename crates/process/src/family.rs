@@ -1,5 +1,6 @@
 //! Who belongs to a subject: a process and everything that descends from it.
 
+use crate::procfs;
 use crate::target::Status;
 use outlive_linux::kcmp;
 use std::time::{Duration, Instant};
@@ -19,6 +20,11 @@ pub struct Kin {
 /// change meanwhile. All other children of the adopters belong to it too, and what descends from
 /// them: processes whose parents have ended.
 pub fn list(root: u32, adopters: &[u32]) -> Vec<Kin> {
+    list_by(root, adopters, &mut children)
+}
+
+/// The same by somebody who knows how to list the children of a process.
+pub fn list_by(root: u32, adopters: &[u32], children: &mut dyn FnMut(u32) -> Vec<u32>) -> Vec<Kin> {
     let mut all = vec![Kin {
         pid: root,
         parent: 0,
@@ -83,10 +89,7 @@ pub fn children(pid: u32) -> Vec<u32> {
     let mut all = Vec::new();
     for task in tasks.flatten() {
         let text = std::fs::read_to_string(task.path().join("children")).unwrap_or_default();
-        all.extend(
-            text.split_whitespace()
-                .filter_map(|w| w.parse::<u32>().ok()),
-        );
+        all.extend(procfs::children_in(&text));
     }
     all.sort_unstable();
     all

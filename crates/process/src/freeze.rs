@@ -175,8 +175,9 @@ pub fn run_all(
         }
         // Every thread is brought back before an error is passed on.
         let mut failed = None;
-        for (held, flight) in group.iter_mut().zip(flights) {
-            match arena.finish(flight) {
+        let landings: Vec<_> = flights.into_iter().map(|f| arena.call_back(f)).collect();
+        for (held, landing) in group.iter_mut().zip(landings) {
+            match landing.and_then(|landing| arena.land(landing)) {
                 Ok((halted, results)) => {
                     held.halted = Some(halted);
                     all.push(results);

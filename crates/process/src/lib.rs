@@ -27,6 +27,7 @@ mod member;
 mod namespaces;
 mod pages;
 mod preflight;
+mod procfs;
 mod reentry;
 mod residue;
 pub mod resources;

@@ -9,6 +9,7 @@ use crate::guard::Guard;
 use crate::image::ThreadsState;
 use crate::laps::Laps;
 use crate::pages::{PageTracker, PrivateArea, World};
+use crate::procfs::ThreadFiles;
 use crate::reentry::{Sleepers, WaitBook};
 use crate::residue::Residue;
 use crate::resources::shared::{self, SharedObjects};
@@ -31,6 +32,7 @@ pub struct Member {
     syscall_at: u64,
     space: Space,
     waits: WaitBook,
+    files: ThreadFiles,
     /// Other members have its address space too.
     pub has_fellows: bool,
     /// Threads that may be apart from their process; unknown of one that was not looked at.
@@ -108,10 +110,14 @@ pub fn look(
     waits: &mut WaitBook,
     threads: &mut [Held],
     sleepers: &Sleepers,
+    files: &mut ThreadFiles,
 ) -> Result<Vec<Seen>, ProcessError> {
     let mut seen = Vec::with_capacity(threads.len());
-    for held in threads.iter_mut() {
-        let sight = thread::look(target, held)?;
+    let tids: Vec<u32> = threads.iter().map(|t| t.tid).collect();
+    files.retain(&tids);
+    let statuses = files.statuses(&tids);
+    for (held, status) in threads.iter_mut().zip(statuses) {
+        let sight = thread::look(target, held, status)?;
         let left = waits.prepare(target, held, &sight.status, sleepers);
         seen.push((sight, left));
     }
@@ -126,7 +132,7 @@ pub fn prepare(target: &Target, waits: &mut WaitBook, held: &mut Held, sleepers:
     // One that cannot be read is about to end.
     if let Ok(status) = Status::read(target.pid, held.tid) {
         waits.prepare(target, held, &status, sleepers);
-        waits.going_on(target, held.tid);
+        waits.going_on(held.tid, &status);
     }
 }
 
@@ -135,11 +141,19 @@ pub fn let_go(
     target: &Target,
     waits: &mut WaitBook,
     threads: Vec<Held>,
+    files: &mut ThreadFiles,
 ) -> Result<(), ProcessError> {
+    let tids = threads.iter().map(|t| t.tid);
+    let waiting: Vec<u32> = tids.filter(|tid| waits.waits(*tid)).collect();
+    let statuses = files.statuses(&waiting);
+    for (tid, status) in waiting.into_iter().zip(statuses) {
+        if let Ok(status) = status {
+            waits.going_on(tid, &status);
+        }
+    }
     let mut failed = None;
     for held in threads {
         let tid = held.tid;
-        waits.going_on(target, tid);
         if let Err(e) = held.release() {
             failed = failed.or(Some(target.kernel(format!("resuming thread {tid}"), e)));
         }
@@ -197,6 +211,7 @@ impl Member {
         pages: PageTracker,
     ) -> Self {
         Self {
+            files: ThreadFiles::new(target.pid, 0),
             target,
             arena,
             syscall_at,
@@ -217,6 +232,7 @@ impl Member {
     #[must_use]
     pub fn join(&self, target: Target, waits: WaitBook) -> Self {
         Self {
+            files: ThreadFiles::new(target.pid, 0),
             arena: self.arena.in_copy(target.pid),
             syscall_at: self.syscall_at,
             space: Space::Of(self.holder()),
@@ -401,7 +417,20 @@ impl Member {
         threads: &mut [Held],
         sleepers: &Sleepers,
     ) -> Result<Vec<Seen>, ProcessError> {
-        look(&self.target, &mut self.waits, threads, sleepers)
+        let (waits, files) = (&mut self.waits, &mut self.files);
+        look(&self.target, waits, threads, sleepers, files)
+    }
+
+    /// Its children, once its threads stand and were looked at: then it makes no more of them.
+    pub fn children(&mut self) -> Vec<u32> {
+        // Without a list there is nobody.
+        let threads = self.target.threads().unwrap_or_default();
+        self.files.children(&threads)
+    }
+
+    /// At the stops to come so many helpers read a part of what there is much of.
+    pub fn set_helpers(&mut self, helpers: usize) {
+        self.files.set_helpers(helpers);
     }
 
     /// See [`let_go`].
@@ -409,7 +438,8 @@ impl Member {
         if let Some(guard) = self.guard() {
             guard.open(false);
         }
-        let_go(&self.target, &mut self.waits, threads)
+        let (waits, files) = (&mut self.waits, &mut self.files);
+        let_go(&self.target, waits, threads, files)
     }
 
     /// What was taken as saved is not; everything is fresh again.

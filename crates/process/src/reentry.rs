@@ -192,11 +192,16 @@ impl WaitBook {
         left
     }
 
-    /// To be called right before a thread goes on.
-    pub fn going_on(&mut self, target: &Target, tid: u32) {
+    /// Whether a thread goes on with an interrupted call: [`WaitBook::going_on`] is to be called.
+    #[must_use]
+    pub fn waits(&self, tid: u32) -> bool {
+        self.known.contains_key(&tid)
+    }
+
+    /// To be called right before such a thread goes on, with its status then.
+    pub fn going_on(&mut self, tid: u32, status: &Status) {
         if let Some(known) = self.known.get_mut(&tid) {
-            known.switches =
-                Status::read(target.pid, tid).map_or(u64::MAX, |s| s.voluntary_switches);
+            known.switches = status.voluntary_switches;
         }
     }
 }

@@ -1,7 +1,7 @@
 //! One process seen from outside through `/proc`.
 
 use crate::resources::descriptors;
-use crate::{ProcessError, Refusal};
+use crate::{ProcessError, Refusal, procfs};
 use rustix::fd::{AsFd, OwnedFd};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use std::io;
@@ -246,7 +246,16 @@ impl Status {
 
     /// Reads the status of a thread.
     pub fn read(pid: u32, tid: u32) -> io::Result<Self> {
-        let mut status = Self::parse(&std::fs::read(format!("/proc/{pid}/task/{tid}/status"))?);
+        Self::of(
+            pid,
+            tid,
+            &procfs::read(&format!("/proc/{pid}/task/{tid}/status"))?,
+        )
+    }
+
+    /// The status of a thread, of which this is the text.
+    pub fn of(pid: u32, tid: u32, text: &[u8]) -> io::Result<Self> {
+        let mut status = Self::parse(text);
         if status.inner.tid == 0 {
             // A kernel without PID namespaces does not tell.
             let stat = Stat::read(pid)?;

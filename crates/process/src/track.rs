@@ -13,6 +13,7 @@ use crate::family::{self, Kin};
 use crate::freeze::{Held, freeze};
 use crate::guard::Guard;
 use crate::member::{self, Member, NotAdopted};
+use crate::procfs::ThreadFiles;
 use crate::reentry::WaitBook;
 use crate::resources::descriptors;
 use crate::resources::machine::MachineState;
@@ -43,7 +44,13 @@ pub struct TrackOptions {
     /// parent has ended belongs to it too, if the caller is a subreaper (`PR_SET_CHILD_SUBREAPER`).
     /// In a PID namespace that a restore made, such processes belong to it in any case.
     pub strays: bool,
+    /// How many threads read, at a stop, what there is much of, where a processor is there for each:
+    /// the caller is one of them.
+    pub threads: usize,
 }
+
+/// Most threads that read at a stop, where nobody says how many.
+const THREADS: usize = 4;
 
 impl Default for TrackOptions {
     fn default() -> Self {
@@ -52,6 +59,7 @@ impl Default for TrackOptions {
             strategy: Strategy::default(),
             granularity: Granularity::default(),
             strays: false,
+            threads: std::thread::available_parallelism().map_or(1, |n| n.get().min(THREADS)),
         }
     }
 }
@@ -228,8 +236,9 @@ impl Tracked {
         let mut threads = freeze(&target, self.options.stop_timeout, &mut |held| {
             member::prepare(&target, &mut waits, held, &sleepers);
         })?;
-        if let Err(e) = member::look(&target, &mut waits, &mut threads, &sleepers) {
-            member::let_go(&target, &mut waits, threads)?;
+        let files = &mut ThreadFiles::new(target.pid, 0);
+        if let Err(e) = member::look(&target, &mut waits, &mut threads, &sleepers, files) {
+            member::let_go(&target, &mut waits, threads, files)?;
             return Err(e);
         }
         match self.adopt(target, waits, &mut threads) {
@@ -243,7 +252,7 @@ impl Tracked {
                     mut waits,
                     error,
                 } = *not;
-                member::let_go(&target, &mut waits, threads)?;
+                member::let_go(&target, &mut waits, threads, files)?;
                 Err(error)
             }
         }

@@ -218,6 +218,7 @@ fn subject(
         strategy,
         granularity,
         strays: true,
+        ..TrackOptions::default()
     };
     let (ready, epoch) = prepare(&subject.epochs_dir(), args, Some(options.clone()))?;
     // Until `go`, an early return drops `ready`, which removes every trace of the program.

@@ -224,7 +224,9 @@ pub fn adopt_strays() -> Result<(), KeeperError> {
 }
 
 fn options(pace: &Pace, strays: bool) -> TrackOptions {
+    let usual = TrackOptions::default().threads;
     TrackOptions {
+        threads: pace.threads.unwrap_or(usual),
         stop_timeout: pace.timeout,
         strategy: pace.strategy(),
         granularity: pace.granularity,

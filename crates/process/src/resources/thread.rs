@@ -9,6 +9,7 @@ use outlive_linux::ptrace::Registers;
 use outlive_linux::remote::{Arg, Batch, CallId, Results};
 use outlive_linux::{memory, thread};
 use outlive_state_tree::StateNode;
+use std::io;
 
 /// A thread.
 #[derive(StateNode, Clone, Debug, PartialEq)]
@@ -215,9 +216,13 @@ pub fn refuse(target: &Target, held: &Held) -> Result<(), ProcessError> {
 
 /// Looks at a stopped thread. If it stands inside a restartable sequence, it is moved to the
 /// abort handler, as the kernel does with a thread that is preempted there.
-pub fn look(target: &Target, held: &mut Held) -> Result<Sight, ProcessError> {
+pub fn look(
+    target: &Target,
+    held: &mut Held,
+    status: io::Result<Status>,
+) -> Result<Sight, ProcessError> {
     let kernel = |what: &str, e| target.kernel(format!("thread {}: {what}", held.tid), e);
-    let status = Status::read(target.pid, held.tid)
+    let status = status
         .map_err(|e| target.kernel(format!("reading the status of thread {}", held.tid), e))?;
     let halted = held
         .halted()

@@ -16,6 +16,7 @@ use crate::freeze::{Held, freeze};
 use crate::image::ZombieState;
 use crate::laps::Laps;
 use crate::member::{self, Member, MemberState, NotAdopted, Seen};
+use crate::procfs::ThreadFiles;
 use crate::reentry::{Sleepers, WaitBook};
 use crate::residue::Residue;
 use crate::resources::{descriptors, system_v};
@@ -211,13 +212,14 @@ impl Tracked {
             }
         }
         let mut sleepers = self.before_stop()?;
+        let known = self.all_known();
         let mut standing = Standing {
             limit: Limit::begin(limit, self.experience),
             frozen: Vec::new(),
             zombies: Vec::new(),
             at_descriptors: false,
         };
-        let frozen = self.freeze_all(&mut sleepers, &mut standing);
+        let frozen = self.freeze_all(known, &mut sleepers, &mut standing);
         let done = frozen.map_err(NoStop::Failed).and_then(|()| {
             tries.accept(&standing.frozen)?;
             let captured = self.capture(&mut standing);
@@ -229,9 +231,38 @@ impl Tracked {
         Ok((standing, done))
     }
 
+    /// Who belongs to the program, if all of them are members that are still there: what is listed
+    /// before the stop need not be listed at its begin.
+    fn all_known(&self) -> Option<Vec<Kin>> {
+        let kin = family::list(self.root, &self.adopters);
+        let there = |k: &Kin| {
+            self.members
+                .get(&k.pid)
+                .is_some_and(|m| !m.target.has_ended())
+        };
+        let known = kin.iter().all(|k| k.zombie || there(k));
+        known.then_some(kin)
+    }
+
+    /// Who belongs to the program, of which most stand and were looked at.
+    fn list_standing(&mut self, done: &BTreeSet<u32>) -> Vec<Kin> {
+        let members = &mut self.members;
+        family::list_by(
+            self.root,
+            &self.adopters,
+            &mut |pid| match members.get_mut(&pid) {
+                Some(member) if done.contains(&pid) => member.children(),
+                _ => family::children(pid),
+            },
+        )
+    }
+
     fn before_stop(&mut self) -> Result<BTreeMap<u32, Sleepers>, ProcessError> {
         let mut sleepers = BTreeMap::new();
+        let helpers = self.options.threads.saturating_sub(1);
+        self.descriptors.helpers = helpers;
         for (pid, member) in &mut self.members {
+            member.set_helpers(helpers);
             match member
                 .refuse_moved(self.root)
                 .and_then(|()| member.before_stop())
@@ -248,17 +279,15 @@ impl Tracked {
     /// can be made. Threads are looked at, and prepared to go on, at once.
     fn freeze_all(
         &mut self,
+        mut known: Option<Vec<Kin>>,
         sleepers: &mut BTreeMap<u32, Sleepers>,
         standing: &mut Standing,
     ) -> Result<(), ProcessError> {
         let mut done = BTreeSet::new();
         loop {
-            let kin = family::list(self.root, &self.adopters);
-            let new: Vec<Kin> = kin
-                .iter()
-                .copied()
-                .filter(|k| !k.zombie && !done.contains(&k.pid))
-                .collect();
+            let kin = known.take().unwrap_or_else(|| self.list_standing(&done));
+            let new = |k: &Kin| !k.zombie && !done.contains(&k.pid);
+            let new: Vec<Kin> = kin.iter().copied().filter(new).collect();
             if new.is_empty() {
                 standing.zombies = kin.into_iter().filter(|k| k.zombie).collect();
                 return Ok(());
@@ -321,7 +350,8 @@ impl Tracked {
             member::prepare(&target, &mut waits, held, &sleepers);
         })?;
         let nameless = threads.iter().any(|t| waits.is_nameless(t, &sleepers));
-        match member::look(&target, &mut waits, &mut threads, &sleepers) {
+        let files = &mut ThreadFiles::new(kin.pid, 0);
+        match member::look(&target, &mut waits, &mut threads, &sleepers, files) {
             Ok(seen) => Ok(Frozen {
                 kin,
                 threads,
@@ -331,7 +361,7 @@ impl Tracked {
                 stranger: Some((target, waits)),
             }),
             Err(e) => {
-                member::let_go(&target, &mut waits, threads)?;
+                member::let_go(&target, &mut waits, threads, files)?;
                 Err(e)
             }
         }
@@ -340,14 +370,15 @@ impl Tracked {
     fn let_go(&mut self, frozen: Vec<Frozen>) -> Result<(), ProcessError> {
         let mut failed = Ok(());
         for process in frozen {
+            let files = &mut ThreadFiles::new(process.kin.pid, 0);
             let gone = match (process.stranger, self.members.get_mut(&process.kin.pid)) {
                 (Some((target, mut waits)), _) => {
-                    member::let_go(&target, &mut waits, process.threads)
+                    member::let_go(&target, &mut waits, process.threads, files)
                 }
                 (None, Some(member)) => member.let_go(process.threads),
                 // One without a foothold by now: its threads go on as they were prepared to.
                 (None, None) => Target::open(process.kin.pid).and_then(|target| {
-                    member::let_go(&target, &mut WaitBook::default(), process.threads)
+                    member::let_go(&target, &mut WaitBook::default(), process.threads, files)
                 }),
             };
             failed = failed.and(match gone {

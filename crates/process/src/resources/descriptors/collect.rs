@@ -8,11 +8,12 @@ use super::context::{Around, CollectContext};
 use super::file::Vouched;
 use super::locks;
 use super::owner;
-use super::probe::{InfoReader, Probe, ProcDirs, SocketSort, Target, failed};
+use super::probe::{InfoFiles, Probe, ProcDirs, SocketSort, Target, failed};
 use super::stream;
 use super::table::{FdTable, Holder, OpenDescription};
 use super::{Description, probe, tcp_pair};
 use crate::error::{ProcessError, Refusal};
+use crate::procfs::spread;
 use crate::resources::shared::SharedObjects;
 use outlive_linux::kcmp;
 use rustix::fs::Dir;
@@ -37,8 +38,13 @@ pub struct Memory {
         HashMap<super::socket_options::Sort, super::socket_options::SocketOptions>,
     /// By inode: what a socket is, which never changes.
     pub(crate) sockets: HashMap<u64, SocketSort>,
-    infos: InfoReader,
+    infos: InfoFiles,
+    /// How many helpers look at a part of the descriptors, where there are many.
+    pub(crate) helpers: usize,
 }
+
+/// Descriptors for which a helper is worth its while.
+const WORTH_A_HELPER: usize = 64;
 
 /// The regular files that the program has open for writing, taken at the stop.
 #[derive(Debug, Default)]
@@ -178,23 +184,41 @@ pub(crate) fn collect_views(
     let root = views.first().map_or(0, |view| view.target.pid);
     let mut probes = Vec::new();
     let mut around = Around::new(root, processes);
+    let mut asked = Vec::new();
     for view in views {
-        for &number in &view.numbers {
-            if view.target.ignore.contains(&number) {
-                continue;
-            }
-            let probe = Probe::read(view.target, &view.dirs, number, &mut memory.infos)?;
-            if let Some(mut probe) = probe {
-                probe.remember(&memory.sockets);
-                around.add(&probe);
-                probes.push(probe);
-            }
+        let numbers = view.numbers.iter().copied();
+        for number in numbers.filter(|number| !view.target.ignore.contains(number)) {
+            asked.push((view, number, memory.infos.take((view.target.pid, number))));
         }
     }
+    let sockets = &memory.sockets;
+    let looked = spread(
+        asked,
+        memory.helpers,
+        WORTH_A_HELPER,
+        |buffer, (view, number, mut file)| {
+            let probe = Probe::read(view.target, &view.dirs, number, &mut file, buffer);
+            let probe = probe.map(|probe| {
+                probe.map(|mut probe| {
+                    probe.remember(sockets);
+                    probe.look_ahead();
+                    probe
+                })
+            });
+            (probe, (view.target.pid, number), file)
+        },
+    );
+    for (probe, place, file) in looked {
+        memory.infos.put(place, file);
+        if let Some(probe) = probe? {
+            around.add(&probe);
+            probes.push(probe);
+        }
+    }
+    around.complete();
     let groups = share(probes)?;
     let first = groups.iter().map(|group| &group.probe);
-    let (tcp, peers) = tcp_pair::find(first.clone(), stopped, &memory.sockets)?;
-    (around.tcp, around.tcp_peers) = (tcp.into(), peers);
+    around.tcp = tcp_pair::find(first.clone(), stopped, &memory.sockets)?.into();
     memory.sockets = first.filter_map(Probe::sort).collect();
     let mut cx = CollectContext {
         around: &around,

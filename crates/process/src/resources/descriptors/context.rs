@@ -18,10 +18,12 @@ use rustix::fs::OFlags;
 use rustix::net::SocketAddrUnix;
 use std::cell::RefCell;
 use std::collections::{HashMap, HashSet};
-use std::net::SocketAddr;
 use std::os::fd::{OwnedFd, RawFd};
 use std::path::PathBuf;
 use std::rc::Rc;
+
+/// So many sockets are asked about at once.
+const MANY_SOCKETS: usize = 32;
 
 /// Everything that one descriptor may need to know of the others.
 #[derive(Debug, Default)]
@@ -46,8 +48,6 @@ pub struct Around {
     pub sockets: HashSet<u64>,
     /// By inode: TCP connections within the subject.
     pub(crate) tcp: RefCell<HashMap<u64, tcp_pair::Found>>,
-    /// The other ends of TCP connections on this host that the subject has one end of.
-    pub(crate) tcp_peers: HashSet<SocketAddr>,
     unix: RefCell<UnixDiag>,
 }
 
@@ -83,6 +83,13 @@ impl Around {
             }
         } else if probe.link.starts_with(b"socket:[") {
             self.sockets.insert(probe.info.inode);
+        }
+    }
+
+    /// Call when all are added: of many unix sockets it is asked at once.
+    pub(crate) fn complete(&mut self) {
+        if self.sockets.len() >= MANY_SOCKETS {
+            self.unix.get_mut().ask_all(&self.sockets);
         }
     }
 
@@ -182,6 +189,8 @@ pub struct CheckContext<'a> {
     pub actions: HashMap<(u64, u64), FileAction>,
     /// How many connections are reset.
     pub resets: usize,
+    /// How many sockets have lost datagrams.
+    pub datagram_sockets: usize,
     /// What the user should know.
     pub notices: Vec<String>,
 }

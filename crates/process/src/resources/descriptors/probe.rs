@@ -4,7 +4,9 @@
 //! up when a kind asks for it.
 
 use super::inet::tcp_state;
+use super::socket_options::SocketOptions;
 use crate::error::{ProcessError, Refusal};
+use crate::procfs::Kept;
 use rustix::fs::{AtFlags, FileType, Mode, OFlags, Statx, StatxFlags};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketType, sockopt};
@@ -195,6 +197,8 @@ pub struct Probe<'a> {
     stat: OnceCell<Statx>,
     duplicate: OnceCell<OwnedFd>,
     socket: OnceCell<SocketFacts>,
+    /// The options of the socket, all of them.
+    pub(crate) options: OnceCell<SocketOptions>,
     /// What is known of the socket from earlier epochs.
     sort: Option<SocketSort>,
 }
@@ -205,7 +209,8 @@ impl<'a> Probe<'a> {
         target: &'a Target<'a>,
         dirs: &'a ProcDirs,
         number: u32,
-        infos: &mut InfoReader,
+        file: &mut Option<Kept>,
+        buffer: &mut Vec<u8>,
     ) -> Result<Option<Self>, ProcessError> {
         let pid = target.pid;
         let name = number.to_string();
@@ -214,8 +219,8 @@ impl<'a> Probe<'a> {
             Err(Errno::NOENT) => return Ok(None),
             Err(errno) => return Err(failed(pid, format!("read the link of fd {number}"), errno)),
         };
-        let info = match infos.read(dirs, (pid, number), &name) {
-            Ok(text) => FdInfo::parse(text),
+        let info = match read_info(dirs, &name, file, buffer) {
+            Ok(length) => FdInfo::parse(&buffer[..length]),
             Err(Errno::NOENT) => return Ok(None),
             Err(errno) => return Err(failed(pid, format!("read fdinfo of fd {number}"), errno)),
         };
@@ -233,6 +238,7 @@ impl<'a> Probe<'a> {
             stat: OnceCell::new(),
             duplicate: OnceCell::new(),
             socket: OnceCell::new(),
+            options: OnceCell::new(),
             sort: None,
         }))
     }
@@ -251,6 +257,15 @@ impl<'a> Probe<'a> {
         Some((self.info.inode, sort))
     }
 
+    /// Learns what will be asked for in any case. What fails will fail again when it is asked for.
+    pub(crate) fn look_ahead(&self) {
+        if self.has_path() {
+            let _ = self.stat();
+        } else {
+            SocketOptions::look_ahead(self);
+        }
+    }
+
     /// Process and number.
     pub(crate) fn place(&self) -> (u32, u32) {
         (self.target.pid, self.number)
@@ -267,11 +282,11 @@ impl<'a> Probe<'a> {
     /// # Errors
     /// What `open(2)` and `read(2)` say.
     pub(crate) fn info_now(&self) -> Result<FdInfo, ProcessError> {
-        let mut reader = InfoReader::default();
-        let text = reader
-            .read(self.dirs, self.place(), &self.number.to_string())
+        let mut buffer = Vec::new();
+        let length = read_info(self.dirs, &self.number.to_string(), &mut None, &mut buffer)
             .map_err(|errno| self.failed("read fdinfo of", errno))?;
-        FdInfo::parse(text).ok_or_else(|| self.failed("understand fdinfo of", Errno::PROTO))
+        FdInfo::parse(&buffer[..length])
+            .ok_or_else(|| self.failed("understand fdinfo of", Errno::PROTO))
     }
 
     /// `O_RDONLY`, `O_WRONLY` or `O_RDWR`.
@@ -424,37 +439,25 @@ pub(crate) fn show(path: &[u8]) -> String {
     String::from_utf8_lossy(path).into_owned()
 }
 
-/// Texts of `fdinfo`, read into one buffer through files that stay open from epoch to epoch:
+/// Texts of `fdinfo`, read through files that stay open from epoch to epoch:
 /// reading a number again is four times as fast as opening its file again.
 ///
 /// Such a file belongs to the number, not to what is open there: it holds nothing of the
 /// program's, and tells when the number is closed.
 #[derive(Debug, Default)]
-pub(crate) struct InfoReader {
-    open: HashMap<(u32, u32), OwnedFd>,
-    buffer: Vec<u8>,
+pub(crate) struct InfoFiles {
+    open: HashMap<(u32, u32), Kept>,
 }
 
-/// How many files [`InfoReader`] keeps open.
-const KEPT_OPEN: usize = 256;
+impl InfoFiles {
+    /// That of a number, if it is open.
+    pub(crate) fn take(&mut self, place: (u32, u32)) -> Option<Kept> {
+        self.open.remove(&place)
+    }
 
-impl InfoReader {
-    /// Reads the text of a descriptor; `ENOENT` when it is not open.
-    fn read(&mut self, dirs: &ProcDirs, place: (u32, u32), name: &str) -> Result<&[u8], Errno> {
-        if let Some(file) = self.open.get(&place) {
-            match read_whole(file, &mut self.buffer) {
-                Ok(length) => return Ok(&self.buffer[..length]),
-                // The file may be that of an earlier process with the same ID.
-                Err(_) => self.open.remove(&place),
-            };
-        }
-        let flags = OFlags::RDONLY | OFlags::CLOEXEC;
-        let file = rustix::fs::openat(&dirs.infos, name, flags, Mode::empty())?;
-        let length = read_whole(&file, &mut self.buffer)?;
-        if self.open.len() < KEPT_OPEN {
-            self.open.insert(place, file);
-        }
-        Ok(&self.buffer[..length])
+    /// Keeps what was opened for these numbers, and what was taken and is still open.
+    pub(crate) fn put(&mut self, place: (u32, u32), file: Option<Kept>) {
+        self.open.extend(file.map(|file| (place, file)));
     }
 
     /// Forgets processes that are not among these any more.
@@ -462,6 +465,27 @@ impl InfoReader {
         self.open
             .retain(|(process, _), _| processes.contains(process));
     }
+}
+
+/// Reads the text of a descriptor; `ENOENT` when it is not open.
+fn read_info(
+    dirs: &ProcDirs,
+    name: &str,
+    file: &mut Option<Kept>,
+    buffer: &mut Vec<u8>,
+) -> Result<usize, Errno> {
+    if let Some(kept) = file {
+        match read_whole(kept.file(), buffer) {
+            Ok(length) => return Ok(length),
+            // The file may be that of an earlier process with the same ID.
+            Err(_) => *file = None,
+        }
+    }
+    let flags = OFlags::RDONLY | OFlags::CLOEXEC;
+    let opened = rustix::fs::openat(&dirs.infos, name, flags, Mode::empty())?;
+    let length = read_whole(&opened, buffer)?;
+    *file = Kept::new(opened);
+    Ok(length)
 }
 
 fn read_whole(file: &OwnedFd, buffer: &mut Vec<u8>) -> Result<usize, Errno> {

@@ -6,7 +6,7 @@
 
 use super::collect::Memory;
 use super::inet::tcp_state;
-use super::probe::Probe;
+use super::probe::{Probe, SocketFacts};
 use crate::ProcessError;
 use outlive_linux::sockopt;
 use outlive_state_tree::StateNode;
@@ -191,6 +191,16 @@ pub(crate) struct Sort {
     connected: bool,
 }
 
+impl Sort {
+    fn of(facts: &SocketFacts) -> Self {
+        Self {
+            family: facts.family.as_raw(),
+            kind: facts.kind.as_raw(),
+            connected: facts.tcp_state.is_some_and(tcp_state::is_connection),
+        }
+    }
+}
+
 /// Whether an option does anything on such a socket. Only to save time: each that is read costs
 /// the program about half a microsecond of every stop.
 fn matters(level: i32, name: i32, sort: Sort) -> bool {
@@ -268,6 +278,15 @@ impl SocketOptions {
         Ok(options)
     }
 
+    /// Reads them ahead, of a socket.
+    pub(crate) fn look_ahead(probe: &Probe<'_>) {
+        let _ = probe.socket().map(|facts| {
+            let (socket, sort) = (probe.duplicate().ok()?, Sort::of(facts?));
+            let options = Self::read(socket, sort).ok()?;
+            probe.options.set(options).ok()
+        });
+    }
+
     fn forget_equal(&mut self, fresh: &Self) {
         self.forget_equal_numbers(fresh);
         let pairs = [
@@ -296,11 +315,7 @@ impl SocketOptions {
                 "run the program without the filter",
             ));
         }
-        let sort = Sort {
-            family: facts.family.as_raw(),
-            kind: facts.kind.as_raw(),
-            connected: facts.tcp_state.is_some_and(tcp_state::is_connection),
-        };
+        let sort = Sort::of(facts);
         let inet = matches!(facts.family, AddressFamily::INET | AddressFamily::INET6);
         if inet && facts.kind == SocketType::STREAM && protocol_on_top(socket).map_err(fail)? {
             return Err(probe.refuse(
@@ -308,7 +323,10 @@ impl SocketOptions {
                 "have the program encrypt by itself",
             ));
         }
-        let mut options = Self::read(socket, sort).map_err(fail)?;
+        let mut options = match probe.options.get() {
+            Some(options) => options.clone(),
+            None => Self::read(socket, sort).map_err(fail)?,
+        };
         let fresh = match memory.fresh_sockets.entry(sort) {
             Entry::Occupied(known) => known.into_mut(),
             Entry::Vacant(unknown) => {

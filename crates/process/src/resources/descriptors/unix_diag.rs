@@ -6,13 +6,15 @@ use rustix::net::{
     AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, netlink, recv, sendto,
     socket_with, sockopt,
 };
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::os::fd::OwnedFd;
 use std::time::Duration;
 
 const SOCK_DIAG_BY_FAMILY: u16 = 20;
 const NLM_F_REQUEST: u16 = 1;
+const NLM_F_DUMP: u16 = 0x300;
 const NLMSG_ERROR: u16 = 2;
+const NLMSG_DONE: u16 = 3;
 const AF_UNIX: u8 = 1;
 const SHOW_PEER: u32 = 4;
 const SHOW_WAITING: u32 = 8;
@@ -27,6 +29,8 @@ pub(crate) const RECEIVE_SHUT: u8 = 1;
 pub(crate) const SEND_SHUT: u8 = 2;
 /// Room for an answer: the kernel adds at most a page to the fixed part.
 const ANSWER: usize = 8192;
+/// Room for a part of a long answer: the kernel makes none longer.
+const ANSWERS: usize = 64 * 1024;
 /// Bytes of the netlink header, and of what follows it before the attributes.
 const HEADER: usize = 16;
 const MESSAGE: usize = 16;
@@ -72,6 +76,36 @@ impl UnixDiag {
         Ok(self.socket.insert(socket))
     }
 
+    /// Asks about all sockets at once, as far as they are these: the kernel looks for a single one
+    /// among all that there are. What is not told this way is asked for when it is needed.
+    pub(crate) fn ask_all(&mut self, these: &HashSet<u64>) {
+        if self.dump(these).is_err() {
+            // More of the answer may be on its way.
+            self.socket = None;
+        }
+    }
+
+    fn dump(&mut self, these: &HashSet<u64>) -> Result<(), Errno> {
+        let socket = self.socket()?;
+        let ask = request(Which::All, SHOW_PEER | SHOW_QUEUES | SHOW_WAITING);
+        sendto(
+            socket,
+            &ask,
+            SendFlags::empty(),
+            &SocketAddrNetlink::new(0, 0),
+        )?;
+        let mut answer = vec![0_u8; ANSWERS];
+        loop {
+            let (length, whole) = recv(self.socket()?, &mut answer, RecvFlags::TRUNC)?;
+            if whole > length {
+                return Err(Errno::MSGSIZE);
+            }
+            if parse_all(&answer[..length], these, &mut self.known)? {
+                return Ok(());
+            }
+        }
+    }
+
     /// What is known of the socket with this inode; `None` when there is none here.
     pub(crate) fn ask(&mut self, inode: u64) -> Result<Option<UnixFacts>, Errno> {
         if let Some(facts) = self.known.get(&inode) {
@@ -92,7 +126,7 @@ impl UnixDiag {
         let socket = self.socket()?;
         sendto(
             socket,
-            &request(inode, show),
+            &request(Which::One(inode), show),
             SendFlags::empty(),
             &SocketAddrNetlink::new(0, 0),
         )?;
@@ -102,11 +136,21 @@ impl UnixDiag {
     }
 }
 
-fn request(inode: u32, show: u32) -> Vec<u8> {
+/// Which sockets a request is about.
+enum Which {
+    One(u32),
+    All,
+}
+
+fn request(which: Which, show: u32) -> Vec<u8> {
+    let (flags, inode) = match which {
+        Which::One(inode) => (NLM_F_REQUEST, inode),
+        Which::All => (NLM_F_REQUEST | NLM_F_DUMP, 0),
+    };
     let mut bytes = Vec::with_capacity(40);
     bytes.extend_from_slice(&40_u32.to_ne_bytes());
     bytes.extend_from_slice(&SOCK_DIAG_BY_FAMILY.to_ne_bytes());
-    bytes.extend_from_slice(&NLM_F_REQUEST.to_ne_bytes());
+    bytes.extend_from_slice(&flags.to_ne_bytes());
     bytes.extend_from_slice(&[0; 8]);
     bytes.extend_from_slice(&[AF_UNIX, 0, 0, 0]);
     // All states; the inode; what to show; no cookie.
@@ -115,6 +159,32 @@ fn request(inode: u32, show: u32) -> Vec<u8> {
     bytes.extend_from_slice(&show.to_ne_bytes());
     bytes.extend_from_slice(&[0xff; 8]);
     bytes
+}
+
+/// Takes note of what a part of a long answer tells of these sockets; whether it was the last part.
+fn parse_all(
+    answer: &[u8],
+    these: &HashSet<u64>,
+    known: &mut HashMap<u64, Option<UnixFacts>>,
+) -> Result<bool, Errno> {
+    let mut rest = answer;
+    while !rest.is_empty() {
+        let length = word(rest, 0).ok_or(Errno::PROTO)? as usize;
+        let message = rest.get(..length).filter(|m| m.len() >= HEADER);
+        let message = message.ok_or(Errno::PROTO)?;
+        match half(message, 4) {
+            Some(NLMSG_DONE) => return Ok(true),
+            Some(SOCK_DIAG_BY_FAMILY) => {
+                let inode = word(message, HEADER + 4).ok_or(Errno::PROTO)?;
+                if these.contains(&inode.into()) {
+                    known.insert(inode.into(), parse(message, inode)?);
+                }
+            }
+            _ => return Err(Errno::PROTO),
+        }
+        rest = rest.get(length.next_multiple_of(4)..).unwrap_or_default();
+    }
+    Ok(false)
 }
 
 fn word(bytes: &[u8], at: usize) -> Option<u32> {
@@ -203,6 +273,21 @@ mod tests {
     }
 
     #[test]
+    fn all_at_once_are_told_as_one_by_one() {
+        let pairs: Vec<_> = (0..500).map(|_| UnixStream::pair().unwrap()).collect();
+        pairs[7].0.shutdown(std::net::Shutdown::Read).unwrap();
+        let both = pairs.iter().flat_map(|(a, b)| [inode(a), inode(b)]);
+        let these: HashSet<u64> = both.collect();
+        let (mut diag, mut single) = (UnixDiag::default(), UnixDiag::default());
+        diag.ask_all(&these);
+        assert_eq!(diag.known.len(), these.len());
+        assert!(diag.known.keys().all(|inode| these.contains(inode)));
+        for &inode in &these {
+            assert_eq!(diag.known[&inode], single.ask(inode).unwrap());
+        }
+    }
+
+    #[test]
     fn rubbish_is_an_error() {
         assert!(parse(&[], 1).is_err());
         assert!(parse(&[0; 16], 1).is_err());
@@ -210,5 +295,10 @@ mod tests {
         endless[4] = 20;
         endless[20] = 1;
         assert_eq!(parse(&endless, 1), Ok(Some(UnixFacts::default())));
+        let (these, mut known) = ([1].into(), HashMap::new());
+        for bad in [&[0; 3][..], &[0; 16], &[17, 0, 0, 0, 3, 0], &endless] {
+            assert!(parse_all(bad, &these, &mut known).is_err());
+        }
+        assert_eq!(parse_all(&[], &these, &mut known), Ok(false));
     }
 }
