@@ -1,4 +1,4 @@
-//! The developer's one door: `cargo xtask test`, `demo`, `bench`, `lab`.
+//! The developer's one door: `cargo xtask test`, `demo`, `bench`, `lab`, `torture`.
 //!
 //! # Rules
 //! - One file (or folder) per command; what two commands need stands in a module of its own.
@@ -19,6 +19,7 @@ mod resp;
 mod stats;
 mod test;
 mod tools;
+mod torture;
 mod workspace;
 
 use anyhow::Result;
@@ -45,6 +46,8 @@ enum Command {
     Demo(demo::Options),
     /// Boots imitated machines, cuts their power, and restores under other kernels and processors.
     Lab(lab::Options),
+    /// Puts the epoch store through power cuts, errors, lies and damage, and counts.
+    Torture(torture::Options),
     /// Measures, side by side with what it is compared to.
     #[command(subcommand)]
     Bench(bench::Command),
@@ -70,6 +73,7 @@ fn run(cli: Cli) -> Result<()> {
         Command::Test { long } => test::run(long),
         Command::Demo(options) => demo::run(&options),
         Command::Lab(options) => lab::run(&options),
+        Command::Torture(options) => torture::run(&options),
         Command::Bench(command) => bench::run(&command),
     }
 }

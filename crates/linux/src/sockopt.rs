@@ -135,13 +135,23 @@ pub fn has_filter(socket: BorrowedFd<'_>) -> Result<bool, Errno> {
 /// # Errors
 /// What `getsockopt(2)` says.
 pub fn unsent(socket: BorrowedFd<'_>) -> Result<u32, Errno> {
+    memory(socket, 2)
+}
+
+/// Bytes that wait in a socket to be read (`SO_MEMINFO`), with what the kernel needs to keep them: more
+/// than none for an empty datagram, too.
+///
+/// # Errors
+/// What `getsockopt(2)` says.
+pub fn unread(socket: BorrowedFd<'_>) -> Result<u32, Errno> {
+    memory(socket, 0)
+}
+
+fn memory(socket: BorrowedFd<'_>, which: usize) -> Result<u32, Errno> {
     const SO_MEMINFO: i32 = 55;
-    const WRITE_MEMORY: usize = 2;
     let words = get(socket, libc::SOL_SOCKET, SO_MEMINFO, 36)?.unwrap_or_default();
     let (words, _) = words.as_chunks::<4>();
-    Ok(words
-        .get(WRITE_MEMORY)
-        .map_or(0, |w| u32::from_ne_bytes(*w)))
+    Ok(words.get(which).map_or(0, |w| u32::from_ne_bytes(*w)))
 }
 
 /// How a socket belongs to a multicast group.

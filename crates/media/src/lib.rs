@@ -25,7 +25,7 @@ mod sim;
 pub use buffer::Buffer;
 pub use directory::FileDirectory;
 pub use file::FileMedium;
-pub use sim::{Cut, Fate, Fault, Op, Pending, SimDirectory, SimDisk, SimMedium, power_off};
+pub use sim::{Cut, Fate, Fault, Lie, Op, Pending, SimDirectory, SimDisk, SimMedium, power_off};
 
 use std::io;
 use std::sync::Arc;

@@ -2,10 +2,16 @@
 //!
 //! What was not flushed is kept apart as a list of pending changes. [`SimDisk::power_cut`] asks
 //! for the [`Fate`] of each and gives the disk as it would be found afterwards. Single operations
-//! can be made to fail ([`SimDisk::fault`]). Nothing here makes a system call, reads a clock or
+//! can be made to fail ([`SimDisk::fault`]), or to say that they were done when they were not
+//! ([`SimDisk::lie`]), which no medium may do, but some do. Nothing here makes a system call, reads a clock or
 //! draws a random number: the same calls give the same disk.
 
-use crate::{Access, BLOCK, Directory, Geometry, Medium, MediumError, SECTOR, check_blocks};
+mod state;
+
+pub use state::{Fate, Pending};
+
+use crate::{Access, BLOCK, Directory, Geometry, Medium, MediumError, check_blocks};
+use state::State;
 use std::collections::BTreeMap;
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -40,31 +46,14 @@ pub struct Fault {
     pub applied: bool,
 }
 
-/// A change that is not durable yet.
-#[derive(Clone, Debug)]
-pub enum Pending {
-    /// Bytes written to the medium with this number.
-    Write(u64, u64, Vec<u8>),
-    /// A new length.
-    Resize(u64, u64),
-    /// A name that shall stand for this medium, or for none.
-    Name(String, Option<u64>),
-    /// A medium that changes its name.
-    Rename(String, String),
-}
-
-/// What becomes of a pending change when the power is cut.
+/// What an operation does instead of what it says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Fate {
-    /// It is there.
-    Keep,
-    /// It is not there.
-    Drop,
-    /// Only the sectors whose bit is set are there (sector 64 as sector 0, and so on). For
-    /// anything but a write: kept if bit 0 is set.
-    Torn(u64),
-    /// The range holds bytes made from this seed. For anything but a write: dropped.
-    Trash(u64),
+pub enum Lie {
+    /// A write leaves what was there; a flush or a sync makes nothing durable; a change of a
+    /// name or length does not happen.
+    Lost,
+    /// A write goes to this offset of its medium. For anything else as [`Lie::Lost`].
+    Misdirected(u64),
 }
 
 /// The fates of all pending changes, by position.
@@ -81,17 +70,13 @@ struct Inner {
     pending: Vec<Pending>,
     next: u64,
     trace: Vec<Op>,
-    fault: Option<Fault>,
+    faults: Vec<Fault>,
+    lie: Option<(u64, Lie)>,
     capacity: Option<u64>,
     defer: bool,
+    forgetful: bool,
     /// Errors of writes that the next flush reports, by medium.
     deferred: BTreeMap<u64, MediumError>,
-}
-
-#[derive(Clone, Debug, Default)]
-struct State {
-    media: BTreeMap<u64, Vec<u8>>,
-    names: BTreeMap<String, u64>,
 }
 
 /// The error kind by which [`SimDisk`] says that the power is off.
@@ -121,9 +106,11 @@ impl SimDisk {
             pending: inner.pending.clone(),
             next: inner.next,
             trace: inner.trace.clone(),
-            fault: inner.fault,
+            faults: inner.faults.clone(),
+            lie: inner.lie,
             capacity: inner.capacity,
             defer: inner.defer,
+            forgetful: inner.forgetful,
             deferred: BTreeMap::new(),
         };
         Self(Arc::new(Mutex::new(copy)))
@@ -143,7 +130,31 @@ impl SimDisk {
 
     /// Plans a failure, in place of any planned before.
     pub fn fault(&self, fault: Option<Fault>) {
-        self.inner().fault = fault;
+        self.inner().faults = fault.into_iter().collect();
+    }
+
+    /// Plans a failure beside those planned before.
+    pub fn fault_too(&self, fault: Fault) {
+        self.inner().faults.push(fault);
+    }
+
+    /// Makes one operation, counted as for a [`Fault`], do something else than it says.
+    pub fn lie(&self, at: u64, lie: Lie) {
+        self.inner().lie = Some((at, lie));
+    }
+
+    /// Whether a flush that fails makes the disk forget the writes that it was to make durable:
+    /// they can be read still, and a later flush succeeds without them. That is what Linux does
+    /// with pages that it could not write.
+    pub fn forget_on_failed_flush(&self, forgetful: bool) {
+        self.inner().forgetful = forgetful;
+    }
+
+    /// What space holds before it is written, by offset, instead of zeros.
+    pub fn set_dirt(&self, dirt: &[u8]) {
+        let mut inner = self.inner();
+        inner.now.dirt = dirt.into();
+        inner.durable.dirt = dirt.into();
     }
 
     /// Limits the sum of all sizes, in bytes.
@@ -209,24 +220,39 @@ impl Inner {
     fn step(&mut self, place: &str, op: Op) -> (bool, Result<(), MediumError>) {
         let n = self.trace.len() as u64;
         self.trace.push(op);
-        match self.fault {
-            Some(f) if n == f.at || (f.lasting && n > f.at) => {
-                let what = match op {
-                    Op::Read => "simulated read",
-                    Op::Write => "simulated write",
-                    Op::Resize => "simulated resize",
-                    Op::Flush => "simulated flush",
-                    Op::Name => "simulated change of a name",
-                    Op::Sync => "simulated sync",
-                };
-                let applied = f.applied && n == f.at;
-                (applied, Err(MediumError::io(place, what, 0, 0, f.error)))
-            }
-            _ => (true, Ok(())),
+        let hits = |f: &&Fault| n == f.at || (f.lasting && n > f.at);
+        if let Some(f) = self.faults.iter().find(hits) {
+            let what = match op {
+                Op::Read => "simulated read",
+                Op::Write => "simulated write",
+                Op::Resize => "simulated resize",
+                Op::Flush => "simulated flush",
+                Op::Name => "simulated change of a name",
+                Op::Sync => "simulated sync",
+            };
+            let applied = f.applied && n == f.at;
+            return (applied, Err(MediumError::io(place, what, 0, 0, f.error)));
+        }
+        let lost = self
+            .lie
+            .is_some_and(|(at, _)| at == n && !matches!(op, Op::Read | Op::Write));
+        (!lost, Ok(()))
+    }
+
+    /// The write that takes place where one was asked for.
+    fn in_truth(&self, pending: Pending) -> Pending {
+        let n = self.trace.len() as u64;
+        match (self.lie, pending) {
+            (Some((at, lie)), Pending::Write(id, offset, bytes)) if at == n => match lie {
+                Lie::Lost => Pending::Write(id, offset, self.now.before(id, offset, bytes.len())),
+                Lie::Misdirected(to) => Pending::Write(id, to, bytes),
+            },
+            (_, pending) => pending,
         }
     }
 
     fn change(&mut self, place: &str, op: Op, pending: Pending) -> Result<(), MediumError> {
+        let pending = self.in_truth(pending);
         let (apply, result) = self.step(place, op);
         if apply {
             self.now.suffer(&pending, Fate::Keep);
@@ -256,71 +282,6 @@ impl Inner {
                 })
             }
             _ => Ok(()),
-        }
-    }
-}
-
-impl State {
-    fn suffer(&mut self, pending: &Pending, fate: Fate) {
-        let kept = match fate {
-            Fate::Keep => true,
-            Fate::Drop | Fate::Trash(_) => false,
-            Fate::Torn(mask) => mask & 1 == 1,
-        };
-        match pending {
-            Pending::Write(id, offset, bytes) => self.write(*id, *offset, bytes, fate),
-            Pending::Resize(id, len) if kept => {
-                self.media.entry(*id).or_default().resize(*len as usize, 0);
-            }
-            Pending::Name(name, Some(id)) if kept => {
-                self.media.entry(*id).or_default();
-                self.names.insert(name.clone(), *id);
-            }
-            Pending::Name(name, None) if kept => {
-                self.names.remove(name);
-            }
-            Pending::Rename(from, to) if kept => {
-                if let Some(id) = self.names.remove(from) {
-                    self.names.insert(to.clone(), id);
-                }
-            }
-            _ => {}
-        }
-    }
-
-    fn write(&mut self, id: u64, offset: u64, bytes: &[u8], fate: Fate) {
-        let offset = offset as usize;
-        let medium = self.media.entry(id).or_default();
-        let mut put = |at: usize, sector: &[u8]| {
-            let end = at + sector.len();
-            if medium.len() < end {
-                medium.resize(end, 0);
-            }
-            medium[at..end].copy_from_slice(sector);
-        };
-        let sectors = bytes
-            .chunks(SECTOR)
-            .enumerate()
-            .map(|(i, s)| (i, offset + i * SECTOR, s));
-        match fate {
-            Fate::Keep => put(offset, bytes),
-            Fate::Drop => {}
-            Fate::Torn(mask) => {
-                sectors
-                    .filter(|(i, ..)| mask >> (i % 64) & 1 == 1)
-                    .for_each(|(_, at, s)| put(at, s));
-            }
-            Fate::Trash(mut seed) => {
-                let mut trash = bytes.to_vec();
-                for byte in &mut trash {
-                    // A linear congruential generator (Knuth's MMIX constants).
-                    seed = seed
-                        .wrapping_mul(6364136223846793005)
-                        .wrapping_add(1442695040888963407);
-                    *byte = (seed >> 56) as u8;
-                }
-                put(offset, &trash);
-            }
         }
     }
 }
@@ -420,7 +381,11 @@ impl Directory for SimDirectory {
 
     fn sync(&self) -> Result<(), MediumError> {
         let mut inner = self.0.inner();
-        inner.step("sim", Op::Sync).1?;
+        let (apply, result) = inner.step("sim", Op::Sync);
+        result?;
+        if !apply {
+            return Ok(());
+        }
         let is_name = |p: &Pending| matches!(p, Pending::Name(..) | Pending::Rename(..));
         let (names, rest) = std::mem::take(&mut inner.pending)
             .into_iter()
@@ -497,15 +462,20 @@ impl Medium for SimMedium {
 
     fn flush(&self) -> Result<(), MediumError> {
         let mut inner = self.disk.inner();
-        inner.step(&self.name, Op::Flush).1?;
-        if let Some(e) = inner.deferred.remove(&self.id) {
-            return Err(e);
+        let (apply, result) = inner.step(&self.name, Op::Flush);
+        let result = match inner.deferred.remove(&self.id) {
+            Some(e) if result.is_ok() => Err(e),
+            _ => result,
+        };
+        if result.is_ok() && !apply || result.is_err() && !inner.forgetful {
+            return result;
         }
         let mine = |p: &Pending| matches!(p, Pending::Write(id, ..) | Pending::Resize(id, _) if *id == self.id);
-        let (done, rest) = std::mem::take(&mut inner.pending)
+        let (done, rest): (Vec<_>, Vec<_>) = std::mem::take(&mut inner.pending)
             .into_iter()
             .partition(mine);
         inner.pending = rest;
+        result?;
         done.iter()
             .for_each(|change| inner.durable.suffer(change, Fate::Keep));
         Ok(())
@@ -527,6 +497,7 @@ impl Medium for SimMedium {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::SECTOR;
 
     #[test]
     fn only_flushed_bytes_and_synced_names_must_survive() {
@@ -584,5 +555,67 @@ mod tests {
         medium.write(BLOCK as u64, &[4; BLOCK]).unwrap();
         let full = medium.write(2 * BLOCK as u64, &[4; BLOCK]);
         assert!(matches!(full, Err(MediumError::Full { .. })), "{full:?}");
+    }
+
+    #[test]
+    fn a_lie_is_told_once_and_not_noticed() {
+        let block = |disk: &SimDisk, i: usize| disk.contents("a").unwrap()[i * BLOCK];
+        let disk = SimDisk::new();
+        let dir = disk.directory();
+        let medium = dir.create("a").unwrap();
+        dir.sync().unwrap();
+        medium.write(0, &[1; BLOCK]).unwrap();
+        medium.write(BLOCK as u64, &[2; BLOCK]).unwrap();
+        disk.lie(4, Lie::Lost);
+        medium.write(0, &[3; BLOCK]).unwrap();
+        assert_eq!(block(&disk, 0), 1);
+        disk.lie(5, Lie::Misdirected(BLOCK as u64));
+        medium.write(0, &[4; BLOCK]).unwrap();
+        assert_eq!((block(&disk, 0), block(&disk, 1)), (1, 4));
+        disk.lie(6, Lie::Lost);
+        medium.flush().unwrap();
+        let cut = |fate| disk.power_cut(&mut |_, _| fate).contents("a").unwrap();
+        assert!(cut(Fate::Drop).is_empty());
+        medium.flush().unwrap();
+        assert_eq!(disk.pending().len(), 0);
+        assert_eq!(cut(Fate::Drop)[BLOCK], 4);
+    }
+
+    #[test]
+    fn a_failed_flush_may_forget_what_it_was_to_keep() {
+        let disk = SimDisk::new();
+        let dir = disk.directory();
+        let medium = dir.create("a").unwrap();
+        dir.sync().unwrap();
+        disk.forget_on_failed_flush(true);
+        disk.fault(Some(Fault {
+            at: 3,
+            lasting: false,
+            error: io::ErrorKind::Other,
+            applied: false,
+        }));
+        medium.write(0, &[1; BLOCK]).unwrap();
+        assert!(medium.flush().is_err());
+        medium.flush().unwrap();
+        assert_eq!(disk.contents("a").unwrap()[0], 1);
+        let after = disk.power_cut(&mut |_, _| Fate::Keep);
+        assert!(after.contents("a").unwrap().is_empty());
+    }
+
+    #[test]
+    fn new_space_is_dirty_and_stale_bytes_come_from_elsewhere() {
+        let disk = SimDisk::new();
+        disk.set_dirt(&[7; 2 * BLOCK]);
+        let dir = disk.directory();
+        let (a, b) = (dir.create("a").unwrap(), dir.create("b").unwrap());
+        dir.sync().unwrap();
+        a.write(BLOCK as u64, &[1; BLOCK]).unwrap();
+        a.flush().unwrap();
+        let bytes = disk.contents("a").unwrap();
+        assert_eq!((bytes[0], bytes[BLOCK]), (7, 1));
+        b.write(BLOCK as u64, &[2; BLOCK]).unwrap();
+        let after = |fate| disk.power_cut(&mut |_, _| fate).contents("b").unwrap();
+        assert_eq!(after(Fate::Stale(0))[BLOCK], 1);
+        assert_eq!(after(Fate::Zero)[BLOCK], 0);
     }
 }

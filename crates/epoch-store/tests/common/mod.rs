@@ -1,6 +1,9 @@
 //! What the tests of the store share: a model of an epoch, and scripts of what a writer does.
 #![allow(dead_code, reason = "each test uses a part")]
 
+pub mod life;
+pub mod trials;
+
 use outlive_epoch::{
     Content, EpochFacts, EpochId, EpochReader, EpochWriter, PAGE_SIZE, Run, SpaceId, StoreError,
 };
@@ -29,10 +32,18 @@ impl Host for SimHost {
 }
 
 /// The contents of an epoch: trees by group, and pages (by space and index) as their seeds.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Default, PartialEq, Eq)]
 pub struct Model {
     pub trees: BTreeMap<String, Vec<u8>>,
     pub pages: BTreeMap<(u32, u64), u8>,
+}
+
+impl std::fmt::Debug for Model {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let brief = |tree: &Vec<u8>| (tree.len(), tree.first().copied());
+        let trees: Vec<_> = self.trees.iter().map(|(n, t)| (n, brief(t))).collect();
+        write!(f, "trees {trees:?} pages {:?}", self.pages)
+    }
 }
 
 /// One thing that a writer does.

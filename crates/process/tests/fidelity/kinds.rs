@@ -45,6 +45,10 @@ const REFUSED: &[(&str, &str)] = &[
     ("namespace-user", "user namespace"),
     ("namespace-time", "time namespace"),
     (
+        "tcp-not-accepted",
+        "TCP connection within the program that was not accepted yet",
+    ),
+    (
         "udp-corked",
         "UDP socket that holds back a datagram (UDP_CORK)",
     ),
@@ -182,12 +186,7 @@ const NOT_KEPT: &[(&str, &str)] = &[
         "session-keyring",
         "keys belong to the session of who restores",
     ),
-    ("udp-queued", "datagrams may be lost"),
     ("unix-connected", "a connection has no names afterwards"),
-    (
-        "tcp-not-accepted",
-        "a connection that nobody accepted is gone",
-    ),
 ];
 
 /// What became of a kind.

@@ -218,7 +218,8 @@ pub(crate) fn collect_views(
     around.complete();
     let groups = share(probes)?;
     let first = groups.iter().map(|group| &group.probe);
-    around.tcp = tcp_pair::find(first.clone(), stopped, &memory.sockets)?.into();
+    let (tcp, peers) = tcp_pair::find(first.clone(), stopped, &memory.sockets)?;
+    (around.tcp, around.tcp_peers) = (tcp.into(), peers);
     memory.sockets = first.filter_map(Probe::sort).collect();
     let mut cx = CollectContext {
         around: &around,

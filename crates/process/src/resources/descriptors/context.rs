@@ -18,6 +18,7 @@ use rustix::fs::OFlags;
 use rustix::net::SocketAddrUnix;
 use std::cell::RefCell;
 use std::collections::{HashMap, HashSet};
+use std::net::SocketAddr;
 use std::os::fd::{OwnedFd, RawFd};
 use std::path::PathBuf;
 use std::rc::Rc;
@@ -48,6 +49,8 @@ pub struct Around {
     pub sockets: HashSet<u64>,
     /// By inode: TCP connections within the subject.
     pub(crate) tcp: RefCell<HashMap<u64, tcp_pair::Found>>,
+    /// The other ends of TCP connections on this host that the subject has one end of.
+    pub(crate) tcp_peers: HashSet<SocketAddr>,
     unix: RefCell<UnixDiag>,
 }
 
@@ -189,8 +192,6 @@ pub struct CheckContext<'a> {
     pub actions: HashMap<(u64, u64), FileAction>,
     /// How many connections are reset.
     pub resets: usize,
-    /// How many sockets have lost datagrams.
-    pub datagram_sockets: usize,
     /// What the user should know.
     pub notices: Vec<String>,
 }

@@ -64,6 +64,7 @@ mod tcp_reset;
 mod terminal_modes;
 mod timerfd;
 mod udp;
+mod udp_queue;
 mod unix_datagram;
 mod unix_diag;
 mod unix_fresh;

@@ -94,7 +94,6 @@ pub fn check_table(table: &FdTable, request: &CheckRequest<'_>) -> Result<Checke
         held: HashMap::new(),
         actions: HashMap::new(),
         resets: 0,
-        datagram_sockets: 0,
         notices: Vec::new(),
     };
     let mut refusals: Vec<Refusal> = Vec::new();
@@ -115,12 +114,6 @@ pub fn check_table(table: &FdTable, request: &CheckRequest<'_>) -> Result<Checke
         n => notices.push(format!(
             "connections that were reset, to outside peers or not accepted yet: {n}"
         )),
-    }
-    if cx.datagram_sockets != 0 {
-        notices.push(format!(
-            "UDP sockets: {}, without the datagrams that waited and the multicast groups",
-            cx.datagram_sockets
-        ));
     }
     let actions = cx.actions.into_values().collect();
     Ok(Checked {

@@ -1,7 +1,12 @@
 //! TCP sockets that listen.
 //!
 //! The address is bound again during the checks, so that a port which is taken is found before
-//! anything else is made. Connections that waited to be accepted are lost; their peers see a reset.
+//! anything else is made. Connections from outside that waited to be accepted are lost as all others
+//! are: their peers see a reset, and the program has never heard of them.
+//!
+//! # What it refuses
+//! Connections that wait to be accepted, and whose other end is in the program: they, too, can be
+//! read by nobody but who accepts them.
 
 use super::Descriptor;
 use super::context::{About, Around, CheckContext, CollectContext, RecreateContext};
@@ -12,6 +17,7 @@ use crate::ProcessError;
 use outlive_linux::sockopt;
 use outlive_state_tree::StateNode;
 use rustix::io::Errno;
+use std::net::SocketAddr;
 use std::os::fd::{AsFd, OwnedFd};
 
 /// What `TCP_MAXSEG` says where nothing was set (`TCP_MSS_DEFAULT`).
@@ -37,6 +43,14 @@ pub struct TcpListenState {
     pub options: SocketOptions,
 }
 
+/// Whether who connects to `peer` may get to what listens at `address`.
+fn leads_to(address: &InetAddress, peer: SocketAddr) -> bool {
+    let listens = address
+        .socket_address()
+        .map(|a| (a.ip().to_canonical(), a.port()));
+    listens.is_ok_and(|(ip, port)| port == peer.port() && (ip == peer.ip() || ip.is_unspecified()))
+}
+
 impl Descriptor for TcpListenState {
     const NAME: &'static str = "listening TCP socket";
 
@@ -55,6 +69,14 @@ impl Descriptor for TcpListenState {
         let max_segment = option(libc::TCP_MAXSEG)?;
         let address = inet::local(probe)?
             .ok_or_else(|| probe.failed("get the address of", Errno::ADDRNOTAVAIL))?;
+        let waiting = cx.stopped && info.is_some_and(|info| info.waiting != 0);
+        let mut peers = cx.around.tcp_peers.iter();
+        if waiting && peers.any(|peer| leads_to(&address, *peer)) {
+            return Err(probe.refuse(
+                "TCP connection within the program that was not accepted yet",
+                "try again when the program has accepted it",
+            ));
+        }
         Ok(Self {
             version: inet::version(probe)?,
             backlog: info.map_or(0, |info| info.backlog),

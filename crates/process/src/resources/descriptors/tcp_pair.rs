@@ -9,8 +9,8 @@
 //! Sequence numbers, congestion control and `TCP_INFO` begin anew. `SHUT_RD` is forgotten.
 //!
 //! # What is lost
-//! A connection that waits to be accepted, or that could not be looked at without `CAP_NET_ADMIN`,
-//! or cannot be made again: its ends are found reset, and the restore says so.
+//! A connection that could not be looked at without `CAP_NET_ADMIN`, or cannot be made again: its ends
+//! are found reset, and the restore says so.
 
 use super::Descriptor;
 use super::context::{About, Around, CheckContext, CollectContext, RecreateContext};
@@ -138,18 +138,19 @@ fn connected<'a>(probe: &'a Probe<'a>) -> Result<Option<Socket<'a>>, ProcessErro
 }
 
 /// Finds the connections of which both ends are among these, or the other end was closed, and if
-/// the subject is `stopped` what is under way in them. By inode.
+/// the subject is `stopped` what is under way in them. By inode. And the peers, on this host, of those
+/// that have no other end in the subject.
 pub(crate) fn find<'a>(
     probes: impl Iterator<Item = &'a Probe<'a>>,
     stopped: bool,
     known: &HashMap<u64, SocketSort>,
-) -> Result<HashMap<u64, Found>, ProcessError> {
+) -> Result<(HashMap<u64, Found>, HashSet<SocketAddr>), ProcessError> {
     let mut sockets = Vec::new();
     for probe in probes {
         sockets.extend(connected(probe)?);
     }
     let places: HashMap<_, _> = sockets.iter().map(|s| ((s.local, s.peer), s)).collect();
-    let mut found = HashMap::new();
+    let (mut found, mut lone) = (HashMap::new(), HashSet::new());
     for socket in &sockets {
         let pair = found.len() as u32;
         match places.get(&(socket.peer, socket.local)) {
@@ -180,10 +181,11 @@ pub(crate) fn find<'a>(
                     found.insert(socket.probe.info.inode, state);
                 }
             }
+            None if socket.is_local() => drop(lone.insert(socket.peer)),
             _ => {}
         }
     }
-    Ok(found)
+    Ok((found, lone))
 }
 
 /// What is under way from the first to the second, and back; `None` where it cannot be read, or is

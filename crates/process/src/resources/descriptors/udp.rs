@@ -1,7 +1,7 @@
 //! UDP sockets, bound or connected or neither.
 //!
-//! Datagrams may be lost, and are: those which wait to be read, and those which arrive until the
-//! restore. A notice says so.
+//! Datagrams that wait to be read are delivered again ([`super::udp_queue`]). Those that arrive until
+//! the restore are lost, as datagrams may be.
 //!
 //! Multicast groups are joined again; the kernel does not list the groups of a socket, but says for
 //! a given one whether the socket is in it ([`super::multicast`]).
@@ -15,6 +15,7 @@ use super::inet::{self, InetAddress, Transport};
 use super::multicast::{self, GroupState};
 use super::probe::{Probe, failed};
 use super::socket_options::SocketOptions;
+use super::udp_queue::{self, Datagram};
 use crate::ProcessError;
 use outlive_linux::sockopt;
 use outlive_state_tree::StateNode;
@@ -39,6 +40,9 @@ pub struct UdpState {
     /// The multicast groups that it is in.
     #[state(children)]
     pub groups: Vec<GroupState>,
+    /// What waits to be read.
+    #[state(children)]
+    pub queue: Vec<Datagram>,
     /// What was set on it.
     #[state(child)]
     pub options: SocketOptions,
@@ -68,9 +72,11 @@ impl Descriptor for UdpState {
                 "try again when the program has sent it",
             ));
         }
+        let local = inet::local(probe)?;
         Ok(Self {
             version: inet::version(probe)?,
-            local: inet::local(probe)?,
+            queue: udp_queue::collect(probe, local.as_ref(), cx.stopped)?,
+            local,
             peer: inet::peer(probe)?,
             groups: multicast::collect(probe)?,
             options,
@@ -83,6 +89,9 @@ impl Descriptor for UdpState {
         }
         for group in &self.groups {
             group.check(about)?;
+        }
+        for datagram in &self.queue {
+            datagram.validate()?;
         }
         let make = |address| {
             inet::bound_socket(
@@ -110,13 +119,24 @@ impl Descriptor for UdpState {
             }
             made => made?,
         };
-        cx.datagram_sockets += 1;
         cx.hold(about, socket);
         Ok(())
     }
 
     fn recreate(&self, about: &About, cx: &mut RecreateContext) -> Result<OwnedFd, ProcessError> {
         let socket = cx.take(about)?;
+        let options = &self.options;
+        let reuses = options.reuse_port.is_some() || options.reuse_address.is_some();
+        // Not to be connected for a while is to be bound to no interface any more.
+        let any_interface =
+            options.device.is_none() && self.local.as_ref().is_none_or(|local| local.scope == 0);
+        let shares_port = reuses && any_interface;
+        if let Some((lost, why)) = udp_queue::deliver(&socket, &self.queue, shares_port) {
+            cx.notices.push(format!(
+                "{lost} datagrams that waited in UDP socket fd {} of pid {} are lost: {why}",
+                about.number, about.process
+            ));
+        }
         self.options.apply_last(&socket).map_err(|(name, errno)| {
             failed(cx.pid, format!("set {name} of fd {}", about.number), errno)
         })?;

@@ -132,13 +132,14 @@ fn shows(socket: BorrowedFd<'_>, what: PollFlags) -> Result<bool, Errno> {
 }
 
 /// Puts the peek offset back.
-struct PeekOffset<'a> {
+pub(crate) struct PeekOffset<'a> {
     socket: BorrowedFd<'a>,
     was: u32,
 }
 
 impl<'a> PeekOffset<'a> {
-    fn at_start(socket: BorrowedFd<'a>) -> Result<Self, Errno> {
+    /// Looks from the start.
+    pub(crate) fn at_start(socket: BorrowedFd<'a>) -> Result<Self, Errno> {
         let was = sockopt::get_u32(socket, libc::SOL_SOCKET, libc::SO_PEEK_OFF)?;
         let was = was.ok_or(Errno::OPNOTSUPP)?;
         sockopt::set_u32(socket, libc::SOL_SOCKET, libc::SO_PEEK_OFF, 0)?;

@@ -24,7 +24,7 @@ fn udp_sockets_are_where_they_were() {
     let (at, from) = (server.local_addr().unwrap(), client.local_addr().unwrap());
     drop((server, client, plain));
     let checked = check_table(&table, &request(FilesPolicy::Reconcile)).unwrap();
-    assert!(checked.notices()[0].starts_with("UDP sockets: "));
+    assert!(checked.notices().is_empty(), "{:?}", checked.notices());
     let mut made = recreate_table(&table, checked).unwrap();
     assert!(made.apply_files(me()).unwrap().is_empty());
     let server = UdpSocket::from(made_for(&made, numbers[0]));

@@ -1,0 +1,337 @@
+//! Lives of a store: what a writer does over time, drawn from a seed, and what may be found then.
+//!
+//! A [`Life`] is run on a disk that may fail or lose its power at any operation. [`Truth`] keeps,
+//! from outside, which epochs were acknowledged, which ones may be there, and what each of them
+//! may hold. It is the oracle of all tests that use this module:
+//! what is found is one of these, byte for byte, and never older than the newest acknowledged one.
+
+use super::{Model, Script, SimHost, Step, read_back};
+use outlive_epoch::{EpochReader, StoreError};
+use outlive_epoch_store::{Access, Host, Store};
+use outlive_media::{SimDisk, power_off};
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+/// Numbers that look random; the same seed gives the same (SplitMix64, Steele and others 2014).
+#[derive(Clone, Debug)]
+pub struct Dice(pub u64);
+
+impl Dice {
+    pub fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    pub fn below(&mut self, n: u64) -> u64 {
+        self.next() % n.max(1)
+    }
+}
+
+thread_local! {
+    static IDENTITIES: Cell<u64> = const { Cell::new(0) };
+    static UNDER_TRIAL: RefCell<String> = const { RefCell::new(String::new()) };
+}
+
+/// Notes what is tried now, for the message of a violation.
+pub fn trying(what: String) {
+    UNDER_TRIAL.with_borrow_mut(|now| *now = what);
+}
+
+/// What is tried now.
+pub fn tried() -> String {
+    UNDER_TRIAL.with_borrow(Clone::clone)
+}
+
+/// Begins a sequence of identities, none of which comes twice, as none does in the real world.
+pub fn begin_identities(seed: u64) {
+    IDENTITIES.set(seed << 24);
+}
+
+/// A host like [`SimHost`], with the identities of this thread's sequence.
+#[derive(Default)]
+struct LifeHost(SimHost);
+
+impl Host for LifeHost {
+    fn realtime_ns(&self) -> u64 {
+        self.0.realtime_ns()
+    }
+
+    fn monotonic_us(&self) -> u64 {
+        self.0.monotonic_us()
+    }
+
+    fn uuid(&self) -> [u8; 16] {
+        let n = IDENTITIES.get() + 1;
+        IDENTITIES.set(n);
+        (u128::from(Dice(n).next()) << 64 | u128::from(n)).to_le_bytes()
+    }
+}
+
+/// Opens the store on a disk.
+pub fn open(disk: &SimDisk, access: Access) -> Result<Store, StoreError> {
+    Store::open_in(
+        Arc::new(disk.directory()),
+        Arc::new(LifeHost::default()),
+        access,
+    )
+}
+
+fn create(disk: &SimDisk) -> Result<Store, StoreError> {
+    Store::create_in(Arc::new(disk.directory()), Arc::new(LifeHost::default()))
+}
+
+/// One thing that happens to a store.
+#[derive(Clone, Debug)]
+pub enum Act {
+    Epoch(Script),
+    /// An epoch of a power event, in space written ahead.
+    Event(Script),
+    /// An epoch that is begun and given up.
+    Abandon(Script),
+    /// The store is closed and opened again.
+    Reopen,
+}
+
+pub type Life = Vec<Act>;
+
+fn script(dice: &mut Dice) -> Script {
+    let step = |dice: &mut Dice| {
+        let (space, first) = (dice.below(2) as u32, dice.below(6));
+        if dice.below(5) == 0 {
+            return Step::Absent(space, first, 1 + dice.below(3));
+        }
+        let seeds = (0..1 + dice.below(3))
+            .map(|_| dice.below(6) as u8)
+            .collect();
+        Step::Put(space, first, seeds)
+    };
+    // Few sizes and few contents, so that attempts often differ in their bytes alone.
+    let tree =
+        |dice: &mut Dice| vec![dice.below(3) as u8; [8, 8, 700, 5000][dice.below(4) as usize]];
+    Script {
+        base: dice.below(5) == 0,
+        steps: (0..dice.below(4)).map(|_| step(dice)).collect(),
+        trees: [("root", dice.below(4) > 0), ("fds", dice.below(3) == 0)]
+            .into_iter()
+            .filter(|(_, there)| *there)
+            .map(|(name, _)| (name, tree(dice)))
+            .collect(),
+    }
+}
+
+/// The life that a seed stands for.
+pub fn life(seed: u64) -> Life {
+    let mut dice = Dice(seed);
+    let mut acts = vec![Act::Epoch(script(&mut dice))];
+    for _ in 0..2 + dice.below(3) {
+        acts.push(match dice.below(9) {
+            0..5 => Act::Epoch(script(&mut dice)),
+            5 => Act::Event(script(&mut dice)),
+            6 | 7 => Act::Abandon(script(&mut dice)),
+            _ => Act::Reopen,
+        });
+    }
+    acts
+}
+
+/// What may be found, by all that is known outside.
+#[derive(Clone, Debug)]
+pub struct Truth {
+    /// The newest acknowledged epoch: its number (0 for none) and what it may hold.
+    acked: (u64, Vec<Model>),
+    /// Epochs of attempts that failed since.
+    maybe: Vec<(u64, Model)>,
+    /// All contents that an epoch was ever given.
+    ever: BTreeMap<u64, Vec<Model>>,
+    /// Errors that were met.
+    pub failures: u64,
+}
+
+impl Default for Truth {
+    fn default() -> Self {
+        Self {
+            acked: (0, vec![Model::default()]),
+            maybe: Vec::new(),
+            ever: BTreeMap::new(),
+            failures: 0,
+        }
+    }
+}
+
+impl Truth {
+    /// The newest acknowledged epoch.
+    pub fn acked(&self) -> u64 {
+        self.acked.0
+    }
+
+    /// An attempt begins.
+    fn attempt(&mut self, script: &Script) -> Vec<(u64, Model)> {
+        let below = self.acked.1.iter().map(|model| (self.acked.0, model));
+        let below = below.chain(self.maybe.iter().map(|(id, model)| (*id, model)));
+        let mut fresh: Vec<(u64, Model)> = below
+            .map(|(id, model)| (id + 1, script.apply(model)))
+            .collect();
+        fresh.sort_by_key(|(id, _)| *id);
+        fresh.dedup();
+        for (id, model) in &fresh {
+            let ever = self.ever.entry(*id).or_default();
+            if !ever.contains(model) {
+                ever.push(model.clone());
+            }
+        }
+        self.maybe.extend(fresh.iter().cloned());
+        fresh
+    }
+
+    fn acknowledge(&mut self, id: u64, fresh: Vec<(u64, Model)>) {
+        let models: Vec<Model> = fresh
+            .into_iter()
+            .filter(|(i, _)| *i == id)
+            .map(|(_, m)| m)
+            .collect();
+        assert!(
+            !models.is_empty(),
+            "epoch {id} was acknowledged, which cannot be"
+        );
+        self.acked = (id, models);
+        self.maybe.clear();
+    }
+
+    /// Takes what was found for the state of things.
+    fn adopt(&mut self, found: (u64, Model)) {
+        self.acked = (found.0, vec![found.1]);
+        self.maybe.clear();
+    }
+
+    /// Compares everything on a disk; gives the newest epoch, or the damage that was named.
+    pub fn check(&self, disk: &SimDisk) -> Result<(u64, Model), StoreError> {
+        let store = match open(disk, Access::Read) {
+            Ok(store) => store,
+            Err(StoreError::Missing { .. }) => {
+                assert_eq!(
+                    self.acked.0,
+                    0,
+                    "{}: acknowledged, and nothing is there",
+                    tried()
+                );
+                return Ok((0, Model::default()));
+            }
+            Err(e) => return Err(e),
+        };
+        self.check_store(&store)
+    }
+
+    fn check_store(&self, store: &Store) -> Result<(u64, Model), StoreError> {
+        let reader = store.epoch(None)?;
+        let (id, found) = (reader.id().0, read_back(&reader)?);
+        let acked = id == self.acked.0 && self.acked.1.contains(&found);
+        let maybe = || self.maybe.iter().any(|(i, m)| *i == id && *m == found);
+        assert!(
+            acked || maybe(),
+            "{}: epoch {id} is found with {found:?}, but {} is acknowledged: {self:?}",
+            tried(),
+            self.acked.0
+        );
+        for epoch in store.epochs() {
+            let older = read_back(&store.epoch(Some(epoch.id))?)?;
+            let ever = self.ever.get(&epoch.id.0);
+            assert!(
+                ever.is_some_and(|ever| ever.contains(&older)),
+                "{}: epoch {} holds what it never was given",
+                tried(),
+                epoch.id
+            );
+        }
+        Ok((id, found))
+    }
+}
+
+/// How often one thing is tried again that fails.
+const TRIES: u32 = 4;
+
+fn is_power_off(error: &StoreError) -> bool {
+    matches!(error, StoreError::Medium { source, .. } if source.kind() == power_off())
+}
+
+/// Runs a life as far as the disk lets it; what fails (and not for lack of power) is tried again.
+pub fn live(disk: &SimDisk, life: &[Act]) -> Truth {
+    let mut truth = Truth::default();
+    if let Err(e) = run(disk, life, &mut truth) {
+        let known = matches!(
+            e,
+            StoreError::Medium { .. } | StoreError::Full { .. } | StoreError::Damaged { .. }
+        );
+        assert!(known, "{e}");
+        truth.failures += 1;
+    }
+    truth
+}
+
+fn run(disk: &SimDisk, life: &[Act], truth: &mut Truth) -> Result<(), StoreError> {
+    let mut store = again(truth, |_| create(disk))?;
+    for act in life {
+        match act {
+            Act::Epoch(script) => epoch(&mut store, script, false, truth)?,
+            Act::Event(script) => epoch(&mut store, script, true, truth)?,
+            Act::Abandon(script) => again(truth, |_| {
+                let writer = if script.base {
+                    store.begin_base()
+                } else {
+                    store.begin()
+                };
+                script.stage(&mut *writer?)
+            })?,
+            Act::Reopen => {
+                let closed = store.close();
+                truth.failures += u64::from(closed.is_err());
+                store = again(truth, |_| open(disk, Access::Write))?;
+                // What a writer found counts from then on, also if it was not acknowledged.
+                again(truth, |truth| {
+                    if store.newest().is_some() {
+                        let found = truth.check_store(&store)?;
+                        truth.adopt(found);
+                    }
+                    Ok(())
+                })?;
+            }
+        }
+    }
+    store.close()
+}
+
+fn epoch(
+    store: &mut Store,
+    script: &Script,
+    event: bool,
+    truth: &mut Truth,
+) -> Result<(), StoreError> {
+    again(truth, |truth| {
+        let fresh = truth.attempt(script);
+        let id = if event && store.newest().is_some() && !script.base {
+            script.write_event(store)?
+        } else {
+            script.write(store)?
+        };
+        truth.acknowledge(id.0, fresh);
+        Ok(())
+    })
+}
+
+fn again<T>(
+    truth: &mut Truth,
+    mut act: impl FnMut(&mut Truth) -> Result<T, StoreError>,
+) -> Result<T, StoreError> {
+    let mut tries = 0;
+    loop {
+        match act(truth) {
+            Err(e) if !is_power_off(&e) && tries < TRIES => {
+                tries += 1;
+                truth.failures += 1;
+            }
+            other => return other,
+        }
+    }
+}

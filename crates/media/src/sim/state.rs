@@ -1,0 +1,149 @@
+//! The contents of a simulated disk, and what a power cut does to a change of them.
+
+use crate::{BLOCK, SECTOR};
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+/// A change that is not durable yet.
+#[derive(Clone, Debug)]
+pub enum Pending {
+    /// Bytes written to the medium with this number.
+    Write(u64, u64, Vec<u8>),
+    /// A new length.
+    Resize(u64, u64),
+    /// A name that shall stand for this medium, or for none.
+    Name(String, Option<u64>),
+    /// A medium that changes its name.
+    Rename(String, String),
+}
+
+/// What becomes of a pending change when the power is cut.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fate {
+    /// It is there.
+    Keep,
+    /// It is not there.
+    Drop,
+    /// Only the sectors whose bit is set are there (sector 64 as sector 0, and so on). For
+    /// anything but a write: kept if bit 0 is set.
+    Torn(u64),
+    /// The range holds bytes made from this seed. For anything but a write: dropped.
+    Trash(u64),
+    /// The range holds zeros. For anything but a write: dropped.
+    Zero,
+    /// The range holds what stands elsewhere on the disk, also in media that were removed; the
+    /// number chooses where. For anything but a write: dropped.
+    Stale(u64),
+}
+
+#[derive(Clone, Debug, Default)]
+pub(super) struct State {
+    pub media: BTreeMap<u64, Vec<u8>>,
+    pub names: BTreeMap<String, u64>,
+    /// What space holds that was never written, by offset; zeros beyond.
+    pub dirt: Arc<[u8]>,
+}
+
+impl State {
+    /// Carries out a change, as far as its fate lets it.
+    pub fn suffer(&mut self, pending: &Pending, fate: Fate) {
+        let kept = match fate {
+            Fate::Keep => true,
+            Fate::Torn(mask) => mask & 1 == 1,
+            Fate::Drop | Fate::Trash(_) | Fate::Zero | Fate::Stale(_) => false,
+        };
+        match pending {
+            Pending::Write(id, offset, bytes) => self.write(*id, *offset, bytes, fate),
+            Pending::Resize(id, len) if kept => self.resize(*id, *len as usize),
+            Pending::Name(name, Some(id)) if kept => {
+                self.media.entry(*id).or_default();
+                self.names.insert(name.clone(), *id);
+            }
+            Pending::Name(name, None) if kept => {
+                self.names.remove(name);
+            }
+            Pending::Rename(from, to) if kept => {
+                if let Some(id) = self.names.remove(from) {
+                    self.names.insert(to.clone(), id);
+                }
+            }
+            _ => {}
+        }
+    }
+
+    /// Changes a length; what is new holds the dirt of its place.
+    fn resize(&mut self, id: u64, len: usize) {
+        let medium = self.media.entry(id).or_default();
+        let from = medium.len();
+        medium.resize(len, 0);
+        let dirt = self.dirt.get(from..).unwrap_or_default();
+        if let Some(new) = medium.get_mut(from..) {
+            let n = new.len().min(dirt.len());
+            new[..n].copy_from_slice(&dirt[..n]);
+        }
+    }
+
+    fn put(&mut self, id: u64, at: usize, bytes: &[u8]) {
+        let end = at + bytes.len();
+        if self.media.get(&id).is_none_or(|medium| medium.len() < end) {
+            self.resize(id, end);
+        }
+        if let Some(medium) = self.media.get_mut(&id) {
+            medium[at..end].copy_from_slice(bytes);
+        }
+    }
+
+    fn write(&mut self, id: u64, offset: u64, bytes: &[u8], fate: Fate) {
+        let offset = offset as usize;
+        match fate {
+            Fate::Keep => self.put(id, offset, bytes),
+            Fate::Drop => {}
+            Fate::Torn(mask) => {
+                for (i, sector) in bytes.chunks(SECTOR).enumerate() {
+                    if mask >> (i % 64) & 1 == 1 {
+                        self.put(id, offset + i * SECTOR, sector);
+                    }
+                }
+            }
+            Fate::Trash(seed) => self.put(id, offset, &trash(seed, bytes.len())),
+            Fate::Zero => self.put(id, offset, &vec![0; bytes.len()]),
+            Fate::Stale(choice) => {
+                let stale = self.stale(choice, offset, bytes.len());
+                self.put(id, offset, &stale);
+            }
+        }
+    }
+
+    /// What was there before a write, as far as there was anything: what is found if it is lost.
+    pub fn before(&self, id: u64, offset: u64, len: usize) -> Vec<u8> {
+        let medium = self.media.get(&id).map_or(&[][..], Vec::as_slice);
+        let mut bytes = medium.get(offset as usize..).unwrap_or_default().to_vec();
+        bytes.resize(len, 0);
+        bytes
+    }
+
+    /// Bytes from another place, or from the same place of another medium; repeated as needed.
+    fn stale(&self, choice: u64, offset: usize, len: usize) -> Vec<u8> {
+        let media: Vec<&Vec<u8>> = self.media.values().filter(|m| m.len() >= BLOCK).collect();
+        let chosen = choice.checked_rem(media.len() as u64);
+        let Some(medium) = chosen.and_then(|i| media.get(i as usize)) else {
+            return vec![0; len];
+        };
+        let blocks = medium.len() / BLOCK;
+        let elsewhere = (choice >> 8) as usize % blocks * BLOCK;
+        let same = choice & 0x80 == 0 && offset < blocks * BLOCK;
+        let from = if same { offset } else { elsewhere };
+        medium[from..].iter().cycle().take(len).copied().collect()
+    }
+}
+
+/// Bytes from a linear congruential generator (Knuth's MMIX constants).
+fn trash(mut seed: u64, len: usize) -> Vec<u8> {
+    let mut next = || {
+        seed = seed
+            .wrapping_mul(6364136223846793005)
+            .wrapping_add(1442695040888963407);
+        (seed >> 56) as u8
+    };
+    (0..len).map(|_| next()).collect()
+}
