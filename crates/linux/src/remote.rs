@@ -121,6 +121,8 @@ pub enum Arg {
     In(Vec<u8>),
     /// Room for so many bytes that the call writes, zero at first.
     Out(usize),
+    /// Bytes that the call reads and writes.
+    InOut(Vec<u8>),
 }
 
 impl From<u64> for Arg {
@@ -189,6 +191,13 @@ impl Batch {
                     call.outs.push((i, at, len));
                     (at as u64, true)
                 }
+                Arg::InOut(bytes) => {
+                    let at = self.data.len();
+                    self.data.extend_from_slice(&bytes);
+                    self.data.resize(self.data.len().next_multiple_of(16), 0);
+                    call.outs.push((i, at, bytes.len()));
+                    (at as u64, true)
+                }
             };
         }
         self.calls.push(call);
@@ -227,7 +236,8 @@ impl Results {
         decode(i64::from_ne_bytes(raw))
     }
 
-    /// What a call wrote to its argument number `arg`, which was an [`Arg::Out`]; empty otherwise.
+    /// What a call wrote to its argument number `arg`, which was an [`Arg::Out`] or
+    /// [`Arg::InOut`]; empty otherwise.
     #[must_use]
     pub fn out(&self, id: CallId, arg: usize) -> &[u8] {
         let data = self.batch.calls.len() * CALL;

@@ -3,6 +3,7 @@
 
 use crate::ProcessError;
 use crate::births::Kind;
+use crate::resources::{landlock, protection_keys};
 use crate::target::{Stat, Status, Target};
 use outlive_linux::remote::{Arg, Batch, CallId, Results};
 use outlive_state_tree::StateNode;
@@ -79,6 +80,11 @@ pub struct ProcessState {
     pub oom_score_adj: i32,
     /// `/proc/PID/coredump_filter`.
     pub coredump_filter: u64,
+    /// Nice value of its session as a scheduling group (`/proc/PID/autogroup`), told by the process
+    /// that leads it; else 0.
+    pub session_nice: i32,
+    /// Protection keys that are taken in its address space (`pkey_alloc(2)`), as a bit mask.
+    pub protection_keys: u32,
 }
 
 impl ProcessState {
@@ -103,6 +109,7 @@ pub struct Asked {
     membarrier: CallId,
     /// What kernels of some age, or without the feature, do not answer.
     optional: [CallId; OPTIONAL.len()],
+    keys: Option<protection_keys::Asked>,
     refused: RefusedIfSet,
 }
 
@@ -133,6 +140,7 @@ struct RefusedIfSet {
     core_scheduling: CallId,
     processor_id: CallId,
     local_descriptors: CallId,
+    landlock: CallId,
 }
 
 impl RefusedIfSet {
@@ -150,12 +158,13 @@ impl RefusedIfSet {
                 [v(PR_SCHED_CORE), zero(), zero(), zero(), Arg::Out(8)],
             ),
             processor_id: batch.push(libc::SYS_arch_prctl, [v(ARCH_GET_CPUID), zero()]),
+            landlock: landlock::ask(batch),
             local_descriptors: batch.push(libc::SYS_modify_ldt, [zero(), Arg::Out(16), v(16)]),
         }
     }
 
     /// What is set of these. A question that is not understood is about something that is not there.
-    fn found(&self, answers: &Results) -> Vec<&'static str> {
+    fn found(&self, target: &Target, status: &Status, answers: &Results) -> Vec<&'static str> {
         let nonzero = |id| answers.value(id).is_ok_and(|v| v != 0);
         let written = |id, arg: usize| {
             answers.value(id).is_ok() && answers.out(id, arg).iter().any(|&b| b != 0)
@@ -163,7 +172,9 @@ impl RefusedIfSet {
         let off = answers.value(self.time_stamp_counter).is_ok()
             && answers.out(self.time_stamp_counter, 1).first()
                 == Some(&(libc::PR_TSC_SIGSEGV as u8));
+        let restricted = landlock::is_in_force(target, status, answers.value(self.landlock));
         let list = [
+            (restricted, "Landlock rules in force"),
             (
                 nonzero(self.write_or_execute),
                 "memory that may not become executable (PR_SET_MDWE)",
@@ -235,6 +246,7 @@ pub fn ask(batch: &mut Batch) -> Asked {
         words,
         membarrier: batch.push(libc::SYS_membarrier, args),
         optional,
+        keys: protection_keys::ask(batch),
         refused: RefusedIfSet::ask(batch),
     }
 }
@@ -246,7 +258,7 @@ pub fn collect(
     asked: &Asked,
     answers: &Results,
 ) -> Result<ProcessState, ProcessError> {
-    refuse(target, asked.refused.found(answers))?;
+    refuse(target, asked.refused.found(target, status, answers))?;
     let optional = asked.optional.map(|id| answers.value(id).unwrap_or(0));
     let stat = Stat::read(target.pid).map_err(|e| target.kernel("reading its stat", e))?;
     let mut interval_timers = Vec::with_capacity(12);
@@ -307,7 +319,21 @@ pub fn collect(
         coredump_filter: target
             .proc_file("coredump_filter")
             .map_or(0x33, |t| number(&t, 16) as u64),
+        session_nice: session_nice(target, status),
+        protection_keys: protection_keys::taken(asked.keys.as_ref(), answers),
     })
+}
+
+/// The nice value of the session that it leads. A kernel without such groups has no such file.
+fn session_nice(target: &Target, status: &Status) -> i32 {
+    if status.inner.sid != target.id {
+        return 0;
+    }
+    let text = target.proc_file("autogroup").unwrap_or_default();
+    // `/autogroup-53 nice 7`
+    let text = String::from_utf8_lossy(&text);
+    let last = text.split_whitespace().next_back();
+    last.and_then(|nice| nice.parse().ok()).unwrap_or(0)
 }
 
 fn refuse(target: &Target, found: Vec<&'static str>) -> Result<(), ProcessError> {
@@ -426,6 +452,9 @@ pub fn recreate(state: &ProcessState, batch: &mut Batch) -> Vec<String> {
         what.push(format!("prctl option {option}"));
     }
     what.extend(recreate_optional(state, batch));
+    if state.shares_memory_with == 0 {
+        what.extend(protection_keys::recreate(state.protection_keys, batch));
+    }
     // Each bit is a registration command of its own.
     for bit in (0..64).filter(|b| state.membarrier & 1 << b != 0) {
         batch.push(libc::SYS_membarrier, [v(1 << bit), v(0), v(0)]);

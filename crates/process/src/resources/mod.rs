@@ -3,8 +3,10 @@
 pub mod attributes;
 pub mod credentials;
 pub mod descriptors;
+mod landlock;
 pub mod machine;
 pub mod memory;
+mod protection_keys;
 pub mod shared;
 pub mod signals;
 pub mod system_v;

@@ -52,6 +52,8 @@ pub struct ThreadState {
     pub memory_policy: u32,
     /// Its nodes, as a bit mask; empty for the default.
     pub memory_nodes: Vec<u8>,
+    /// Segments of 32-bit code (`set_thread_area(2)`), a `struct user_desc` each.
+    pub segments: Vec<u8>,
     /// Users, groups and capabilities.
     #[state(child)]
     pub credentials: Credentials,
@@ -145,7 +147,15 @@ pub struct Asked {
     tid_address: CallId,
     timer_slack: CallId,
     policy: CallId,
+    segments: [CallId; 3],
 }
+
+/// Places of segments for 32-bit code in the table of a thread (`GDT_ENTRY_TLS_MIN` of x86-64 Linux).
+const SEGMENTS: [u32; 3] = [12, 13, 14];
+/// Length of a `struct user_desc`: number, base, limit, flags.
+pub const SEGMENT: usize = 16;
+/// Flags of one that is not there: not present, and not to be written.
+const NO_SEGMENT: u64 = 0x28;
 
 /// Most memory nodes that a kernel may be built for, and the bytes of their mask.
 const NODES: u64 = 1024;
@@ -165,10 +175,16 @@ pub fn ask(batch: &mut Batch) -> Asked {
         Arg::Value(0),
         Arg::Value(0),
     ];
+    let segment = |number: u32| {
+        let mut entry = number.to_ne_bytes().to_vec();
+        entry.resize(SEGMENT, 0);
+        entry
+    };
     Asked {
         stack,
         tid_address,
         timer_slack,
+        segments: SEGMENTS.map(|n| batch.push(libc::SYS_get_thread_area, [Arg::InOut(segment(n))])),
         policy: batch.push(libc::SYS_get_mempolicy, args),
     }
 }
@@ -310,6 +326,13 @@ pub fn collect(
     } else {
         answers.out(asked.policy, 1)
     };
+    // A kernel that runs no 32-bit programs has no such call.
+    let there = asked
+        .segments
+        .into_iter()
+        .filter(|&id| answers.value(id).is_ok());
+    let there = there.map(|id| answers.out(id, 0));
+    let segments: Vec<&[u8]> = there.filter(|s| is_segment(s)).collect();
     Ok(ThreadState {
         tid: sight.status.inner.tid,
         comm: comm.strip_suffix(b"\n").unwrap_or(&comm).to_vec(),
@@ -342,9 +365,16 @@ pub fn collect(
         call_again: interruption_of(&held.registers, &sight.status).is_some(),
         memory_policy: policy,
         memory_nodes: nodes.to_vec(),
+        segments: segments.concat(),
         credentials: Credentials::of(&sight.status),
         wait_left_ns,
     })
+}
+
+/// Whether a `struct user_desc` tells of a segment that is there.
+fn is_segment(entry: &[u8]) -> bool {
+    // Base and limit; then, in its last four bytes, the flags.
+    word(entry, 4) != 0 || word(entry, 8) >> 32 != NO_SEGMENT
 }
 
 /// Adds the calls by which a new thread takes on its state. Registers come last, by `ptrace`.
@@ -378,6 +408,9 @@ pub fn recreate(state: &ThreadState, batch: &mut Batch) {
     );
     let set = libc::PR_SET_TIMERSLACK as u64;
     batch.push(libc::SYS_prctl, [value(set), value(state.timer_slack_ns)]);
+    for segment in state.segments.chunks(SEGMENT) {
+        batch.push(libc::SYS_set_thread_area, [Arg::InOut(segment.to_vec())]);
+    }
     if state.memory_policy != 0 {
         let mut nodes = state.memory_nodes.clone();
         nodes.resize(NODE_BYTES, 0);
@@ -424,4 +457,19 @@ pub fn recreate_outside(
         notices.push(format!("thread {tid}: I/O priority not restored: {e}"));
     }
     Ok(notices)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_segment_that_is_not_there_is_told_from_one_that_is() {
+        let entry = |words: [u32; 4]| words.map(u32::to_ne_bytes).concat();
+        // As the kernel shows an entry of zeros, and one that begins at 0.
+        assert!(!is_segment(&entry([12, 0, 0, 0x28])));
+        assert!(is_segment(&entry([12, 0, 0, 0x51])));
+        assert!(is_segment(&entry([12, 0x1000, 0xfffff, 0x51])));
+        assert!(is_segment(&entry([14, 0, 1, 0x28])));
+    }
 }

@@ -391,8 +391,10 @@ fn attributes_of_process(
     let settings = [
         ("oom_score_adj", saved.oom_score_adj.to_string()),
         ("coredump_filter", format!("{:#x}", saved.coredump_filter)),
+        ("autogroup", saved.session_nice.to_string()),
     ];
-    for (name, value) in settings {
+    let as_is = |name| name == "autogroup" && saved.session_nice == 0;
+    for (name, value) in settings.into_iter().filter(|(name, _)| !as_is(*name)) {
         if let Err(e) = std::fs::write(format!("/proc/{pid}/{name}"), &value) {
             notices.push(format!("{name} {value} not restored: {e}"));
         }

@@ -42,6 +42,9 @@ pub fn validate(threads: &[ThreadState], pid: u32) -> Result<(), ProcessError> {
                 t.tid
             ));
         }
+        if t.segments.len() % thread::SEGMENT != 0 {
+            return bad(format!("thread {}: segments have a wrong length", t.tid));
+        }
         if !t.credentials.is_well_formed() {
             return bad(format!("thread {}: credentials have a wrong length", t.tid));
         }

@@ -40,6 +40,7 @@ const REFUSED: &[(&str, &str)] = &[
     ("bpf-map", "BPF object"),
     ("bpf-program", "BPF object"),
     ("landlock-rules", "Landlock rules under construction"),
+    ("landlock-restricted", "Landlock rules in force"),
     ("namespace-network", "network namespace"),
     ("namespace-mount", "mount namespace"),
     ("namespace-user", "user namespace"),
@@ -169,19 +170,6 @@ const AT_THE_ATTACH_ONLY: &[&str] = &[
 
 /// What is not as it was after a restore, and why.
 const NOT_KEPT: &[(&str, &str)] = &[
-    (
-        "protection-key-unused",
-        "a key that protects nothing is gone",
-    ),
-    (
-        "scheduling-group",
-        "it belongs to the session, which may be another",
-    ),
-    (
-        "thread-local-segment",
-        "segments of 32-bit programs are not looked for",
-    ),
-    ("landlock-restricted", "rules in force cannot be seen"),
     (
         "session-keyring",
         "keys belong to the session of who restores",
