@@ -3,6 +3,7 @@
 use outlive_epoch::{EpochId, Run, StoreError};
 use outlive_media::MediumError;
 use std::fmt;
+use std::sync::{Arc, Mutex, PoisonError};
 
 /// Which part of an image is damaged.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -21,8 +22,38 @@ pub enum Part {
     Index,
     /// These pages.
     Pages(Run),
+    /// A parity block of an epoch.
+    Parity,
+    /// A part of an epoch that holds nothing.
+    Padding,
     /// The end of the file.
     End,
+}
+
+/// What becomes of damaged bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// Another copy or the parity makes up for them: readers do not notice.
+    Repairable,
+    /// They were written again.
+    Repaired,
+    /// They are lost, but nobody needs them: the same epoch holds newer ones.
+    Unneeded,
+    /// They are lost.
+    Lost,
+}
+
+impl Outcome {
+    /// One word for machines.
+    #[must_use]
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Repairable => "repairable",
+            Self::Repaired => "repaired",
+            Self::Unneeded => "unneeded",
+            Self::Lost => "lost",
+        }
+    }
 }
 
 impl fmt::Display for Part {
@@ -41,6 +72,8 @@ impl fmt::Display for Part {
                     "{pages} page(s) of space {space} at address {address:#x}"
                 )
             }
+            Self::Parity => write!(f, "parity"),
+            Self::Padding => write!(f, "padding"),
             Self::End => write!(f, "end of the file"),
         }
     }
@@ -59,8 +92,38 @@ pub struct Damage {
     pub part: Part,
     /// In which way.
     pub what: String,
-    /// Whether nothing is lost, because another copy is intact.
-    pub harmless: bool,
+    /// What becomes of it.
+    pub outcome: Outcome,
+}
+
+impl Damage {
+    /// The same, with another outcome.
+    pub(crate) fn with(self, outcome: Outcome) -> Self {
+        Self { outcome, ..self }
+    }
+}
+
+/// Damage that readers met and that was made up for; shared by all who read a file.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Met(Arc<Mutex<Vec<Damage>>>);
+
+/// Damages that are kept.
+const KEPT: usize = 1000;
+
+impl Met {
+    pub fn note(&self, damage: Damage) {
+        let mut met = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if met.len() < KEPT && !met.contains(&damage) {
+            met.push(damage);
+        }
+    }
+
+    pub fn all(&self) -> Vec<Damage> {
+        self.0
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
+    }
 }
 
 impl fmt::Display for Damage {

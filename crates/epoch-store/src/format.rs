@@ -9,6 +9,7 @@
 //!   so every number is checked against the bounds that hold at its place, and nothing is
 //!   allocated beyond the bytes that are there.
 
+use crate::stripe::{Layout, WIDTH};
 use outlive_epoch::{EpochFacts, Run, SpaceId};
 use outlive_media::{BLOCK, SECTOR};
 
@@ -16,14 +17,20 @@ use outlive_media::{BLOCK, SECTOR};
 pub const VERSION: u32 = 1;
 /// A block, as a file offset.
 pub const BLOCK_LEN: u64 = BLOCK as u64;
+/// Where the second part of the header begins: so far away that no damage of a repairable length
+/// harms both.
+const SECOND: u64 = 20 * BLOCK_LEN;
 /// Where the two copies of the superblock stand.
-pub const SUPERBLOCK_AT: [u64; 2] = [0, 2 * BLOCK_LEN];
-/// Where the two commit slots stand; epoch `e` uses the slot `e % 2`.
-pub const SLOT_AT: [u64; 2] = [BLOCK_LEN, 3 * BLOCK_LEN];
+pub const SUPERBLOCK_AT: [u64; 2] = [0, SECOND];
+/// Where the two commit slots stand, each twice; epoch `e` uses the slot `e % 2`.
+pub const SLOT_AT: [[u64; 2]; 2] = [
+    [BLOCK_LEN, SECOND + BLOCK_LEN],
+    [2 * BLOCK_LEN, SECOND + 2 * BLOCK_LEN],
+];
 /// Where the copy of the newest acknowledged commit record stands.
-pub const SEAL_AT: u64 = 4 * BLOCK_LEN;
+pub const SEAL_AT: u64 = 3 * BLOCK_LEN;
 /// Where the log begins.
-pub const LOG_AT: u64 = 5 * BLOCK_LEN;
+pub const LOG_AT: u64 = SECOND + 3 * BLOCK_LEN;
 /// The longest name of a group, in bytes.
 pub const NAME_MAX: usize = 1024;
 
@@ -42,6 +49,7 @@ pub enum Kind {
     Index = 4,
     Trailer = 5,
     Record = 6,
+    Parity = 7,
 }
 
 /// The identity of a file, from which all its checksums start.
@@ -184,6 +192,8 @@ impl Superblock {
 pub struct Record {
     pub epoch: u64,
     pub trailer_at: u64,
+    /// Where the second copy of the trailer stands, which is the last block of the epoch.
+    pub copy_at: u64,
     /// From the beginning of the epoch to its acknowledgement; 0 where not known (always in a
     /// slot, which is written before).
     pub durable_us: u64,
@@ -206,7 +216,15 @@ pub const RECORD_COPIES: usize = BLOCK / SECTOR;
 impl Record {
     /// One past the last byte of the epoch.
     pub fn log_end(&self) -> u64 {
-        self.trailer_at.saturating_add(BLOCK_LEN)
+        self.copy_at.saturating_add(BLOCK_LEN)
+    }
+
+    /// The two places of the trailer.
+    pub fn trailer(&self) -> Twice {
+        Twice {
+            at: self.trailer_at,
+            copy_at: self.copy_at,
+        }
     }
 
     /// A block that holds the record once in each sector, each bound to its place.
@@ -214,7 +232,8 @@ impl Record {
         let mut out = Vec::with_capacity(BLOCK);
         for i in 0..RECORD_COPIES {
             let mut sector = RECORD_MAGIC.to_vec();
-            put_numbers(&mut sector, &[self.epoch, self.trailer_at, self.durable_us]);
+            let numbers = [self.epoch, self.trailer_at, self.copy_at, self.durable_us];
+            put_numbers(&mut sector, &numbers);
             sector.resize(SECTOR, 0);
             key.of(Kind::Record, 0)
                 .seal(offset + (i * SECTOR) as u64, &mut sector);
@@ -246,10 +265,37 @@ impl Record {
         let record = Self {
             epoch: take.u64()?,
             trailer_at: take.u64()?,
+            copy_at: take.u64()?,
             durable_us: take.u64()?,
         };
-        let placed = record.trailer_at >= LOG_AT && record.trailer_at.is_multiple_of(BLOCK_LEN);
-        (record.epoch > 0 && placed).then_some(record)
+        (record.epoch > 0 && record.trailer().is_placed()).then_some(record)
+    }
+}
+
+/// The two places of a trailer; the bytes are the same.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Twice {
+    pub at: u64,
+    pub copy_at: u64,
+}
+
+impl Twice {
+    /// Of the epoch before the first one.
+    pub const NONE: Self = Self { at: 0, copy_at: 0 };
+
+    /// In the log, the copy so far behind that no damage of a repairable length harms both.
+    fn is_placed(self) -> bool {
+        let apart = self.copy_at.checked_sub(self.at);
+        self.at >= LOG_AT
+            && self.at.is_multiple_of(BLOCK_LEN)
+            && self.copy_at.is_multiple_of(BLOCK_LEN)
+            && self.copy_at < 1 << 62
+            && apart.is_some_and(|apart| apart >= WIDTH * BLOCK_LEN)
+    }
+
+    /// How far behind its first copy the second one stands; that is so for all tables of the epoch.
+    pub fn apart(self) -> u64 {
+        self.copy_at.saturating_sub(self.at)
     }
 }
 
@@ -265,13 +311,17 @@ pub struct Section {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Trailer {
     pub epoch: u64,
-    /// Where the trailer of the epoch before stands; 0 for the first of the file.
-    pub previous_at: u64,
+    /// Where the trailer of the epoch before stands; nowhere for the first of the file.
+    pub previous: Twice,
+    /// Where the second copy of this trailer stands.
+    pub copy_at: u64,
     /// Where the bytes of this epoch begin.
     pub start: u64,
+    /// Where the parity of the last stripe of pages begins; 0 where that has its own.
+    pub parity_at: u64,
     pub groups: Section,
     pub index: Section,
-    /// Entries in the index; the rest of it are checksums of pages.
+    /// Entries in the index; the rest of it are checksums of pages and of their parity.
     pub entries: u64,
     pub facts: EpochFacts,
     /// Pages stored.
@@ -285,7 +335,12 @@ impl Trailer {
     pub fn encode(&self, key: Key, at: u64) -> Vec<u8> {
         let mut out = TRAILER_MAGIC.to_vec();
         let section = |s: &Section| [s.at, s.len, u64::from(s.crc)];
-        put_numbers(&mut out, &[self.epoch, self.previous_at, self.start]);
+        let Twice {
+            at: previous,
+            copy_at,
+        } = self.previous;
+        put_numbers(&mut out, &[self.epoch, previous, copy_at]);
+        put_numbers(&mut out, &[self.copy_at, self.start, self.parity_at]);
         put_numbers(&mut out, &section(&self.groups));
         put_numbers(&mut out, &section(&self.index));
         put_numbers(
@@ -320,8 +375,13 @@ impl Trailer {
         };
         let trailer = Self {
             epoch: take.u64()?,
-            previous_at: take.u64()?,
+            previous: Twice {
+                at: take.u64()?,
+                copy_at: take.u64()?,
+            },
+            copy_at: take.u64()?,
             start: take.u64()?,
+            parity_at: take.u64()?,
             groups: section(&mut take)?,
             index: section(&mut take)?,
             entries: take.u64()?,
@@ -336,22 +396,51 @@ impl Trailer {
         (trailer.epoch == epoch && trailer.is_sane(at)).then_some(trailer)
     }
 
-    /// Everything lies in order: previous trailer, start, groups, index, this trailer.
+    /// Its two places; the first is `at`.
+    pub fn twice(&self, at: u64) -> Twice {
+        Twice {
+            at,
+            copy_at: self.copy_at,
+        }
+    }
+
+    /// Where the pages of this epoch stand.
+    pub fn layout(&self) -> Option<Layout> {
+        Layout::new(self.start, self.pages, self.parity_at)
+    }
+
+    /// Where the tables begin, of which this trailer is the end: behind the pages.
+    pub fn tables_at(&self) -> u64 {
+        self.layout()
+            .map_or(self.start, |layout| layout.pages_end())
+    }
+
+    /// Everything lies in order: previous trailer, start, pages, groups, index, this trailer,
+    /// parity, copy of the tables.
     fn is_sane(&self, at: u64) -> bool {
-        let previous_end = match self.previous_at {
-            0 => Some(LOG_AT),
-            p if p >= LOG_AT && p.is_multiple_of(BLOCK_LEN) => p.checked_add(BLOCK_LEN),
+        let twice = self.twice(at);
+        let previous_end = match self.previous {
+            Twice::NONE => Some(LOG_AT),
+            previous if previous.is_placed() => previous.at.checked_add(BLOCK_LEN),
             _ => None,
+        };
+        let Some(layout) = self.layout() else {
+            return false;
         };
         let groups_end = self.groups.at.checked_add(self.groups.len);
         let index_end = self.index.at.checked_add(self.index.len);
         let entries_len = self.entries.checked_mul(ENTRY_LEN as u64);
+        let tables_at = layout.pages_end();
+        let parity_end = layout.parity_end();
         previous_end.is_some_and(|end| end <= self.start)
+            && twice.is_placed()
             && self.start.is_multiple_of(BLOCK_LEN)
-            && self.start <= self.groups.at
+            && tables_at <= self.groups.at
             && groups_end.is_some_and(|end| end <= self.index.at)
             && index_end.is_some_and(|end| end <= at)
             && entries_len.is_some_and(|len| len <= self.index.len)
+            && parity_end.is_none_or(|_| self.parity_at > at)
+            && parity_end.unwrap_or(at + BLOCK_LEN) <= tables_at + twice.apart()
     }
 }
 
@@ -361,17 +450,25 @@ pub struct TreePlace {
     /// The epoch that stored it.
     pub epoch: u64,
     pub section: Section,
+    /// Where its second copy stands.
+    pub copy_at: u64,
+}
+
+/// Bytes of one group in a group table.
+pub fn group_len(name: &str) -> usize {
+    2 + name.len() + 4 * 8 + 4
 }
 
 /// Appends one group to a group table.
 pub fn encode_group(out: &mut Vec<u8>, name: &str, place: &TreePlace) {
     out.extend_from_slice(&(name.len() as u16).to_le_bytes());
     out.extend_from_slice(name.as_bytes());
-    put_numbers(out, &[place.epoch, place.section.at, place.section.len]);
+    let section = place.section;
+    put_numbers(out, &[place.epoch, section.at, place.copy_at, section.len]);
     out.extend_from_slice(&place.section.crc.to_le_bytes());
 }
 
-/// Reads a group table whose trees lie before `end`; `None` where it is not in order.
+/// Reads a group table whose trees, with their copies, lie before `end`; `None` where it is not in order.
 pub fn decode_groups(bytes: &[u8], epoch: u64, end: u64) -> Option<Vec<(String, TreePlace)>> {
     let mut take = Take(bytes);
     let mut groups: Vec<(String, TreePlace)> = Vec::new();
@@ -381,13 +478,15 @@ pub fn decode_groups(bytes: &[u8], epoch: u64, end: u64) -> Option<Vec<(String, 
             .ok()?
             .to_owned();
         let origin = take.u64()?;
+        let (at, copy_at) = (take.u64()?, take.u64()?);
         let section = Section {
-            at: take.u64()?,
+            at,
             len: take.u64()?,
             crc: take.u32()?,
         };
         let sorted = groups.last().is_none_or(|(last, _)| *last < name);
-        let inside = section.at >= LOG_AT && section.at.checked_add(section.len)? <= end;
+        let inside =
+            section.at >= LOG_AT && at < copy_at && copy_at.checked_add(section.len)? <= end;
         if !sorted || !inside || origin > epoch || name.len() > NAME_MAX {
             return None;
         }
@@ -396,6 +495,7 @@ pub fn decode_groups(bytes: &[u8], epoch: u64, end: u64) -> Option<Vec<(String, 
             TreePlace {
                 epoch: origin,
                 section,
+                copy_at,
             },
         ));
     }
@@ -419,11 +519,13 @@ pub struct Entry {
 }
 
 /// The page index of one epoch: entries in the order of writing (later ones win), and the
-/// checksums of the pages of all `Data` entries, in the same order.
+/// checksums of the pages of all `Data` entries, in the same order, which is that of the file.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Index {
     pub entries: Vec<Entry>,
     pub crcs: Vec<u32>,
+    /// The checksums of the parity blocks, in the order of the file.
+    pub parity: Vec<u32>,
 }
 
 impl Index {
@@ -446,8 +548,13 @@ impl Index {
         self.entries.push(Entry { run, says });
     }
 
+    /// Bytes of the encoded index.
+    pub fn encoded_len(&self) -> usize {
+        self.entries.len() * ENTRY_LEN + (self.crcs.len() + self.parity.len()) * 4
+    }
+
     pub fn encode(&self, out: &mut Vec<u8>) {
-        out.reserve(self.entries.len() * ENTRY_LEN + self.crcs.len() * 4);
+        out.reserve(self.encoded_len());
         for Entry { run, says } in &self.entries {
             let (kind, at) = match says {
                 Says::Data(at) => (1u32, *at),
@@ -460,41 +567,63 @@ impl Index {
         }
         self.crcs
             .iter()
+            .chain(&self.parity)
             .for_each(|crc| out.extend_from_slice(&crc.to_le_bytes()));
     }
 
-    /// Reads an index whose pages lie between `start` and `end`; `None` where it is not in order.
-    pub fn decode(bytes: &[u8], entries: u64, start: u64, end: u64) -> Option<Self> {
+    /// Which page of a space is the `i`-th one that is stored.
+    pub fn run_of(&self, i: u64) -> Option<Run> {
+        let mut left = i;
+        for Entry { run, says } in &self.entries {
+            if matches!(says, Says::Data(_)) {
+                if left < run.count() {
+                    return Run::new(run.space(), run.first() + left, 1);
+                }
+                left -= run.count();
+            }
+        }
+        None
+    }
+
+    /// Reads an index whose pages have this layout; `None` where it is not in order.
+    pub fn decode(bytes: &[u8], entries: u64, layout: &Layout) -> Option<Self> {
         let entries_len = usize::try_from(entries).ok()?.checked_mul(ENTRY_LEN)?;
         let (head, tail) = bytes.split_at_checked(entries_len)?;
         let (crcs, rest) = tail.as_chunks::<4>();
-        let mut left = crcs.len() as u64;
-        let decode = |chunk: &[u8; ENTRY_LEN]| {
-            let entry = Self::entry(chunk, start, end)?;
-            if matches!(entry.says, Says::Data(_)) {
-                left = left.checked_sub(entry.run.count())?;
-            }
-            Some(entry)
-        };
+        let pages = usize::try_from(layout.pages()).ok()?;
+        let (crcs, parity) = crcs.split_at_checked(pages)?;
+        let mut stored = 0;
+        let decode = |chunk: &[u8; ENTRY_LEN]| Self::entry(chunk, &mut stored, layout);
         let entries = head
             .as_chunks::<ENTRY_LEN>()
             .0
             .iter()
             .map(decode)
             .collect::<Option<_>>()?;
-        let crcs = crcs.iter().map(|crc| u32::from_le_bytes(*crc)).collect();
-        (left == 0 && rest.is_empty()).then_some(Self { entries, crcs })
+        let whole = stored == layout.pages()
+            && parity.len() as u64 == layout.parity_blocks()
+            && rest.is_empty();
+        let numbers = |crcs: &[[u8; 4]]| crcs.iter().map(|crc| u32::from_le_bytes(*crc)).collect();
+        whole.then(|| Self {
+            entries,
+            crcs: numbers(crcs),
+            parity: numbers(parity),
+        })
     }
 
-    fn entry(chunk: &[u8; ENTRY_LEN], start: u64, end: u64) -> Option<Entry> {
+    /// `stored` counts the pages of the entries before this one, which say where it stands.
+    fn entry(chunk: &[u8; ENTRY_LEN], stored: &mut u64, layout: &Layout) -> Option<Entry> {
         let mut take = Take(chunk);
         let (first, count, at) = (take.u64()?, take.u64()?, take.u64()?);
         let (space, kind) = (take.u32()?, take.u32()?);
         let run = Run::new(SpaceId(space), first, count)?;
         let says = match kind {
             1 => {
-                let inside = at >= start && at.checked_add(run.bytes())? <= end;
-                (inside && at.is_multiple_of(BLOCK_LEN)).then_some(Says::Data(at))?
+                let left = layout.pages().checked_sub(*stored)?;
+                let fits = count <= left && count <= Layout::contiguous(*stored);
+                let placed = fits && at == layout.page_at(*stored);
+                *stored += count;
+                placed.then_some(Says::Data(at))?
             }
             2 => Says::Zero,
             3 => Says::Absent,

@@ -18,13 +18,25 @@ fn section(at: u64, len: u64) -> Section {
     }
 }
 
+/// Where the trailer stands.
+const AT: u64 = LOG_AT + 4 * BLOCK_LEN;
+
+fn twice(at: u64) -> Twice {
+    Twice {
+        at,
+        copy_at: at + WIDTH * BLOCK_LEN,
+    }
+}
+
 fn trailer() -> Trailer {
     Trailer {
         epoch: 9,
-        previous_at: LOG_AT,
+        previous: twice(LOG_AT),
+        copy_at: AT + 18 * BLOCK_LEN,
         start: LOG_AT + BLOCK_LEN,
+        parity_at: LOG_AT + 18 * BLOCK_LEN,
         groups: section(LOG_AT + 3 * BLOCK_LEN, 100),
-        index: section(LOG_AT + 3 * BLOCK_LEN + 100, 68),
+        index: section(LOG_AT + 3 * BLOCK_LEN + 100, 72),
         entries: 2,
         facts: EpochFacts {
             taken_at_ns: 5,
@@ -53,23 +65,24 @@ fn records_come_back_and_are_bound_to_their_place() {
     let record = Record {
         epoch: 4,
         trailer_at: LOG_AT,
+        copy_at: LOG_AT + 20 * BLOCK_LEN,
         durable_us: 12,
     };
-    let block = record.encode(key(), SLOT_AT[0]);
-    let read = Record::decode(key(), SLOT_AT[0], &block);
+    let block = record.encode(key(), SLOT_AT[0][0]);
+    let read = Record::decode(key(), SLOT_AT[0][0], &block);
     assert_eq!(
         (read.record, read.copies, read.blank),
         (Some(record), RECORD_COPIES, false)
     );
-    assert_eq!(Record::decode(key(), SLOT_AT[1], &block).record, None);
+    assert_eq!(Record::decode(key(), SLOT_AT[0][1], &block).record, None);
     let other = Superblock {
         generation: 4,
         ..superblock
     }
     .key();
-    assert_eq!(Record::decode(other, SLOT_AT[0], &block).record, None);
+    assert_eq!(Record::decode(other, SLOT_AT[0][0], &block).record, None);
 
-    let at = LOG_AT + 4 * BLOCK_LEN;
+    let at = AT;
     let block = trailer().encode(key(), at);
     assert_eq!(Trailer::decode(key(), at, 9, &block), Some(trailer()));
     assert_eq!(Trailer::decode(key(), at, 8, &block), None);
@@ -98,66 +111,48 @@ fn one_good_sector_is_enough_for_a_commit_record() {
     let old = Record {
         epoch: 2,
         trailer_at: LOG_AT,
+        copy_at: LOG_AT + 20 * BLOCK_LEN,
         durable_us: 0,
     };
     let new = Record {
         epoch: 4,
         trailer_at: LOG_AT + BLOCK_LEN,
+        copy_at: LOG_AT + 20 * BLOCK_LEN,
         durable_us: 0,
     };
-    let mut block = old.encode(key(), SLOT_AT[0]);
-    block[1024..1536].copy_from_slice(&new.encode(key(), SLOT_AT[0])[1024..1536]);
-    let read = Record::decode(key(), SLOT_AT[0], &block);
+    let mut block = old.encode(key(), SLOT_AT[0][0]);
+    block[1024..1536].copy_from_slice(&new.encode(key(), SLOT_AT[0][0])[1024..1536]);
+    let read = Record::decode(key(), SLOT_AT[0][0], &block);
     assert_eq!((read.record, read.copies), (Some(new), 1));
 }
 
 #[test]
 fn a_trailer_out_of_order_is_refused_even_with_its_checksum() {
-    let at = LOG_AT + 4 * BLOCK_LEN;
-    let huge = u64::MAX - 50;
-    let bad = [
-        Trailer {
-            previous_at: 1,
-            ..trailer()
-        },
-        Trailer {
-            previous_at: LOG_AT + BLOCK_LEN,
-            ..trailer()
-        },
-        Trailer {
-            previous_at: u64::MAX - 4095,
-            ..trailer()
-        },
-        Trailer {
-            start: LOG_AT + 100,
-            ..trailer()
-        },
-        Trailer {
-            groups: section(LOG_AT, 100),
-            ..trailer()
-        },
-        Trailer {
-            groups: section(LOG_AT + 3 * BLOCK_LEN, huge),
-            ..trailer()
-        },
-        Trailer {
-            index: section(LOG_AT + 3 * BLOCK_LEN, 68),
-            ..trailer()
-        },
-        Trailer {
-            index: section(LOG_AT + 3 * BLOCK_LEN + 100, huge),
-            ..trailer()
-        },
-        Trailer {
-            entries: u64::MAX,
-            ..trailer()
-        },
-        Trailer {
-            entries: 3,
-            ..trailer()
-        },
+    let at = AT;
+    let bad: [fn(&mut Trailer); 19] = [
+        |t| t.previous.at = 1,
+        |t| t.previous = twice(LOG_AT + BLOCK_LEN),
+        |t| t.previous.at = u64::MAX - 4095,
+        |t| t.previous.copy_at = LOG_AT + BLOCK_LEN,
+        |t| t.previous.copy_at = u64::MAX - 4095,
+        |t| t.start = LOG_AT + 100,
+        |t| t.copy_at = AT + 16 * BLOCK_LEN,
+        |t| t.copy_at = u64::MAX - 4095,
+        |t| t.parity_at = AT,
+        |t| t.parity_at = LOG_AT + 35 * BLOCK_LEN,
+        |t| t.parity_at = u64::MAX - 4095,
+        |t| t.groups = section(LOG_AT, 100),
+        |t| t.groups = section(LOG_AT + 3 * BLOCK_LEN, u64::MAX - 50),
+        |t| t.index = section(LOG_AT + 3 * BLOCK_LEN, 68),
+        |t| t.index = section(LOG_AT + 3 * BLOCK_LEN + 100, u64::MAX - 50),
+        |t| t.entries = u64::MAX,
+        |t| t.entries = 3,
+        |t| t.pages = 3,
+        |t| t.pages = u64::MAX,
     ];
-    for trailer in bad {
+    for change in bad {
+        let mut trailer = trailer();
+        change(&mut trailer);
         let block = trailer.encode(key(), at);
         assert_eq!(Trailer::decode(key(), at, 9, &block), None, "{trailer:?}");
     }
@@ -167,25 +162,38 @@ proptest! {
     #[test]
     fn an_index_comes_back(parts in prop::collection::vec((0u32..3, 0u64..1000, 1u64..50, 0u8..3), 0..40)) {
         let mut index = Index::default();
-        let mut at = LOG_AT;
+        let pages = parts.iter().filter(|part| part.3 == 0).map(|part| part.2).sum();
+        let layout = Layout::new(LOG_AT, pages, Layout::place_parity(LOG_AT, pages, 1 << 30)).unwrap();
         for (space, first, count, kind) in parts {
+            let stored = index.crcs.len() as u64;
+            let count = if kind == 0 { count.min(Layout::contiguous(stored)) } else { count };
             let run = Run::new(SpaceId(space), first, count).unwrap();
-            let says = [Says::Data(at), Says::Zero, Says::Absent][usize::from(kind)];
+            let says = [Says::Data(layout.page_at(stored)), Says::Zero, Says::Absent][usize::from(kind)];
             if kind == 0 {
-                index.crcs.extend((0..count).map(|i| (at + i) as u32));
-                at += run.bytes();
+                index.crcs.extend((0..count).map(|i| (stored + i) as u32));
             }
             index.push(run, says);
         }
+        let pages = index.crcs.len() as u64;
+        let layout = Layout::new(LOG_AT, pages, Layout::place_parity(LOG_AT, pages, 1 << 30)).unwrap();
+        index.parity = (0..layout.parity_blocks() as u32).collect();
         let mut bytes = Vec::new();
         index.encode(&mut bytes);
+        prop_assert_eq!(bytes.len(), index.encoded_len());
         let entries = index.entries.len() as u64;
-        prop_assert_eq!(Index::decode(&bytes, entries, LOG_AT, at), Some(index.clone()));
-        if at > LOG_AT {
-            prop_assert_eq!(Index::decode(&bytes, entries, LOG_AT, at - BLOCK_LEN), None);
+        prop_assert_eq!(Index::decode(&bytes, entries, &layout), Some(index.clone()));
+        for i in 0..pages {
+            prop_assert!(index.run_of(i).is_some());
+        }
+        prop_assert_eq!(index.run_of(pages), None);
+        let longer = Layout::new(LOG_AT, pages + 1, 1 << 30).or_else(|| Layout::new(LOG_AT, pages + 1, Layout::place_parity(LOG_AT, pages + 1, 1 << 30))).unwrap();
+        prop_assert_eq!(Index::decode(&bytes, entries, &longer), None);
+        if pages > 0 {
+            let elsewhere = Layout::new(LOG_AT + BLOCK_LEN, pages, Layout::place_parity(LOG_AT + BLOCK_LEN, pages, 1 << 30)).unwrap();
+            prop_assert_eq!(Index::decode(&bytes, entries, &elsewhere), None);
         }
         bytes.push(0);
-        prop_assert_eq!(Index::decode(&bytes, entries, LOG_AT, at), None);
+        prop_assert_eq!(Index::decode(&bytes, entries, &layout), None);
     }
 
     #[test]
@@ -193,24 +201,28 @@ proptest! {
         let mut bytes = Vec::new();
         let mut groups = Vec::new();
         for (i, name) in names.into_iter().enumerate() {
-            let place = TreePlace { epoch: 1, section: section(LOG_AT + i as u64, 10) };
+            let place = TreePlace { epoch: 1, section: section(LOG_AT + i as u64, 10), copy_at: LOG_AT + 500 };
+            let before = bytes.len();
             encode_group(&mut bytes, &name, &place);
+            prop_assert_eq!(bytes.len() - before, group_len(&name));
             groups.push((name, place));
         }
-        prop_assert_eq!(decode_groups(&bytes, 1, LOG_AT + 100), Some(groups.clone()));
+        prop_assert_eq!(decode_groups(&bytes, 1, LOG_AT + 600), Some(groups.clone()));
         if !groups.is_empty() {
-            prop_assert_eq!(decode_groups(&bytes, 0, LOG_AT + 100), None);
-            prop_assert_eq!(decode_groups(&bytes, 1, LOG_AT + 9), None);
+            prop_assert_eq!(decode_groups(&bytes, 0, LOG_AT + 600), None);
+            prop_assert_eq!(decode_groups(&bytes, 1, LOG_AT + 509), None);
             let twice = [bytes.clone(), bytes].concat();
-            prop_assert_eq!(decode_groups(&twice, 1, LOG_AT + 100), None);
+            prop_assert_eq!(decode_groups(&twice, 1, LOG_AT + 600), None);
         }
     }
 
     #[test]
     fn decoding_never_panics(bytes in prop::collection::vec(any::<u8>(), 0..512), n in any::<u64>()) {
         let _ = decode_groups(&bytes, n, n);
-        let _ = Index::decode(&bytes, n % 20, LOG_AT, n);
-        let _ = Index::decode(&bytes, n, 0, u64::MAX);
+        for layout in [Layout::new(LOG_AT, n % 20, 1 << 30), Layout::new(n, n, n)].into_iter().flatten() {
+            let _ = Index::decode(&bytes, n % 20, &layout);
+            let _ = Index::decode(&bytes, n, &layout);
+        }
         let _ = Record::decode(key(), 0, &bytes);
         let _ = Trailer::decode(key(), n, n, &bytes);
         let _ = Superblock::decode(n, &bytes);

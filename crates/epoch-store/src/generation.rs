@@ -5,10 +5,10 @@
 //! found under the second name was once complete: what does not validate there is damage, never
 //! an interrupted beginning.
 
-use crate::damage::{self, Damage, Part, Trouble};
+use crate::damage::{self, Damage, Met, Outcome, Part, Trouble};
 use crate::format::{
     self, BLOCK_LEN, Index, Key, Kind, LOG_AT, RECORD_COPIES, Record, RecordRead, SEAL_AT, SLOT_AT,
-    SUPERBLOCK_AT, Section, Superblock, SuperblockRead, Trailer, TreePlace, VERSION,
+    SUPERBLOCK_AT, Section, Superblock, SuperblockRead, Trailer, TreePlace, Twice, VERSION,
 };
 use outlive_epoch::{EpochId, StoreError};
 use outlive_media::{Access, Directory, Medium, MediumError};
@@ -40,14 +40,19 @@ pub(crate) struct Generation {
     pub medium: Arc<dyn Medium>,
     pub superblock: Superblock,
     pub key: Key,
+    /// Damage that was made up for while reading.
+    pub met: Met,
 }
+
+/// Sections up to this length are read without asking whether the file is so long.
+const SMALL: u64 = 1 << 16;
 
 /// What the head of a file says.
 #[derive(Debug)]
 pub(crate) struct Head {
     /// The newest commit record.
     pub record: Record,
-    /// Whether the newest record stands whole in its slot.
+    /// Whether the newest record stands whole in both copies of its slot.
     pub slot_intact: bool,
     /// Whether the copy beside the slots is of the newest record.
     pub sealed: bool,
@@ -82,6 +87,7 @@ impl Generation {
             medium,
             key: superblock.key(),
             superblock,
+            met: Met::default(),
         })
     }
 
@@ -101,8 +107,7 @@ impl Generation {
                 damaged(&place, len, None, Part::End, &what).into(),
             ));
         }
-        let mut header = vec![0; LOG_AT as usize];
-        medium.read(0, &mut header).map_err(OpenError::Medium)?;
+        let header = header(&*medium).map_err(OpenError::Medium)?;
         let mut harmless = Vec::new();
         let superblock = superblock(&place, &header, &mut harmless)?;
         let key = superblock.key();
@@ -112,6 +117,7 @@ impl Generation {
             medium,
             superblock,
             key,
+            met: Met::default(),
         };
         let head = generation.head(&header, len, harmless)?;
         Ok((generation, head))
@@ -120,49 +126,59 @@ impl Generation {
     /// Chooses the newest commit record.
     fn head(&self, header: &[u8], len: u64, harmless: Vec<Damage>) -> Result<Head, Trouble> {
         let read = |at: u64| Record::decode(self.key, at, block(header, at));
-        let slots = SLOT_AT.map(read);
+        let slots = SLOT_AT.map(|copies| copies.map(read));
         let seal = read(SEAL_AT);
-        let records = slots.iter().chain([&seal]).filter_map(|r| r.record);
+        let records = slots.iter().flatten().chain([&seal]);
+        let records = records.filter_map(|r| r.record);
         let Some(record) = records.max_by_key(|r| (r.epoch, r.durable_us)) else {
             let what = "no copy of a commit record is intact";
             return Err(self
-                .damaged(SLOT_AT[0], None, Part::CommitRecord, what)
+                .damaged(SLOT_AT[0][0], None, Part::CommitRecord, what)
                 .into());
         };
         let own_slot = &slots[(record.epoch % 2) as usize];
         let same = |r: &RecordRead| r.record.is_some_and(|r| r.epoch == record.epoch);
+        let whole = |r: &RecordRead| same(r) && r.copies == RECORD_COPIES;
         let mut head = Head {
             record,
-            slot_intact: same(own_slot) && own_slot.copies == RECORD_COPIES,
-            sealed: same(&seal) && seal.copies == RECORD_COPIES,
+            slot_intact: own_slot.iter().all(whole),
+            sealed: whole(&seal),
             harmless,
         };
-        for (at, slot) in SLOT_AT.into_iter().zip(&slots).chain([(SEAL_AT, &seal)]) {
+        let places = SLOT_AT.iter().flatten().zip(slots.iter().flatten());
+        for (at, slot) in places.chain([(&SEAL_AT, &seal)]) {
             let agrees = slot
                 .record
-                .is_none_or(|r| r.epoch != record.epoch || r.trailer_at == record.trailer_at);
+                .is_none_or(|r| r.epoch != record.epoch || r.trailer() == record.trailer());
             if record.epoch < self.superblock.first_epoch || !agrees {
                 let what = "the commit records contradict each other";
-                return Err(self.damaged(at, None, Part::CommitRecord, what).into());
+                return Err(self.damaged(*at, None, Part::CommitRecord, what).into());
             }
             // Before a second epoch was begun, the other slot and the copy are unused.
             let unused = slot.blank && record.epoch == self.superblock.first_epoch;
             if slot.copies < RECORD_COPIES && !unused {
                 let epoch = slot.record.map(|r| r.epoch);
                 let what = format!("only {} of {RECORD_COPIES} copies are intact", slot.copies);
-                let damage = self.damaged(at, epoch, Part::CommitRecord, &what);
-                head.harmless.push(Damage {
-                    harmless: true,
-                    ..damage
-                });
+                let damage = self.damaged(*at, epoch, Part::CommitRecord, &what);
+                head.harmless.push(damage.with(Outcome::Repairable));
             }
+        }
+        let other_slot = ((record.epoch % 2) ^ 1) as usize;
+        let other = &slots[other_slot];
+        let first = record.epoch == self.superblock.first_epoch;
+        let unused = first && other.iter().any(|r| r.blank);
+        if other.iter().all(|r| r.record.is_none()) && !unused && seal.record.is_none() {
+            // A commit that was cut short leaves a good seal.
+            let what = "neither copy is intact, nor is the seal: a newer epoch may be lost";
+            let at = SLOT_AT[other_slot][0];
+            let damage = self.damaged(at, None, Part::CommitRecord, what);
+            head.harmless.push(damage);
         }
         if len < record.log_end() {
             let end = record.log_end();
             let what = format!("the file ends at {len}, its committed epochs at {end}");
-            return Err(self
-                .damaged(len, Some(record.epoch), Part::End, &what)
-                .into());
+            let damage = self.damaged(len, Some(record.epoch), Part::End, &what);
+            head.harmless.push(damage.with(Outcome::Repairable));
         }
         Ok(head)
     }
@@ -171,14 +187,28 @@ impl Generation {
         damaged(&self.place, offset, epoch, part, what)
     }
 
-    /// Reads bytes; the caller has checked that `len` is not beyond the end of the file, or
-    /// bounds it otherwise.
-    fn read(&self, at: u64, len: u64) -> Result<Vec<u8>, Trouble> {
+    /// Reads bytes. Memory is only taken for what the file has.
+    pub fn read(&self, at: u64, len: u64) -> Result<Vec<u8>, Trouble> {
+        if len > SMALL {
+            let end = self.medium.geometry().map_err(damage::medium)?.len;
+            if at.saturating_add(len) > end {
+                return Err(self.too_long(at, len).into());
+            }
+        }
         let mut bytes = vec![0; usize::try_from(len).map_err(|_| self.too_long(at, len))?];
         self.medium
             .read(at, &mut bytes)
             .map_err(|e| self.read_failed(at, e))?;
         Ok(bytes)
+    }
+
+    /// Notes what was harmed where a second copy was intact.
+    fn made_up(&self, trouble: Trouble, at: u64, epoch: u64, part: Part) {
+        let damage = match trouble {
+            Trouble::Damage(damage) => *damage,
+            Trouble::Store(error) => self.damaged(at, Some(epoch), part, &error.to_string()),
+        };
+        self.met.note(damage.with(Outcome::Repairable));
     }
 
     fn too_long(&self, at: u64, len: u64) -> Damage {
@@ -216,51 +246,86 @@ impl Generation {
         }
     }
 
-    /// Reads the trailer of an epoch.
-    pub fn trailer(&self, at: u64, epoch: u64) -> Result<Trailer, Trouble> {
-        let block = self.read(at, BLOCK_LEN)?;
-        let trailer = Trailer::decode(self.key, at, epoch, &block);
+    /// Reads the trailer of an epoch, from either place.
+    pub fn trailer(&self, twice: Twice, epoch: u64) -> Result<Trailer, Trouble> {
+        match self.trailer_from(twice, twice.at, epoch) {
+            Ok(trailer) => Ok(trailer),
+            Err(trouble) => match self.trailer_from(twice, twice.copy_at, epoch) {
+                Ok(trailer) => {
+                    self.made_up(trouble, twice.at, epoch, Part::Trailer);
+                    Ok(trailer)
+                }
+                Err(_) => Err(trouble),
+            },
+        }
+    }
+
+    /// Reads the trailer of an epoch from the place `from`.
+    pub fn trailer_from(&self, twice: Twice, from: u64, epoch: u64) -> Result<Trailer, Trouble> {
+        let block = self.read(from, BLOCK_LEN)?;
+        let trailer = Trailer::decode(self.key, twice.at, epoch, &block);
         let first = self.superblock.first_epoch;
         // Only the first epoch of the file has none before it.
-        let linked = trailer.filter(|t| (t.previous_at == 0) == (epoch == first));
+        let linked = |t: &Trailer| (t.previous == Twice::NONE) == (epoch == first);
+        let trailer = trailer.filter(|t| t.copy_at == twice.copy_at && linked(t));
         let what = "it does not have its checksum, or is not in order";
-        linked.ok_or_else(|| self.damaged(at, Some(epoch), Part::Trailer, what).into())
+        trailer.ok_or_else(|| self.damaged(from, Some(epoch), Part::Trailer, what).into())
     }
 
     /// All epochs from the oldest to the newest, each with the place of its trailer.
     pub fn chain(&self, record: &Record) -> Result<Vec<(u64, Trailer)>, Trouble> {
         let mut chain = Vec::new();
-        let (mut at, mut epoch) = (record.trailer_at, record.epoch);
+        let (mut twice, mut epoch) = (record.trailer(), record.epoch);
         loop {
-            let trailer = self.trailer(at, epoch)?;
-            chain.push((at, trailer));
-            if trailer.previous_at == 0 {
+            let trailer = self.trailer(twice, epoch)?;
+            chain.push((twice.at, trailer));
+            if trailer.previous == Twice::NONE {
                 break;
             }
-            // `previous_at` is below `start`, which is below `at`: this ends.
-            (at, epoch) = (trailer.previous_at, epoch - 1);
+            // The one before is below `start`, which is below the trailer: this ends.
+            (twice, epoch) = (trailer.previous, epoch - 1);
         }
         chain.reverse();
         Ok(chain)
     }
 
-    /// Reads a section of an epoch. A trailer that passed its checks bounds its sections by its
-    /// own place, which is inside the file.
+    /// Reads a section of an epoch from the place `from`.
+    pub fn section_from(
+        &self,
+        kind: Kind,
+        epoch: u64,
+        section: &Section,
+        from: u64,
+        part: &Part,
+    ) -> Result<Vec<u8>, Trouble> {
+        let bytes = self.read(from, section.len)?;
+        if self.key.of(kind, epoch).crc(section.at, &bytes) == section.crc {
+            return Ok(bytes);
+        }
+        let what = format!("its {} bytes do not have their checksum", section.len);
+        let damage = self.damaged(from, Some(epoch), part.clone(), &what);
+        Err(damage.into())
+    }
+
+    /// Reads a section of an epoch from either place.
     fn section(
         &self,
         kind: Kind,
         epoch: u64,
         section: &Section,
+        copy_at: u64,
         part: &Part,
     ) -> Result<Vec<u8>, Trouble> {
-        let bytes = self.read(section.at, section.len)?;
-        if self.key.of(kind, epoch).crc(section.at, &bytes) == section.crc {
-            return Ok(bytes);
+        match self.section_from(kind, epoch, section, section.at, part) {
+            Ok(bytes) => Ok(bytes),
+            Err(trouble) => match self.section_from(kind, epoch, section, copy_at, part) {
+                Ok(bytes) => {
+                    self.made_up(trouble, section.at, epoch, part.clone());
+                    Ok(bytes)
+                }
+                Err(_) => Err(trouble),
+            },
         }
-        let what = format!("its {} bytes do not have their checksum", section.len);
-        Err(self
-            .damaged(section.at, Some(epoch), part.clone(), &what)
-            .into())
     }
 
     /// The groups of an epoch.
@@ -270,8 +335,9 @@ impl Generation {
         trailer: &Trailer,
     ) -> Result<BTreeMap<String, TreePlace>, Trouble> {
         let Trailer { epoch, groups, .. } = trailer;
-        let bytes = self.section(Kind::Groups, *epoch, groups, &Part::Groups)?;
-        let decoded = format::decode_groups(&bytes, *epoch, at);
+        let copy_at = groups.at + trailer.twice(at).apart();
+        let bytes = self.section(Kind::Groups, *epoch, groups, copy_at, &Part::Groups)?;
+        let decoded = format::decode_groups(&bytes, *epoch, trailer.copy_at);
         let what = "it is not in order";
         let decoded =
             decoded.ok_or_else(|| self.damaged(groups.at, Some(*epoch), Part::Groups, what))?;
@@ -279,10 +345,12 @@ impl Generation {
     }
 
     /// The page index of an epoch.
-    pub fn index(&self, trailer: &Trailer) -> Result<Index, Trouble> {
+    pub fn index(&self, at: u64, trailer: &Trailer) -> Result<Index, Trouble> {
         let Trailer { epoch, index, .. } = trailer;
-        let bytes = self.section(Kind::Index, *epoch, index, &Part::Index)?;
-        let decoded = Index::decode(&bytes, trailer.entries, trailer.start, trailer.groups.at);
+        let copy_at = index.at + trailer.twice(at).apart();
+        let bytes = self.section(Kind::Index, *epoch, index, copy_at, &Part::Index)?;
+        let layout = trailer.layout();
+        let decoded = layout.and_then(|l| Index::decode(&bytes, trailer.entries, &l));
         let what = "it is not in order";
         decoded.ok_or_else(|| {
             self.damaged(index.at, Some(*epoch), Part::Index, what)
@@ -293,7 +361,13 @@ impl Generation {
     /// The state tree of a group.
     pub fn tree(&self, group: &str, place: &TreePlace) -> Result<Vec<u8>, Trouble> {
         let part = Part::Tree(group.to_owned());
-        self.section(Kind::Tree, place.epoch, &place.section, &part)
+        self.section(
+            Kind::Tree,
+            place.epoch,
+            &place.section,
+            place.copy_at,
+            &part,
+        )
     }
 }
 
@@ -326,8 +400,30 @@ fn damaged(place: &str, offset: u64, epoch: Option<u64>, part: Part, what: &str)
         epoch: epoch.map(EpochId),
         part,
         what: what.to_owned(),
-        harmless: false,
+        outcome: Outcome::Lost,
     }
+}
+
+/// Reads the header; blocks that the medium does not give are zeros, like damaged ones.
+fn header(medium: &dyn Medium) -> Result<Vec<u8>, MediumError> {
+    let mut header = vec![0; LOG_AT as usize];
+    if medium.read(0, &mut header).is_err() {
+        let mut failed = None;
+        let mut good = 0;
+        for (i, block) in header.chunks_mut(BLOCK_LEN as usize).enumerate() {
+            match medium.read(i as u64 * BLOCK_LEN, block) {
+                Ok(()) => good += 1,
+                Err(e) => {
+                    block.fill(0);
+                    failed.get_or_insert(e);
+                }
+            }
+        }
+        if let (Some(e), 0) = (failed, good) {
+            return Err(e);
+        }
+    }
+    Ok(header)
 }
 
 fn block(header: &[u8], at: u64) -> &[u8] {
@@ -358,10 +454,7 @@ fn superblock(
             SuperblockRead::Bad => {
                 let what = "this copy does not have its checksum";
                 let damage = damaged(place, at, None, Part::Superblock, what);
-                harmless.push(Damage {
-                    harmless: true,
-                    ..damage
-                });
+                harmless.push(damage.with(Outcome::Repairable));
             }
         }
     }

@@ -5,8 +5,10 @@
 
 use crate::format::{
     BLOCK_LEN, Index, Kind, LOG_AT, Record, SEAL_AT, SLOT_AT, Superblock, SuperblockRead, Trailer,
+    Twice,
 };
-use crate::{Access, Store, SystemHost, verify_in};
+use crate::stripe::Layout;
+use crate::{Access, Store, SystemHost, repair_in, verify_in};
 use outlive_epoch::{
     Content, EpochFacts, EpochReader, EpochWriter, PAGE_SIZE, PageSink, Run, SpaceId, StoreError,
     VisitError,
@@ -77,26 +79,29 @@ impl Forge {
     /// Trailers, newest first.
     fn trailers(&self) -> Vec<(u64, Trailer)> {
         let record = self.record();
-        let (mut at, mut epoch, mut all) = (record.trailer_at, record.epoch, Vec::new());
-        while at != 0 {
+        let (mut twice, mut epoch, mut all) = (record.trailer(), record.epoch, Vec::new());
+        while twice != Twice::NONE {
+            let at = twice.at;
             let trailer =
                 Trailer::decode(self.superblock.key(), at, epoch, self.block(at)).unwrap();
             all.push((at, trailer));
-            (at, epoch) = (trailer.previous_at, epoch - 1);
+            (twice, epoch) = (trailer.previous, epoch - 1);
         }
         all
     }
 
     fn put_record(&mut self, record: Record) {
         let key = self.superblock.key();
-        for at in SLOT_AT.into_iter().chain([SEAL_AT]) {
+        for at in SLOT_AT.into_iter().flatten().chain([SEAL_AT]) {
             self.put(at, &record.encode(key, at));
         }
     }
 
-    fn put_trailer(&mut self, at: u64, trailer: &Trailer) {
+    /// Both copies; `copy_at` is where the second one really stands.
+    fn put_trailer(&mut self, at: u64, copy_at: u64, trailer: &Trailer) {
         let block = trailer.encode(self.superblock.key(), at);
         self.put(at, &block);
+        self.put(copy_at, &block);
     }
 
     /// Makes the checksum of a section right after its bytes were changed.
@@ -111,7 +116,7 @@ impl Forge {
             crc(Kind::Index, trailer.index),
         );
         (trailer.groups.crc, trailer.index.crc) = (groups, index);
-        self.put_trailer(at, &trailer);
+        self.put_trailer(at, trailer.copy_at, &trailer);
     }
 
     /// Does everything that can be done with an image; gives how much of it worked.
@@ -123,6 +128,8 @@ impl Forge {
         if let Ok(report) = verify_in(&disk.directory(), &mut |_, _| {}) {
             assert!(report.bytes <= 1100 * len);
         }
+        let copy = disk.fork();
+        let _ = repair_in(&copy.directory(), &mut |_, _| {});
         match open(&disk, Access::Read) {
             Err(e) => assert_damaged(&e),
             Ok(store) => {
@@ -195,7 +202,10 @@ fn number() -> impl Strategy<Value = u64> {
 
 fn set(trailer: &mut Trailer, field: usize, n: u64) {
     match field {
-        0 => trailer.previous_at = n,
+        0 => trailer.previous.at = n,
+        11 => trailer.previous.copy_at = n,
+        12 => trailer.copy_at = n,
+        13 => trailer.parity_at = n,
         1 => trailer.start = n,
         2 => trailer.groups.at = n,
         3 => trailer.groups.len = n,
@@ -224,7 +234,11 @@ fn an_index_may_not_lead_outside_its_epoch() {
     let forge = Forge::new();
     let (_, newest) = forge.trailers()[0];
     let bytes = &forge.bytes[newest.index.at as usize..][..newest.index.len as usize];
-    let decode = |start| Index::decode(bytes, newest.entries, start, newest.groups.at);
+    let decode = |start| {
+        let parity_at = Layout::place_parity(start, newest.pages, newest.parity_at);
+        let layout = Layout::new(start, newest.pages, parity_at).unwrap();
+        Index::decode(bytes, newest.entries, &layout)
+    };
     assert!(decode(newest.start).is_some());
     assert_eq!(decode(newest.start + BLOCK_LEN), None);
 }
@@ -233,23 +247,25 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 400, ..ProptestConfig::default() })]
 
     #[test]
-    fn forged_records_do_no_harm(epoch in number(), trailer_at in number(), own in any::<[bool; 2]>()) {
+    fn forged_records_do_no_harm(epoch in number(), trailer_at in number(), copy_at in number(), own in any::<[bool; 3]>()) {
         let mut forge = Forge::new();
         let mut record = forge.record();
         if own[0] { record.epoch = epoch; }
         if own[1] { record.trailer_at = trailer_at; }
+        if own[2] { record.copy_at = copy_at; }
         forge.put_record(record);
         forge.use_all();
     }
 
     #[test]
-    fn forged_trailers_do_no_harm(which in 0usize..3, changes in prop::collection::vec((0usize..11, number()), 1..3)) {
+    fn forged_trailers_do_no_harm(which in 0usize..3, changes in prop::collection::vec((0usize..14, number()), 1..3)) {
         let mut forge = Forge::new();
         let (at, mut trailer) = forge.trailers()[which];
+        let copy_at = trailer.copy_at;
         for (field, n) in changes {
             set(&mut trailer, field, n);
         }
-        forge.put_trailer(at, &trailer);
+        forge.put_trailer(at, copy_at, &trailer);
         forge.use_all();
     }
 
@@ -264,6 +280,7 @@ proptest! {
             let bytes = n.to_le_bytes();
             let room = bytes.len().min((section.at + section.len - from) as usize);
             forge.put(from, &bytes[..room]);
+            forge.put(from + trailer.twice(at).apart(), &bytes[..room]);
         }
         forge.reseal(at, trailer);
         forge.use_all();

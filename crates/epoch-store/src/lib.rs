@@ -15,7 +15,7 @@
 //!
 //! # What it does not do
 //! It knows nothing of processes, parses no state tree, decides nothing about when to write what,
-//! and does not repair pages.
+//! and makes up for damage only as far as `docs/epoch-store.md` says.
 //!
 //! [`StoreError::Damaged`]: outlive_epoch::StoreError::Damaged
 
@@ -28,15 +28,21 @@ mod hostile_tests;
 mod map;
 mod reader;
 mod ready;
+mod repair;
 mod store;
+mod stored;
+mod stripe;
+mod tables;
 mod verify;
 mod writer;
 
-pub use damage::{Damage, Part};
+pub use damage::{Damage, Outcome, Part};
 pub use host::{Host, SystemHost};
 pub use outlive_media::Access;
 pub use reader::Reader;
 pub use ready::{APART, Ahead};
-pub use store::{CommitTimes, EpochSummary, Store, verify};
+pub use repair::repair_in;
+pub use store::{CommitTimes, EpochSummary, Store, repair, verify};
+pub use stripe::{REPAIRABLE, STRIPE, WIDTH};
 pub use verify::{Progress, Report, verify_in};
 pub use writer::Writer;

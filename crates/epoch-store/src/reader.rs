@@ -2,12 +2,15 @@
 //!
 //! The page indexes of the chain are laid over each other when the reader is made. Pages are
 //! delivered in the order of the file (or against it, latest first), with large reads that a second thread makes ahead, and
-//! checked before they are handed out.
+//! checked before they are handed out. One that is harmed is made again from the parity of its
+//! stripe; that is noted, and the reader's user does not notice.
 
-use crate::damage::{Part, Trouble};
-use crate::format::{BLOCK_LEN, Kind, Seed, Trailer, TreePlace};
+use crate::damage::{Damage, Outcome, Part, Trouble};
+use crate::format::{BLOCK_LEN, Trailer, TreePlace};
 use crate::generation::Generation;
 use crate::map::{PageMap, Where};
+use crate::stored::{Loaded, State, Stored};
+use crate::stripe::STRIPE;
 use outlive_epoch::{Content, EpochId, EpochReader, Order, PAGE_SIZE, Run, StoreError, VisitError};
 use outlive_media::{Buffer, TRANSFER};
 use std::collections::BTreeMap;
@@ -24,8 +27,8 @@ pub struct Reader {
     id: u64,
     groups: BTreeMap<String, TreePlace>,
     map: PageMap,
-    /// By position in the chain: where the checksums start from, and the checksums.
-    crcs: Vec<(u64, Seed, Vec<u32>)>,
+    /// By position in the chain: the checksums.
+    stored: Vec<Stored>,
 }
 
 /// Pages that stand one after the other in the file and in their space.
@@ -47,13 +50,15 @@ struct Chunk {
 
 impl Reader {
     pub(crate) fn new(generation: &Generation, chain: &[(u64, Trailer)]) -> Result<Self, Trouble> {
-        let (mut map, mut crcs) = (PageMap::default(), Vec::new());
+        let (mut map, mut stored) = (PageMap::default(), Vec::new());
         let mut newest = (0, BTreeMap::new());
         for (position, (at, trailer)) in chain.iter().enumerate() {
-            let index = generation.index(trailer)?;
+            let index = generation.index(*at, trailer)?;
             map.apply(&index, position);
-            let seed = generation.key.of(Kind::Page, trailer.epoch);
-            crcs.push((trailer.epoch, seed, index.crcs));
+            if let Some(layout) = trailer.layout() {
+                let pages = Stored::new(generation.key, trailer.epoch, layout, index);
+                stored.push(pages);
+            }
             if position + 1 == chain.len() {
                 newest = (trailer.epoch, generation.groups(*at, trailer)?);
             }
@@ -64,7 +69,7 @@ impl Reader {
             id,
             groups,
             map,
-            crcs,
+            stored,
         })
     }
 
@@ -72,6 +77,12 @@ impl Reader {
     #[must_use]
     pub fn stored_bytes(&self) -> u64 {
         self.map.stored() * PAGE_SIZE as u64
+    }
+
+    /// Damage that was met and made up for while reading this image.
+    #[must_use]
+    pub fn met(&self) -> Vec<Damage> {
+        self.generation.met.all()
     }
 
     /// All pieces of the wanted runs, cut to the size of one transfer and gathered into reads, in
@@ -124,28 +135,56 @@ impl Reader {
     /// Reads a chunk and checks every page that is wanted of it.
     fn fetch(&self, chunk: &Chunk, buffer: &mut Buffer) -> Result<(), StoreError> {
         let bytes = &mut buffer[..chunk.len as usize];
-        let medium = &self.generation.medium;
-        medium
-            .read(chunk.at, bytes)
-            .map_err(|e| self.generation.read_failed(chunk.at, e))?;
+        let failed = self.generation.medium.read(chunk.at, bytes).err();
+        let mut mended = None;
         for piece in &chunk.pieces {
-            self.check(piece, &bytes[(piece.at - chunk.at) as usize..])?;
+            let from = (piece.at - chunk.at) as usize;
+            let pages = bytes[from..][..piece.run.bytes() as usize].chunks_exact_mut(PAGE_SIZE);
+            for (i, page) in pages.enumerate() {
+                let at = piece.at + i as u64 * BLOCK_LEN;
+                let stored = &self.stored[piece.epoch];
+                if failed.is_some() || !stored.is_page(piece.crc + i, at, page) {
+                    self.mend(piece, i, page, &mut mended)?;
+                }
+            }
         }
         Ok(())
     }
 
-    fn check(&self, piece: &Piece, bytes: &[u8]) -> Result<(), Trouble> {
-        let (epoch, seed, crcs) = &self.crcs[piece.epoch];
-        let pages = bytes.chunks_exact(PAGE_SIZE).zip(&crcs[piece.crc..]);
-        for (i, (page, crc)) in pages.take(piece.run.count() as usize).enumerate() {
-            let at = piece.at + i as u64 * BLOCK_LEN;
-            if seed.crc(at, page) != *crc {
-                let page = Run::new(piece.run.space(), piece.run.first() + i as u64, 1);
-                let part = Part::Pages(page.unwrap_or(piece.run));
-                let what = "its bytes do not have their checksum";
-                return Err(self.generation.damaged(at, Some(*epoch), part, what).into());
+    /// Makes one page of a piece again; `last` is the stripe that was read for it, or for one before.
+    fn mend(
+        &self,
+        piece: &Piece,
+        i: usize,
+        into: &mut [u8],
+        last: &mut Option<(usize, Loaded)>,
+    ) -> Result<(), StoreError> {
+        let (stored, page) = (&self.stored[piece.epoch], (piece.crc + i) as u64);
+        let known = last.take().filter(|(epoch, loaded)| {
+            *epoch == piece.epoch && loaded.stripe.first == page / STRIPE * STRIPE
+        });
+        let (epoch, loaded) = match known {
+            Some(known) => known,
+            None => {
+                let medium = &*self.generation.medium;
+                (piece.epoch, stored.load(medium, page / STRIPE, None)?)
             }
+        };
+        let block = page % STRIPE;
+        let run = Run::new(piece.run.space(), piece.run.first() + i as u64, 1);
+        let damage = || {
+            let (at, part) = (loaded.stripe.block_at(block), run.unwrap_or(piece.run));
+            let what = "its bytes do not have their checksum";
+            self.generation
+                .damaged(at, Some(stored.epoch), Part::Pages(part), what)
+        };
+        match loaded.states[block as usize] {
+            State::Good => {}
+            State::Mended => self.generation.met.note(damage().with(Outcome::Repairable)),
+            State::Lost => return Err(Trouble::from(damage()).into()),
         }
+        into.copy_from_slice(loaded.block(block));
+        *last = Some((epoch, loaded));
         Ok(())
     }
 
@@ -174,7 +213,7 @@ fn visit_chunk(chunk: &Chunk, bytes: &[u8], visit: Visit<'_>) -> Result<(), Visi
 /// A buffer for the largest of these reads.
 pub(crate) fn new_buffer(lens: impl Iterator<Item = u64>) -> Result<Buffer, StoreError> {
     let place = "buffer for reading".to_owned();
-    let len = lens.max().unwrap_or(0).min(TRANSFER as u64);
+    let len = lens.max().unwrap_or(0).min(2 * TRANSFER as u64);
     Buffer::new(len as usize).map_err(|source| StoreError::Medium { place, source })
 }
 

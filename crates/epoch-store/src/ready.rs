@@ -15,6 +15,7 @@
 
 use crate::damage;
 use crate::store::Store;
+use crate::stripe::{REPAIRABLE, STRIPE, WIDTH};
 use crate::writer::Writer;
 use outlive_epoch::StoreError;
 use outlive_media::BLOCK;
@@ -50,6 +51,13 @@ impl Ready {
     }
 }
 
+/// What an epoch takes in the log that holds so many bytes: with parity, and with tables that stand
+/// twice, which are taken to be small.
+fn with_redundancy(len: u64) -> u64 {
+    let parity = (len / (STRIPE * BLOCK as u64) + 1) * WIDTH * BLOCK as u64;
+    len.saturating_add(parity).saturating_add(REPAIRABLE)
+}
+
 impl Store {
     /// Writes a piece of the space for an event's epoch of `len` bytes ahead. Does nothing before the
     /// first epoch.
@@ -62,7 +70,9 @@ impl Store {
         };
         let (number, end) = (live.generation.number, live.record.log_end());
         let block = BLOCK as u64;
-        let len = len.max(block).checked_next_multiple_of(block);
+        let len = with_redundancy(len)
+            .max(block)
+            .checked_next_multiple_of(block);
         let from = len.and_then(|len| end.checked_add(len.checked_mul(APART)?));
         let (Some(len), Some(from)) = (len, from) else {
             return Ok(Ahead::default());

@@ -7,13 +7,14 @@
 //! - A commit whose last step failed stays in `unsettled`, and no bytes of it are overwritten,
 //!   until that step has been repeated with success.
 
-use crate::damage;
-use crate::format::{Record, SEAL_AT, SLOT_AT, SUPERBLOCK_AT, Trailer, TreePlace};
+use crate::damage::{self, Damage};
+use crate::format::{Record, SEAL_AT, SLOT_AT, SUPERBLOCK_AT, Trailer, TreePlace, Twice};
 use crate::generation::{Generation, Head, OpenError, committed_name, fresh_name, number_of};
 use crate::host::{Host, SystemHost};
 use crate::map::PageMap;
 use crate::reader::Reader;
 use crate::ready::Ready;
+use crate::repair::repair_in;
 use crate::verify::{self, Progress, Report};
 use crate::writer::Writer;
 use outlive_epoch::{EpochFacts, EpochId, PAGE_SIZE, StoreError};
@@ -136,14 +137,16 @@ impl Live {
             .write(at, &record.encode(self.generation.key, at))
     }
 
-    fn slot_at(&self) -> u64 {
-        SLOT_AT[(self.record.epoch % 2) as usize]
+    /// Writes both copies of the slot.
+    fn write_slot(&self) -> Result<(), MediumError> {
+        let slot = SLOT_AT[(self.record.epoch % 2) as usize];
+        slot.into_iter().try_for_each(|at| self.write_record(at))
     }
 
     /// The last step of a commit, which can be repeated.
     fn publish(&mut self, dir: &dyn Directory) -> Result<(), MediumError> {
         if !self.in_slot {
-            self.write_record(self.slot_at())?;
+            self.write_slot()?;
             self.generation.medium.flush()?;
             self.in_slot = true;
         }
@@ -163,7 +166,19 @@ impl Live {
         Ok(())
     }
 
-    fn repair(&mut self, head: &Head) -> Result<(), MediumError> {
+    /// The commit record of the epoch before the newest one.
+    pub fn before(&self) -> Option<Record> {
+        let (_, newest) = self.chain.last()?;
+        (newest.previous != Twice::NONE).then(|| Record {
+            epoch: newest.epoch - 1,
+            trailer_at: newest.previous.at,
+            copy_at: newest.previous.copy_at,
+            durable_us: 0,
+        })
+    }
+
+    /// Writes again what is harmed of the header, but for what the next commit writes anyway.
+    pub fn repair(&mut self, head: &Head) -> Result<(), MediumError> {
         let medium = &self.generation.medium;
         for damage in &head.harmless {
             if SUPERBLOCK_AT.contains(&damage.offset) {
@@ -180,7 +195,7 @@ impl Live {
                 medium.flush()?;
                 self.sealed = true;
             }
-            self.write_record(self.slot_at())?;
+            self.write_slot()?;
         }
         medium.flush()
     }
@@ -472,8 +487,8 @@ impl Store {
             map: (map, done),
             ..
         } = live;
-        for (position, (_, trailer)) in chain.iter().enumerate().skip(*done) {
-            map.apply(&generation.index(trailer)?, position);
+        for (position, (at, trailer)) in chain.iter().enumerate().skip(*done) {
+            map.apply(&generation.index(*at, trailer)?, position);
             *done = position + 1;
         }
         Ok(map.stored() * PAGE_SIZE as u64)
@@ -485,6 +500,14 @@ impl Store {
     /// Only where nothing can be checked at all; damage is in the report.
     pub fn verify(&self, progress: Progress<'_>) -> Result<Report, StoreError> {
         verify::verify_in(&*self.dir, progress)
+    }
+
+    /// Damage that was met and made up for since this store was opened, by it and its readers.
+    #[must_use]
+    pub fn met(&self) -> Vec<Damage> {
+        self.current
+            .as_ref()
+            .map_or_else(Vec::new, |live| live.generation.met.all())
     }
 
     /// Leaves the image in its most robust form (a second copy of the commit record, no space
@@ -597,4 +620,14 @@ pub fn verify(path: impl AsRef<Path>, progress: Progress<'_>) -> Result<Report, 
     let path = path.as_ref();
     let dir = FileDirectory::open(path, Access::Read).map_err(|e| missing_directory(path, e))?;
     verify::verify_in(&dir, progress)
+}
+
+/// Checks an image, and writes again what is damaged and can be made good.
+///
+/// # Errors
+/// Those of [`verify`]; [`StoreError::Busy`] where somebody is writing to it.
+pub fn repair(path: impl AsRef<Path>, progress: Progress<'_>) -> Result<Report, StoreError> {
+    let path = path.as_ref();
+    let dir = FileDirectory::open(path, Access::Write).map_err(|e| missing_directory(path, e))?;
+    repair_in(&dir, progress)
 }

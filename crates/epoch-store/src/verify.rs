@@ -1,23 +1,33 @@
 //! Checking of a whole image.
 //!
-//! Everything that any epoch needs is read and compared with its checksum: also pages that later
-//! epochs have replaced, because earlier epochs can still be restored. What is never used is not
-//! checked: padding, and pages that were staged and superseded within one epoch.
+//! Everything that an epoch consists of is read and compared with its checksum: both copies of all
+//! tables, pages and their parity, also pages that later epochs have replaced, because earlier epochs
+//! can still be restored. Not looked at is what belongs to no epoch: space between the parts of an
+//! epoch, and space taken ahead.
+//!
+//! Several threads take stripes from a list, so that a fast medium is kept busy; what they find is
+//! gathered, and mended if that was asked for, by the one that called.
 
-use crate::damage::{Damage, Part, Trouble};
-use crate::format::{BLOCK_LEN, Kind, LOG_AT, Record, SLOT_AT, Trailer};
+use crate::damage::{Damage, Outcome, Part, Trouble};
+use crate::format::{BLOCK_LEN, Index, LOG_AT, Record, SLOT_AT, Trailer, Twice};
 use crate::generation::{Generation, Head};
-use crate::map::{PageMap, Where};
-use crate::reader::new_buffer;
 use crate::store::open_newest;
-use outlive_epoch::{EpochId, PAGE_SIZE, Run, StoreError};
-use outlive_media::{Access, Buffer, Directory, TRANSFER};
+use crate::stored::{Loaded, State, Stored};
+use crate::tables::{self, Fix, Found};
+use outlive_epoch::{EpochId, StoreError};
+use outlive_media::{Access, Buffer, Directory};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc;
 
 /// Told how many bytes are checked, and of how many.
 pub type Progress<'a> = &'a mut dyn FnMut(u64, u64);
 
 /// Damages that a report lists; more are only counted.
 const LISTED: usize = 10_000;
+/// Pages for which another thread pays.
+const WORTH_A_THREAD: usize = 4096;
+/// Threads that read, at most.
+const READERS: usize = 4;
 
 /// What a check found.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -32,6 +42,8 @@ pub struct Report {
     pub damages: Vec<Damage>,
     /// How many damages there are that are not listed.
     pub more: u64,
+    /// How many of those are lost.
+    pub more_lost: u64,
 }
 
 impl Report {
@@ -41,31 +53,35 @@ impl Report {
         self.damages.is_empty()
     }
 
-    /// Whether something is lost (and not merely one of several copies).
+    /// Whether something is lost that an epoch needs.
     #[must_use]
     pub fn is_lossy(&self) -> bool {
-        self.more > 0 || self.damages.iter().any(|damage| !damage.harmless)
+        let lost = |damage: &Damage| damage.outcome == Outcome::Lost;
+        self.more_lost > 0 || self.damages.iter().any(lost)
     }
 
-    fn add(&mut self, trouble: Trouble, place: &str, at: u64, part: Part) {
-        let damage = match trouble {
-            Trouble::Damage(damage) => *damage,
-            Trouble::Store(error) => Damage {
-                file: place.to_owned(),
-                offset: at,
-                epoch: None,
-                part,
-                what: error.to_string(),
-                harmless: false,
-            },
+    /// Whether something is damaged that could be written again.
+    #[must_use]
+    pub fn is_repairable(&self) -> bool {
+        let harmed = |damage: &Damage| damage.outcome == Outcome::Repairable;
+        self.damages.iter().any(harmed)
+    }
+
+    pub(crate) fn add(&mut self, damage: Damage) {
+        let same = |known: &Damage| {
+            Damage {
+                outcome: known.outcome,
+                ..damage.clone()
+            } == *known
         };
-        if self.damages.contains(&damage) {
+        if self.damages.iter().any(same) {
             return;
         }
         if self.damages.len() < LISTED {
             self.damages.push(damage);
         } else {
             self.more += 1;
+            self.more_lost += u64::from(damage.outcome == Outcome::Lost);
         }
     }
 }
@@ -75,72 +91,175 @@ impl Report {
 /// # Errors
 /// [`StoreError::Missing`], [`StoreError::Newer`], [`StoreError::Medium`]: nothing can be checked.
 pub fn verify_in(dir: &dyn Directory, progress: Progress<'_>) -> Result<Report, StoreError> {
-    let mut report = Report::default();
-    let (generation, head) = match open_newest(dir, Access::Read) {
-        Ok(Some(opened)) => opened,
+    match open_newest(dir, Access::Read) {
+        Ok(Some((generation, head))) => Ok(Walk::new(&generation, progress, None).all(&head)),
         Ok(None) => {
             let what = "no committed epoch is here".to_owned();
-            return Err(StoreError::Missing {
-                place: dir.place(),
-                what,
-            });
+            let place = dir.place();
+            Err(StoreError::Missing { place, what })
         }
-        Err(Trouble::Damage(damage)) => {
-            report.damages.push(*damage);
-            return Ok(report);
-        }
-        Err(Trouble::Store(error)) => return Err(error),
-    };
-    let mut walk = Walk {
-        generation: &generation,
-        report,
-        progress,
-        total: 0,
-        buffer: None,
-    };
-    walk.all(&head);
-    Ok(walk.report)
+        Err(Trouble::Damage(damage)) => Ok(Report {
+            damages: vec![*damage],
+            ..Report::default()
+        }),
+        Err(Trouble::Store(error)) => Err(error),
+    }
 }
 
-struct Walk<'a> {
+/// Takes the blocks that would make damage good; says whether they were written.
+pub(crate) type Mender<'a> = &'a mut dyn FnMut(&[Fix]) -> bool;
+
+/// A walk over all epochs of a file.
+pub(crate) struct Walk<'a> {
     generation: &'a Generation,
     report: Report,
     progress: Progress<'a>,
+    mender: Option<Mender<'a>>,
+    done: u64,
     total: u64,
-    buffer: Option<Buffer>,
 }
 
-impl Walk<'_> {
-    fn all(&mut self, head: &Head) {
-        self.report.damages.clone_from(&head.harmless);
+/// An epoch whose pages are to be checked.
+pub(crate) struct Pages {
+    pub index: Index,
+    pub stored: Stored,
+}
+
+impl Pages {
+    /// Of an epoch whose index can be read.
+    pub fn of(generation: &Generation, at: u64, trailer: &Trailer) -> Result<Self, Trouble> {
+        let index = generation.index(at, trailer)?;
+        let layout = trailer.layout();
+        let layout = layout.ok_or_else(|| {
+            let what = "it is not in order";
+            generation.damaged(at, Some(trailer.epoch), Part::Trailer, what)
+        })?;
+        let stored = Stored::new(generation.key, trailer.epoch, layout, index.clone());
+        Ok(Self { index, stored })
+    }
+
+    /// Checks one stripe; `spare` is memory that is used for it, and given back.
+    pub fn examine(
+        &self,
+        generation: &Generation,
+        stripe: u64,
+        spare: &mut Option<Buffer>,
+    ) -> Result<Found, StoreError> {
+        let medium = &*generation.medium;
+        let loaded = self.stored.load(medium, stripe, spare.take())?;
+        let found = Found {
+            damages: loaded.damages(generation, self.stored.epoch, &self.index),
+            fixes: fixes(&loaded),
+        };
+        *spare = Some(loaded.into_buffer());
+        Ok(found)
+    }
+}
+
+fn fixes(loaded: &Loaded) -> Vec<Fix> {
+    let mended = (0..)
+        .zip(&loaded.states)
+        .filter(|(_, s)| **s == State::Mended);
+    mended
+        .map(|(block, _)| Fix {
+            at: loaded.stripe.block_at(block),
+            bytes: loaded.block(block).to_vec(),
+        })
+        .collect()
+}
+
+/// What a thread found in one stripe.
+struct Checked {
+    pages: u64,
+    bytes: u64,
+    found: Found,
+}
+
+impl<'a> Walk<'a> {
+    pub fn new(
+        generation: &'a Generation,
+        progress: Progress<'a>,
+        mender: Option<Mender<'a>>,
+    ) -> Self {
+        Self {
+            generation,
+            report: Report::default(),
+            progress,
+            mender,
+            done: 0,
+            total: 0,
+        }
+    }
+
+    /// Checks everything that is committed.
+    pub fn all(mut self, head: &Head) -> Report {
+        let header = head.harmless.iter().cloned();
+        header.for_each(|damage| self.report.add(damage));
         let chain = self.chain(&head.record);
         self.total = head.record.log_end() - LOG_AT;
+        let mut pages = Vec::new();
         for (at, trailer) in chain.iter().rev() {
             self.report.epochs.push(EpochId(trailer.epoch));
-            self.epoch(*at, trailer);
+            self.tables(*at, trailer);
+            match Pages::of(self.generation, *at, trailer) {
+                Ok(of_epoch) => pages.push(of_epoch),
+                // The index is listed as lost already.
+                Err(Trouble::Damage(_)) if self.report.is_lossy() => {}
+                Err(trouble) => self.trouble(trouble, trailer.index.at, Part::Index),
+            }
         }
+        self.pages(&pages);
         (self.progress)(self.total, self.total);
-    }
-
-    fn add(&mut self, trouble: impl Into<Trouble>, at: u64, part: Part) {
         self.report
-            .add(trouble.into(), &self.generation.place, at, part);
     }
 
-    /// Follows the trailers from the newest to the oldest. One that is damaged hides those
-    /// before it, unless the other commit slot leads around it.
+    fn trouble(&mut self, trouble: Trouble, at: u64, part: Part) {
+        let damage = match trouble {
+            Trouble::Damage(damage) => *damage,
+            Trouble::Store(error) => self.generation.damaged(at, None, part, &error.to_string()),
+        };
+        self.report.add(damage);
+    }
+
+    /// Lists what was found, and has it mended.
+    fn take(&mut self, found: Found) {
+        let mended = match &mut self.mender {
+            Some(mender) if !found.fixes.is_empty() => mender(&found.fixes),
+            _ => false,
+        };
+        for damage in found.damages {
+            let fixed = found.fixes.iter().any(|fix| fix.at == damage.offset);
+            let repaired = mended && fixed && damage.outcome == Outcome::Repairable;
+            let outcome = if repaired {
+                Outcome::Repaired
+            } else {
+                damage.outcome
+            };
+            self.report.add(damage.with(outcome));
+        }
+    }
+
+    fn at(&mut self, bytes: u64) {
+        self.report.bytes += bytes;
+        self.done += bytes;
+        (self.progress)(self.done.min(self.total), self.total);
+    }
+
+    /// Follows the trailers from the newest to the oldest. One that is lost hides those before it,
+    /// unless the other commit slot leads around it.
     fn chain(&mut self, newest: &Record) -> Vec<(u64, Trailer)> {
         let mut chain = Vec::new();
-        let mut next = Some((newest.trailer_at, newest.epoch));
-        while let Some((at, epoch)) = next {
-            next = match self.generation.trailer(at, epoch) {
+        let mut next = Some((newest.trailer(), newest.epoch));
+        while let Some((twice, epoch)) = next {
+            next = match self.generation.trailer(twice, epoch) {
                 Ok(trailer) => {
-                    chain.push((at, trailer));
-                    (trailer.previous_at != 0).then(|| (trailer.previous_at, epoch - 1))
+                    chain.push((twice.at, trailer));
+                    (trailer.previous != Twice::NONE).then(|| (trailer.previous, epoch - 1))
                 }
                 Err(trouble) => {
-                    self.add(trouble, at, Part::Trailer);
-                    self.other_slot(epoch).filter(|(other, _)| *other < at)
+                    self.trouble(trouble, twice.at, Part::Trailer);
+                    self.other_slot(epoch)
+                        .filter(|(other, _)| other.at < twice.at)
                 }
             };
         }
@@ -148,91 +267,73 @@ impl Walk<'_> {
     }
 
     /// Where the other commit slot says that the epoch before this one ends.
-    fn other_slot(&self, epoch: u64) -> Option<(u64, u64)> {
-        let at = SLOT_AT[((epoch % 2) ^ 1) as usize];
-        let mut block = vec![0; BLOCK_LEN as usize];
-        self.generation.medium.read(at, &mut block).ok()?;
-        let record = Record::decode(self.generation.key, at, &block).record?;
+    fn other_slot(&self, epoch: u64) -> Option<(Twice, u64)> {
+        let slot = SLOT_AT[((epoch % 2) ^ 1) as usize];
+        let records = slot.into_iter().filter_map(|at| {
+            let block = self.generation.read(at, BLOCK_LEN).ok()?;
+            Record::decode(self.generation.key, at, &block).record
+        });
+        let record = records.max_by_key(|record| record.epoch)?;
         let before = record.epoch == epoch.checked_sub(1)?;
         (before && record.epoch >= self.generation.superblock.first_epoch)
-            .then_some((record.trailer_at, record.epoch))
+            .then_some((record.trailer(), record.epoch))
     }
 
-    fn epoch(&mut self, at: u64, trailer: &Trailer) {
-        let generation = self.generation;
-        match generation.groups(at, trailer) {
-            Err(trouble) => self.add(trouble, trailer.groups.at, Part::Groups),
-            Ok(groups) => {
-                for (name, place) in groups.iter().filter(|(_, p)| p.epoch == trailer.epoch) {
-                    self.report.bytes += place.section.len;
-                    if let Err(trouble) = generation.tree(name, place) {
-                        self.add(trouble, place.section.at, Part::Tree(name.clone()));
+    fn tables(&mut self, at: u64, trailer: &Trailer) {
+        match tables::examine(self.generation, at, trailer) {
+            Err(trouble) => self.trouble(trouble, at, Part::Trailer),
+            Ok(found) => self.take(found),
+        }
+        self.at(2 * (at + BLOCK_LEN - trailer.tables_at()));
+    }
+
+    /// Checks the pages of all epochs, with several threads.
+    fn pages(&mut self, epochs: &[Pages]) {
+        let stripes = |pages: &Pages| pages.stored.layout.stripes();
+        let list: Vec<(&Pages, u64)> = epochs
+            .iter()
+            .flat_map(|pages| (0..stripes(pages)).map(move |stripe| (pages, stripe)))
+            .collect();
+        let threads = std::thread::available_parallelism().map_or(1, usize::from);
+        let pages: usize = epochs.iter().map(|of| of.stored.crcs.len()).sum();
+        let threads = threads.min(1 + pages / WORTH_A_THREAD);
+        let (next, generation) = (AtomicUsize::new(0), self.generation);
+        std::thread::scope(|scope| {
+            let (sender, results) = mpsc::sync_channel(2 * READERS);
+            for _ in 0..threads.clamp(1, READERS).min(list.len()) {
+                let (sender, next, list) = (sender.clone(), &next, &list);
+                scope.spawn(move || {
+                    let mut spare = None;
+                    while let Some((pages, stripe)) = list.get(next.fetch_add(1, Ordering::Relaxed))
+                    {
+                        let found = pages.examine(generation, *stripe, &mut spare);
+                        let stripe = pages.stored.layout.stripe(*stripe);
+                        let checked = found.map(|found| Checked {
+                            pages: stripe.pages,
+                            bytes: stripe.blocks() * BLOCK_LEN,
+                            found,
+                        });
+                        if sender.send((stripe.at, checked)).is_err() {
+                            return;
+                        }
+                    }
+                });
+            }
+            drop(sender);
+            for (at, checked) in results {
+                match checked {
+                    Err(error) => self.trouble(error.into(), at, Part::Parity),
+                    Ok(checked) => {
+                        self.report.pages += checked.pages;
+                        self.take(checked.found);
+                        self.at(checked.bytes);
                     }
                 }
-                self.report.bytes += trailer.groups.len;
             }
-        }
-        let index = match generation.index(trailer) {
-            Err(trouble) => return self.add(trouble, trailer.index.at, Part::Index),
-            Ok(index) => index,
-        };
-        self.report.bytes += trailer.index.len;
-        // Pages that were superseded within the epoch are needed by nobody.
-        let mut map = PageMap::default();
-        map.apply(&index, 0);
-        for (run, place) in map.pieces() {
-            if let Where::Data { at, crc, .. } = place {
-                self.pages(
-                    trailer.epoch,
-                    run,
-                    at,
-                    &index.crcs[crc..crc + run.count() as usize],
-                );
-            }
-        }
-    }
-
-    fn pages(&mut self, epoch: u64, run: Run, at: u64, crcs: &[u32]) {
-        let per_read = TRANSFER / PAGE_SIZE;
-        for (i, crcs) in crcs.chunks(per_read).enumerate() {
-            let from = (i * per_read) as u64;
-            let part = Run::new(run.space(), run.first() + from, crcs.len() as u64);
-            if let Err(trouble) = self.read(epoch, part.unwrap_or(run), at + from * BLOCK_LEN, crcs)
-            {
-                self.add(
-                    trouble,
-                    at + from * BLOCK_LEN,
-                    Part::Pages(part.unwrap_or(run)),
-                );
-            }
-            self.report.pages += crcs.len() as u64;
-            self.report.bytes += (crcs.len() * PAGE_SIZE) as u64;
-            (self.progress)(self.report.bytes.min(self.total), self.total);
-        }
-    }
-
-    fn read(&mut self, epoch: u64, run: Run, at: u64, crcs: &[u32]) -> Result<(), Trouble> {
-        let len = crcs.len() * PAGE_SIZE;
-        let mut buffer = match self.buffer.take().filter(|buffer| buffer.len() >= len) {
-            Some(buffer) => buffer,
-            None => new_buffer(std::iter::once(len as u64))?,
-        };
-        let bytes = &mut buffer[..len];
-        let read = self.generation.medium.read(at, bytes);
-        let seed = self.generation.key.of(Kind::Page, epoch);
-        if read.is_ok() {
-            for (i, (page, crc)) in bytes.chunks_exact(PAGE_SIZE).zip(crcs).enumerate() {
-                let at = at + (i * PAGE_SIZE) as u64;
-                if seed.crc(at, page) != *crc {
-                    let page = Run::new(run.space(), run.first() + i as u64, 1);
-                    let part = Part::Pages(page.unwrap_or(run));
-                    let what = "its bytes do not have their checksum";
-                    let damage = self.generation.damaged(at, Some(epoch), part.clone(), what);
-                    self.add(damage, at, part);
-                }
-            }
-        }
-        self.buffer = Some(buffer);
-        read.map_err(|e| self.generation.read_failed(at, e))
+        });
+        // The threads come back in no order.
+        self.report
+            .damages
+            .sort_by_key(|damage| (damage.offset >= LOG_AT, damage.offset));
     }
 }

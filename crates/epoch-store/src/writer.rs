@@ -1,13 +1,15 @@
 //! Writing of one epoch.
 //!
-//! Pages go to the log as they come; trees, groups, index and trailer follow at the commit. What
-//! is not committed lies beyond the end of the log, where nobody looks.
+//! Pages go to the log as they come, each full stripe with its parity; trees, groups, index and
+//! trailer follow at the commit, then the parity of the last stripe, and all but the pages once more.
+//! What is not committed lies beyond the end of the log, where nobody looks.
 
 use crate::format::{
-    self, BLOCK_LEN, Index, Kind, NAME_MAX, Record, Says, Section, Seed, Trailer, TreePlace,
+    self, BLOCK_LEN, Index, Kind, NAME_MAX, Record, Says, Section, Seed, Trailer, TreePlace, Twice,
 };
 use crate::generation::{Generation, fresh_name};
 use crate::store::{CommitTimes, Held, Live, Store};
+use crate::stripe::{Layout, Parity, WIDTH};
 use outlive_epoch::{
     Acked, EpochFacts, EpochId, EpochWriter, PAGE_SIZE, PageSink, Run, StoreError,
 };
@@ -30,6 +32,8 @@ pub struct Writer<'a> {
     /// Where the next page goes.
     tail: u64,
     seed: Seed,
+    /// Of the stripe that is being written.
+    parity: Parity,
     index: Index,
     trees: BTreeMap<String, Tree>,
     began_us: u64,
@@ -42,6 +46,19 @@ pub struct Writer<'a> {
 enum Tree {
     New(Arc<[u8]>),
     Unchanged(Held),
+}
+
+/// All that follows the pages.
+struct Tables {
+    /// Trees, groups, index, padding, trailer.
+    bytes: Vec<u8>,
+    trailer: Trailer,
+    trailer_at: u64,
+    /// Of the last stripe, if that is not full.
+    parity: Vec<u8>,
+    parity_at: u64,
+    copy_at: u64,
+    held: BTreeMap<String, Held>,
 }
 
 impl<'a> Writer<'a> {
@@ -62,6 +79,7 @@ impl<'a> Writer<'a> {
             start,
             tail: start,
             seed,
+            parity: Parity::new(),
             index: Index::default(),
             trees: BTreeMap::new(),
             began_us,
@@ -86,20 +104,54 @@ impl<'a> Writer<'a> {
 
     /// Stores pages of which none is zero.
     fn store_pages(&mut self, run: Run, bytes: &[u8]) -> Result<(), StoreError> {
+        let mut done = 0;
+        while done < run.count() {
+            let stored = self.index.crcs.len() as u64;
+            let count = (run.count() - done).min(Layout::contiguous(stored));
+            let part = Run::new(run.space(), run.first() + done, count);
+            let part = part.ok_or_else(|| StoreError::Misuse("an empty run".to_owned()))?;
+            let from = done as usize * PAGE_SIZE;
+            self.store_in_stripe(part, &bytes[from..][..part.bytes() as usize])?;
+            if Layout::contiguous(stored) == count {
+                let parity = self.close_stripe(self.tail);
+                self.write(self.tail, &parity)?;
+                self.tail += parity.len() as u64;
+            }
+            done += count;
+        }
+        Ok(())
+    }
+
+    /// Stores pages that the present stripe has room for.
+    fn store_in_stripe(&mut self, run: Run, bytes: &[u8]) -> Result<(), StoreError> {
         let first_at = self.tail;
-        let crcs = bytes
-            .chunks_exact(PAGE_SIZE)
-            .zip((first_at..).step_by(PAGE_SIZE));
-        self.index
-            .crcs
-            .extend(crcs.map(|(page, at)| self.seed.crc(at, page)));
-        self.generation
-            .medium
-            .write(first_at, bytes)
-            .map_err(|e| self.generation.failed(e))?;
+        for (i, page) in bytes.chunks_exact(PAGE_SIZE).enumerate() {
+            let at = first_at + (i * PAGE_SIZE) as u64;
+            self.index.crcs.push(self.seed.crc(at, page));
+            self.parity.add(page);
+        }
+        self.write(first_at, bytes)?;
         self.index.push(run, Says::Data(first_at));
         self.tail += bytes.len() as u64;
         Ok(())
+    }
+
+    fn write(&self, at: u64, bytes: &[u8]) -> Result<(), StoreError> {
+        let written = self.generation.medium.write(at, bytes);
+        written.map_err(|e| self.generation.failed(e))
+    }
+
+    /// The parity of the stripe whose pages end at the tail, to be written at `at`.
+    fn close_stripe(&mut self, at: u64) -> Vec<u8> {
+        let pages = self.parity.pages();
+        let distance = (at - self.tail) / BLOCK_LEN + pages;
+        let parity = self.parity.take(distance);
+        let seed = self.generation.key.of(Kind::Parity, self.id);
+        for (i, block) in parity.chunks_exact(PAGE_SIZE).enumerate() {
+            let crc = seed.crc(at + (i * PAGE_SIZE) as u64, block);
+            self.index.parity.push(crc);
+        }
+        parity
     }
 
     /// Finds the stretches of zero pages and of others.
@@ -127,8 +179,22 @@ impl<'a> Writer<'a> {
         Ok(())
     }
 
-    /// Lays out all that follows the pages; gives it with the trailer and the held trees.
-    fn tables(&self, facts: EpochFacts) -> (Vec<u8>, Trailer, BTreeMap<String, Held>) {
+    /// The length of all tables, with the trailer, in bytes.
+    fn tables_len(&self) -> u64 {
+        let groups: usize = self.trees.keys().map(|name| format::group_len(name)).sum();
+        let trees = self.trees.values().map(|tree| match tree {
+            Tree::New(bytes) => bytes.len(),
+            Tree::Unchanged(_) => 0,
+        });
+        // The parity of the last stripe has its checksums in the index as well.
+        let parity = self.parity.pages().min(WIDTH) as usize;
+        let all = trees.sum::<usize>() + groups + self.index.encoded_len() + parity * 4;
+        (all as u64).next_multiple_of(BLOCK_LEN) + BLOCK_LEN
+    }
+
+    /// The groups of this epoch, their encoded table, and the bytes of all new trees; the tables
+    /// stand `apart` from their copy.
+    fn lay_trees(&self, apart: u64) -> (BTreeMap<String, Held>, Vec<u8>, Vec<u8>) {
         let (key, at) = (self.generation.key, self.tail);
         let (mut out, mut groups, mut held) = (Vec::new(), Vec::new(), BTreeMap::new());
         for (name, tree) in &self.trees {
@@ -146,6 +212,7 @@ impl<'a> Writer<'a> {
                     let place = TreePlace {
                         epoch: self.id,
                         section,
+                        copy_at: tree_at + apart,
                     };
                     Held {
                         bytes: Arc::clone(bytes),
@@ -156,6 +223,25 @@ impl<'a> Writer<'a> {
             format::encode_group(&mut groups, name, &tree.place);
             held.insert(name.clone(), tree);
         }
+        (held, groups, out)
+    }
+
+    /// Lays out all that follows the pages. The length of the tables decides where the parity of the
+    /// last stripe and the copy of the tables stand, and is known before they are.
+    fn tables(&mut self, facts: EpochFacts) -> Tables {
+        let (key, at) = (self.generation.key, self.tail);
+        let len = self.tables_len();
+        let pages = self.index.crcs.len() as u64;
+        let open = self.parity.pages() > 0;
+        let parity_at = Layout::place_parity(self.start, pages, at + len);
+        let parity = self.close_stripe(parity_at);
+        let parity_end = if open {
+            parity_at + parity.len() as u64
+        } else {
+            at + len
+        };
+        let apart = (parity_end - at).max(WIDTH * BLOCK_LEN);
+        let (held, mut groups, mut out) = self.lay_trees(apart);
         let section = |kind, from: usize, bytes: &[u8]| {
             let at = at + from as u64;
             Section {
@@ -169,24 +255,34 @@ impl<'a> Writer<'a> {
         let index_from = out.len();
         self.index.encode(&mut out);
         let index_section = section(Kind::Index, index_from, &out[index_from..]);
-        out.resize(out.len().next_multiple_of(BLOCK_LEN as usize), 0);
+        out.resize((len - BLOCK_LEN) as usize, 0);
         let previous = self.previous();
         let trailer_at = at + out.len() as u64;
         let trailer = Trailer {
             epoch: self.id,
-            previous_at: previous.map_or(0, |record| record.trailer_at),
+            previous: previous.map_or(Twice::NONE, |record| record.trailer()),
+            copy_at: trailer_at + apart,
             start: self.start,
+            parity_at: if open { parity_at } else { 0 },
             groups: groups_section,
             index: index_section,
             entries: self.index.entries.len() as u64,
             facts,
-            pages: self.index.crcs.len() as u64,
-            // With the commit record and its copy.
-            bytes_written: trailer_at + BLOCK_LEN - self.start + 2 * BLOCK_LEN,
+            pages,
+            // With the copies of the tables, the commit record in both places, and its seal.
+            bytes_written: (at - self.start) + parity.len() as u64 + 2 * len + 3 * BLOCK_LEN,
             previous_durable_us: previous.map_or(0, |record| record.durable_us),
         };
         out.extend_from_slice(&trailer.encode(key, trailer_at));
-        (out, trailer, held)
+        Tables {
+            bytes: out,
+            trailer,
+            trailer_at,
+            parity,
+            parity_at,
+            copy_at: at + apart,
+            held,
+        }
     }
 
     /// The commit record of the epoch that this one rests on.
@@ -200,10 +296,13 @@ impl<'a> Writer<'a> {
 
     /// Makes everything but the commit record durable.
     fn write_tables(&mut self, facts: EpochFacts) -> Result<(Live, Acked), StoreError> {
-        let (tables, trailer, held) = self.tables(facts);
+        let tables = self.tables(facts);
+        self.write(self.tail, &tables.bytes)?;
+        if !tables.parity.is_empty() {
+            self.write(tables.parity_at, &tables.parity)?;
+        }
+        self.write(tables.copy_at, &tables.bytes)?;
         let (medium, failed) = (&self.generation.medium, |e| self.generation.failed(e));
-        let trailer_at = self.tail + tables.len() as u64 - BLOCK_LEN;
-        medium.write(self.tail, &tables).map_err(failed)?;
         let current = self
             .store
             .current
@@ -214,10 +313,17 @@ impl<'a> Writer<'a> {
             live.write_record(format::SEAL_AT).map_err(failed)?;
         }
         medium.flush().map_err(failed)?;
+        let Tables {
+            trailer,
+            trailer_at,
+            held,
+            ..
+        } = tables;
         let chain = vec![(trailer_at, trailer)];
         let record = Record {
             epoch: self.id,
             trailer_at,
+            copy_at: trailer.copy_at,
             durable_us: 0,
         };
         let mut live = Live::new(self.generation.clone(), record, chain);

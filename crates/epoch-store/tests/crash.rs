@@ -10,7 +10,7 @@ mod common;
 
 use common::{Model, Script, Step, create, history, models, open, read_back};
 use outlive_epoch::{EpochFacts, EpochReader, EpochWriter, StoreError};
-use outlive_epoch_store::{Access, Store};
+use outlive_epoch_store::{Access, REPAIRABLE, Store, repair_in, verify_in};
 use outlive_media::{Fate, Fault, Op, Pending, SimDisk, power_off};
 use std::io;
 
@@ -212,6 +212,59 @@ fn recover(disk: &SimDisk, found: u64, models: &[Model], rest: &[Script]) -> u64
         }
     }
     states
+}
+
+#[test]
+fn a_repair_that_is_cut_short_does_no_harm() {
+    let history = &history()[..3];
+    let models = models(history);
+    let disk = SimDisk::new();
+    let mut store = create(&disk).unwrap();
+    for script in history {
+        script.write(&mut store).unwrap();
+    }
+    store.close().unwrap();
+    let image = disk.contents("epochs.1").unwrap();
+    let mut states = 0u64;
+    // Both parts of the header, then all over the log: pages, tables, parity, copies.
+    let places = [0, 20 * 4096]
+        .into_iter()
+        .chain((23 * 4096..image.len()).step_by(7 * 4096));
+    for from in places {
+        let to = image.len().min(from + REPAIRABLE as usize);
+        let mut bytes = image.clone();
+        bytes[from..to].fill(0x77);
+        let harmed = SimDisk::new();
+        harmed.set_contents("epochs.1", bytes);
+        let whole = harmed.fork();
+        repair_in(&whole.directory(), &mut |_, _| {}).unwrap();
+        assert!(
+            verify_in(&whole.directory(), &mut |_, _| {})
+                .unwrap()
+                .is_clean()
+        );
+        for at in boundaries(&whole.trace()) {
+            let cut_short = harmed.fork();
+            cut_short.fault(cut_at(at));
+            let _ = repair_in(&cut_short.directory(), &mut |_, _| {});
+            for cut in cuts(&cut_short.pending(), 4).iter().step_by(29) {
+                let after = cut_short.power_cut(&mut |i, _| cut[i]);
+                assert_eq!(
+                    find(&after, &models),
+                    3,
+                    "damage at {from}, cut at {at}: {cut:?}"
+                );
+                repair_in(&after.directory(), &mut |_, _| {}).unwrap();
+                let report = verify_in(&after.directory(), &mut |_, _| {}).unwrap();
+                assert!(
+                    report.is_clean(),
+                    "damage at {from}, cut at {at}: {report:?}"
+                );
+                states += 1;
+            }
+        }
+    }
+    assert!(states > 500, "{states} states");
 }
 
 /// Writes the history, repeating what fails; gives the newest model.

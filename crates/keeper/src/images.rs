@@ -10,7 +10,8 @@ use outlive_epoch::{
     Acked, Content, EpochFacts, EpochId, EpochReader, EpochWriter, PAGE_SIZE, Run, StoreError,
     VisitError,
 };
-use outlive_epoch_store::{Access, Ahead, CommitTimes, Store};
+pub use outlive_epoch_store::Outcome;
+use outlive_epoch_store::{Access, Ahead, CommitTimes, Report, Store};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -39,8 +40,8 @@ pub struct Damage {
     pub place: String,
     /// What is wrong there, and what it held.
     pub what: String,
-    /// Whether nothing is lost, because another copy is intact.
-    pub harmless: bool,
+    /// What becomes of it.
+    pub outcome: Outcome,
 }
 
 /// What a check of every byte found.
@@ -56,6 +57,8 @@ pub struct Verified {
     pub damages: Vec<Damage>,
     /// Damages that are not listed.
     pub more: u64,
+    /// Whether something is lost.
+    pub lossy: bool,
 }
 
 /// How often a store that seems damaged is opened.
@@ -149,6 +152,12 @@ impl Image {
         Ok(Arc::new(self.store.epoch(epoch.map(EpochId))?))
     }
 
+    /// Damage that was met while reading, and made up for.
+    #[must_use]
+    pub fn met(&self) -> Vec<Damage> {
+        self.store.met().iter().map(Damage::from).collect()
+    }
+
     /// Where it is.
     #[must_use]
     pub fn dir(&self) -> &Path {
@@ -173,19 +182,39 @@ fn open(dir: &Path) -> Result<Store, StoreError> {
 /// # Errors
 /// Only where it cannot be read at all; damage is a finding.
 pub fn verify(dir: &Path, progress: &mut dyn FnMut(u64, u64)) -> Result<Verified, StoreError> {
-    let report = outlive_epoch_store::verify(dir, progress)?;
-    let damages = report.damages.iter().map(|damage| Damage {
-        place: format!("{} at offset {}", damage.file, damage.offset),
-        what: damage.to_string(),
-        harmless: damage.harmless,
-    });
-    Ok(Verified {
-        epochs: report.epochs.len() as u64,
-        pages: report.pages,
-        bytes: report.bytes,
-        damages: damages.collect(),
-        more: report.more,
-    })
+    Ok(outlive_epoch_store::verify(dir, progress)?.into())
+}
+
+/// The same, and what is damaged is written again from its other copy or the parity, where that can
+/// be.
+///
+/// # Errors
+/// As for [`verify`]; and where a keeper is writing it.
+pub fn repair(dir: &Path, progress: &mut dyn FnMut(u64, u64)) -> Result<Verified, StoreError> {
+    Ok(outlive_epoch_store::repair(dir, progress)?.into())
+}
+
+impl From<Report> for Verified {
+    fn from(report: Report) -> Self {
+        Self {
+            epochs: report.epochs.len() as u64,
+            pages: report.pages,
+            bytes: report.bytes,
+            damages: report.damages.iter().map(Damage::from).collect(),
+            more: report.more,
+            lossy: report.is_lossy(),
+        }
+    }
+}
+
+impl From<&outlive_epoch_store::Damage> for Damage {
+    fn from(damage: &outlive_epoch_store::Damage) -> Self {
+        Self {
+            place: format!("{} at offset {}", damage.file, damage.offset),
+            what: damage.to_string(),
+            outcome: damage.outcome,
+        }
+    }
 }
 
 impl Log {

@@ -84,6 +84,12 @@ pub enum Command {
         #[arg(value_name = "IMAGE|NAME")]
         what: String,
     },
+    /// Check every byte, and write again what is damaged and can be made good
+    Repair {
+        /// Directory of an image (with a slash in it), or the name of a subject that nobody keeps
+        #[arg(value_name = "IMAGE|NAME")]
+        what: String,
+    },
     /// Power events
     #[command(subcommand)]
     Power(PowerCommand),

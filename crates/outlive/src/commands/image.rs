@@ -1,12 +1,15 @@
-//! Which image is meant, and `verify`.
+//! Which image is meant; `verify` and `repair`.
 
 use crate::out;
 use crate::progress::Progress;
 use outlive_keeper::KeeperError;
-use outlive_keeper::images::{self, Damage, Verified};
+use outlive_keeper::images::{self, Damage, Outcome, Verified};
 use outlive_keeper::subject::Root;
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
+
+/// Damages that a restore lists.
+const TOLD: usize = 5;
 
 /// The directory that `what` means: a path where it has a slash in it, else the subject of that
 /// name, else a directory of that name.
@@ -27,17 +30,58 @@ pub fn verify(root: &Root, what: &str, json: bool) -> Result<u8, KeeperError> {
     let mut progress = Progress::new("verifying");
     let found = images::verify(&dir, &mut |done, all| progress.at(done, all))?;
     drop(progress);
-    let lost = found.more > 0 || found.damages.iter().any(|damage| !damage.harmless);
+    Ok(tell(what, &found, json))
+}
+
+/// `outlive repair`
+pub fn repair(root: &Root, what: &str, json: bool) -> Result<u8, KeeperError> {
+    let dir = find(root, what)?;
+    let mut progress = Progress::new("repairing");
+    let found = images::repair(&dir, &mut |done, all| progress.at(done, all))?;
+    drop(progress);
+    Ok(tell(what, &found, json))
+}
+
+/// Says what was damaged of an image that was read, and made up for.
+pub fn warnings_of(met: &[Damage], what: &str) -> Vec<String> {
+    let told = met.iter().take(TOLD).map(line);
+    let remedy = match met.len() {
+        0 => None,
+        n if n <= TOLD => Some(format!("`outlive repair {what}` writes it again")),
+        n => Some(format!(
+            "and {} more; `outlive repair {what}` writes them again",
+            n - TOLD
+        )),
+    };
+    told.chain(remedy).collect()
+}
+
+fn tell(what: &str, found: &Verified, json: bool) -> u8 {
     if json {
-        out::json(&as_json(&found));
+        out::json(&as_json(found));
     } else {
-        print(what, &found);
+        print(what, found);
     }
-    Ok(if lost { 4 } else { 0 })
+    if found.lossy { 4 } else { 0 }
+}
+
+/// What is damaged, and what becomes of it.
+fn line(damage: &Damage) -> String {
+    let (place, what) = (&damage.place, out::tame(&damage.what));
+    let outcome = match damage.outcome {
+        Outcome::Repairable => "nothing is lost, it can be repaired",
+        Outcome::Repaired => "repaired",
+        Outcome::Unneeded => "nobody needs it",
+        Outcome::Lost => "lost",
+    };
+    format!("{place} is damaged: {what}; {outcome}")
 }
 
 fn as_json(found: &Verified) -> Value {
-    let damage = |d: &Damage| json!({ "place": d.place, "what": d.what, "harmless": d.harmless });
+    let damage = |d: &Damage| {
+        let (place, what) = (&d.place, &d.what);
+        json!({ "place": place, "what": what, "outcome": d.outcome.word() })
+    };
     let damages: Vec<Value> = found.damages.iter().map(damage).collect();
     json!({
         "epochs": found.epochs,
@@ -50,16 +94,7 @@ fn as_json(found: &Verified) -> Value {
 
 fn print(what: &str, found: &Verified) {
     for damage in &found.damages {
-        let weight = if damage.harmless {
-            "warning, another copy is intact: "
-        } else {
-            ""
-        };
-        out::say(&format!(
-            "{weight}{} is damaged: {}",
-            damage.place,
-            out::tame(&damage.what)
-        ));
+        out::say(&line(damage));
     }
     if found.more > 0 {
         out::say(&format!(

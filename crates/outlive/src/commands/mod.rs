@@ -49,6 +49,7 @@ pub fn run(cli: &Cli) -> Result<u8, KeeperError> {
         }
         Command::Inspect(args) => inspect::inspect(&root, args, json),
         Command::Verify { what } => image::verify(&root, what, json),
+        Command::Repair { what } => image::repair(&root, what, json),
         Command::Demo => demo::demo(json),
         Command::Bench(args) => bench::bench(args, json),
     }

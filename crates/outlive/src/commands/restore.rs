@@ -107,11 +107,11 @@ fn here(root: &Root, args: &RestoreArgs, teller: &mut Teller) -> Result<u8, Keep
 
 fn from_image(dir: &Path, args: &RestoreArgs, teller: &mut Teller) -> Result<u8, KeeperError> {
     let mut signals = queue()?;
-    let (ready, epoch) = prepare(dir, args, None)?;
+    let (ready, found) = prepare(dir, args, None)?;
     not_interrupted(&mut signals)?;
     if let Teller::Parent(_) = teller {
         let Launched { restored, lazy, .. } = ready.launch()?;
-        teller.tell(restored, epoch);
+        teller.tell(restored, found);
         // Whoever serves its memory stays until it is all there.
         lazy.map_or(Ok(()), |mut lazy| lazy.finish().map(drop))?;
         return Ok(0);
@@ -121,7 +121,7 @@ fn from_image(dir: &Path, args: &RestoreArgs, teller: &mut Teller) -> Result<u8,
     let Launched { restored, lazy, .. } = ready.launch()?;
     let pid = restored.pid;
     terminal::redraw(pid);
-    teller.tell(restored, epoch);
+    teller.tell(restored, found);
     let rest = Rest::follow(lazy, teller);
     let ending = Companion::of(pid, true)?.run(&mut signals)?;
     if let Some(modes) = modes {
@@ -220,7 +220,8 @@ fn subject(
         strays: true,
         ..TrackOptions::default()
     };
-    let (ready, epoch) = prepare(&subject.epochs_dir(), args, Some(options.clone()))?;
+    let (ready, found) = prepare(&subject.epochs_dir(), args, Some(options.clone()))?;
+    let epoch = found.epoch;
     // Until `go`, an early return drops `ready`, which removes every trace of the program.
     not_interrupted(&mut signals)?;
     let mut control = Control::open(subject.dir())?;
@@ -242,11 +243,11 @@ fn subject(
                 .notices
                 .push(format!("{name} runs, but no epochs are taken: {error}"));
             drop(control);
-            teller.tell(restored, epoch);
+            teller.tell(restored, found);
             return Ok(Companion::of(pid, true)?.run(&mut signals)?.code());
         }
     };
-    teller.tell(restored, epoch);
+    teller.tell(restored, found);
     let settings = Settings {
         pid,
         every: Duration::from_nanos(known.every_ns),
@@ -315,14 +316,27 @@ fn must_not_run(subject: &Subject, card: &Card) -> Result<(), KeeperError> {
     )))
 }
 
+/// What a program comes from.
+struct Found {
+    epoch: u64,
+    /// Damage that was made up for.
+    warnings: Vec<String>,
+}
+
 /// Everything up to the first instruction.
 fn prepare(
     dir: &Path,
     args: &RestoreArgs,
     track: Option<TrackOptions>,
-) -> Result<(Ready, u64), KeeperError> {
+) -> Result<(Ready, Found), KeeperError> {
     let image = Image::open_own(dir)?;
-    put_in_place(&image, args, track).map_err(|error| image.explain(error))
+    let (ready, epoch) = put_in_place(&image, args, track).map_err(|error| image.explain(error))?;
+    let what = args
+        .name
+        .clone()
+        .unwrap_or_else(|| dir.display().to_string());
+    let warnings = super::image::warnings_of(&image.met(), &what);
+    Ok((ready, Found { epoch, warnings }))
 }
 
 fn put_in_place(
@@ -355,15 +369,17 @@ fn put_in_place(
 }
 
 impl Teller {
-    fn tell(&mut self, restored: Restored, epoch: u64) {
+    fn tell(&mut self, restored: Restored, found: Found) {
+        let Found { epoch, warnings } = found;
         let Restored {
             pid,
             ns_pid,
             restore_us,
             first_run_us,
             later_bytes,
-            notices,
+            mut notices,
         } = restored;
+        notices.splice(0..0, warnings);
         let report = Report::Done {
             pids: Pids { pid, ns_pid },
             restore_us,
