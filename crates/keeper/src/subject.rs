@@ -18,6 +18,7 @@
 
 use crate::budget::keeping::HoldUp;
 use crate::{KeeperError, procfs};
+use outlive_process::track::FILES_LIMIT;
 use outlive_process::{Granularity, Strategy};
 use rustix::fs::{FlockOperation, Mode, OFlags};
 use serde::{Deserialize, Serialize};
@@ -62,6 +63,9 @@ pub struct Card {
     /// How long the program may be stopped for an epoch, microseconds.
     #[serde(default)]
     pub max_stop_us: Option<u64>,
+    /// The largest file open for writing whose contents are kept, bytes.
+    #[serde(default)]
+    pub files_limit: Option<u64>,
     /// The process.
     pub pid: u32,
     /// Its start time in clock ticks since boot, which tells it from a later process of the same
@@ -133,6 +137,12 @@ impl Default for Capture {
 pub const CARD_VERSION: u32 = 1;
 
 impl Card {
+    /// The largest file open for writing whose contents are kept, bytes.
+    #[must_use]
+    pub fn files_limit(&self) -> u64 {
+        self.files_limit.unwrap_or(FILES_LIMIT)
+    }
+
     /// How long the program may be stopped for an epoch.
     #[must_use]
     pub fn max_stop(&self) -> Option<std::time::Duration> {
@@ -459,6 +469,7 @@ mod tests {
             hold_up: None,
             max_wear: Some(5),
             max_stop_us: Some(700),
+            files_limit: Some(5),
             pid: std::process::id(),
             started: procfs::start_time(std::process::id()).unwrap(),
             boot: procfs::boot_id(),

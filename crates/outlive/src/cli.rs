@@ -9,6 +9,7 @@ use outlive_keeper::KeeperError;
 use outlive_keeper::budget::keeping::HoldUp;
 use outlive_keeper::subject::Capture;
 use outlive_process::Granularity;
+use outlive_process::resources::shared::MAX_FILE;
 use std::ffi::OsString;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -190,6 +191,10 @@ pub struct Pace {
     /// stands [default: one for each processor, at most 4]
     #[arg(long, value_parser = parse_threads, value_name = "N")]
     pub threads: Option<usize>,
+    /// Largest file open for writing whose contents are kept in the epochs, at most 256MiB; 0: none.
+    /// One that changed is read while the program is stopped
+    #[arg(long, default_value = "16MiB", value_parser = parse_files_limit, value_name = "BYTES")]
+    pub files_limit: u64,
     /// What the program can count on
     #[command(flatten)]
     pub promise: Promise,
@@ -446,6 +451,9 @@ fn parse_bytes(text: &str) -> Result<u64, String> {
         "KB" | "kB" => 1e3,
         "MB" => 1e6,
         "GB" => 1e9,
+        "KiB" => 1024.0,
+        "MiB" => 1_048_576.0,
+        "GiB" => 1_073_741_824.0,
         "TB" => 1e12,
         "PB" => 1e15,
         _ => return Err(wrong()),
@@ -455,6 +463,15 @@ fn parse_bytes(text: &str) -> Result<u64, String> {
         return Ok(bytes as u64);
     }
     Err(wrong())
+}
+
+/// The largest file whose contents are kept: bytes up to what a restore takes.
+fn parse_files_limit(text: &str) -> Result<u64, String> {
+    let bytes = if text == "0" { 0 } else { parse_bytes(text)? };
+    if bytes > MAX_FILE {
+        return Err(format!("{text:?} is too much: at most 256MiB"));
+    }
+    Ok(bytes)
 }
 
 fn parse_interval(text: &str) -> Result<Duration, String> {
@@ -561,6 +578,9 @@ mod tests {
         for bad in ["", "GB", "0", "-1GB", "5XB", "1e30TB", "5GB/week"] {
             assert!(parse_bytes(bad).is_err(), "{bad}");
         }
+        assert_eq!(parse_files_limit("0"), Ok(0));
+        assert_eq!(parse_files_limit("256MiB"), Ok(256 << 20));
+        assert!(parse_files_limit("257MiB").is_err());
     }
 
     #[test]

@@ -40,6 +40,8 @@ pub struct TrackOptions {
     pub strategy: Strategy,
     /// The unit in which written pages are taken.
     pub granularity: Granularity,
+    /// Files of up to so many bytes that the program has open for writing are kept in the epochs.
+    pub files_limit: u64,
     /// Whether all children of the calling process belong to the program: then a process whose
     /// parent has ended belongs to it too, if the caller is a subreaper (`PR_SET_CHILD_SUBREAPER`).
     /// In a PID namespace that a restore made, such processes belong to it in any case.
@@ -58,11 +60,15 @@ impl Default for TrackOptions {
             stop_timeout: Duration::from_secs(5),
             strategy: Strategy::default(),
             granularity: Granularity::default(),
+            files_limit: FILES_LIMIT,
             strays: false,
             threads: std::thread::available_parallelism().map_or(1, |n| n.get().min(THREADS)),
         }
     }
 }
+
+/// [`TrackOptions::files_limit`], where nothing else is asked for, bytes.
+pub const FILES_LIMIT: u64 = 16 << 20;
 
 /// By which means written pages are found.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -139,6 +145,7 @@ impl Tracked {
         if options.strays {
             adopters.push(std::process::id());
         }
+        let shared = SharedObjects::with_files(options.files_limit);
         let tracking = if options.strategy.tracks() {
             Tracking::WriteProtect
         } else {
@@ -151,7 +158,7 @@ impl Tracked {
             tracking,
             members: BTreeMap::new(),
             descriptors: descriptors::Memory::default(),
-            shared: SharedObjects::default(),
+            shared,
             sharing: Sharing::default(),
             outside: Outside::default(),
             machine: Arc::new(MachineState::here()?),

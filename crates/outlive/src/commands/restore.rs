@@ -217,6 +217,7 @@ fn subject(
         stop_timeout: STOP_TIMEOUT,
         strategy,
         granularity,
+        files_limit: known.files_limit(),
         strays: true,
         ..TrackOptions::default()
     };

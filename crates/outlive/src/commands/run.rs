@@ -115,6 +115,7 @@ pub fn attach(root: &Root, args: &AttachArgs, json: bool) -> Result<u8, KeeperEr
     let options = TrackOptions {
         strategy,
         granularity,
+        files_limit: card.files_limit(),
         ..options(&args.pace, false)
     };
     let mut attach = || Tracked::attach(pid, options.clone());
@@ -230,6 +231,7 @@ fn options(pace: &Pace, strays: bool) -> TrackOptions {
         stop_timeout: pace.timeout,
         strategy: pace.strategy(),
         granularity: pace.granularity,
+        files_limit: pace.files_limit,
         strays,
     }
 }
@@ -296,6 +298,7 @@ fn blank_card(command: Vec<String>, pace: &Pace) -> Card {
         hold_up: pace.promise.hold_up(),
         max_wear: pace.promise.max_wear,
         max_stop_us: pace.promise.max_stop_us(),
+        files_limit: Some(pace.files_limit),
         pid: 0,
         started: 0,
         boot: procfs::boot_id(),

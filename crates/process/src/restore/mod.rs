@@ -28,6 +28,7 @@ mod system_v;
 mod threads;
 mod tree;
 mod vdso;
+mod written;
 
 use crate::image::{SubjectState, ThreadsState};
 use crate::laps::Laps;
@@ -59,11 +60,13 @@ pub(crate) use stub::spawn_failed;
 use stub::{Stub, step};
 use system_v::Objects;
 use tree::Place;
+use written::Written;
 
 /// What to do with files that are not as they were at the epoch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 pub enum FilesPolicy {
-    /// Files that grew are truncated back (their tail is kept aside); anything else is refused.
+    /// Files whose contents the epoch holds get them back, others that grew are truncated back (what
+    /// they were is kept aside); anything else is refused.
     #[default]
     Reconcile,
     /// Files are taken as they are.
@@ -101,6 +104,7 @@ pub struct Ready {
     made_files: MadeFiles,
     objects: Objects,
     contents: HashMap<u32, FileContents>,
+    written: Vec<Written>,
     /// Where its memory is tracked.
     tracking: Option<GoingOn>,
     /// Where pages come later, and how many bytes.
@@ -165,7 +169,8 @@ pub fn restore(reader: &dyn EpochReader, options: &RestoreOptions) -> Result<Rea
     // A program with mounts of its own has its files through these.
     let away = options.new_pid_ns.then(Away::begin).transpose();
     let away = away.map_err(|e| no_mounts(&saved, e))?;
-    let (files, made_files, mut checked, mut objects) = saved.check(&ours, reader, options)?;
+    let (files, made_files, mut checked, mut objects, written) =
+        saved.check(&ours, reader, options)?;
     raise_file_limit();
     let mut notices = checked.notices().to_vec();
     // From here on the program's clocks run: before any timer is set that runs with them.
@@ -177,7 +182,7 @@ pub fn restore(reader: &dyn EpochReader, options: &RestoreOptions) -> Result<Rea
     let mut made = descriptors::recreate_table(&saved.table, checked)?;
     laps.lap("check and descriptors");
     let mut contents = match options.files {
-        FilesPolicy::Reconcile => contents(&saved, &files)?,
+        FilesPolicy::Reconcile => contents(&saved, &files, &written)?,
         FilesPolicy::Keep => HashMap::new(),
     };
     let namespace = away
@@ -241,6 +246,7 @@ pub fn restore(reader: &dyn EpochReader, options: &RestoreOptions) -> Result<Rea
         made_files,
         objects,
         contents,
+        written,
         tracking,
         serving,
         later_bytes,
@@ -320,10 +326,17 @@ fn namespace(
     Ok(namespace)
 }
 
-/// The mapped files whose contents the epoch holds, by their spaces.
-fn contents(saved: &Saved, files: &[Files]) -> Result<HashMap<u32, FileContents>, ProcessError> {
+/// The files whose contents the epoch holds, by their spaces.
+fn contents(
+    saved: &Saved,
+    files: &[Files],
+    written: &[Written],
+) -> Result<HashMap<u32, FileContents>, ProcessError> {
     let failed = |e| internal("duplicating a descriptor", e);
     let mut all = HashMap::new();
+    for file in written {
+        all.insert(file.space, file.contents()?);
+    }
     for (process, files) in saved.processes.iter().zip(files) {
         for (file, opened) in process.memory.files.iter().zip(&files.mapped) {
             if let Some(space) = file.contents {
@@ -550,7 +563,12 @@ impl Ready {
     /// Lets the program run, tracked and lazily where that was asked for.
     pub fn launch(mut self) -> Result<Launched, ProcessError> {
         let (pid, ns_pid) = (self.pid(), self.ns_pid());
-        for contents in self.contents.values() {
+        for file in &self.written {
+            if let Some(contents) = self.contents.remove(&file.space) {
+                self.notices.extend(file.put_back(contents, pid)?);
+            }
+        }
+        for contents in self.contents.values_mut() {
             contents
                 .apply()
                 .map_err(|e| internal("putting the contents of a file back", e))?;

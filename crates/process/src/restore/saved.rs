@@ -2,6 +2,7 @@
 
 use super::system_v::Objects;
 use super::vdso::OldCode;
+use super::written::{self, Written};
 use super::{FilesPolicy, RestoreOptions, machine, pid_taken, space, threads};
 use crate::births;
 use crate::image::{self, SubjectState, ThreadsState, group, kinds};
@@ -72,6 +73,15 @@ pub struct Files {
     /// Its program.
     pub executable: File,
 }
+
+/// What a check opened, made and bound.
+type Judged = (
+    Vec<Files>,
+    MadeFiles,
+    descriptors::Checked,
+    Objects,
+    Vec<Written>,
+);
 
 impl SavedProcess {
     fn read(reader: &dyn EpochReader, pid: u32) -> Result<Self, ProcessError> {
@@ -278,7 +288,7 @@ impl Saved {
         ours: &[Mapping],
         reader: &dyn EpochReader,
         options: &RestoreOptions,
-    ) -> Result<(Vec<Files>, MadeFiles, descriptors::Checked, Objects), ProcessError> {
+    ) -> Result<Judged, ProcessError> {
         let taken = |id: &u32| match options.new_pid_ns {
             true => *id == 1,
             false => Path::new(&format!("/proc/{id}")).exists(),
@@ -309,17 +319,25 @@ impl Saved {
             .map(|f| f.path.clone())
             .collect();
         let objects = Objects::check(self, &mut refusals)?;
+        let written = match options.files {
+            FilesPolicy::Reconcile => written::open(self, reader.id().0, &mut made, &mut refusals)?,
+            FilesPolicy::Keep => Vec::new(),
+        };
+        let (written, opened): (Vec<_>, Vec<_>) = written.into_iter().unzip();
         let spaces: Vec<u32> = self.shared.memories.iter().map(|m| m.space).collect();
         let request = descriptors::CheckRequest {
             spaces: &spaces,
             contents: &contents,
+            written: &opened,
             pid: self.subject.root_process,
             programs: &programs,
             epoch: reader.id().0,
             files: options.files,
         };
         match descriptors::check_table(&self.table, &request) {
-            Ok(checked) if refusals.is_empty() => return Ok((files, made, checked, objects)),
+            Ok(checked) if refusals.is_empty() => {
+                return Ok((files, made, checked, objects, written));
+            }
             Ok(_) => {}
             Err(ProcessError::Refused(more)) => refusals.extend(more),
             Err(e) => return Err(e),

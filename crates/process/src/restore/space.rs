@@ -404,7 +404,10 @@ pub fn fill(
         }
         if let Some(file) = contents.get_mut(&run.space().0) {
             if let Content::Bytes(bytes) = content {
-                file.note(run.address(), bytes);
+                let noted = file.note(run.address(), bytes);
+                noted.map_err(|e| {
+                    VisitError::Visitor(Box::new(super::internal("comparing a file", e)))
+                })?;
             }
             return Ok(());
         }

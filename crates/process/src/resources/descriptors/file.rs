@@ -13,6 +13,9 @@
 //!   the kernel sets the time before it takes the first byte;
 //! - anything else is refused, unless the user keeps files as they are.
 //!
+//! All this is for files whose contents the epoch does not hold (`resources::shared`): those that it
+//! holds are what they were in any case.
+//!
 //! A file that is only read must be the same file, or have the same size and time.
 //!
 //! # What it refuses
@@ -30,6 +33,7 @@ use outlive_state_tree::StateNode;
 use rustix::fs::{AtFlags, FileType, Mode, OFlags, SeekFrom, Statx, StatxFlags};
 use rustix::io::Errno;
 use std::collections::hash_map::Entry;
+use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 /// How many bytes before the end of a file vouch for the rest of it.
@@ -134,7 +138,7 @@ impl FileState {
 
 /// Whether both are the same file, whatever it contains. Device numbers may change from boot to
 /// boot; the time of birth does not, and tells a reused inode number.
-fn same_file(then: &Seen, now: &Seen) -> bool {
+pub(crate) fn same_file(then: &Seen, now: &Seen) -> bool {
     then.inode == now.inode
         && match (then.born, now.born) {
             (Some(a), Some(b)) => a == b,
@@ -359,6 +363,15 @@ impl Descriptor for FileState {
                 about.number
             )));
         }
+        if let Some(written) = cx.request.written.iter().find(|w| w.is(self)) {
+            if written.path != self.path && !written.is_at(&self.path) {
+                let what = format!("file {path} is not {} any more", show(&written.path));
+                let remedy = "make it the same file again, or restore with --files keep";
+                return Err(cx.refuse(about, what, remedy));
+            }
+            cx.hold(about, written.hold(cx.request.pid)?);
+            return Ok(());
+        }
         let held = match look_up(&self.path) {
             Ok(fd) => fd,
             Err(Errno::NOENT | Errno::NOTDIR) => {
@@ -393,6 +406,37 @@ impl Descriptor for FileState {
         })?;
         seek(cx.pid, about, &file, self.position, self.made_up)?;
         Ok(file)
+    }
+}
+
+/// A file whose contents the epoch holds, opened to be put back, or to be put in its place.
+#[derive(Debug)]
+pub struct WrittenFile {
+    /// How it looked.
+    pub(crate) then: Seen,
+    /// Its path.
+    pub(crate) path: Vec<u8>,
+    /// The file.
+    pub(crate) file: File,
+}
+
+impl WrittenFile {
+    fn is(&self, state: &FileState) -> bool {
+        (self.then.device, self.then.inode) == (state.device, state.inode)
+    }
+
+    /// Whether this path leads to it too.
+    fn is_at(&self, path: &[u8]) -> bool {
+        let seen = |fd: BorrowedFd<'_>| Seen::of_fd(fd).map(|(now, _)| (now.device, now.inode));
+        let there = look_up(path).and_then(|fd| seen(fd.as_fd()));
+        there.is_ok_and(|there| seen(self.file.as_fd()) == Ok(there))
+    }
+
+    /// What stands for it.
+    fn hold(&self, pid: u32) -> Result<OwnedFd, ProcessError> {
+        let this = format!("/proc/self/fd/{}", self.file.as_raw_fd());
+        rustix::fs::open(this, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())
+            .map_err(|errno| failed(pid, format!("hold {}", show(&self.path)), errno))
     }
 }
 
@@ -466,13 +510,17 @@ fn written(
     if let Entry::Vacant(vacant) = cx.files.files.entry(key) {
         vacant.insert((probe.shown(), probe.another_duplicate()?));
     }
+    let appended = !cx.around.overwriters.contains(&seen.inode);
+    // Once it may have been overwritten, a checksum of its end says nothing that its contents do not.
+    if !appended && cx.shared.space_of_written(probe)?.is_some() {
+        return Ok(None);
+    }
     let before = cx.memory.vouched.get(&key);
     if let Some(before) = before
         && (before.size, before.modified) == (seen.size, seen.modified)
     {
         return Ok(Some(*before));
     }
-    let appended = !cx.around.overwriters.contains(&seen.inode);
     // Not through a duplicate: it may be for writing only, or want aligned buffers.
     let file = probe.reopen(OFlags::RDONLY);
     let vouched = file.and_then(|file| Vouched::of(file.as_fd(), seen, appended, before));

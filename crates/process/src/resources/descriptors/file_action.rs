@@ -15,7 +15,7 @@ use super::probe::{failed, show};
 use crate::ProcessError;
 use rustix::fs::{CWD, Mode, OFlags, RenameFlags, Timespec, Timestamps, UTIME_OMIT, renameat_with};
 use rustix::io::Errno;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 
 /// What must be done to one file.
 #[derive(Debug)]
@@ -60,19 +60,7 @@ impl FileAction {
             self.copy_tail(&cut).map_err(wrap("keep the tail of"))?;
             rustix::fs::ftruncate(&self.file, self.size).map_err(wrap("truncate"))?;
         }
-        let modified = Timespec {
-            tv_sec: self.modified.div_euclid(1_000_000_000),
-            tv_nsec: self.modified.rem_euclid(1_000_000_000),
-        };
-        let times = Timestamps {
-            last_access: Timespec {
-                tv_sec: 0,
-                tv_nsec: UTIME_OMIT,
-            },
-            last_modification: modified,
-        };
-        rustix::fs::futimens(&self.file, &times).map_err(wrap("set the time of"))?;
-        rustix::fs::fsync(&self.file).map_err(wrap("write back"))?;
+        set_time(&self.file, self.modified).map_err(wrap("set the time of"))?;
         let tail = set_aside(&cut, &tail).map_err(wrap("keep the tail of"))?;
         Ok(match (tail, self.grown_by) {
             (Some(tail), 1..) => format!(
@@ -119,12 +107,28 @@ impl FileAction {
     }
 }
 
+/// Sets the time of the last change, nanoseconds since 1970, and makes the file durable.
+pub(crate) fn set_time(file: impl AsFd, modified: i64) -> Result<(), Errno> {
+    let times = Timestamps {
+        last_access: Timespec {
+            tv_sec: 0,
+            tv_nsec: UTIME_OMIT,
+        },
+        last_modification: Timespec {
+            tv_sec: modified.div_euclid(1_000_000_000),
+            tv_nsec: modified.rem_euclid(1_000_000_000),
+        },
+    };
+    rustix::fs::futimens(&file, &times)?;
+    rustix::fs::fsync(&file)
+}
+
 /// How many files of one name may lie side by side.
 const ASIDE: u32 = 10_000;
 
 /// Gives a file another name, or that name and a number where that is taken; returns which. `None`
 /// where there is no such file.
-fn set_aside(from: &[u8], to: &[u8]) -> Result<Option<Vec<u8>>, Errno> {
+pub(crate) fn set_aside(from: &[u8], to: &[u8]) -> Result<Option<Vec<u8>>, Errno> {
     let mut candidate = to.to_vec();
     for number in 1..ASIDE {
         match rename_new(from, &candidate) {
@@ -142,7 +146,7 @@ fn set_aside(from: &[u8], to: &[u8]) -> Result<Option<Vec<u8>>, Errno> {
 }
 
 /// Renames without replacing anything.
-fn rename_new(from: &[u8], to: &[u8]) -> Result<(), Errno> {
+pub(crate) fn rename_new(from: &[u8], to: &[u8]) -> Result<(), Errno> {
     match renameat_with(CWD, from, CWD, to, RenameFlags::NOREPLACE) {
         // A file system that cannot promise it.
         Err(Errno::INVAL | Errno::NOSYS) => match look_up(to) {
@@ -154,7 +158,7 @@ fn rename_new(from: &[u8], to: &[u8]) -> Result<(), Errno> {
     }
 }
 
-fn sync_directory_of(path: &[u8]) -> Result<(), Errno> {
+pub(crate) fn sync_directory_of(path: &[u8]) -> Result<(), Errno> {
     let end = path.iter().rposition(|&b| b == b'/').unwrap_or(0);
     let directory = if end == 0 { b"/" } else { &path[..end] };
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;

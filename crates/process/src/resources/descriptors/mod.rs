@@ -81,6 +81,9 @@ pub use collect::{Collected, FilesToSync, Memory, collect_table, preflight};
 pub use context::{
     About, Around, Channel, CheckContext, CollectContext, Late, RecreateContext, RemoteCall,
 };
+pub use file::WrittenFile;
+pub(crate) use file::{Seen, look_up, same_file};
+pub(crate) use file_action::{FileAction, rename_new, set_aside, set_time, sync_directory_of};
 pub(crate) use locks::validate as validate_takers;
 pub use locks::{LockKind, LockState};
 pub use owner::{OwnerSort, OwnerState, owner_calls};

@@ -2,7 +2,7 @@
 
 use super::Description;
 use super::context::{About, Channel, CheckContext, Late, RecreateContext, RemoteCall, Rewatch};
-use super::file::seek;
+use super::file::{WrittenFile, seek};
 use super::file_action::FileAction;
 use super::locks;
 use super::probe::failed;
@@ -48,6 +48,8 @@ pub struct CheckRequest<'a> {
     pub spaces: &'a [u32],
     /// Paths of files whose contents the epoch holds, so that they may look like anything.
     pub contents: &'a [Vec<u8>],
+    /// Files whose contents the epoch holds because they were open for writing.
+    pub written: &'a [WrittenFile],
 }
 
 /// A table that can be restored here, with what was opened and bound to find that out.

@@ -85,6 +85,14 @@ impl FdTable {
         }
     }
 
+    /// The paths of all regular files among them.
+    pub(crate) fn paths(&self) -> impl Iterator<Item = Vec<u8>> + '_ {
+        self.descriptions.iter().filter_map(|d| match &d.object {
+            Description::File(file) => Some(file.path.clone()),
+            _ => None,
+        })
+    }
+
     /// Whether numbers and references make sense. Everything else is checked kind by kind.
     ///
     /// # Errors

@@ -114,6 +114,7 @@ fn request(files: FilesPolicy) -> CheckRequest<'static> {
         files,
         spaces: &[],
         contents: &[],
+        written: &[],
     }
 }
 

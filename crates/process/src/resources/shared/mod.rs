@@ -8,6 +8,7 @@
 //!   happen all the time and leave no trace but its contents. So these are kept in the epoch, up to
 //!   [`MAX_FILE`], and put back at a restore ([`contents`]), whatever has become of the file since;
 //!   it is made again where it is gone.
+//! - Files that are open for writing ([`written`]), up to a length that is asked for.
 //!
 //! # Rules
 //! - One object is saved once and made once, by however many mappings and descriptors of whichever
@@ -22,11 +23,13 @@ mod contents;
 mod nameless;
 mod objects;
 mod segment;
+mod written;
 
 pub use contents::FileContents;
 pub use nameless::{DeletedState, MemfdState};
 pub use objects::SharedObjects;
 pub use segment::SegmentState;
+pub use written::WrittenFileState;
 
 use crate::{ProcessError, Refusal};
 use outlive_linux::maps::{Mapping, VmFlags};
@@ -71,8 +74,10 @@ pub struct SharedMemory {
 pub enum Origin {
     /// Memory without a name.
     Anonymous(AnonymousState),
-    /// A file with a name.
+    /// A file with a name that is mapped.
     MappedFile(MappedFileState),
+    /// A file with a name that is open only.
+    WrittenFile(WrittenFileState),
     /// A memory file.
     Memfd(MemfdState),
     /// A file whose name is gone.
@@ -96,8 +101,8 @@ pub struct MappedFileState {}
 pub enum Sort {
     /// [`Origin::Anonymous`].
     Anonymous,
-    /// [`Origin::MappedFile`].
-    MappedFile,
+    /// [`Origin::MappedFile`], [`Origin::WrittenFile`].
+    Named,
     /// [`Origin::Memfd`].
     Memfd,
     /// [`Origin::Deleted`].
@@ -206,7 +211,7 @@ pub fn recreate(
             )));
         }
         let file = match &memory.origin {
-            Origin::MappedFile(_) | Origin::Segment(_) => continue,
+            Origin::MappedFile(_) | Origin::WrittenFile(_) | Origin::Segment(_) => continue,
             Origin::Anonymous(_) => memfd_create(NAME, MemfdFlags::CLOEXEC)
                 .map_err(|e| failed("making shared memory", e))?,
             Origin::Memfd(memfd) => memfd.recreate()?,

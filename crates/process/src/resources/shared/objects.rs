@@ -3,16 +3,18 @@
 //! # How changes are found
 //! Any process may write to it, by any mapping, and end before the next epoch: page tables do not
 //! tell. So every page is compared, by a 128-bit hash, with what the epochs so far hold. That
-//! reads all of it at each look, also at the stop. Only a deleted file that nobody in the subject
-//! can write to is looked at once.
+//! reads all of it at each look, also at the stop. A deleted file that nobody in the subject can
+//! write to is looked at once, a file with a name that is not mapped when its [`Stamp`] may have
+//! changed.
 //!
 //! What was handed on and got into no epoch is owed: it is handed on again, whatever its hash. It
 //! may be owed several times over before that.
 
 use super::nameless::{self, DeletedState, MemfdState};
+use super::written::{self, Stamp, WrittenFileState};
 use super::{
-    AnonymousState, MappedFileState, Origin, SHARED_SPACE, SegmentState, SharedMemory, SharedState,
-    Sort,
+    AnonymousState, MAX_FILE, MappedFileState, Origin, SHARED_SPACE, SegmentState, SharedMemory,
+    SharedState, Sort,
 };
 use crate::interval::IntervalSet;
 use crate::residue::Residue;
@@ -22,10 +24,11 @@ use crate::resources::system_v::Members;
 use crate::target::Target;
 use crate::{ProcessError, Refusal};
 use outlive_epoch::{PAGE_SIZE, PageSink, Run, SpaceId};
+use outlive_linux::clock::realtime_ns;
 use outlive_linux::maps::{Mapping, VmFlags};
 use outlive_linux::sysv::{self, Segment};
 use rustix::fs::{OFlags, SeekFrom, seek};
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::ffi::OsStr;
 use std::fs::{File, Metadata};
 use std::os::unix::ffi::OsStrExt;
@@ -61,8 +64,10 @@ struct Known {
     used: bool,
     /// … and can write to it.
     writable: bool,
-    /// Size and time of the last change when it was looked at last.
-    looked_at: Option<(u64, i64)>,
+    /// How it looked when it was looked at last, where that tells of later changes.
+    looked_at: Option<Stamp>,
+    /// Whether its file system keeps exact times.
+    exact: bool,
 }
 
 /// All shared memory of a tracked program.
@@ -73,6 +78,10 @@ pub struct SharedObjects {
     aliases: HashMap<Key, Key>,
     made: u32,
     buffer: Vec<u8>,
+    /// The largest file that is kept because it is open for writing, bytes.
+    files_limit: u64,
+    /// Files with a name that are not kept, because of where they are.
+    elsewhere: HashSet<Key>,
 }
 
 /// Takes changed pages.
@@ -105,6 +114,15 @@ impl Changes for Residue {
 }
 
 impl SharedObjects {
+    /// Keeps files up to so many bytes, at most [`MAX_FILE`], that are open for writing.
+    #[must_use]
+    pub fn with_files(limit: u64) -> Self {
+        Self {
+            files_limit: limit.min(MAX_FILE),
+            ..Self::default()
+        }
+    }
+
     /// A new round: what nobody names until its end is in use no more.
     pub fn begin(&mut self) {
         for known in self.known.values_mut() {
@@ -119,13 +137,13 @@ impl SharedObjects {
         m: &Mapping,
         flags: VmFlags,
     ) -> Result<u32, ProcessError> {
-        let sort = Sort::of(m).unwrap_or(Sort::MappedFile);
+        let sort = Sort::of(m).unwrap_or(Sort::Named);
         let writable = m.shared && (flags.has(VmFlags::MAY_WRITE) || m.prot & 2 != 0);
         let key = (m.device, m.inode, sort);
         if let Some(space) = self.known_space(key, writable, 1) {
             return Ok(space);
         }
-        let path = if sort == Sort::MappedFile {
+        let path = if sort == Sort::Named {
             OsStr::from_bytes(&m.name).into()
         } else {
             let name = format!("/proc/{}/map_files/{:x}-{:x}", target.pid, m.start, m.end);
@@ -159,14 +177,42 @@ impl SharedObjects {
             probe.failed("look at", errno)
         })?;
         self.add(key, (file, meta), &probe.link, (writable, 0), &|what| {
-            Refusal {
-                pid: probe.target.pid,
-                program: probe.target.program.to_owned(),
-                place: format!("fd {}", probe.number),
-                what: format!("{what} ({})", probe.shown()),
-                remedy: REMEDY.into(),
-            }
+            refusal(probe, what)
         })
+    }
+
+    /// The space of a file with a name that a descriptor leads to; `None` where its contents are
+    /// not kept.
+    pub(crate) fn space_of_written(
+        &mut self,
+        probe: &Probe<'_>,
+    ) -> Result<Option<u32>, ProcessError> {
+        let stat = probe.stat()?;
+        let device = (stat.stx_dev_major, stat.stx_dev_minor);
+        let key = (device, stat.stx_ino, Sort::Named);
+        let too_large = self.files_limit == 0 || stat.stx_size > self.files_limit;
+        if too_large || self.elsewhere.contains(&key) {
+            return Ok(None);
+        }
+        if let Some(space) = self.known_space(key, true, 0) {
+            let true_key = self.aliases.get(&key).unwrap_or(&key);
+            if let Some(known) = self.known.get_mut(true_key)
+                && known.name != probe.link
+            {
+                known.name.clone_from(&probe.link);
+            }
+            return Ok(Some(space));
+        }
+        let opened = probe.reopen(OFlags::RDONLY).map(File::from);
+        let opened = opened.ok().filter(|file| written::is_local(file).is_some());
+        let Some((file, meta)) = opened.and_then(|f| f.metadata().ok().map(|m| (f, m))) else {
+            self.elsewhere.insert(key);
+            return Ok(None);
+        };
+        self.add(key, (file, meta), &probe.link, (true, 0), &|what| {
+            refusal(probe, what)
+        })
+        .map(Some)
     }
 
     fn known_space(&mut self, key: Key, writable: bool, mappings: u64) -> Option<u32> {
@@ -202,6 +248,7 @@ impl SharedObjects {
         self.made += 1;
         let known = Known {
             space,
+            exact: written::is_local(&file) == Some(true),
             file,
             sort: key.2,
             name: name.to_vec(),
@@ -227,7 +274,8 @@ impl SharedObjects {
         self.known
             .values_mut()
             .filter(|known| due(known.looked_at.is_none()))
-            .try_for_each(|k| k.look(buffer, &mut sink))
+            .filter(|known| !known.is_only_open() || known.pages.is_empty())
+            .try_for_each(|k| k.look(buffer, &mut sink, false))
     }
 
     /// Adds the System V segments of the program that nobody has mapped.
@@ -301,7 +349,7 @@ impl SharedObjects {
         let mut memories = Vec::new();
         for (key, known) in &mut self.known {
             if known.used {
-                known.look(buffer, &mut residue)?;
+                known.look(buffer, &mut residue, true)?;
                 let (origin, size) = match known.origin() {
                     Ok(Some(origin)) => (origin, known.size()?),
                     Ok(None) => of_segment(key, known)?,
@@ -346,6 +394,16 @@ impl SharedObjects {
     }
 }
 
+fn refusal(probe: &Probe<'_>, what: &str) -> Refusal {
+    Refusal {
+        pid: probe.target.pid,
+        program: probe.target.program.to_owned(),
+        place: format!("fd {}", probe.number),
+        what: format!("{what} ({})", probe.shown()),
+        remedy: REMEDY.into(),
+    }
+}
+
 impl Known {
     fn failed(&self, what: &str, source: std::io::Error) -> ProcessError {
         let what = format!("{what} shared memory ({})", self.name.escape_ascii());
@@ -353,13 +411,24 @@ impl Known {
     }
 
     fn size(&self) -> Result<u64, ProcessError> {
-        Ok(self.looks()?.0)
+        Ok(self.stamp()?.size)
     }
 
-    fn looks(&self) -> Result<(u64, i64), ProcessError> {
+    fn stamp(&self) -> Result<Stamp, ProcessError> {
         let meta = self.file.metadata();
         let meta = meta.map_err(|e| self.failed("asking for the length of", e))?;
-        Ok((meta.size(), memory::modified_ns(&meta)))
+        Ok(Stamp::of(&meta))
+    }
+
+    /// A file with a name that nobody of the program has mapped.
+    fn is_only_open(&self) -> bool {
+        self.sort == Sort::Named && self.mappings == 0
+    }
+
+    /// Whether it is as it was when it was looked at last.
+    fn is_unchanged(&self, stamp: Stamp) -> bool {
+        let only_read = self.sort == Sort::Deleted && !self.writable;
+        (only_read || self.is_only_open()) && self.looked_at == Some(stamp)
     }
 
     /// What it is; `None` for a segment, which its file does not describe.
@@ -367,7 +436,10 @@ impl Known {
         Ok(Some(match self.sort {
             Sort::Segment => return Ok(None),
             Sort::Anonymous => Origin::Anonymous(AnonymousState {}),
-            Sort::MappedFile => Origin::MappedFile(MappedFileState {}),
+            Sort::Named if self.is_only_open() => {
+                Origin::WrittenFile(WrittenFileState::collect(&self.name, &self.file)?)
+            }
+            Sort::Named => Origin::MappedFile(MappedFileState {}),
             Sort::Memfd => Origin::Memfd(MemfdState::collect(&self.name, &self.file)?),
             Sort::Deleted => Origin::Deleted(DeletedState::collect(&self.name, &self.file)?),
         }))
@@ -379,19 +451,23 @@ impl Known {
     }
 
     /// Compares every page that exists with what is known, and hands on what differs or is owed.
+    /// The program may be `standing`.
     fn look(
         &mut self,
         buffer: &mut Vec<u8>,
         changes: &mut impl Changes,
+        standing: bool,
     ) -> Result<(), ProcessError> {
-        let looks = self.looks()?;
-        if self.sort == Sort::Deleted && !self.writable && self.looked_at == Some(looks) {
+        let stamp = self.stamp()?;
+        if self.is_unchanged(stamp) {
             return Ok(());
         }
-        self.looked_at = Some(looks);
+        let now = i64::try_from(realtime_ns()).unwrap_or(0);
+        let tells = standing && stamp.is_certain(self.exact, now);
+        self.looked_at = (!self.is_only_open() || tells).then_some(stamp);
         let owed = std::mem::take(&mut self.owed);
         buffer.resize(PIECE, 0);
-        let size = looks.0;
+        let size = stamp.size;
         let mut seen = HashMap::with_capacity(self.pages.len());
         let mut at = 0;
         while let Some((start, end)) = self.next_data(at, size)? {
@@ -481,12 +557,13 @@ mod tests {
             used: true,
             writable: true,
             looked_at: None,
+            exact: true,
         }
     }
 
     fn changes(known: &mut Known) -> (Vec<u64>, Vec<u64>) {
         let mut residue = Residue::default();
-        known.look(&mut Vec::new(), &mut residue).unwrap();
+        known.look(&mut Vec::new(), &mut residue, true).unwrap();
         let firsts = |runs: &[Run]| runs.iter().map(Run::first).collect();
         (firsts(&residue.runs), firsts(&residue.absent))
     }
@@ -534,6 +611,36 @@ mod tests {
         known.owed.insert(1, 3);
         known.file.set_len(2 * 4096).unwrap();
         assert_eq!(changes(&mut known), (vec![1], vec![2]));
+    }
+
+    #[test]
+    fn a_file_that_is_only_open_is_looked_at_again_when_it_may_have_changed() {
+        let mut known = object();
+        (known.sort, known.mappings) = (Sort::Named, 0);
+        known.file.write_all_at(&[1; 2 * 4096], 0).unwrap();
+        assert_eq!(changes(&mut known), (vec![0, 1], vec![]));
+        assert!(known.looked_at.is_some());
+        known.file.write_all_at(&[2], 5000).unwrap();
+        assert_eq!(changes(&mut known), (vec![1], vec![]));
+        known.pages.clear();
+        assert_eq!(changes(&mut known), (vec![], vec![]), "it was not read");
+        // Who looks while the program runs has seen nothing for certain.
+        known.file.write_all_at(&[3], 5000).unwrap();
+        let mut ahead = Residue::default();
+        known.look(&mut Vec::new(), &mut ahead, false).unwrap();
+        assert_eq!((ahead.runs.len(), known.looked_at), (2, None));
+        // Nor where times are not exact and the clock did not tick.
+        known.exact = false;
+        assert_eq!(changes(&mut known), (vec![], vec![]));
+        assert_eq!(known.looked_at, None);
+        (known.exact, known.mappings) = (true, 1);
+        changes(&mut known);
+        known.pages.clear();
+        assert_eq!(
+            changes(&mut known).0,
+            [0, 1],
+            "what is mapped is always read"
+        );
     }
 
     #[test]

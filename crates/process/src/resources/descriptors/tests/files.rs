@@ -371,6 +371,62 @@ fn watched_files_are_watched_again_under_the_same_numbers() {
     );
 }
 
+#[test]
+fn contents_are_kept_of_small_files_that_may_be_overwritten() {
+    use crate::resources::shared::Origin;
+    use std::collections::BTreeMap;
+    let _quiet = no_child_starts();
+    let fixture = Fixture::new();
+    let [data, log, read, large] = ["data", "log", "read", "large"].map(|name| {
+        let length = if name == "large" { 8193 } else { 8192 };
+        fixture.file(name, &vec![1; length])
+    });
+    let reader = File::open(&data).unwrap();
+    let (data, large) = (writable(&data), writable(&large));
+    let log = OpenOptions::new().append(true).open(&log).unwrap();
+    let read = File::open(&read).unwrap();
+    let numbers = [
+        number(&reader),
+        number(&data),
+        number(&log),
+        number(&read),
+        number(&large),
+    ];
+    let mut objects = SharedObjects::with_files(8192);
+    let root = crate::target::Target::open(me()).unwrap();
+    let mut take = || {
+        objects.begin();
+        let table = collect_shared(&numbers, &mut objects).unwrap().table;
+        let (state, residue) = objects.take(&[], &root, &BTreeMap::new()).unwrap();
+        (table, state, residue)
+    };
+    let (table, state, residue) = take();
+    let [memory] = &state.memories[..] else {
+        panic!("{state:?}");
+    };
+    let Origin::WrittenFile(file) = &memory.origin else {
+        panic!("{state:?}");
+    };
+    assert!(file.path.ends_with(b"/data"));
+    assert_eq!((memory.size, residue.pages()), (8192, 2));
+    let vouched = |fd: &File| match &table.find(me(), number(fd)).unwrap().object {
+        super::super::Description::File(state) => state.tail_crc.is_some(),
+        other => panic!("{other:?}"),
+    };
+    assert!(!vouched(&data) && vouched(&log) && !vouched(&read) && vouched(&large));
+    let (.., residue) = take();
+    assert_eq!(residue.pages(), 0);
+    rustix::io::pwrite(&data, b"2", 5000).unwrap();
+    let (.., residue) = take();
+    assert_eq!(residue.pages(), 1);
+    data.set_len(8193).unwrap();
+    let (_, state, residue) = take();
+    assert!(
+        state.memories.is_empty() && residue.absent.len() == 2,
+        "it is too large now"
+    );
+}
+
 /// Files without a name are made again with their contents, from the bytes of the epoch.
 #[test]
 fn nameless_files_keep_contents_modes_and_seals() {
