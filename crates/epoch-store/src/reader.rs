@@ -85,6 +85,26 @@ impl Reader {
         self.generation.met.all()
     }
 
+    /// The epoch that stored the tree of a group: an earlier one where it has not changed since.
+    #[must_use]
+    pub fn tree_origin(&self, group: &str) -> Option<EpochId> {
+        self.groups.get(group).map(|place| EpochId(place.epoch))
+    }
+
+    /// The runs whose bytes are stored, and those that are zero; both in order, and they do not
+    /// overlap.
+    #[must_use]
+    pub fn parts(&self) -> (Vec<Run>, Vec<Run>) {
+        let (mut stored, mut zero) = (Vec::new(), Vec::new());
+        for (run, place) in self.map.pieces() {
+            match place {
+                Where::Zero => zero.push(run),
+                Where::Data { .. } => stored.push(run),
+            }
+        }
+        (stored, zero)
+    }
+
     /// All pieces of the wanted runs, cut to the size of one transfer and gathered into reads, in
     /// file order.
     fn plan(&self, wanted: &[Run]) -> Vec<Chunk> {

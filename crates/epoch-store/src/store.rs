@@ -8,7 +8,7 @@
 //!   until that step has been repeated with success.
 
 use crate::damage::{self, Damage};
-use crate::format::{Record, SEAL_AT, SLOT_AT, SUPERBLOCK_AT, Trailer, TreePlace, Twice};
+use crate::format::{Record, SEAL_AT, SLOT_AT, SUPERBLOCK_AT, Says, Trailer, TreePlace, Twice};
 use crate::generation::{Generation, Head, OpenError, committed_name, fresh_name, number_of};
 use crate::host::{Host, SystemHost};
 use crate::map::PageMap;
@@ -17,7 +17,7 @@ use crate::ready::Ready;
 use crate::repair::repair_in;
 use crate::verify::{self, Progress, Report};
 use crate::writer::Writer;
-use outlive_epoch::{EpochFacts, EpochId, PAGE_SIZE, StoreError};
+use outlive_epoch::{EpochFacts, EpochId, PAGE_SIZE, Run, StoreError};
 use outlive_media::{Access, Directory, FileDirectory, MediumError};
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -340,7 +340,10 @@ impl Store {
     pub fn begin_base(&mut self) -> Result<Box<Writer<'_>>, StoreError> {
         self.prepare()?;
         let newest = self.current.as_ref().map_or(0, |live| live.record.epoch);
-        let id = newest.checked_add(1).ok_or_else(exhausted)?;
+        self.base(newest.checked_add(1).ok_or_else(exhausted)?)
+    }
+
+    fn base(&mut self, id: u64) -> Result<Box<Writer<'_>>, StoreError> {
         let number = self.next_number;
         self.next_number = number.checked_add(1).ok_or_else(exhausted)?;
         let generation = Generation::create(&*self.dir, number, id, self.host.uuid());
@@ -349,6 +352,20 @@ impl Store {
         })?;
         let start = crate::format::LOG_AT;
         Ok(Box::new(Writer::new(self, generation, id, start, true)))
+    }
+
+    /// Begins the first epoch of a store that has none, under the number that it had elsewhere.
+    ///
+    /// # Errors
+    /// As for [`Store::begin`]; [`StoreError::Misuse`] where there is an epoch, or for number 0.
+    pub fn begin_first(&mut self, id: EpochId) -> Result<Box<Writer<'_>>, StoreError> {
+        self.prepare()?;
+        if self.current.is_some() || id.0 == 0 {
+            let place = self.dir.place();
+            let what = format!("epoch {id} cannot be the first of {place}");
+            return Err(StoreError::Misuse(what));
+        }
+        self.base(id.0)
     }
 
     fn prepare(&mut self) -> Result<(), StoreError> {
@@ -410,6 +427,26 @@ impl Store {
     /// # Errors
     /// [`StoreError::Missing`], [`StoreError::Damaged`], [`StoreError::Medium`].
     pub fn epoch(&self, id: Option<EpochId>) -> Result<Reader, StoreError> {
+        let (live, position) = self.find(id)?;
+        Ok(Reader::new(&live.generation, &live.chain[..=position])?)
+    }
+
+    /// Reads what one epoch says besides the epochs that it rests on: pages that it stored, and runs
+    /// that it declared absent. To be laid over the epoch before: first what is absent, then the
+    /// pages.
+    ///
+    /// # Errors
+    /// As for [`Store::epoch`].
+    pub fn increment(&self, id: EpochId) -> Result<(Reader, Vec<Run>), StoreError> {
+        let (live, position) = self.find(Some(id))?;
+        let link = &live.chain[position];
+        let reader = Reader::new(&live.generation, std::slice::from_ref(link))?;
+        let entries = live.generation.index(link.0, &link.1)?.entries;
+        let absent = entries.iter().filter(|entry| entry.says == Says::Absent);
+        Ok((reader, absent.map(|entry| entry.run).collect()))
+    }
+
+    fn find(&self, id: Option<EpochId>) -> Result<(&Live, usize), StoreError> {
         let missing = |what: String| StoreError::Missing {
             place: self.dir.place(),
             what,
@@ -428,7 +465,7 @@ impl Store {
                 "there is no epoch {wanted}, only {first} to {newest}"
             ))
         })?;
-        Ok(Reader::new(&live.generation, &live.chain[..=position])?)
+        Ok((live, position))
     }
 
     /// The epochs that can be read, oldest first.

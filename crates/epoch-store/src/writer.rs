@@ -102,6 +102,11 @@ impl<'a> Writer<'a> {
         self.base
     }
 
+    /// States that these pages are zero, however many they are.
+    pub fn zero(&mut self, run: Run) {
+        self.index.push(run, Says::Zero);
+    }
+
     /// Stores pages of which none is zero.
     fn store_pages(&mut self, run: Run, bytes: &[u8]) -> Result<(), StoreError> {
         let mut done = 0;

@@ -158,6 +158,12 @@ impl Image {
         self.store.met().iter().map(Damage::from).collect()
     }
 
+    /// The store itself.
+    #[must_use]
+    pub fn store(&self) -> &Store {
+        &self.store
+    }
+
     /// Where it is.
     #[must_use]
     pub fn dir(&self) -> &Path {

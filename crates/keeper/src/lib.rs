@@ -8,12 +8,14 @@
 //! - [`companion`]: the process that a keeper goes along with.
 //! - [`control`]: the conversation with a running keeper.
 //! - [`subject`]: the store root, names, and what is known of a subject besides its epochs.
+//! - [`arrival`]: subjects that come from elsewhere.
 //! - [`ownership`]: whose image it is.
 //! - [`stats`], [`procfs`]: figures and facts.
 //!
 //! Capture and restore themselves, and the layout of epochs on a medium, are other crates'
 //! business.
 
+pub mod arrival;
 pub mod budget;
 pub mod companion;
 pub mod control;

@@ -133,6 +133,12 @@ impl Default for Capture {
     }
 }
 
+/// Time between epochs where nobody said any, nanoseconds.
+const USUAL_INTERVAL_NS: u64 = 100_000_000;
+/// Shortest and longest time between epochs that a card from elsewhere may ask for, nanoseconds.
+const SHORTEST_INTERVAL_NS: u64 = 1_000_000;
+const LONGEST_INTERVAL_NS: u64 = 366 * 86_400 * 1_000_000_000;
+
 /// Version of [`Card`].
 pub const CARD_VERSION: u32 = 1;
 
@@ -141,6 +147,43 @@ impl Card {
     #[must_use]
     pub fn files_limit(&self) -> u64 {
         self.files_limit.unwrap_or(FILES_LIMIT)
+    }
+
+    /// The card of a program of which nothing is known, and which does not run here; `how` it came
+    /// is what is said of its state.
+    #[must_use]
+    pub fn elsewhere(how: &str) -> Self {
+        Self {
+            version: CARD_VERSION,
+            command: Vec::new(),
+            every_ns: USUAL_INTERVAL_NS,
+            capture: Capture::default(),
+            hold_up: None,
+            max_wear: None,
+            max_stop_us: None,
+            files_limit: None,
+            pid: 0,
+            started: 0,
+            boot: String::new(),
+            since_ns: 0,
+            ended: Some(how.to_owned()),
+        }
+    }
+
+    /// This card, from another machine: without what is true of that machine only. What it says is
+    /// somebody else's, so that nothing absurd passes.
+    #[must_use]
+    pub fn arrived(self, how: &str) -> Self {
+        Self {
+            every_ns: self
+                .every_ns
+                .clamp(SHORTEST_INTERVAL_NS, LONGEST_INTERVAL_NS),
+            pid: 0,
+            started: 0,
+            boot: String::new(),
+            ended: Some(how.to_owned()),
+            ..self
+        }
     }
 
     /// How long the program may be stopped for an epoch.
@@ -299,6 +342,15 @@ fn check_name(name: &str) -> Result<(), KeeperError> {
 pub struct Subject {
     name: String,
     dir: PathBuf,
+}
+
+/// The place where a subject is put together before it is one; its name is none that a subject can
+/// have.
+pub(crate) fn arriving(target: &Subject, root: &Path) -> Subject {
+    Subject {
+        name: target.name.clone(),
+        dir: root.join(format!(".arriving-{}", target.name)),
+    }
 }
 
 /// The right to write in a subject's directory, held until it is dropped.

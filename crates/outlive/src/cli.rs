@@ -91,6 +91,16 @@ pub enum Command {
         #[arg(value_name = "IMAGE|NAME")]
         what: String,
     },
+    /// Write the epochs of a subject or an image into one file, or a pipe
+    ///
+    /// All epochs that are there, or with --epoch one of them, whole. The program may go on running.
+    /// The file is not encrypted: it holds the program's memory.
+    Export(ExportArgs),
+    /// Make a subject of what `export` wrote; `outlive restore NAME` continues it
+    ///
+    /// Everything is checked; where anything is missing or damaged, nothing stays. A program does at
+    /// its restore what its epochs say, with your rights: import only what you trust.
+    Import(ImportArgs),
     /// Power events
     #[command(subcommand)]
     Power(PowerCommand),
@@ -354,6 +364,31 @@ pub struct InspectArgs {
     /// Number of the epoch; the newest where it is not given
     #[arg(long, value_name = "K")]
     pub epoch: Option<u64>,
+}
+
+/// `outlive export`
+#[derive(Debug, Args)]
+pub struct ExportArgs {
+    /// The name of a subject, or the directory of an image (with a slash in it)
+    #[arg(value_name = "NAME|IMAGE")]
+    pub what: String,
+    /// Only this epoch, whole; else all that are there
+    #[arg(long, value_name = "K")]
+    pub epoch: Option<u64>,
+    /// Where to; `-`, or nothing, is standard output
+    #[arg(short, long, value_name = "FILE|-")]
+    pub output: Option<PathBuf>,
+}
+
+/// `outlive import`
+#[derive(Debug, Args)]
+pub struct ImportArgs {
+    /// Where from; `-` is standard input
+    #[arg(value_name = "FILE|-")]
+    pub file: PathBuf,
+    /// Name of the subject; the one that it had where it comes from, if this is not given
+    #[arg(long, value_name = "N")]
+    pub name: Option<String>,
 }
 
 impl Cli {

@@ -2,6 +2,7 @@
 //! what was not done is an error that carries its own.
 
 mod bench;
+mod carry;
 mod check;
 mod checkpoint;
 mod demo;
@@ -50,6 +51,8 @@ pub fn run(cli: &Cli) -> Result<u8, KeeperError> {
         Command::Inspect(args) => inspect::inspect(&root, args, json),
         Command::Verify { what } => image::verify(&root, what, json),
         Command::Repair { what } => image::repair(&root, what, json),
+        Command::Export(args) => carry::export(&root, args, json),
+        Command::Import(args) => carry::import(&root, args, json),
         Command::Demo => demo::demo(json),
         Command::Bench(args) => bench::bench(args, json),
     }

@@ -1,0 +1,45 @@
+//! Epochs on their way to other places.
+//!
+//! - [`export`] and [`import`]: the epochs of a subject as one stream of bytes, which may be a file
+//!   or a pipe. `docs/elsewhere.md` draws the bytes.
+//!
+//! # Rules
+//! - Whatever comes from elsewhere is hostile until checked. What does not pass its checks is
+//!   [`StoreError::Damaged`] with its place in the stream; nothing is allocated in advance for what a
+//!   stream only claims.
+//! - Where a stream is damaged, nothing of it may stay: the caller imports into a directory that
+//!   counts for nothing until the import is done.
+//!
+//! # What it does not do
+//! It knows nothing of processes, and nothing of subjects: what is known of a subject besides its
+//! epochs is a piece of bytes to it. It encrypts nothing and compresses nothing.
+//!
+//! [`StoreError::Damaged`]: outlive_epoch::StoreError::Damaged
+
+mod export;
+mod frame;
+mod import;
+#[cfg(test)]
+mod stream_tests;
+
+pub use export::{Which, export};
+pub use frame::{LARGEST_ABOUT, VERSION};
+pub use import::import;
+
+/// What went over.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Passed {
+    /// Numbers of the first and the last epoch.
+    pub epochs: Option<(u64, u64)>,
+    /// Pages with contents, counted in each epoch that has them.
+    pub pages: u64,
+    /// Bytes of the stream.
+    pub bytes: u64,
+}
+
+impl Passed {
+    fn epoch(&mut self, id: u64) {
+        let first = self.epochs.map_or(id, |(first, _)| first);
+        self.epochs = Some((first, id));
+    }
+}

@@ -1,0 +1,171 @@
+//! Subjects that come from elsewhere.
+//!
+//! # Rules
+//! - What arrives is put together in `ROOT/.arriving-NAME`, which no command takes for a subject. It
+//!   becomes `ROOT/NAME` in one step, after all of it is durable.
+//! - One arrival of a name at a time: its directory is locked. What an arrival left behind that was
+//!   killed is removed by the next one of that name.
+//! - A subject that is there is never replaced.
+
+use crate::subject::{Card, Lock, Root, Subject};
+use crate::{KeeperError, subject};
+use rustix::fs::RenameFlags;
+use rustix::io::Errno;
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+
+/// A subject on its way into the store; what was brought so far is removed when this is dropped.
+#[derive(Debug)]
+pub struct Arrival {
+    root: PathBuf,
+    target: Subject,
+    here: Subject,
+    lock: Option<Lock>,
+}
+
+impl Arrival {
+    /// Begins.
+    ///
+    /// # Errors
+    /// Refused, where there is such a subject already, or another arrival of this name; usage for a
+    /// bad name.
+    pub fn begin(root: &Root, name: &str) -> Result<Self, KeeperError> {
+        let target = root.subject(name)?;
+        if fs::symlink_metadata(target.dir()).is_ok() {
+            return Err(taken(&target));
+        }
+        let here = subject::arriving(&target, root.path());
+        here.make()?;
+        let lock = here.lock().map_err(|error| match error {
+            KeeperError::Refused(_) => KeeperError::Refused(format!(
+                "{name} is just arriving by another command: wait for it, or use --name"
+            )),
+            other => other,
+        })?;
+        let arrival = Self {
+            root: root.path().to_path_buf(),
+            target,
+            here,
+            lock: Some(lock),
+        };
+        arrival.clear()?;
+        Ok(arrival)
+    }
+
+    /// The directory for its epochs, which does not exist yet.
+    #[must_use]
+    pub fn epochs_dir(&self) -> PathBuf {
+        self.here.epochs_dir()
+    }
+
+    /// Removes what an earlier arrival left behind.
+    fn clear(&self) -> Result<(), KeeperError> {
+        match fs::remove_dir_all(self.epochs_dir()) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                let place = self.epochs_dir();
+                Err(KeeperError::io(format!("remove {}", place.display()))(
+                    error,
+                ))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Makes it a subject. Its store must be closed.
+    ///
+    /// # Errors
+    /// What the operating system says; refused, where a subject of that name came to be meanwhile.
+    pub fn settle(mut self, card: &Card) -> Result<(), KeeperError> {
+        let Some(lock) = &self.lock else {
+            return Ok(());
+        };
+        self.here.write_card(lock, card)?;
+        let (from, to) = (self.here.dir(), self.target.dir());
+        let here = rustix::fs::CWD;
+        match rustix::fs::renameat_with(here, from, here, to, RenameFlags::NOREPLACE) {
+            Err(Errno::EXIST | Errno::NOTEMPTY) => return Err(taken(&self.target)),
+            other => other.map_err(KeeperError::io(format!("rename to {}", to.display())))?,
+        }
+        self.lock = None;
+        sync(&self.root)
+    }
+}
+
+impl Drop for Arrival {
+    fn drop(&mut self) {
+        if self.lock.is_some() {
+            let _ = fs::remove_dir_all(self.here.dir());
+        }
+    }
+}
+
+fn sync(dir: &Path) -> Result<(), KeeperError> {
+    let synced = File::open(dir).and_then(|dir| dir.sync_all());
+    synced.map_err(KeeperError::io(format!("sync {}", dir.display())))
+}
+
+fn taken(subject: &Subject) -> KeeperError {
+    let name = subject.name();
+    KeeperError::Refused(format!(
+        "there is a subject named {name} already, in {}: --name gives the new one another name, \
+         `outlive forget {name}` removes the old one",
+        subject.dir().display()
+    ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn root() -> (tempfile::TempDir, Root) {
+        let dir = tempfile::tempdir().unwrap();
+        let root = Root::find(Some(&dir.path().join("store"))).unwrap();
+        (dir, root)
+    }
+
+    #[test]
+    fn what_arrives_is_a_subject_only_when_it_settles() {
+        let (_dir, root) = root();
+        let arrival = Arrival::begin(&root, "a").unwrap();
+        fs::create_dir(arrival.epochs_dir()).unwrap();
+        assert!(root.names().unwrap().is_empty());
+        let second = Arrival::begin(&root, "a").unwrap_err();
+        assert_eq!(second.exit_code(), 3);
+        assert!(second.to_string().contains("just arriving"), "{second}");
+        arrival.settle(&Card::elsewhere("imported")).unwrap();
+        assert_eq!(root.names().unwrap(), ["a"]);
+        assert!(root.subject("a").unwrap().epochs_dir().is_dir());
+        let third = Arrival::begin(&root, "a").unwrap_err();
+        assert_eq!(third.exit_code(), 3);
+        assert!(third.to_string().contains("--name"), "{third}");
+        let names = fs::read_dir(root.path()).unwrap().count();
+        assert_eq!(names, 1, "nothing else is left");
+    }
+
+    #[test]
+    fn what_does_not_settle_leaves_nothing_and_what_was_left_is_not_taken_over() {
+        let (_dir, root) = root();
+        drop(Arrival::begin(&root, "a").unwrap());
+        assert_eq!(fs::read_dir(root.path()).unwrap().count(), 0);
+        let killed = Arrival::begin(&root, "a").unwrap();
+        fs::create_dir(killed.epochs_dir()).unwrap();
+        fs::write(killed.epochs_dir().join("epochs.1"), "old").unwrap();
+        let mut killed = std::mem::ManuallyDrop::new(killed);
+        // Its locks go with a process, and its directory stays.
+        drop(killed.lock.take());
+        let next = Arrival::begin(&root, "a").unwrap();
+        assert!(!next.epochs_dir().exists());
+    }
+
+    #[test]
+    fn a_subject_that_came_to_be_meanwhile_stays() {
+        let (_dir, root) = root();
+        let arrival = Arrival::begin(&root, "a").unwrap();
+        let own = root.subject("a").unwrap();
+        own.make().unwrap();
+        let error = arrival.settle(&Card::elsewhere("imported")).unwrap_err();
+        assert_eq!(error.exit_code(), 3);
+        assert_eq!(fs::read_dir(own.dir()).unwrap().count(), 0);
+        assert_eq!(fs::read_dir(root.path()).unwrap().count(), 1);
+    }
+}
