@@ -43,18 +43,19 @@ pub fn target() -> PathBuf {
     root().join(given)
 }
 
-/// Builds `outlive` and the program that checks its clocks, as tests do, and returns both.
-pub fn build_for_lab() -> Result<[PathBuf; 2]> {
+/// Builds `outlive` and the programs that check themselves in the lab, as tests do; returns all.
+pub fn build_for_lab() -> Result<[PathBuf; 4]> {
     println!("building outlive…");
     let status = cargo()
         .args(["build", "-p", "outlive", "--bin", "outlive"])
         .args(["-p", "outlive-test-programs", "--bin", "clocks"])
+        .args(["--bin", "crowd", "--bin", "paging"])
         .status()
         .context("cannot start cargo")?;
     if !status.success() {
         bail!("outlive does not build: {status}");
     }
-    Ok(["outlive", "clocks"].map(|name| target().join("debug").join(name)))
+    Ok(["outlive", "clocks", "crowd", "paging"].map(|name| target().join("debug").join(name)))
 }
 
 fn executable(messages: &str) -> Option<PathBuf> {

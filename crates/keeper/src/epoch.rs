@@ -9,6 +9,7 @@
 //!   *power event* nothing comes before the stop, and what becomes of the program is decided once
 //!   the epoch is durable. An event that is noticed before a running epoch lets the program run on
 //!   makes that epoch its own.
+//! - Copying while the program runs ends when an event is heard of: the rest is taken at the stop.
 //! - A stop that would take longer than it may is given up, and with it the epoch. The tracker hands
 //!   all of it over again then.
 //! - After any other failure from precopy on, the tracker is told to forget its progress: what it handed
@@ -32,8 +33,13 @@ pub trait Program {
     /// What a stop took.
     type Snapshot: Snapshot;
 
-    /// Copies what changed while the program runs.
-    fn precopy(&mut self, sink: &mut dyn PageSink) -> Result<(), ProcessError>;
+    /// Copies what changed while the program runs, until it is done or `hurry` says that there is no
+    /// time: then the rest is left to the stop.
+    fn precopy(
+        &mut self,
+        sink: &mut dyn PageSink,
+        hurry: &mut dyn FnMut() -> bool,
+    ) -> Result<(), ProcessError>;
     /// Freezes the program and takes what is left into memory; what is found right before, while
     /// it still runs, goes into `sink`. A stop that would last longer than `limit` is given up:
     /// [`ProcessError::TooLong`] says so, and then nothing of its progress is lost.
@@ -48,6 +54,8 @@ pub trait Program {
     fn detach(self) -> Result<(), ProcessError>;
     /// Why every epoch copies everything, where that is so although the strategy is another.
     fn full_copy_because(&self) -> Option<String>;
+    /// How written pages are found, by its name.
+    fn tracking(&self) -> &'static str;
     /// Gives threads so long to stop from now on; returns how long they had.
     fn stop_within(&mut self, timeout: Duration) -> Duration;
     /// Pages that may have been written since the last stop, as of now; `None` where nobody guards
@@ -229,12 +237,13 @@ fn steps<P: Program>(
 ) -> Result<(Taken, Fate), ProcessError> {
     let began = Instant::now();
     if manner != Manner::Event {
-        program.precopy(&mut *writer)?;
+        program.precopy(&mut *writer, &mut || hooks.urgent())?;
     }
     let precopy_us = micros(began.elapsed());
     let stopping = Instant::now();
     // An early return drops `frozen`, which lets the program run on.
-    let limit = hooks.longest_stop().filter(|_| manner == Manner::Running);
+    let limited = manner == Manner::Running && !hooks.urgent();
+    let limit = hooks.longest_stop().filter(|_| limited);
     let (frozen, snapshot) = program.stop(&mut *writer, limit)?;
     if manner == Manner::Running && !hooks.urgent() {
         let stopped = frozen.resume()?;
@@ -319,8 +328,12 @@ impl Program for Tracked {
     type Frozen<'a> = Stopped<'a>;
     type Snapshot = Captured;
 
-    fn precopy(&mut self, sink: &mut dyn PageSink) -> Result<(), ProcessError> {
-        Tracked::precopy(self, sink)
+    fn precopy(
+        &mut self,
+        sink: &mut dyn PageSink,
+        hurry: &mut dyn FnMut() -> bool,
+    ) -> Result<(), ProcessError> {
+        Tracked::precopy(self, sink, hurry)
     }
 
     fn stop(
@@ -341,9 +354,13 @@ impl Program for Tracked {
 
     fn full_copy_because(&self) -> Option<String> {
         match self.tracking() {
-            Tracking::WriteProtect | Tracking::Off => None,
+            Tracking::WriteProtect | Tracking::SoftDirty | Tracking::Off => None,
             Tracking::FullCopy(reason) => Some(reason.clone()),
         }
+    }
+
+    fn tracking(&self) -> &'static str {
+        Tracked::tracking(self).name()
     }
 
     fn stop_within(&mut self, timeout: Duration) -> Duration {
@@ -456,7 +473,7 @@ mod tests {
         let (trace, ..) = run(None, Manner::Running, Says(true, Fate::Ended));
         assert_eq!(
             trace,
-            ["precopy", "stop", "write", "sync", "end"],
+            ["hurried", "precopy", "stop", "write", "sync", "end"],
             "an event in the middle of an epoch"
         );
         for fail in ["stop", "write", "sync", "commit"] {

@@ -117,7 +117,14 @@ impl Program for FakeProgram {
     type Frozen<'a> = FakeFrozen<'a>;
     type Snapshot = FakeSnapshot;
 
-    fn precopy(&mut self, _: &mut dyn PageSink) -> Result<(), ProcessError> {
+    fn precopy(
+        &mut self,
+        _: &mut dyn PageSink,
+        hurry: &mut dyn FnMut() -> bool,
+    ) -> Result<(), ProcessError> {
+        if hurry() {
+            self.step("hurried")?;
+        }
         self.step("precopy")
     }
 
@@ -150,6 +157,10 @@ impl Program for FakeProgram {
 
     fn full_copy_because(&self) -> Option<String> {
         None
+    }
+
+    fn tracking(&self) -> &'static str {
+        "write-protect"
     }
 
     fn stop_within(&mut self, timeout: Duration) -> Duration {

@@ -28,7 +28,7 @@ use crate::subject::Capture;
 use outlive_epoch::PAGE_SIZE;
 use outlive_epoch_store::APART;
 use outlive_linux::signals::{Received, SignalQueue};
-use outlive_process::{ProcessError, Strategy};
+use outlive_process::ProcessError;
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fd::OwnedFd;
 use rustix::process::Signal;
@@ -611,8 +611,7 @@ impl<'a, P: Program> Keeper<'a, P> {
     }
 
     fn adopt(&mut self, program: P) {
-        let tracks = self.settings.capture.strategy != Strategy::Copy.to_string();
-        self.status.tracking = if tracks { "write-protect" } else { "off" }.into();
+        self.status.tracking = program.tracking().into();
         if let Some(reason) = program.full_copy_because() {
             self.say(&format!("every epoch copies everything: {reason}"));
             self.status.tracking = format!("full-copy: {reason}");

@@ -26,6 +26,7 @@ pub mod ptrace;
 pub mod remote;
 pub mod signals;
 pub mod sockopt;
+pub mod soft_dirty;
 pub mod spawn;
 pub mod sysv;
 pub mod tcp;

@@ -22,6 +22,10 @@ pub const PRESENT: u64 = 1 << 3;
 pub const SWAPPED: u64 = 1 << 4;
 /// The page is the shared zero page.
 pub const ZERO: u64 = 1 << 5;
+/// The page was written since its soft-dirty bit was cleared ([`crate::soft_dirty`]).
+pub const SOFT_DIRTY: u64 = 1 << 7;
+/// The page is in memory and mapped in one process only, once ([`Pagemap::entries`] alone tells).
+pub const ALONE: u64 = 1 << 63;
 /// The page is a guard: any access faults (`MADV_GUARD_INSTALL`).
 pub const GUARD: u64 = 1 << 8;
 
@@ -132,7 +136,10 @@ impl Pagemap {
         mut visit: impl FnMut(Region),
     ) -> Result<(), Errno> {
         if self.plain {
-            return self.read_entries(start, end, query, visit);
+            if (query.all_of | query.any_of | query.report) & WRITTEN != 0 || query.protect {
+                return Err(Errno::NOTTY);
+            }
+            return self.entries(start, end, query, visit);
         }
         let Some(query) = query.without(self.unknown) else {
             return Ok(());
@@ -209,18 +216,15 @@ impl Pagemap {
         Ok(())
     }
 
-    /// [`Pagemap::scan`] for kernels without the ioctl. Asking for what was written, or protecting, is
-    /// [`Errno::NOTTY`] there. The zero page is not told from others.
-    fn read_entries(
+    /// [`Pagemap::scan`] by reading the entries of all pages, which every kernel allows. Nothing is
+    /// protected; nobody knows what is [`WRITTEN`], and the zero page is not told from others.
+    pub fn entries(
         &self,
         start: u64,
         end: u64,
         query: Query,
         mut visit: impl FnMut(Region),
     ) -> Result<(), Errno> {
-        if (query.all_of | query.any_of | query.report) & WRITTEN != 0 || query.protect {
-            return Err(Errno::NOTTY);
-        }
         let mut raw = [0u8; 8 * 512];
         let mut open: Option<Region> = None;
         let mut at = start;
@@ -262,7 +266,12 @@ impl Pagemap {
 /// The categories of a page by its entry in the page map.
 fn categories_of(entry: u64) -> u64 {
     let bit = |n: u32, category: u64| if entry >> n & 1 == 1 { category } else { 0 };
-    bit(63, PRESENT) | bit(62, SWAPPED) | bit(61, FILE) | bit(58, GUARD)
+    bit(63, PRESENT)
+        | bit(62, SWAPPED)
+        | bit(61, FILE)
+        | bit(58, GUARD)
+        | bit(56, ALONE)
+        | bit(55, SOFT_DIRTY)
 }
 
 impl Query {

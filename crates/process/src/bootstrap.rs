@@ -1,12 +1,14 @@
 //! The foothold in a process: the arena for remote calls, and the userfaultfd that tracks writes.
 
 use crate::freeze::{Held, remote_failed};
+use crate::pages::Means;
 use crate::target::Target;
 use crate::{ProcessError, Refusal};
 use outlive_linux::Errno;
 use outlive_linux::maps::{self, Mapping};
 use outlive_linux::memory;
 use outlive_linux::remote::{Arena, Arg, Batch};
+use outlive_linux::soft_dirty;
 use outlive_linux::userfault::{FLAGS, GUARD_FLAGS, WriteTracker};
 use rustix::fd::OwnedFd;
 use rustix::process::{PidfdGetfdFlags, pidfd_getfd};
@@ -185,15 +187,30 @@ pub fn remove_leftovers(
     Ok(())
 }
 
-/// Creates a userfaultfd in the process and takes it out, so that nothing of it stays there.
-/// `Err` in the inner result: the kernel has no asynchronous write protection, and why. A guard
-/// that may not be made is refused.
+/// How writes are to be found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Wanted {
+    /// By asynchronous write protection, or else by soft-dirty bits.
+    Notes,
+    /// By soft-dirty bits.
+    SoftDirty,
+    /// By synchronous write protection: writers wait.
+    Guard,
+}
+
+/// The means by which writes of the process are found. `Err` in the inner result: the kernel has
+/// none, and why. A guard that may not be made is refused.
 pub fn make_tracker(
     target: &Target,
     leader: &mut Held,
     arena: &Arena,
-    guards: bool,
-) -> Result<Result<WriteTracker, String>, ProcessError> {
+    wanted: Wanted,
+) -> Result<Result<Means, String>, ProcessError> {
+    let guards = wanted == Wanted::Guard;
+    if wanted == Wanted::SoftDirty {
+        let there = soft_dirty::is_there().then_some(Means::SoftDirty);
+        return Ok(there.ok_or_else(|| "this kernel has no soft-dirty bits".into()));
+    }
     let flags = if guards { GUARD_FLAGS } else { FLAGS };
     let made = match take_userfault(target, leader, arena, flags)? {
         Err(Errno::PERM) if guards => {
@@ -208,10 +225,15 @@ pub fn make_tracker(
         made if guards => made.and_then(WriteTracker::guarding),
         made => made.and_then(WriteTracker::new),
     };
-    Ok(made.map_err(|e| match e {
-        Errno::INVAL => "this kernel has no asynchronous write protection (Linux 6.7)".into(),
-        e => format!("userfaultfd: {e}"),
-    }))
+    Ok(match made {
+        Ok(tracker) => Ok(Means::Protection(tracker)),
+        Err(_) if !guards && soft_dirty::is_there() => Ok(Means::SoftDirty),
+        Err(Errno::INVAL) => Err(
+            "this kernel has neither asynchronous write protection (Linux 6.7) nor soft-dirty bits"
+                .into(),
+        ),
+        Err(e) => Err(format!("userfaultfd: {e}")),
+    })
 }
 
 /// Creates a userfaultfd in the process and takes it out. `Err` in the inner result: the kernel
@@ -222,6 +244,25 @@ pub fn take_userfault(
     arena: &Arena,
     flags: u64,
 ) -> Result<Result<OwnedFd, Errno>, ProcessError> {
+    let (taken, number) = match make_userfault(target, leader, arena, flags)? {
+        Ok(made) => made,
+        Err(e) => return Ok(Err(e)),
+    };
+    let mut batch = Batch::new();
+    batch.push(libc::SYS_close, [Arg::Value(number)]);
+    leader
+        .run(arena, batch)
+        .map_err(|e| remote_failed(target, e))?;
+    Ok(Ok(taken))
+}
+
+/// The same, and the process keeps it under the number that is returned, too.
+pub fn make_userfault(
+    target: &Target,
+    leader: &mut Held,
+    arena: &Arena,
+    flags: u64,
+) -> Result<Result<(OwnedFd, u64), Errno>, ProcessError> {
     let mut batch = Batch::new();
     let fd = batch.push(libc::SYS_userfaultfd, [Arg::Value(flags)]);
     let answers = leader
@@ -232,13 +273,8 @@ pub fn take_userfault(
         Err(e) => return Ok(Err(e)),
     };
     let taken = pidfd_getfd(&target.pidfd, number as i32, PidfdGetfdFlags::empty());
-    let mut batch = Batch::new();
-    batch.push(libc::SYS_close, [Arg::Value(number)]);
-    leader
-        .run(arena, batch)
-        .map_err(|e| remote_failed(target, e))?;
     let taken = taken.map_err(|e| target.kernel("taking over the userfaultfd", e))?;
-    Ok(Ok(taken))
+    Ok(Ok((taken, number)))
 }
 
 /// Keeps the arena out of children and core dumps.

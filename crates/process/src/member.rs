@@ -1,27 +1,25 @@
 //! One process of a tracked tree: its foothold, its page tracking, and what is taken of it at a
 //! stop.
 
-use crate::bootstrap::{self, Plan};
+use crate::bootstrap::{self, Plan, Wanted};
 use crate::captured::Spare;
 use crate::flags::FlagsCache;
 use crate::freeze::{Held, freeze, remote_failed, run_all};
 use crate::guard::Guard;
 use crate::image::ThreadsState;
 use crate::laps::Laps;
-use crate::pages::{PageTracker, PrivateArea, World};
+use crate::pages::{Means, PageTracker, PrivateArea, World};
 use crate::procfs::ThreadFiles;
 use crate::reentry::{Sleepers, WaitBook};
 use crate::residue::Residue;
 use crate::resources::shared::{self, SharedObjects};
 use crate::resources::{attributes, memory, signals, thread, timers};
-use crate::strategy::{Granularity, Strategy};
 use crate::target::{Status, Target};
-use crate::track::Limit;
+use crate::track::{Limit, TrackOptions, Tracking};
 use crate::{ProcessError, Refusal, namespaces, preflight, sharing};
 use outlive_epoch::{PageSink, Run};
 use outlive_linux::maps::{self, Mapping, VmFlags};
 use outlive_linux::remote::{Arena, Batch, CallId, Results};
-use outlive_linux::userfault::WriteTracker;
 use std::time::Duration;
 
 /// A process under tracking. Between epochs nothing is attached to it.
@@ -162,23 +160,24 @@ pub fn let_go(
 }
 
 impl Member {
-    /// Gains a foothold in a process that is stopped. The inner error says why writes cannot be
-    /// tracked.
+    /// Gains a foothold in a process that is stopped. Says how its writes are found.
     pub fn adopt(
         target: Target,
         waits: WaitBook,
         threads: &mut [Held],
-        (strategy, granularity): (Strategy, Granularity),
-    ) -> Result<(Self, Result<(), String>), Box<NotAdopted>> {
-        let (arena, syscall_at, tracker) = match foothold(&target, threads, Some(strategy)) {
+        options: &TrackOptions,
+    ) -> Result<(Self, Tracking), Box<NotAdopted>> {
+        let (arena, syscall_at, means) = match foothold(&target, threads, wanted(options)) {
             Ok(gained) => gained,
             Err(error) => return Err(NotAdopted::boxed(target, waits, error)),
         };
-        let (tracker, tracking) = match tracker {
-            Ok(tracker) => (Some(tracker), Ok(())),
-            Err(why) => (None, Err(why)),
+        let (means, tracking) = match means {
+            Ok(means @ Means::Protection(_)) => (Some(means), Tracking::WriteProtect),
+            Ok(Means::SoftDirty) => (Some(Means::SoftDirty), Tracking::SoftDirty),
+            Err(why) => (None, Tracking::FullCopy(why)),
         };
-        let pages = match PageTracker::new(&target, (tracker, arena.range().0), granularity) {
+        let how = (means, arena.range().0);
+        let pages = match PageTracker::new(&target, how, options.granularity) {
             Ok(pages) => pages,
             Err(error) => return Err(NotAdopted::boxed(target, waits, error)),
         };
@@ -275,11 +274,13 @@ impl Member {
         Ok(old)
     }
 
-    /// Copies what was written since the last pass while the program runs; returns the bytes.
+    /// Copies what was written since the last pass while the program runs, unless there is no time
+    /// for it any more; returns the bytes.
     pub fn precopy(
         &mut self,
         sink: &mut dyn PageSink,
         shared: &mut SharedObjects,
+        hurry: &mut dyn FnMut() -> bool,
     ) -> Result<u64, ProcessError> {
         let Space::Held(space) = &mut self.space else {
             return Ok(0);
@@ -291,7 +292,7 @@ impl Member {
         }
         let areas = private_areas(&mappings);
         let changes = space.pages.pass(&self.target, &areas, World::Runs)?;
-        space.pages.copy(&changes, sink)?;
+        space.pages.copy(&changes, sink, hurry)?;
         Ok(changes.bytes())
     }
 
@@ -306,6 +307,12 @@ impl Member {
     #[must_use]
     pub fn is_fresh(&self) -> bool {
         matches!(&self.space, Space::Held(space) if space.pages.is_fresh())
+    }
+
+    /// Whether its writes are found by soft-dirty bits.
+    #[must_use]
+    pub fn has_soft_dirty(&self) -> bool {
+        matches!(&self.space, Space::Held(space) if space.pages.has_soft_dirty())
     }
 
     /// Who holds writers back, where somebody does.
@@ -631,12 +638,21 @@ fn refuse_policies(target: &Target, refusals: &mut Vec<Refusal>) {
     }
 }
 
-type Foothold = (Arena, u64, Result<WriteTracker, String>);
+type Foothold = (Arena, u64, Result<Means, String>);
+
+fn wanted(options: &TrackOptions) -> Option<Wanted> {
+    let strategy = options.strategy;
+    strategy.tracks().then_some(match strategy.guards() {
+        true => Wanted::Guard,
+        false if options.soft_dirty => Wanted::SoftDirty,
+        false => Wanted::Notes,
+    })
+}
 
 fn foothold(
     target: &Target,
     threads: &mut [Held],
-    strategy: Option<Strategy>,
+    wanted: Option<Wanted>,
 ) -> Result<Foothold, ProcessError> {
     let mappings = bootstrap::mappings_without(target, None)?;
     let syscall_at = bootstrap::find_syscall(target.pid, &mappings).ok_or_else(|| {
@@ -647,8 +663,8 @@ fn foothold(
     let leader = &mut threads[0];
     let arena = bootstrap::make_arena(target, leader, syscall_at, Plan::CAPTURE)?;
     let rest = bootstrap::hide_arena(target, leader, &arena).and_then(|()| {
-        if let Some(strategy) = strategy.filter(|s| s.tracks()) {
-            bootstrap::make_tracker(target, leader, &arena, strategy.guards())
+        if let Some(wanted) = wanted {
+            bootstrap::make_tracker(target, leader, &arena, wanted)
         } else {
             Ok(Err("not asked for".into()))
         }

@@ -2,7 +2,7 @@
 //!
 //! Private pages of a process are tracked by asynchronous write protection: `PAGEMAP_SCAN` reports
 //! what was written and protects it again in one step. Pages in shared mappings of files belong to
-//! the files.
+//! the files. Older kernels have soft-dirty bits instead ([`soft_dirty`]).
 //!
 //! # What a pass reports
 //! - *Written* pages that exist: their contents go into the epoch.
@@ -23,6 +23,7 @@
 
 mod below;
 mod reading;
+mod soft_dirty;
 
 use crate::ProcessError;
 use crate::guard::Guard;
@@ -65,6 +66,15 @@ const WRITTEN_ONLY: Query = Query {
 
 /// A range of addresses, whole pages.
 pub type Span = (u64, u64);
+
+/// By which means the writes of a process are found.
+#[derive(Debug)]
+pub enum Means {
+    /// Write protection.
+    Protection(WriteTracker),
+    /// Soft-dirty bits.
+    SoftDirty,
+}
 
 /// A private mapping.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -133,6 +143,8 @@ pub struct PageTracker {
     space: SpaceId,
     pagemap: Pagemap,
     tracker: Option<Arc<WriteTracker>>,
+    /// Writes are found by soft-dirty bits.
+    soft_dirty: bool,
     /// Where writers wait for us.
     guard: Option<Guard>,
     /// Mappings that cannot be guarded: all that exists in them is taken.
@@ -186,12 +198,16 @@ impl PageTracker {
     /// Begins with nothing stored, in a process with a foothold at this address.
     pub fn new(
         target: &Target,
-        (tracker, foothold): (Option<WriteTracker>, u64),
+        (means, foothold): (Option<Means>, u64),
         granularity: Granularity,
     ) -> Result<Self, ProcessError> {
         let pagemap =
             Pagemap::open(target.pid).map_err(|e| target.kernel("opening its page map", e))?;
-        let tracker = tracker.map(Arc::new);
+        let soft_dirty = matches!(means, Some(Means::SoftDirty));
+        let tracker = match means {
+            Some(Means::Protection(tracker)) => Some(Arc::new(tracker)),
+            _ => None,
+        };
         let guarding = tracker.as_ref().filter(|t| t.is_synchronous());
         let guard = guarding.map(|t| Guard::new((target.pid, foothold), t.clone(), granularity));
         let guard = guard
@@ -203,6 +219,7 @@ impl PageTracker {
             space: SpaceId(target.id),
             pagemap,
             tracker,
+            soft_dirty,
             guard,
             unguarded: HashSet::new(),
             rest: (0, 0),
@@ -238,12 +255,21 @@ impl PageTracker {
     /// protected; whatever else exists will be found to be written.
     pub fn going_on(
         target: &Target,
-        (tracker, granularity): (WriteTracker, Granularity),
+        (means, granularity): (Means, Granularity),
         areas: &[PrivateArea],
         held: &[Span],
     ) -> Result<Self, ProcessError> {
         let failed = |e| target.kernel("going on with the tracking of its memory", e);
         let mut pages = Self::new(target, (None, 0), granularity)?;
+        let tracker = match means {
+            Means::Protection(tracker) => tracker,
+            Means::SoftDirty => {
+                held.iter().for_each(|span| pages.note_stored(*span));
+                outlive_linux::soft_dirty::clear(target.pid).map_err(failed)?;
+                pages.soft_dirty = true;
+                return Ok(pages);
+            }
+        };
         for area in areas {
             tracker.register(area.span.0, area.span.1).map_err(failed)?;
         }
@@ -262,6 +288,12 @@ impl PageTracker {
         }
         pages.tracker = Some(Arc::new(tracker));
         Ok(pages)
+    }
+
+    /// Whether writes are found by soft-dirty bits.
+    #[must_use]
+    pub fn has_soft_dirty(&self) -> bool {
+        self.soft_dirty
     }
 
     /// Who holds writers back, where somebody does.
@@ -383,6 +415,8 @@ impl PageTracker {
         let mut guarding = shared.as_ref().map(|s| s.lock());
         self.protected.clear();
         self.stopped = world == World::Stopped;
+        self.begin_soft_dirty()
+            .map_err(|e| target.kernel("clearing soft-dirty bits", e))?;
         let mut changes = Changes::default();
         let told_again = self.owed_absent.iter().map(|(s, e)| (s * PAGE, e * PAGE));
         changes.absent.extend(told_again);
@@ -417,6 +451,8 @@ impl PageTracker {
         }
         drop_stored(&mut self.stored, (end_of_last, !(PAGE - 1)), &mut changes);
         self.doubtful.clear();
+        self.end_soft_dirty()
+            .map_err(|e| target.kernel("clearing soft-dirty bits", e))?;
         if let Some(state) = &mut guarding {
             if self.stopped {
                 state.all_clean();
@@ -444,7 +480,9 @@ impl PageTracker {
     fn scan(&mut self, area: &PrivateArea, changes: &mut Changes) -> Result<(), Errno> {
         let (start, end) = area.span;
         self.resolve_doubts(area.span)?;
-        if self.tracker.is_none() {
+        if self.soft_dirty {
+            self.scan_soft_dirty(area, changes)?;
+        } else if self.tracker.is_none() {
             self.scan_sorts(area.span, area, changes, false)?;
         } else if self.unguarded.contains(&area.span) {
             self.scan_unguarded(area, changes)?;

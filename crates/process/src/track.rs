@@ -28,7 +28,7 @@ use limit::{Experience, Notes, Noting};
 use outlive_epoch::{PageSink, Run, SpaceId};
 use rustix::fd::BorrowedFd;
 use std::collections::BTreeMap;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 /// How a program is tracked.
@@ -49,6 +49,42 @@ pub struct TrackOptions {
     /// How many threads read, at a stop, what there is much of, where a processor is there for each:
     /// the caller is one of them.
     pub threads: usize,
+    /// Whether writes are to be found by soft-dirty bits, also where the kernel has better.
+    pub soft_dirty: bool,
+    /// What is learnt of the program: give the same to whoever tracks it again.
+    pub lessons: Lessons,
+}
+
+/// What outlives the tracking of a program that is begun anew.
+#[derive(Clone, Debug, Default)]
+pub struct Lessons {
+    /// Stops at which nothing but the root is left to be copied behind, because processes ended before
+    /// they were copied, and how many it was after the last such loss.
+    hurry: Arc<Mutex<(u32, u32)>>,
+}
+
+impl Lessons {
+    fn hurry(&self) -> MutexGuard<'_, (u32, u32)> {
+        self.hurry.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether nothing but the root is to be left behind at this stop.
+    fn hurries(&self) -> bool {
+        self.hurry().0 > 0
+    }
+
+    /// A stop is over.
+    fn stopped(&self) {
+        let mut hurry = self.hurry();
+        hurry.0 = hurry.0.saturating_sub(1);
+    }
+
+    /// A process ended before it was copied.
+    fn lost(&self) {
+        let mut hurry = self.hurry();
+        let longer = (hurry.1 * 2 + 1).min(MOST_HURRY);
+        *hurry = (longer, longer);
+    }
 }
 
 /// Most threads that read at a stop, where nobody says how many.
@@ -63,6 +99,8 @@ impl Default for TrackOptions {
             files_limit: FILES_LIMIT,
             strays: false,
             threads: std::thread::available_parallelism().map_or(1, |n| n.get().min(THREADS)),
+            soft_dirty: false,
+            lessons: Lessons::default(),
         }
     }
 }
@@ -75,10 +113,29 @@ pub const FILES_LIMIT: u64 = 16 << 20;
 pub enum Tracking {
     /// `PAGEMAP_SCAN` with asynchronous write protection.
     WriteProtect,
+    /// Soft-dirty bits.
+    SoftDirty,
     /// Not at all: the strategy copies everything.
     Off,
     /// Every epoch copies everything, because of what is said here.
     FullCopy(String),
+}
+
+impl Tracking {
+    /// Its name, as `ps` has it.
+    #[must_use]
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::WriteProtect => "write-protect",
+            Self::SoftDirty => "soft-dirty",
+            Self::Off => "off",
+            Self::FullCopy(_) => "full-copy",
+        }
+    }
+
+    fn finds_writes(&self) -> bool {
+        matches!(self, Self::WriteProtect | Self::SoftDirty)
+    }
 }
 
 /// Stops without copies behind after processes ended before they were copied, at most.
@@ -106,9 +163,6 @@ pub struct Tracked {
     /// What was handed over since the last stop.
     notes: Notes,
     experience: Experience,
-    /// Stops at which nothing but the root is left to be copied behind, because processes ended before
-    /// they were copied, and how many it was after the last such loss.
-    hurry: (u32, u32),
     detached: bool,
 }
 
@@ -133,6 +187,9 @@ impl Tracked {
         retired: Vec<Run>,
     ) -> Result<Self, ProcessError> {
         let mut tracked = Self::of(pid, options)?;
+        if members.iter().any(Member::has_soft_dirty) {
+            tracked.tracking = Tracking::SoftDirty;
+        }
         let members = members.into_iter().map(|m| (m.target.pid, m));
         tracked.members = members.collect();
         tracked.retired = retired;
@@ -147,6 +204,7 @@ impl Tracked {
         }
         let shared = SharedObjects::with_files(options.files_limit);
         let tracking = if options.strategy.tracks() {
+            // Until a process turns out to be tracked otherwise.
             Tracking::WriteProtect
         } else {
             Tracking::Off
@@ -167,7 +225,6 @@ impl Tracked {
             spare: Spare::default(),
             notes: Notes::default(),
             experience: Experience::default(),
-            hurry: (0, 0),
             detached: false,
         })
     }
@@ -272,10 +329,10 @@ impl Tracked {
         threads: &mut [Held],
     ) -> Result<u32, Box<NotAdopted>> {
         let pid = target.pid;
-        let how = (self.options.strategy, self.options.granularity);
-        let (member, tracking) = Member::adopt(target, waits, threads, how)?;
-        if let (Err(why), true) = (tracking, self.options.strategy.tracks()) {
-            self.tracking = Tracking::FullCopy(why);
+        let (member, tracking) = Member::adopt(target, waits, threads, &self.options)?;
+        // What is to be said of one that is not tracked is said of all.
+        if self.tracking.finds_writes() {
+            self.tracking = tracking;
         }
         self.members.insert(pid, member);
         Ok(pid)
@@ -297,14 +354,18 @@ impl Tracked {
     /// Copies what was written since the last pass into `sink` while the program runs, as far as
     /// the strategy has it: of processes in no epoch yet, or of all, until a further pass would not
     /// make the stop shorter. Does nothing where writes are not tracked: all of it would have to
-    /// be copied again.
-    pub fn precopy(&mut self, sink: &mut dyn PageSink) -> Result<(), ProcessError> {
-        if self.tracking != Tracking::WriteProtect {
+    /// be copied again. Ends early when `hurry` says so: what was not copied is left to the stop.
+    pub fn precopy(
+        &mut self,
+        sink: &mut dyn PageSink,
+        hurry: &mut dyn FnMut() -> bool,
+    ) -> Result<(), ProcessError> {
+        if !self.tracking.finds_writes() {
             return Ok(());
         }
         self.let_spawn()?;
         self.adopt_all()?;
-        self.noting(sink, Self::copy_all)
+        self.noting(sink, |this, sink| this.copy_all(sink, hurry))
     }
 
     /// Waits for processes that are about to begin a program of their own. Nobody is held meanwhile:
@@ -336,18 +397,28 @@ impl Tracked {
         done
     }
 
-    fn copy_all(&mut self, sink: &mut dyn PageSink) -> Result<(), ProcessError> {
+    fn copy_all(
+        &mut self,
+        sink: &mut dyn PageSink,
+        hurry: &mut dyn FnMut() -> bool,
+    ) -> Result<(), ProcessError> {
         self.tell_retired(sink)?;
         let strategy = self.options.strategy;
         let all = self.members.iter();
         let all: Vec<(u32, bool)> = all.map(|(pid, m)| (*pid, m.is_fresh())).collect();
         let mut before = u64::MAX;
         for pass in 0.. {
-            let due = all
-                .iter()
-                .filter(|(_, fresh)| pass < strategy.passes(*fresh));
+            // Soft-dirty bits stay until the stop: further passes would find the same again.
+            let passes = |fresh| match self.tracking {
+                Tracking::SoftDirty => strategy.passes(fresh).min(u32::from(fresh)),
+                _ => strategy.passes(fresh),
+            };
+            let due = all.iter().filter(|(_, fresh)| pass < passes(*fresh));
             let due: Vec<u32> = due.map(|(pid, _)| *pid).collect();
-            let bytes = self.copy_ahead(&due, sink)?;
+            let bytes = self.copy_ahead(&due, sink, hurry)?;
+            if hurry() {
+                break;
+            }
             if pass == 0 {
                 self.shared.copy(sink, |fresh| strategy.passes(fresh) > 0)?;
             }
@@ -360,17 +431,25 @@ impl Tracked {
     }
 
     /// One pass over these members while the program runs; returns the bytes that were copied.
-    fn copy_ahead(&mut self, pids: &[u32], sink: &mut dyn PageSink) -> Result<u64, ProcessError> {
-        let many = self.members.len() > 1;
+    fn copy_ahead(
+        &mut self,
+        pids: &[u32],
+        sink: &mut dyn PageSink,
+        hurry: &mut dyn FnMut() -> bool,
+    ) -> Result<u64, ProcessError> {
+        // It may have made a child by now.
         self.members
             .values_mut()
-            .for_each(|m| m.set_relatives(many));
+            .for_each(|m| m.set_relatives(true));
         let mut bytes = 0;
         for pid in pids {
+            if hurry() {
+                break;
+            }
             let Some(member) = self.members.get_mut(pid) else {
                 continue;
             };
-            match member.precopy(sink, &mut self.shared) {
+            match member.precopy(sink, &mut self.shared, hurry) {
                 Ok(copied) => bytes += copied,
                 // It has begun another program.
                 Err(_) if !member.is_intact() => {}
@@ -399,8 +478,8 @@ impl Tracked {
             if new.is_empty() {
                 break;
             }
-            if self.tracking == Tracking::WriteProtect {
-                self.copy_ahead(&new, sink)?;
+            if self.tracking.finds_writes() {
+                self.copy_ahead(&new, sink, &mut || false)?;
             }
         }
         Ok(())
@@ -426,8 +505,7 @@ impl Tracked {
             .filter(|m| m.target.has_ended() || !m.is_intact());
         let lost = over.filter_map(Member::guard).filter(|g| g.abandon());
         if lost.count() > 0 {
-            let longer = (self.hurry.1 * 2 + 1).min(MOST_HURRY);
-            self.hurry = (longer, longer);
+            self.options.lessons.lost();
         }
         self.members.values_mut().for_each(Member::forget_progress);
         self.shared.forget();

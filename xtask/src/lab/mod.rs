@@ -13,11 +13,13 @@
 //!   in its memory, or a clock that ran backwards between two readings, would have ended it.
 //! - On a processor that lacks a feature the restore is refused, the feature is named, and the
 //!   program is unharmed.
+//! - Under the oldest kernel, writes are found by soft-dirty bits ([`soft_dirty`]).
 
 mod initramfs;
 mod kernels;
 mod machine;
 mod record;
+mod soft_dirty;
 
 use crate::{cleanup, tools, workspace};
 use anyhow::{Context, Result, bail, ensure};
@@ -44,6 +46,9 @@ pub struct Options {
     /// Two kernels, there and back, and one refusal, instead of three kernels.
     #[arg(long)]
     short: bool,
+    /// Only the tracking by soft-dirty bits, under the oldest kernel.
+    #[arg(long, conflicts_with = "short")]
+    soft_dirty: bool,
 }
 
 /// Runs the command.
@@ -52,7 +57,9 @@ pub fn run(options: &Options) -> Result<()> {
     tools::ensure(&["qemu-system-x86_64", "mkfs.ext4", "xz", "busybox", "strip"])?;
     let folder = cleanup::folder(&workspace::scratch()?)?;
     workspace::need_space(&folder, 1_000_000_000)?;
-    let wanted: &[&str] = if options.short {
+    let wanted: &[&str] = if options.soft_dirty {
+        &["bookworm"]
+    } else if options.short {
         &["trixie", "trixie-backports"]
     } else {
         &["bookworm", "trixie", "trixie-backports"]
@@ -63,6 +70,11 @@ pub fn run(options: &Options) -> Result<()> {
         let found = kernels.iter().find(|k| k.suite == suite);
         found.with_context(|| format!("no kernel of {suite}"))
     };
+    if options.soft_dirty {
+        soft_dirty::run(&lab, find("bookworm")?)?;
+        println!("lab: all is well after {} s", begun.elapsed().as_secs());
+        return Ok(());
+    }
     let (new, newest) = (find("trixie")?, find("trixie-backports")?);
     if options.short {
         power_cuts(&lab, &[new, newest, new])?;
@@ -70,6 +82,7 @@ pub fn run(options: &Options) -> Result<()> {
         let old = find("bookworm")?;
         power_cuts(&lab, &[new, newest, new, old, newest, old])?;
         power_cuts(&lab, &[old, new])?;
+        soft_dirty::run(&lab, old)?;
         least_processor(&lab, new)?;
     }
     println!("lab: all is well after {} s", begun.elapsed().as_secs());
@@ -194,7 +207,7 @@ fn work(machine: &Machine, before: &Record) -> Result<Record> {
         let over = machine.ask("[ -d /proc/$keeper ]")?.0 != 0;
         ensure!(!over, "it ended: {}", machine.must("cat /tmp/said")?);
         let record = Record::judge(&text)?;
-        let epoch = newest_epoch(machine)?;
+        let epoch = newest_epoch(machine, "clocks")?;
         let Some(first) = &first else {
             first = Some(Record { epoch, ..record });
             return Ok(None);
@@ -218,8 +231,8 @@ fn work(machine: &Machine, before: &Record) -> Result<Record> {
 }
 
 /// The newest committed epoch; 0 where there is none yet.
-fn newest_epoch(machine: &Machine) -> Result<u64> {
-    let (status, text) = machine.ask("outlive history clocks --json")?;
+fn newest_epoch(machine: &Machine, name: &str) -> Result<u64> {
+    let (status, text) = machine.ask(&format!("outlive history {name} --json"))?;
     if status != 0 {
         return Ok(0);
     }

@@ -126,7 +126,7 @@ fn print(findings: &[Finding]) {
 fn kernel() -> Vec<Finding> {
     let uname = rustix::system::uname();
     let release = uname.release().to_string_lossy().into_owned();
-    let too_old = "Linux 6.7 or newer is needed for tracking (PAGEMAP_SCAN)";
+    let too_old = "Linux 6.7 or newer tracks writes best (PAGEMAP_SCAN)";
     let exists = |path: &str, good: &str| {
         if Path::new(path).exists() {
             Ok(good.to_owned())

@@ -8,7 +8,7 @@
 //! the keeper (or ends, for an image); this one passes the report on.
 
 use super::medium;
-use super::run::{adopt_strays, claim, finish, introduce, queue};
+use super::run::{adopt_strays, claim, defaults, finish, introduce, queue};
 use crate::cli::{Files, Promise, RestoreArgs};
 use crate::out;
 use crate::progress::Watched;
@@ -219,7 +219,7 @@ fn subject(
         granularity,
         files_limit: known.files_limit(),
         strays: true,
-        ..TrackOptions::default()
+        ..defaults()
     };
     let (ready, found) = prepare(&subject.epochs_dir(), args, Some(options.clone()))?;
     let epoch = found.epoch;

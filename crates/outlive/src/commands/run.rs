@@ -233,6 +233,16 @@ fn options(pace: &Pace, strays: bool) -> TrackOptions {
         granularity: pace.granularity,
         files_limit: pace.files_limit,
         strays,
+        ..defaults()
+    }
+}
+
+/// What `OUTLIVE_TRACKING=soft-dirty` asks for, which is for tests.
+pub fn defaults() -> TrackOptions {
+    let soft_dirty = std::env::var_os("OUTLIVE_TRACKING").is_some_and(|v| v == "soft-dirty");
+    TrackOptions {
+        soft_dirty,
+        ..TrackOptions::default()
     }
 }
 

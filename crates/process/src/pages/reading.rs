@@ -16,13 +16,18 @@ const PIECE: usize = 4 << 20;
 
 impl PageTracker {
     /// Copies changed pages of a running program into a sink. Pages that vanish meanwhile are left
-    /// to the next pass.
-    pub fn copy(&mut self, changes: &Changes, sink: &mut dyn PageSink) -> Result<(), ProcessError> {
+    /// to the next pass, and what there is no time for any more is owed to it.
+    pub fn copy(
+        &mut self,
+        changes: &Changes,
+        sink: &mut dyn PageSink,
+        hurry: &mut dyn FnMut() -> bool,
+    ) -> Result<(), ProcessError> {
         for &span in &changes.absent {
             sink.absent(self.run(span)?)?;
         }
         let mut buffer = std::mem::take(&mut self.buffer);
-        let result = self.copy_written(changes, sink, &mut buffer);
+        let result = self.copy_written(changes, sink, (&mut buffer, hurry));
         self.buffer = buffer;
         result
     }
@@ -31,15 +36,21 @@ impl PageTracker {
         &mut self,
         changes: &Changes,
         sink: &mut dyn PageSink,
-        buffer: &mut Vec<u8>,
+        (buffer, hurry): (&mut Vec<u8>, &mut dyn FnMut() -> bool),
     ) -> Result<(), ProcessError> {
         buffer.resize(PIECE, 0);
-        for group in pieces(&changes.written, PIECE as u64) {
+        let groups = pieces(&changes.written, PIECE as u64);
+        for (done, group) in groups.iter().enumerate() {
+            if hurry() {
+                let rest = groups[done..].iter().flatten().chain(&changes.unreadable);
+                rest.for_each(|(s, e)| self.owed.insert(s / PAGE, e / PAGE));
+                return Ok(());
+            }
             let ranges: Vec<_> = group.iter().map(|&(s, e)| (s, (e - s) as usize)).collect();
             let total: usize = ranges.iter().map(|r| r.1).sum();
             let read = self.read(&ranges, &mut buffer[..total]);
             let mut at = 0;
-            for &(start, end) in &group {
+            for &(start, end) in group {
                 let len = (end - start) as usize;
                 if at + len > read {
                     // Unmapped or protected meanwhile: singly, as far as they go.

@@ -15,13 +15,13 @@
 use super::saved::Saved;
 use super::space::runs_of;
 use super::stub::Stub;
+use crate::ProcessError;
+use crate::bootstrap::{self, Wanted};
 use crate::member::{Member, private_areas};
 use crate::pages::{PageTracker, Span};
 use crate::reentry::WaitBook;
-use crate::strategy::Granularity;
 use crate::target::Target;
 use crate::track::{TrackOptions, Tracked};
-use crate::{ProcessError, bootstrap};
 use outlive_epoch::{EpochReader, Run};
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -56,7 +56,7 @@ impl GoingOn {
                     return Ok(Err(saved.holder_of_memory(at)));
                 }
                 let held = runs_of(stub.target.id, &process.memory, reader);
-                track(stub, &held, options.granularity).map(Ok)
+                track(stub, &held, options).map(Ok)
             })
             .collect();
         let pages = pages
@@ -114,16 +114,20 @@ fn members(
 fn track(
     stub: &mut Stub,
     held: &[Span],
-    granularity: Granularity,
+    options: &TrackOptions,
 ) -> Result<PageTracker, ProcessError> {
     let (target, arena) = (&stub.target, &stub.arena);
-    let tracker = bootstrap::make_tracker(target, &mut stub.threads[0], arena, false)?;
-    let tracker =
-        tracker.map_err(|why| target.kernel(why, std::io::Error::other("not tracked")))?;
+    let wanted = if options.soft_dirty {
+        Wanted::SoftDirty
+    } else {
+        Wanted::Notes
+    };
+    let means = bootstrap::make_tracker(target, &mut stub.threads[0], arena, wanted)?;
+    let means = means.map_err(|why| target.kernel(why, std::io::Error::other("not tracked")))?;
     let mappings = bootstrap::mappings_without(target, Some(arena.range()))?;
     PageTracker::going_on(
         target,
-        (tracker, granularity),
+        (means, options.granularity),
         &private_areas(&mappings),
         held,
     )

@@ -208,7 +208,7 @@ impl Tracked {
         if tries.long > 0 && self.tracking == Tracking::WriteProtect {
             let all: Vec<u32> = self.members.keys().copied().collect();
             for _ in 0..=tries.long {
-                self.copy_ahead(&all, sink)?;
+                self.copy_ahead(&all, sink, &mut || false)?;
             }
         }
         let mut sleepers = self.before_stop()?;
@@ -480,7 +480,7 @@ impl Tracked {
                 .ok_or_else(|| gone(process.kin.pid))?;
             member.spare = self.spare.clone();
             member.set_relatives(many);
-            member.set_fleeting(process.kin.pid != self.root, self.hurry.0 > 0);
+            member.set_fleeting(process.kin.pid != self.root, self.options.lessons.hurries());
             member.has_fellows = fellows.contains(&member.holder());
             let seen = std::mem::take(&mut process.seen);
             let mut state = member.capture(&mut process.threads, seen, &mut self.shared, limit)?;
@@ -489,7 +489,7 @@ impl Tracked {
             states.push(state);
             limit.check()?;
         }
-        self.hurry.0 = self.hurry.0.saturating_sub(1);
+        self.options.lessons.stopped();
         self.refuse_shares(states)?;
         let zombies = zombies
             .iter()

@@ -14,7 +14,9 @@ use std::time::Duration;
 /// program that gives memory back the copies made behind it may be lost.
 fn try_epoch(tracked: &mut Tracked, store: &mut Store, limit: Duration, gives_back: bool) -> bool {
     let mut writer = store.begin();
-    tracked.precopy(&mut *writer).expect("copying ahead");
+    tracked
+        .precopy(&mut *writer, &mut || false)
+        .expect("copying ahead");
     let (stopped, captured) = match tracked.stop(&mut *writer, Some(limit)) {
         Ok(taken) => taken,
         Err(ProcessError::TooLong { limit_us }) => {

@@ -162,7 +162,7 @@ fn an_address_space_without_an_heir_is_adopted_anew() {
         let mut writer = store.begin();
         let no_files = NoFiles::begin();
         // It has been noticed by then that the process is gone, whatever fails besides.
-        let _ = tracked.precopy(&mut *writer);
+        let _ = tracked.precopy(&mut *writer, &mut || false);
         drop((no_files, writer));
         tracked.forget_progress();
         store.epochs.clear();

@@ -94,7 +94,7 @@ fn a_spoilt_page_is_seen(program: &Program, store: &Store, seen: &crate::view::V
 fn behind(tracked: &mut Tracked, store: &mut Store) -> Result<View, ProcessError> {
     let pid = tracked.pid();
     let mut writer = store.begin();
-    tracked.precopy(&mut *writer)?;
+    tracked.precopy(&mut *writer, &mut || false)?;
     let (stopped, captured) = tracked.stop(&mut *writer, None)?;
     let mut seen = View::take(pid, &[]);
     stopped.resume()?;
@@ -218,7 +218,7 @@ fn lose_behind(
         rustix::process::kill_process(pid.expect("a process ID"), signal).expect("a signal");
     };
     let mut writer = store.begin();
-    tracked.precopy(&mut *writer)?;
+    tracked.precopy(&mut *writer, &mut || false)?;
     signal(rustix::process::Signal::USR1);
     program.await_word(word);
     let (stopped, captured) = tracked.stop(&mut *writer, None)?;
@@ -460,7 +460,9 @@ fn a_tebibyte_of_holes_costs_less_than_a_mebibyte() {
         for _ in 0..5 {
             let failed = |e: ProcessError| -> ! { panic!("{strategy}: {e}; {}", program.story()) };
             let mut writer = store.begin();
-            tracked.precopy(&mut *writer).unwrap_or_else(|e| failed(e));
+            tracked
+                .precopy(&mut *writer, &mut || false)
+                .unwrap_or_else(|e| failed(e));
             let (stopped, captured) = tracked
                 .stop(&mut *writer, None)
                 .unwrap_or_else(|e| failed(e));

@@ -158,7 +158,12 @@ impl Program {
 
     /// Fails the test if it ended of itself, which it does when anything is wrong.
     pub fn must_be_well(&self) {
-        assert!(!self.has_ended(), "it ended; {}", self.story());
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.pid));
+        let status = stat.unwrap_or_default();
+        // The last word is its status, as `wait(2)` gives it.
+        let status = status.split_whitespace().last().unwrap_or("?");
+        let story = || format!("it ended, status {status}; {}", self.story());
+        assert!(!self.has_ended(), "{}", story());
     }
 
     /// Has it report: it must have made progress in all it does.
@@ -371,7 +376,7 @@ fn moving_of(epoch: &Epoch, process: u32) -> Vec<(u64, u64)> {
 pub fn epoch(tracked: &mut Tracked, store: &mut Store) -> Result<View, ProcessError> {
     let pid = tracked.pid();
     let mut writer = store.begin();
-    tracked.precopy(&mut *writer)?;
+    tracked.precopy(&mut *writer, &mut || false)?;
     let (stopped, captured) = tracked.stop(&mut *writer, None)?;
     captured.write(&mut *writer)?;
     let view = View::take(pid, &moving(&writer.epoch));
@@ -396,7 +401,9 @@ pub fn stop_and_resume(program: &Program, tracked: &mut Tracked) {
 pub fn last_epoch(program: &mut Program, mut tracked: Tracked, store: &mut Store) -> View {
     let mut writer = store.begin();
     let failed = |e: ProcessError| -> ! { panic!("{e}; {}", program.story()) };
-    tracked.precopy(&mut *writer).unwrap_or_else(|e| failed(e));
+    tracked
+        .precopy(&mut *writer, &mut || false)
+        .unwrap_or_else(|e| failed(e));
     let (stopped, captured) = tracked
         .stop(&mut *writer, None)
         .unwrap_or_else(|e| failed(e));

@@ -56,7 +56,9 @@ pub fn last_epoch(
     store: &mut Store,
 ) -> BTreeMap<u32, View> {
     let mut writer = store.begin();
-    tracked.precopy(&mut *writer).expect("copying ahead");
+    tracked
+        .precopy(&mut *writer, &mut || false)
+        .expect("copying ahead");
     let (stopped, captured) = tracked.stop(&mut *writer, None).expect("the stop");
     captured.write(&mut *writer).expect("writing the epoch");
     let seen = look(program.pid, &writer.epoch);
