@@ -23,6 +23,7 @@ use rustix::process::{PidfdFlags, getpid, pidfd_open};
 
 const UFFDIO_API: libc::c_ulong = 0xC018_AA3F;
 const UFFDIO_REGISTER: libc::c_ulong = 0xC020_AA00;
+const UFFDIO_UNREGISTER: libc::c_ulong = 0x8010_AA01;
 const UFFDIO_WAKE: libc::c_ulong = 0x8010_AA02;
 const UFFDIO_COPY: libc::c_ulong = 0xC028_AA03;
 const UFFDIO_ZEROPAGE: libc::c_ulong = 0xC020_AA04;
@@ -111,6 +112,13 @@ impl PageServer {
     pub fn register(&self, start: u64, end: u64) -> Result<(), Errno> {
         self.ranged(UFFDIO_REGISTER, (start, end), REGISTER_MODE_MISSING)
             .map(drop)
+    }
+
+    /// Its missing pages are zeros from now on.
+    pub fn unregister(&self, start: u64, end: u64) -> Result<(), Errno> {
+        let mut arg = [start, end - start];
+        let at = &raw mut arg as usize;
+        ioctl(self.fd.as_raw_fd(), UFFDIO_UNREGISTER, at)
     }
 
     /// Fills missing pages at `to`, and wakes who waits for them; returns how many bytes of them,

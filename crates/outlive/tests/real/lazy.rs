@@ -173,6 +173,40 @@ fn without_its_server_a_program_is_dead_and_never_wrong() {
     assert!(died > 0, "it was always complete");
 }
 
+/// The same where the guard is killed at the same moment: nobody is left who could end the program.
+#[test]
+fn without_server_and_guard_a_program_is_dead_and_never_wrong() {
+    if !may_run("without_server_and_guard_a_program_is_dead_and_never_wrong") {
+        return;
+    }
+    let (_alone, place) = (alone(), Place::new());
+    let pid = image(&place, "160");
+    // What a child has that is made meanwhile is held by server and guard only.
+    fs::remove_file(place.path("rounds.forks")).unwrap();
+    let mut both = 0;
+    for n in 0..times(8, 300) {
+        let (mut kept, _) = begin(&place, &["--image", "one"]);
+        std::thread::sleep(Duration::from_millis(3 * n as u64 % 30));
+        let is_guard = |pid: &u32| comm(*pid) == "outlive-guard";
+        let mut all = family(kept.keeper.id()).into_iter();
+        let guard = all.find(is_guard);
+        for signal_of_all in [Signal::STOP, Signal::KILL] {
+            for one in guard.into_iter().chain([kept.keeper.id()]) {
+                signal(one, signal_of_all);
+            }
+        }
+        kept.kill();
+        let before = round(&place);
+        until("it is dead, or goes on", || {
+            !lives(pid) || round(&place) > before + 2
+        });
+        both += u32::from(guard.is_some() && !lives(pid));
+        end_all(pid);
+        must_be_right(&place);
+    }
+    assert!(both > 0, "it was always complete");
+}
+
 /// Damage on the medium ends the program, with its reason; no other contents are served.
 #[test]
 fn a_damaged_page_ends_the_program() {

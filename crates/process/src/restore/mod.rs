@@ -303,6 +303,10 @@ fn threads_of_all(
         late_attributes(stub, &saved.process)?;
         ended.push(threads::rearm(stub, threads)?);
     }
+    let serving = match serving {
+        Some(serving) => Some(serving.hold(stubs)?),
+        None => None,
+    };
     Ok((ended, serving))
 }
 
@@ -431,6 +435,9 @@ fn install_descriptors(stub: &mut Stub, made: &descriptors::Made) -> Result<(), 
             wanted.push((source, holders));
         }
     }
+    if let Some(number) = stub.missing {
+        highest = highest.max(number);
+    }
     let above = highest + 1;
     let all = u64::from(u32::MAX);
     let cloexec = libc::O_CLOEXEC as u64;
@@ -443,6 +450,13 @@ fn install_descriptors(stub: &mut Stub, made: &descriptors::Made) -> Result<(), 
             what,
         ));
     }
+    // It stays where it is no descriptor of the program's.
+    let kept = above + wanted.len() as u64;
+    let missing = stub.missing;
+    if let Some(number) = missing {
+        stub.missing = Some(kept);
+        steps.push(step(libc::SYS_dup3, [number, kept, cloexec], what));
+    }
     let what = "closing inherited descriptors";
     steps.push(step(libc::SYS_close_range, [0, above - 1, 0], what));
     for (i, (_, holders)) in wanted.iter().enumerate() {
@@ -453,7 +467,13 @@ fn install_descriptors(stub: &mut Stub, made: &descriptors::Made) -> Result<(), 
             steps.push(step(libc::SYS_dup3, args, what));
         }
     }
-    steps.push(step(libc::SYS_close_range, [above, all, 0], what));
+    let ranges = match missing {
+        Some(_) => vec![[above, kept.max(above + 1) - 1, 0], [kept + 1, all, 0]],
+        None => vec![[above, all, 0]],
+    };
+    for range in ranges {
+        steps.push(step(libc::SYS_close_range, range, what));
+    }
     stub.steps(steps).map(drop)
 }
 

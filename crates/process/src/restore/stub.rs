@@ -36,6 +36,8 @@ pub struct Stub {
     pub threads: Vec<Held>,
     /// Whether it is to live.
     pub keep: bool,
+    /// The number of a userfaultfd by which its missing pages are served.
+    pub missing: Option<u64>,
 }
 
 /// One system call with what it is for.
@@ -123,6 +125,7 @@ impl Stub {
             arena,
             threads: vec![leader],
             keep: false,
+            missing: None,
         })
     }
 
@@ -184,6 +187,7 @@ impl Stub {
             arena: self.arena.in_copy(pid),
             threads: vec![leader],
             keep: false,
+            missing: None,
         })
     }
 

@@ -6,11 +6,13 @@
 //! is in place before the program runs: memory that a child has from its parent, shared memory,
 //! what lies over a file, locked and sealed memory, stacks that grow, memory that a child must not
 //! get (`MADV_WIPEONFORK`), and all of a process that uses guard pages (the kernel tells nobody when
-//! they are laid over contents), locks all its memory, or continues under another kernel.
+//! they are laid over contents), locks all its memory, shares its descriptors, or continues under another
+//! kernel.
 //!
 //! # Rules
 //! - A page that was not served is never seen as zeros. If the server ends, so does the program: a
-//!   guard ([`outlive_linux::demand`]) holds on to the missing pages and kills it. A page that is
+//!   guard ([`outlive_linux::demand`]) holds on to the missing pages and kills it. If that is killed,
+//!   too, whoever touches a missing page waits ([`holder`]). A page that is
 //!   damaged on the medium ends the program, too; another epoch may be restored.
 //! - What the program does to its mappings while pages are missing is followed: `fork`, `mremap`,
 //!   `munmap`, `madvise`. A child that is made then gets missing pages of its own, so that these
@@ -19,6 +21,7 @@
 //!   IDs that those need.
 //! - Epochs begin when nothing is missing any more; the first one is full.
 
+mod holder;
 mod pending;
 mod serve;
 
@@ -28,6 +31,7 @@ use super::space::runs_of;
 use super::stub::Stub;
 use crate::resources::memory::{Area, AreaKind};
 use crate::{ProcessError, bootstrap};
+use holder::Holder;
 use outlive_epoch::{EpochReader, Run, SpaceId};
 use outlive_linux::Errno;
 use outlive_linux::demand::{FLAGS, Guard, PageServer};
@@ -80,8 +84,15 @@ pub type Later = BTreeMap<u32, Vec<(u64, u64)>>;
 /// Which memory can wait.
 pub fn choose(saved: &Saved, heirs: &Heirs, reader: &dyn EpochReader) -> Later {
     let mut later = Later::new();
+    let lends = |id| {
+        let mut all = saved.processes.iter();
+        all.any(|p| p.process.shares_descriptors_with == id)
+    };
     for process in saved.processes.iter().filter(|p| can_wait(p, heirs)) {
         let id = process.process.pid;
+        if process.process.shares_descriptors_with != 0 || lends(id) {
+            continue;
+        }
         let runs = runs_of(id, &process.memory, reader);
         let areas = process.memory.areas.iter().filter(|a| is_plain(a));
         let chosen = areas.filter(|a| held(a, &runs) >= WORTH);
@@ -189,6 +200,7 @@ impl Missing {
             server,
             wanted,
             began: self.began,
+            holders: Vec::new(),
         })
     }
 }
@@ -198,9 +210,18 @@ pub struct Serving {
     server: Server,
     wanted: Vec<Run>,
     began: Instant,
+    holders: Vec<Holder>,
 }
 
 impl Serving {
+    /// From here on no page can become zeros, whoever is killed; the processes have all else.
+    pub fn hold(mut self, stubs: &mut [Stub]) -> Result<Self, ProcessError> {
+        for (at, stub) in stubs.iter_mut().enumerate() {
+            self.holders.extend(Holder::make(stub, at == 0)?);
+        }
+        Ok(self)
+    }
+
     /// Makes the guard, without which the program must not run, and brings all other pages.
     pub fn bring_all(mut self) -> Result<Lazy, ProcessError> {
         let failed = |e: Errno| super::internal("making a guard", e.into());
@@ -211,7 +232,8 @@ impl Serving {
             .map(AsRawFd::as_raw_fd)
             .collect();
         let guard = Guard::new(&program).map_err(failed)?;
-        let done = self.server.bring(self.wanted, (guard, self.began));
+        let kept = (guard, self.holders);
+        let done = self.server.bring(self.wanted, kept, self.began);
         let done = done.map_err(|e| super::internal("serving pages", e))?;
         Ok(Lazy {
             server: self.server,
@@ -253,7 +275,11 @@ impl Drop for Lazy {
 }
 
 fn server_of(stub: &mut Stub) -> Result<PageServer, ProcessError> {
-    let made = bootstrap::take_userfault(&stub.target, &mut stub.threads[0], &stub.arena, FLAGS)?;
+    let made = bootstrap::make_userfault(&stub.target, &mut stub.threads[0], &stub.arena, FLAGS)?;
+    let made = made.map(|(fd, number)| {
+        stub.missing = Some(number);
+        fd
+    });
     made.and_then(PageServer::new).map_err(|e| match e {
         Errno::PERM => refused(stub, "this needs root (CAP_SYS_PTRACE)"),
         Errno::INVAL | Errno::NOSYS => refused(stub, "this needs Linux 6.6"),

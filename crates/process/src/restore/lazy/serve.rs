@@ -7,6 +7,7 @@
 //! - A page counts as served when the kernel said so.
 //! - The descriptors are closed only when nothing is missing, or when the program is dead.
 
+use super::holder::Holder;
 use super::pending::{Part, Pending};
 use super::{Served, Source};
 use crate::family;
@@ -70,6 +71,16 @@ impl Space {
     /// Bytes that are missing.
     pub fn bytes(&self) -> u64 {
         self.pending.bytes()
+    }
+
+    /// Missing pages are zeros from now on.
+    fn let_go(&self) {
+        let mappings = self.pid.and_then(|pid| maps::read_with_flags(pid).ok());
+        for (m, flags) in mappings.into_iter().flatten() {
+            if flags.has(VmFlags::MISSING) {
+                let _ = self.server.unregister(m.start, m.end);
+            }
+        }
     }
 
     fn over(&mut self) {
@@ -214,14 +225,21 @@ impl Server {
     pub fn bring(
         &mut self,
         wanted: Vec<Run>,
-        (guard, began): (Guard, Instant),
+        (guard, holders): (Guard, Vec<Holder>),
+        began: Instant,
     ) -> std::io::Result<OwnedFd> {
         let (done, alive) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)?;
         let ours = self.common.clone();
         let named = std::thread::Builder::new().name("outlive-bring".into());
         self.threads.push(named.spawn(move || {
             bring_all(&ours, &wanted);
+            let done = ours.lock().failed.is_none();
+            let left = holders.iter().filter(|h| done && !h.end()).count();
             let mut state = ours.lock();
+            if left > 0 {
+                // Somebody traces them: nobody is to wait for what is served no more.
+                state.spaces.iter().for_each(Space::let_go);
+            }
             state.served.resident_us = began.elapsed().as_micros() as u64;
             if state.failed.is_none() {
                 state.over = true;
