@@ -20,6 +20,8 @@ pub enum Kind {
     Filesystem = 3,
     /// Signal dispositions.
     Signals = 4,
+    /// What is to be undone in System V semaphores at the end.
+    SemaphoreUndo = 6,
 }
 
 /// Whether two processes share something as a whole.

@@ -12,7 +12,9 @@ use crate::pages::{Means, PageTracker, PrivateArea, World};
 use crate::procfs::ThreadFiles;
 use crate::reentry::{Sleepers, WaitBook};
 use crate::residue::Residue;
+use crate::resources::semaphore_undo::{self, UndoState};
 use crate::resources::shared::{self, SharedObjects};
+use crate::resources::system_v::SemaphoresState;
 use crate::resources::{attributes, memory, signals, thread, timers};
 use crate::target::{Status, Target};
 use crate::track::{Limit, TrackOptions, Tracking};
@@ -575,6 +577,35 @@ impl Member {
         laps.lap("describe");
         laps.tell("stop of an address space");
         Ok(Some((memory, residue)))
+    }
+
+    /// What the process is to undo in semaphores when it ends; it stands still.
+    pub fn undo(
+        &self,
+        threads: &mut [Held],
+        sets: &[SemaphoresState],
+    ) -> Result<Vec<UndoState>, ProcessError> {
+        let Some(leader) = threads.get_mut(..1) else {
+            return Ok(Vec::new());
+        };
+        let mut found = Vec::new();
+        let mut run = |batch: Batch| {
+            let mut batch = Some(batch);
+            let answers = run_all(&self.arena, leader, |_| batch.take().unwrap_or_default());
+            let mut answers = answers.map_err(|e| remote_failed(&self.target, e))?;
+            answers.pop().ok_or_else(|| ProcessError::Gone {
+                pid: self.target.pid,
+                what: "its leading thread has ended".into(),
+            })
+        };
+        for set in sets {
+            found.extend(semaphore_undo::collect(self.target.id, set, &mut run)?);
+        }
+        if self.has_fellows {
+            let settled = leader[0].settle();
+            settled.map_err(|e| self.target.kernel("settling its leading thread", e))?;
+        }
+        Ok(found)
     }
 
     /// Has every thread answer its own questions, the leading one also those for the process.

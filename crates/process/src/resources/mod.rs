@@ -7,6 +7,7 @@ mod landlock;
 pub mod machine;
 pub mod memory;
 mod protection_keys;
+pub mod semaphore_undo;
 pub mod shared;
 pub mod signals;
 pub mod system_v;

@@ -9,10 +9,10 @@
 //! Objects that somebody else uses too, as far as the kernel tells.
 //!
 //! # What is not known
-//! Adjustments that are to be made when a process ends (`SEM_UNDO`) are lost: nothing shows them.
 //! A set of semaphores or a queue that nobody used yet, and an object whose only user or maker
 //! among the members has ended, are not seen.
 
+use crate::resources::semaphore_undo::UndoState;
 use crate::target::Target;
 use crate::{ProcessError, Refusal};
 use outlive_linux::sysv::{self, Lists, Object, Segment, Sort};
@@ -49,6 +49,9 @@ pub struct SystemVState {
     /// The sets of semaphores.
     #[state(children)]
     pub semaphores: Vec<SemaphoresState>,
+    /// What is to be done to them when a process ends.
+    #[state(children)]
+    pub undo: Vec<UndoState>,
     /// The message queues.
     #[state(children)]
     pub queues: Vec<QueueState>,

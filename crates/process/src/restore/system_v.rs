@@ -10,6 +10,7 @@
 use super::saved::Saved;
 use super::stub::{Step, Stub, step};
 use crate::resources::memory::{Area, AreaKind, MemoryState};
+use crate::resources::semaphore_undo::{self, UndoState};
 use crate::resources::shared::{Memories, Memory, Origin, SegmentState, Writing};
 use crate::resources::system_v::{ObjectState, QueueState, SemaphoresState, shown};
 use crate::{ProcessError, Refusal, family};
@@ -266,6 +267,7 @@ impl Objects {
         for set in &saved.system_v.semaphores {
             set_values(set, stubs)?;
         }
+        set_undo(saved, stubs)?;
         for queue in &saved.system_v.queues {
             let id = object(&queue.object)?.id;
             if self.left.contains(&(number(Sort::Queue), id)) {
@@ -345,6 +347,19 @@ fn validate(saved: &Saved) -> Result<(), ProcessError> {
             return Err(image(format!("semaphores {} make no sense", set.object.id)));
         }
     }
+    let sets = saved.system_v.semaphores.iter();
+    let lengths: BTreeMap<u32, usize> = sets.map(|s| (s.object.id, s.values.len())).collect();
+    for undo in &saved.system_v.undo {
+        let there = lengths
+            .get(&undo.set)
+            .is_some_and(|n| (undo.semaphore as usize) < *n);
+        let bounds = 1..=semaphore_undo::LARGEST.unsigned_abs();
+        let process = saved.subject.processes.contains(&undo.process);
+        if !there || !process || !bounds.contains(&undo.adjustment.unsigned_abs()) {
+            let what = format!("what is undone in semaphores {} makes no sense", undo.set);
+            return Err(image(what));
+        }
+    }
     for queue in &saved.system_v.queues {
         if queue.messages.iter().any(|m| m.sort <= 0) {
             return Err(image(format!("queue {} makes no sense", queue.object.id)));
@@ -400,6 +415,31 @@ fn set_values(set: &SemaphoresState, stubs: &mut [Stub]) -> Result<(), ProcessEr
     }
     for (pid, steps) in by_member {
         member(stubs, pid)?.steps(steps)?;
+    }
+    Ok(())
+}
+
+/// What is to be undone, which setting values has cleared. It shows who used a semaphore last, so
+/// that one uses it once more.
+fn set_undo(saved: &Saved, stubs: &mut [Stub]) -> Result<(), ProcessError> {
+    let by_id = saved.system_v.semaphores.iter().map(|s| (s.object.id, s));
+    let by_id: BTreeMap<u32, &SemaphoresState> = by_id.collect();
+    let place = |undo: &UndoState| {
+        let (set, at) = (by_id.get(&undo.set)?, undo.semaphore as usize);
+        Some((*set.values.get(at)?, *set.last.get(at)?))
+    };
+    let what = "setting what is undone in a semaphore";
+    for undo in &saved.system_v.undo {
+        if let Some((value, _)) = place(undo) {
+            let args = semaphore_undo::recreate(undo, value);
+            member(stubs, undo.process)?.steps(vec![Step::new(libc::SYS_semop, args, what)])?;
+        }
+    }
+    for undo in &saved.system_v.undo {
+        if let Some((value, last)) = place(undo) {
+            let args = semaphore_undo::touch(undo.set, undo.semaphore, value);
+            member(stubs, last)?.steps(vec![Step::new(libc::SYS_semop, args, what)])?;
+        }
     }
     Ok(())
 }

@@ -19,11 +19,14 @@ use crate::member::{self, Member, MemberState, NotAdopted, Seen};
 use crate::procfs::ThreadFiles;
 use crate::reentry::{Sleepers, WaitBook};
 use crate::residue::Residue;
+use crate::resources::semaphore_undo::UndoState;
+use crate::resources::system_v::SemaphoresState;
 use crate::resources::{descriptors, system_v};
 use crate::sharing::Shares;
 use crate::target::{Status, Target};
 use crate::{ProcessError, preflight};
 use outlive_epoch::{EpochFacts, PageSink, Run};
+use outlive_linux::kcmp;
 use outlive_linux::thread::Urgent;
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
@@ -510,9 +513,12 @@ impl Tracked {
         let root = &self
             .members
             .get(&self.root)
-            .ok_or_else(|| gone(self.root))?
-            .target;
-        let system_v = self.system_v.collect(root, &members)?;
+            .ok_or_else(|| gone(self.root))?;
+        let root = &root.target;
+        let mut system_v = self.system_v.collect(root, &members)?;
+        if !system_v.semaphores.is_empty() {
+            system_v.undo = undo(&self.members, frozen, &system_v.semaphores)?;
+        }
         limit.check()?;
         // Last: what it finds is not found again.
         let (shared, shared_residue) = self.shared.take(&segments, root, &members)?;
@@ -606,6 +612,33 @@ impl Tracked {
         }
         Ok(collected)
     }
+}
+
+/// What is to be undone in semaphores when processes end.
+fn undo(
+    members: &BTreeMap<u32, Member>,
+    frozen: &mut [Frozen],
+    sets: &[SemaphoresState],
+) -> Result<Vec<UndoState>, ProcessError> {
+    let (mut all, mut with): (Vec<UndoState>, Vec<u32>) = Default::default();
+    for process in frozen {
+        let pid = process.kin.pid;
+        let member = members.get(&pid).ok_or_else(|| gone(pid))?;
+        let found = member.undo(&mut process.threads, sets)?;
+        if found.is_empty() {
+            continue;
+        }
+        let same = |other: &u32| kcmp::same(*other, pid, kcmp::Kind::SemaphoreUndo) == Ok(true);
+        if let Some(other) = with.iter().copied().find(same) {
+            let what = format!("what it is to undo in semaphores is shared with process {other}");
+            let remedy = "have it undo by itself (no CLONE_SYSVSEM)";
+            let refusal = member.target.refusal("", what, remedy);
+            return Err(ProcessError::Refused(vec![refusal]));
+        }
+        with.push(pid);
+        all.extend(found);
+    }
+    Ok(all)
 }
 
 /// The IDs that threads see themselves, by those that they have here.

@@ -10,6 +10,7 @@ pub(crate) const KINDS: &[Kind] = &[
     ("system-v-memory-detached", |_| memory(false, false)),
     ("system-v-memory-of-others", memory_of_others),
     ("system-v-semaphores", semaphores),
+    ("system-v-semaphores-undone", undone),
     ("system-v-messages", messages),
     ("system-v-messages-over-capacity", messages_over_capacity),
     ("posix-message-queue", posix_queue),
@@ -89,6 +90,51 @@ fn semaphores(_: &Path) -> Result<Check, Absent> {
         };
         must("semop", libc::semop(id, &raw mut up, 1));
         look(move || same("its value", libc::semctl(id, 1, libc::GETVAL), 42))
+    }
+}
+
+/// A child's operations are undone when it ends: one took away, one added, one did both.
+fn undone(_: &Path) -> Result<Check, Absent> {
+    const BEFORE: [i32; 4] = [1, 5, 32_767, 9];
+    const CHANGES: [i16; 4] = [-1, 2, -30_000, 0];
+    // SAFETY: only numbers and live operations are passed; the child makes system calls only.
+    unsafe {
+        let id = must("semget", libc::semget(libc::IPC_PRIVATE, 4, 0o600)) as i32;
+        say(&format!("sem {id}"));
+        let values = move || [0, 1, 2, 3].map(|n| libc::semctl(id, n, libc::GETVAL));
+        for (n, value) in (0..).zip(BEFORE) {
+            must("SETVAL", libc::semctl(id, n, libc::SETVAL, value));
+        }
+        let child = must("fork", libc::fork()) as i32;
+        if child == 0 {
+            for (n, change) in (0..).zip(CHANGES) {
+                for sem_op in if change == 0 { [7, -7] } else { [change, 0] } {
+                    let mut one = libc::sembuf {
+                        sem_num: n,
+                        sem_op,
+                        sem_flg: libc::SEM_UNDO as i16,
+                    };
+                    if sem_op != 0 && libc::semop(id, &raw mut one, 1) != 0 {
+                        libc::_exit(1);
+                    }
+                }
+            }
+            libc::semctl(id, 3, libc::SETVAL, 10);
+            loop {
+                libc::pause();
+            }
+        }
+        let after = [0, 7, 2767, 10];
+        while values() != after {
+            std::thread::yield_now();
+        }
+        look(move || {
+            same("the values", values(), after);
+            let last = [0, 1, 2, 3].map(|n| libc::semctl(id, n, libc::GETPID));
+            same("who changed them last", last, [child; 4]);
+            crate::process::end(child);
+            same("the values in the end", values(), [1, 5, 32_767, 10]);
+        })
     }
 }
 
