@@ -15,6 +15,7 @@ use crate::map::PageMap;
 use crate::reader::Reader;
 use crate::ready::Ready;
 use crate::repair::repair_in;
+use crate::scrub::Cursor;
 use crate::verify::{self, Progress, Report};
 use crate::writer::Writer;
 use outlive_epoch::{EpochFacts, EpochId, PAGE_SIZE, Run, StoreError};
@@ -35,6 +36,7 @@ pub struct Store {
     unsettled: Option<Live>,
     pub(crate) times: CommitTimes,
     pub(crate) ready: Option<Ready>,
+    pub(crate) scrubbing: Cursor,
     /// An epoch was abandoned: the medium may still have to report an error of its writes.
     pub(crate) abandoned: bool,
     next_number: u64,
@@ -272,6 +274,7 @@ impl Store {
             unsettled: None,
             times: CommitTimes::default(),
             ready: None,
+            scrubbing: Cursor::default(),
             abandoned: false,
             next_number: 1,
         };
@@ -389,6 +392,10 @@ impl Store {
     pub(crate) fn publish(&mut self, live: Live) -> Result<(), StoreError> {
         self.unsettled = Some(live);
         self.settle()
+    }
+
+    pub(crate) fn access(&self) -> Access {
+        self.access
     }
 
     /// Whether no commit is open.

@@ -17,7 +17,7 @@
 //! - The mechanisms are reached through traits, so that the order is tested without a program.
 
 use outlive_epoch::{EpochFacts, EpochWriter, PageSink, StoreError};
-use outlive_epoch_store::{Ahead, CommitTimes};
+use outlive_epoch_store::{Ahead, CommitTimes, Scrubbed};
 use outlive_linux::thread::Urgent;
 use outlive_process::{Captured, ProcessError, StopTimes, Stopped, Tracked, Tracking};
 use rustix::fd::BorrowedFd;
@@ -99,6 +99,8 @@ pub trait EpochLog {
     fn begin_event(&mut self) -> Result<Box<dyn EpochWriter + '_>, StoreError>;
     /// Writes a piece of the space for such an epoch of so many bytes ahead.
     fn write_ahead(&mut self, len: u64) -> Result<Ahead, StoreError>;
+    /// Checks a piece of what is stored, and writes again what is harmed.
+    fn scrub(&mut self) -> Result<Scrubbed, StoreError>;
     /// Begins a full epoch that replaces all earlier ones at its commit.
     fn begin_base(&mut self) -> Result<Box<dyn EpochWriter + '_>, StoreError>;
     /// Number of the newest committed epoch; 0 where there is none.

@@ -2,7 +2,7 @@
 
 use crate::epoch::{EpochLog, Frozen, Program, Snapshot};
 use outlive_epoch::{Acked, EpochFacts, EpochId, EpochWriter, PageSink, Run, StoreError};
-use outlive_epoch_store::{Ahead, CommitTimes};
+use outlive_epoch_store::{Ahead, CommitTimes, Scrubbed};
 use outlive_process::{ProcessError, StopTimes};
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::{cell::RefCell, rc::Rc, time::Duration};
@@ -199,6 +199,8 @@ pub struct FakeLog {
     pub fail_begin: u32,
     /// Pieces that were written ahead.
     pub ahead: u64,
+    /// What checking what is stored finds, the last one first; nothing, once there are no more.
+    pub scrubs: Vec<Result<Scrubbed, StoreError>>,
 }
 
 struct FakeWriter<'a> {
@@ -274,6 +276,14 @@ impl EpochLog for FakeLog {
             written: 1 << 40,
             more: self.ahead < 3,
         })
+    }
+
+    fn scrub(&mut self) -> Result<Scrubbed, StoreError> {
+        let nothing = Scrubbed {
+            finished: true,
+            ..Scrubbed::default()
+        };
+        self.scrubs.pop().unwrap_or(Ok(nothing))
     }
 
     fn newest(&self) -> u64 {

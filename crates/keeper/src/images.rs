@@ -11,7 +11,7 @@ use outlive_epoch::{
     VisitError,
 };
 pub use outlive_epoch_store::Outcome;
-use outlive_epoch_store::{Access, Ahead, CommitTimes, Report, Store};
+use outlive_epoch_store::{Access, Ahead, CommitTimes, Report, Scrubbed, Store};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -308,6 +308,10 @@ impl EpochLog for Log {
 
     fn write_ahead(&mut self, len: u64) -> Result<Ahead, StoreError> {
         self.store.write_ahead(len)
+    }
+
+    fn scrub(&mut self) -> Result<Scrubbed, StoreError> {
+        self.store.scrub()
     }
 
     fn begin_base(&mut self) -> Result<Box<dyn EpochWriter + '_>, StoreError> {

@@ -23,6 +23,7 @@ use crate::epoch::{self, EpochLog, Fate, Manner, Program, Taken};
 use crate::plan::{Begin, Plan};
 use crate::power::{self, Desk, Ears, Event, Heard, PowerReport, monotonic_ns};
 use crate::procfs::Pids;
+use crate::scrub::Scrub;
 use crate::stats::Stops;
 use crate::subject::Capture;
 use outlive_epoch::PAGE_SIZE;
@@ -133,6 +134,7 @@ pub struct Keeper<'a, P: Program> {
     watch: Watch,
     /// Space for the epoch of an event may have to be written ahead.
     readying: bool,
+    scrub: Scrub,
     /// The last epoch of this tracker was committed: what is written since is all that is unsaved.
     counts: bool,
     /// Nothing is due before this is readable.
@@ -191,6 +193,7 @@ impl<'a, P: Program> Keeper<'a, P> {
             settings,
             watch,
             readying: false,
+            scrub: Scrub::new(0, hold_up.is_none()),
             counts: false,
             awaited: None,
             log,
@@ -261,6 +264,7 @@ impl<'a, P: Program> Keeper<'a, P> {
             let manner = match self.step() {
                 Step::Wait(ns) => {
                     self.get_ready(ns);
+                    self.check_stored(ns);
                     continue;
                 }
                 Step::Epoch => Manner::Running,
@@ -295,6 +299,18 @@ impl<'a, P: Program> Keeper<'a, P> {
         if let Ok(ahead) = self.log.write_ahead(len) {
             self.watch.wrote_ahead(ahead.written);
             self.readying = ahead.more;
+        }
+    }
+
+    /// Checks a piece of what is stored, if that is due and there is time.
+    fn check_stored(&mut self, wait: u64) {
+        let now = self.now();
+        if self.scrub.wait(now, wait) == Some(0) {
+            let checked = self.scrub.check(now, self.log);
+            checked.warnings.iter().for_each(|text| self.say(text));
+            if checked.lost {
+                self.plan.begins_anew();
+            }
         }
     }
 
@@ -336,7 +352,10 @@ impl<'a, P: Program> Keeper<'a, P> {
     fn sleep(&self, ears: &Ears<'_>) -> Result<(), KeeperError> {
         let mut wait = match self.step() {
             Step::Wait(ns) if self.readying && ns >= READYING => Duration::ZERO,
-            Step::Wait(ns) if ears.inbox.is_empty() => Duration::from_nanos(ns),
+            Step::Wait(ns) if ears.inbox.is_empty() => {
+                let sooner = self.scrub.wait(self.now(), ns);
+                Duration::from_nanos(sooner.unwrap_or(ns))
+            }
             _ => Duration::ZERO,
         };
         if outlive_process::release_stragglers() > 0 {

@@ -3,6 +3,7 @@
 //! - [`budget`]: the hold-up budget (its policy is pure).
 //! - [`plan`]: when the next epoch is due (pure).
 //! - [`epoch`]: the order of one epoch.
+//! - [`scrub`]: when what is stored is checked again (pure).
 //! - [`keep`]: the loop that keeps one subject.
 //! - [`power`]: what is heard meanwhile, and power events.
 //! - [`companion`]: the process that a keeper goes along with.
@@ -29,6 +30,7 @@ pub mod ownership;
 pub mod plan;
 pub mod power;
 pub mod procfs;
+pub mod scrub;
 pub mod stats;
 pub mod subject;
 

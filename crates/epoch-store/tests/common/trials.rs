@@ -31,7 +31,8 @@ pub struct Tally {
     pub lies: u64,
     /// Images with changed bits, sectors or blocks.
     pub flips: u64,
-    /// Lies and flips that were answered with the place of the damage; the others did no harm.
+    /// Lies and flips that were answered with the place of the damage; the others were made up for, or
+    /// did no harm.
     pub named: u64,
     /// Power cuts after which an epoch was found that was not acknowledged yet.
     pub next_found: u64,
@@ -310,7 +311,7 @@ impl Trial {
         }
     }
 
-    /// Bits, sectors and blocks of the image are changed.
+    /// Bits, sectors, blocks and long runs of the image are changed.
     pub fn flips(&mut self) {
         let disk = self.disk();
         let truth = live(&disk, &self.life);
@@ -334,6 +335,14 @@ impl Trial {
                     let from = self.dice.below(image.len() as u64 / 4096) as usize * 4096;
                     bytes.copy_within(from..from + 4096, at / 4096 * 4096);
                     "a block"
+                }
+                // More than parity and second copies make up for, by and large.
+                2 | 3 => {
+                    let to = image
+                        .len()
+                        .min(at + (64 << 10) * (1 + self.dice.below(8) as usize));
+                    bytes[at..to].fill(self.dice.below(2) as u8 * 0xff);
+                    "a run"
                 }
                 _ => {
                     bytes[at] ^= 1 << self.dice.below(8);

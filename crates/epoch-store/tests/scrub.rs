@@ -1,0 +1,102 @@
+//! Checking what is stored, piece by piece, by the writer that goes on.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "helpers of tests")]
+
+mod common;
+
+use common::{Model, Script, Step, create, history, open, read_back};
+use outlive_epoch::EpochReader;
+use outlive_epoch_store::{Access, Damage, Outcome, REPAIRABLE, Store};
+use outlive_media::SimDisk;
+
+/// A whole pass: what it found, and in how many calls.
+fn pass(store: &mut Store) -> (Vec<Damage>, u32) {
+    let (mut damages, mut calls) = (Vec::new(), 0);
+    loop {
+        let scrubbed = store.scrub().unwrap();
+        damages.extend(scrubbed.damages);
+        calls += 1;
+        assert!(scrubbed.finished || scrubbed.bytes >= 1 << 20);
+        if scrubbed.finished {
+            return (damages, calls);
+        }
+    }
+}
+
+/// Harms what a store has open.
+fn harm(disk: &SimDisk, name: &str, from: usize, len: usize) {
+    let mut bytes = disk.contents(name).unwrap();
+    bytes[from..from + len].fill(0x3c);
+    disk.set_contents(name, bytes);
+}
+
+fn large() -> Script {
+    Script {
+        base: false,
+        steps: vec![Step::Put(
+            9,
+            0,
+            (0..1500).map(|i| (i % 250 + 1) as u8).collect(),
+        )],
+        trees: vec![("root", vec![1; 100])],
+    }
+}
+
+#[test]
+fn what_is_harmed_is_written_again_while_epochs_go_on() {
+    let disk = SimDisk::new();
+    let mut store = create(&disk).unwrap();
+    assert_eq!(pass(&mut store), (vec![], 1), "there is nothing yet");
+    let scripts = [large(), history().remove(1)];
+    let mut model = Model::default();
+    for script in &scripts {
+        script.write(&mut store).unwrap();
+        model = script.apply(&model);
+    }
+    let (damages, calls) = pass(&mut store);
+    assert!(damages.is_empty() && calls > 2, "{damages:?} in {calls}");
+    let log = 23 * 4096;
+    for from in [log, log + 1100 * 4096, log + 1541 * 4096] {
+        harm(&disk, "epochs.1", from, REPAIRABLE as usize);
+    }
+    let (damages, _) = pass(&mut store);
+    assert!(damages.len() > 30, "{damages:?}");
+    assert!(damages.iter().all(|d| d.outcome == Outcome::Repaired));
+    assert!(store.verify(&mut |_, _| {}).unwrap().is_clean());
+    // A pass that is under way takes a new epoch, and a new base, as they come.
+    assert!(!store.scrub().unwrap().finished);
+    history()[2].write(&mut store).unwrap();
+    model = history()[2].apply(&model);
+    assert!(pass(&mut store).0.is_empty());
+    assert_eq!(read_back(&store.epoch(None).unwrap()).unwrap(), model);
+    assert!(!store.scrub().unwrap().finished);
+    history()[3].write(&mut store).unwrap();
+    harm(&disk, "epochs.2", log, 10);
+    let (damages, _) = pass(&mut store);
+    assert_eq!(damages.len(), 1);
+    store.close().unwrap();
+    let mut reading = open(&disk, Access::Read).unwrap();
+    assert_eq!(reading.epoch(None).unwrap().id().0, 4);
+    assert!(reading.scrub().unwrap().finished, "it is only read");
+}
+
+#[test]
+fn what_is_lost_is_told_and_left() {
+    let disk = SimDisk::new();
+    let mut store = create(&disk).unwrap();
+    large().write(&mut store).unwrap();
+    let log = 23 * 4096;
+    harm(&disk, "epochs.1", log, 2 * REPAIRABLE as usize);
+    let before = disk.contents("epochs.1");
+    let (damages, _) = pass(&mut store);
+    let lost = damages
+        .iter()
+        .filter(|d| d.outcome == Outcome::Lost)
+        .count();
+    assert_eq!((lost, damages.len()), (30, 32), "{damages:?}");
+    assert_ne!(
+        disk.contents("epochs.1"),
+        before,
+        "two blocks were alone in their class"
+    );
+}
