@@ -68,6 +68,8 @@ struct Known {
     looked_at: Option<Stamp>,
     /// Whether its file system keeps exact times.
     exact: bool,
+    /// A file that is only open, and how it looked when it was described.
+    described: Option<(Stamp, WrittenFileState)>,
 }
 
 /// All shared memory of a tracked program.
@@ -203,6 +205,10 @@ impl SharedObjects {
             }
             return Ok(Some(space));
         }
+        let kept = self.known.values().filter(|k| k.is_only_open()).count();
+        if kept >= written::most() {
+            return Ok(None);
+        }
         let opened = probe.reopen(OFlags::RDONLY).map(File::from);
         let opened = opened.ok().filter(|file| written::is_local(file).is_some());
         let Some((file, meta)) = opened.and_then(|f| f.metadata().ok().map(|m| (f, m))) else {
@@ -249,6 +255,7 @@ impl SharedObjects {
         let known = Known {
             space,
             exact: written::is_local(&file) == Some(true),
+            described: None,
             file,
             sort: key.2,
             name: name.to_vec(),
@@ -275,7 +282,7 @@ impl SharedObjects {
             .values_mut()
             .filter(|known| due(known.looked_at.is_none()))
             .filter(|known| !known.is_only_open() || known.pages.is_empty())
-            .try_for_each(|k| k.look(buffer, &mut sink, false))
+            .try_for_each(|k| k.look(buffer, &mut sink, false).map(drop))
     }
 
     /// Adds the System V segments of the program that nobody has mapped.
@@ -349,9 +356,9 @@ impl SharedObjects {
         let mut memories = Vec::new();
         for (key, known) in &mut self.known {
             if known.used {
-                known.look(buffer, &mut residue, true)?;
+                let size = known.look(buffer, &mut residue, true)?;
                 let (origin, size) = match known.origin() {
-                    Ok(Some(origin)) => (origin, known.size()?),
+                    Ok(Some(origin)) => (origin, size),
                     Ok(None) => of_segment(key, known)?,
                     Err(e) => return Err(known.failed("describing", e)),
                 };
@@ -410,10 +417,6 @@ impl Known {
         super::failed(&what, source)
     }
 
-    fn size(&self) -> Result<u64, ProcessError> {
-        Ok(self.stamp()?.size)
-    }
-
     fn stamp(&self) -> Result<Stamp, ProcessError> {
         let meta = self.file.metadata();
         let meta = meta.map_err(|e| self.failed("asking for the length of", e))?;
@@ -432,17 +435,28 @@ impl Known {
     }
 
     /// What it is; `None` for a segment, which its file does not describe.
-    fn origin(&self) -> std::io::Result<Option<Origin>> {
+    fn origin(&mut self) -> std::io::Result<Option<Origin>> {
         Ok(Some(match self.sort {
             Sort::Segment => return Ok(None),
             Sort::Anonymous => Origin::Anonymous(AnonymousState {}),
-            Sort::Named if self.is_only_open() => {
-                Origin::WrittenFile(WrittenFileState::collect(&self.name, &self.file)?)
-            }
+            Sort::Named if self.is_only_open() => Origin::WrittenFile(self.described()?),
             Sort::Named => Origin::MappedFile(MappedFileState {}),
             Sort::Memfd => Origin::Memfd(MemfdState::collect(&self.name, &self.file)?),
             Sort::Deleted => Origin::Deleted(DeletedState::collect(&self.name, &self.file)?),
         }))
+    }
+
+    /// The file, which is asked for no more while it is unchanged.
+    fn described(&mut self) -> std::io::Result<WrittenFileState> {
+        if let Some((stamp, state)) = &self.described
+            && self.looked_at == Some(*stamp)
+            && state.path == self.name
+        {
+            return Ok(state.clone());
+        }
+        let state = WrittenFileState::collect(&self.name, &self.file)?;
+        self.described = self.looked_at.map(|stamp| (stamp, state.clone()));
+        Ok(state)
     }
 
     fn run(&self, first: u64, count: u64) -> Result<Run, ProcessError> {
@@ -451,16 +465,16 @@ impl Known {
     }
 
     /// Compares every page that exists with what is known, and hands on what differs or is owed.
-    /// The program may be `standing`.
+    /// The program may be `standing`. Returns how long it is.
     fn look(
         &mut self,
         buffer: &mut Vec<u8>,
         changes: &mut impl Changes,
         standing: bool,
-    ) -> Result<(), ProcessError> {
+    ) -> Result<u64, ProcessError> {
         let stamp = self.stamp()?;
         if self.is_unchanged(stamp) {
-            return Ok(());
+            return Ok(stamp.size);
         }
         let now = i64::try_from(realtime_ns()).unwrap_or(0);
         let tells = standing && stamp.is_certain(self.exact, now);
@@ -492,7 +506,8 @@ impl Known {
         // What is left was there before and is not any more.
         let gone = std::mem::replace(&mut self.pages, seen);
         gone.keys()
-            .try_for_each(|&index| changes.gone(self.run(index, 1)?))
+            .try_for_each(|&index| changes.gone(self.run(index, 1)?))?;
+        Ok(size)
     }
 
     /// Fills the buffer; beyond the end of the file there are zeros.
@@ -558,6 +573,7 @@ mod tests {
             writable: true,
             looked_at: None,
             exact: true,
+            described: None,
         }
     }
 

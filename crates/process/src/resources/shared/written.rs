@@ -7,12 +7,14 @@
 //!   may have changed since the stop before: what says so is its [`Stamp`]. While the program runs it
 //!   is read ahead only where the epochs hold nothing of it, since a writer sets the time of a file
 //!   before the first byte of a `write(2)` that may last.
+//! - Each is held open, and so no more of them are kept than a quarter of what this process may open.
 //! - Only files of file systems which are known to answer from this machine are read: another one may
 //!   wait for somebody else, who may be stopped.
 
 use crate::resources::descriptors::Seen;
 use crate::resources::memory::modified_ns;
 use outlive_state_tree::StateNode;
+use rustix::process::{Resource, getrlimit};
 use std::fs::{File, Metadata};
 use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
@@ -90,6 +92,15 @@ impl Stamp {
         let exact = kept_exactly && has_fraction(self.modified) && has_fraction(self.changed);
         exact || self.modified.max(self.changed).saturating_add(TICK) < now
     }
+}
+
+/// How many are kept.
+pub(super) fn most() -> usize {
+    static MOST: LazyLock<usize> = LazyLock::new(|| {
+        let limit = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
+        usize::try_from(limit / 4).unwrap_or(usize::MAX)
+    });
+    *MOST
 }
 
 /// What is known of file systems, by `f_type` of `statfs(2)`: whether one keeps exact times, where
