@@ -1,7 +1,11 @@
 //! Epochs on their way to other places.
 //!
 //! - [`export`] and [`import`]: the epochs of a subject as one stream of bytes, which may be a file
-//!   or a pipe. `docs/elsewhere.md` draws the bytes.
+//!   or a pipe.
+//! - [`push`] and [`pull`]: single epochs, in pieces that are named by their hashes, to and from a
+//!   [`Shelf`] that many hosts use.
+//!
+//! `docs/elsewhere.md` draws the bytes of both.
 //!
 //! # Rules
 //! - Whatever comes from elsewhere is hostile until checked. What does not pass its checks is
@@ -19,12 +23,24 @@
 mod export;
 mod frame;
 mod import;
+mod manifest;
+mod publication;
+mod pull;
+mod push;
+mod shelf;
+#[cfg(test)]
+mod shelf_tests;
 #[cfg(test)]
 mod stream_tests;
 
 pub use export::{Which, export};
 pub use frame::{LARGEST_ABOUT, VERSION};
 pub use import::import;
+pub use manifest::Hash;
+pub use publication::{Error, Publication, published};
+pub use pull::{Pulled, Wanted, pull};
+pub use push::{Load, Pushed, push};
+pub use shelf::{DirectoryShelf, Shelf};
 
 /// What went over.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

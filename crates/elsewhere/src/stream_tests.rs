@@ -16,7 +16,7 @@ pub(crate) type Pages = BTreeMap<(u32, u64), Option<Vec<u8>>>;
 /// One epoch as a whole: its groups, its pages, and what its writer said of it.
 pub(crate) type Whole = (BTreeMap<String, Vec<u8>>, Pages, EpochFacts);
 
-fn whole(store: &Store, id: EpochId) -> Whole {
+pub(crate) fn whole(store: &Store, id: EpochId) -> Whole {
     let reader = store.epoch(Some(id)).unwrap();
     let tree = |group: String| (group.clone(), reader.tree(&group).unwrap().unwrap());
     let mut pages = BTreeMap::new();
@@ -41,14 +41,14 @@ fn whole(store: &Store, id: EpochId) -> Whole {
     )
 }
 
-fn wholes(store: &Store) -> BTreeMap<u64, Whole> {
+pub(crate) fn wholes(store: &Store) -> BTreeMap<u64, Whole> {
     let ids = store.epochs().into_iter().map(|epoch| epoch.id);
     ids.map(|id| (id.0, whole(store, id))).collect()
 }
 
 /// What an epoch does to a run of pages.
 #[derive(Clone, Copy, Debug)]
-enum Does {
+pub(crate) enum Does {
     Put(u8),
     Zero,
     Absent,
@@ -56,7 +56,13 @@ enum Does {
 
 type Step = (u32, u64, u64, Does);
 
-fn write(store: &mut Store, base: bool, steps: &[Step], trees: &[(&str, &[u8])], at: u64) {
+pub(crate) fn write(
+    store: &mut Store,
+    base: bool,
+    steps: &[Step],
+    trees: &[(&str, &[u8])],
+    at: u64,
+) {
     let mut writer = if base {
         store.begin_base().unwrap()
     } else {
@@ -84,7 +90,7 @@ fn write(store: &mut Store, base: bool, steps: &[Step], trees: &[(&str, &[u8])],
 }
 
 /// A store with three epochs, the first of them number 2.
-fn sample(dir: &Path) -> Store {
+pub(crate) fn sample(dir: &Path) -> Store {
     let mut store = Store::create(dir.join("from")).unwrap();
     let big = vec![7; (5 << 20) + 3];
     write(&mut store, false, &[], &[], 1);

@@ -4,7 +4,8 @@
 //! - What arrives is put together in `ROOT/.arriving-NAME`, which no command takes for a subject. It
 //!   becomes `ROOT/NAME` in one step, after all of it is durable.
 //! - One arrival of a name at a time: its directory is locked. What an arrival left behind that was
-//!   killed is removed by the next one of that name.
+//!   killed is removed by the next one of that name, but for the spool: pieces that came already, which
+//!   are checked again before they are used.
 //! - A subject that is there is never replaced.
 
 use crate::subject::{Card, Lock, Root, Subject};
@@ -58,6 +59,24 @@ impl Arrival {
         self.here.epochs_dir()
     }
 
+    /// The directory for what came, and is not needed any more once it has settled.
+    #[must_use]
+    pub fn spool_dir(&self) -> PathBuf {
+        self.here.dir().join("spool")
+    }
+
+    /// Where it is put together.
+    #[must_use]
+    pub fn dir(&self) -> &Path {
+        self.here.dir()
+    }
+
+    /// Gives up for now: what is in the spool stays for the next arrival of this name.
+    pub fn postpone(mut self) {
+        let _ = self.clear();
+        self.lock = None;
+    }
+
     /// Removes what an earlier arrival left behind.
     fn clear(&self) -> Result<(), KeeperError> {
         match fs::remove_dir_all(self.epochs_dir()) {
@@ -79,6 +98,15 @@ impl Arrival {
         let Some(lock) = &self.lock else {
             return Ok(());
         };
+        let spool = self.spool_dir();
+        match fs::remove_dir_all(&spool) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                return Err(KeeperError::io(format!("remove {}", spool.display()))(
+                    error,
+                ));
+            }
+            _ => {}
+        }
         self.here.write_card(lock, card)?;
         let (from, to) = (self.here.dir(), self.target.dir());
         let here = rustix::fs::CWD;
@@ -155,6 +183,22 @@ mod tests {
         drop(killed.lock.take());
         let next = Arrival::begin(&root, "a").unwrap();
         assert!(!next.epochs_dir().exists());
+    }
+
+    #[test]
+    fn what_is_postponed_keeps_its_spool_until_it_settles() {
+        let (_dir, root) = root();
+        let first = Arrival::begin(&root, "a").unwrap();
+        fs::create_dir(first.epochs_dir()).unwrap();
+        fs::create_dir(first.spool_dir()).unwrap();
+        fs::write(first.spool_dir().join("piece"), "p").unwrap();
+        first.postpone();
+        let second = Arrival::begin(&root, "a").unwrap();
+        assert!(!second.epochs_dir().exists());
+        assert!(second.spool_dir().join("piece").exists());
+        second.settle(&Card::elsewhere("pulled")).unwrap();
+        let subject = root.subject("a").unwrap();
+        assert!(!subject.dir().join("spool").exists());
     }
 
     #[test]

@@ -10,6 +10,7 @@
 //! - [`control`]: the conversation with a running keeper.
 //! - [`subject`]: the store root, names, and what is known of a subject besides its epochs.
 //! - [`arrival`]: subjects that come from elsewhere.
+//! - [`places`]: what a subject has elsewhere.
 //! - [`ownership`]: whose image it is.
 //! - [`stats`], [`procfs`]: figures and facts.
 //!
@@ -27,6 +28,7 @@ mod fake;
 pub mod images;
 pub mod keep;
 pub mod ownership;
+pub mod places;
 pub mod plan;
 pub mod power;
 pub mod procfs;

@@ -7,6 +7,7 @@
 //!   control             unix socket of the running keeper
 //!   log                 output of a program restored in the background
 //!   epochs/             the epoch store
+//!   elsewhere.json      what was pushed and pulled (see `places`, which has a lock of its own)
 //! ```
 //!
 //! # Rules

@@ -101,6 +101,18 @@ pub enum Command {
     /// Everything is checked; where anything is missing or damaged, nothing stays. A program does at
     /// its restore what its epochs say, with your rights: import only what you trust.
     Import(ImportArgs),
+    /// Put an epoch of a subject on a shelf that other hosts can pull it from
+    ///
+    /// Only what is not there yet is written; a push that was interrupted goes on when it is repeated.
+    /// What others put there is never replaced. What is pushed is not encrypted: it holds the
+    /// program's memory.
+    Push(PushArgs),
+    /// Make a subject of an epoch that was pushed; `outlive restore NAME` continues it
+    ///
+    /// Every piece is checked; where anything is missing or damaged, there is no subject. A pull that
+    /// was interrupted goes on when it is repeated. A program does at its restore what its epoch
+    /// says, with your rights: pull only what you trust.
+    Pull(PullArgs),
     /// Power events
     #[command(subcommand)]
     Power(PowerCommand),
@@ -389,6 +401,41 @@ pub struct ImportArgs {
     /// Name of the subject; the one that it had where it comes from, if this is not given
     #[arg(long, value_name = "N")]
     pub name: Option<String>,
+}
+
+/// `outlive push`
+#[derive(Debug, Args)]
+pub struct PushArgs {
+    /// The subject
+    pub name: String,
+    /// Where to: a directory, as a path or file:///PATH
+    #[arg(value_name = "URL")]
+    pub url: String,
+    /// Number of the epoch; the newest where it is not given
+    #[arg(long, value_name = "K")]
+    pub epoch: Option<u64>,
+    /// Name that it has there; its own where it is not given
+    #[arg(long = "as", value_name = "N")]
+    pub there: Option<String>,
+}
+
+/// `outlive pull`
+#[derive(Debug, Args)]
+pub struct PullArgs {
+    /// The name that it has there
+    pub name: String,
+    /// Where from: a directory, as a path or file:///PATH
+    #[arg(value_name = "URL")]
+    pub url: String,
+    /// Number of the epoch; the newest where it is not given
+    #[arg(long, value_name = "K")]
+    pub epoch: Option<u64>,
+    /// First digits of its hash, where hosts went different ways
+    #[arg(long, value_name = "HASH")]
+    pub hash: Option<String>,
+    /// Name of the subject here; the same where it is not given
+    #[arg(long = "name", value_name = "N")]
+    pub here: Option<String>,
 }
 
 impl Cli {

@@ -15,6 +15,7 @@ mod medium;
 mod power;
 mod restore;
 mod run;
+mod shelf;
 
 pub use bench::BenchArgs;
 
@@ -53,6 +54,8 @@ pub fn run(cli: &Cli) -> Result<u8, KeeperError> {
         Command::Repair { what } => image::repair(&root, what, json),
         Command::Export(args) => carry::export(&root, args, json),
         Command::Import(args) => carry::import(&root, args, json),
+        Command::Push(args) => shelf::push(&root, args, json),
+        Command::Pull(args) => shelf::pull(&root, args, json),
         Command::Demo => demo::demo(json),
         Command::Bench(args) => bench::bench(args, json),
     }

@@ -117,3 +117,65 @@ fn what_is_cut_off_or_spoilt_on_its_way_leaves_nothing() {
     place.call(&["stop", "s"]).succeeds();
     end(pid);
 }
+
+#[test]
+fn what_one_host_pushes_another_pulls_continues_and_pushes_again() {
+    if !may_run("what_one_host_pushes_another_pulls_continues_and_pushes_again") {
+        return;
+    }
+    let (_alone, place) = (alone(), Place::new());
+    let counter = test_program("counter");
+    let words = [
+        "run", "--name", "a", "--every", "20ms", "--", &counter, "numbers",
+    ];
+    let mut kept = place.start(&words);
+    place.epoch_after("a", 3);
+    let pid = u32::try_from(place.status("a")["pid"].as_u64().unwrap()).unwrap();
+    // While it is kept.
+    let first = place.call(&["push", "a", "shelf", "--json"]).json();
+    assert_eq!(first["pieces"], first["new_pieces"]);
+    place.epoch_after("a", first["epoch"].as_u64().unwrap());
+    signal(pid, rustix::process::Signal::KILL);
+    assert_eq!(kept.code(), 137);
+    let second = place.call(&["push", "a", "shelf", "--json"]).json();
+    assert_eq!(second["epoch"], place.newest("a"));
+    let count = |what: &str| second[what].as_u64().unwrap();
+    assert!(count("new_pieces") < count("pieces"), "{second}");
+    let again = place.call(&["push", "a", "shelf"]);
+    assert!(again.out.contains("already"), "{again:?}");
+    // The other host knows the shelf by its URL.
+    let url = format!("file://{}", place.text("shelf"));
+    let other = |words: &[&str]| {
+        let words = [words, &["--store", "second"]].concat();
+        place.call(&words)
+    };
+    let pulled = other(&["pull", "a", &url, "--json"]).json();
+    assert_eq!(
+        (&pulled["epoch"], &pulled["hash"]),
+        (&second["epoch"], &second["hash"])
+    );
+    assert_eq!(place.names("second"), ["a"]);
+    other(&["verify", "a"]).succeeds();
+    other(&["pull", "a", &url]).fails(3, &["a already", "--name"]);
+    other(&["restore", "a", "--detach"]).succeeds();
+    assert!(lives(pid));
+    let numbers = || fs::metadata(place.path("numbers")).unwrap().len();
+    let before = numbers();
+    until("it counts on", || numbers() > before);
+    other(&["stop", "a"]).succeeds();
+    let third = other(&["push", "a", &url, "--json"]).json();
+    assert!(third["epoch"].as_u64() > second["epoch"].as_u64());
+    // The first host has gone another way, and takes nothing from the second.
+    let late = place.call(&["push", "a", "shelf"]);
+    late.fails(3, &["nothing was pushed", "--as"]);
+    place.call(&["push", "a", "shelf", "--as", "b"]).succeeds();
+    other(&["pull", "a", &url, "--name", "c"]).succeeds();
+    other(&["push", "a", "s3://bucket/x"]).fails(2, &["not offered yet"]);
+    other(&["pull", "nobody", &url]).fails(1, &["nobody"]);
+    // Without its pieces an epoch is not taken, and nothing of it stays.
+    fs::remove_dir_all(place.path("shelf/chunks")).unwrap();
+    other(&["pull", "a", &url, "--name", "d"]).fails(4, &["chunks", "missing"]);
+    let mut names = place.names("second");
+    names.sort();
+    assert_eq!(names, ["a", "c"]);
+}
