@@ -124,6 +124,8 @@ pub struct Status {
     pub abandoned: u64,
     /// Why the last of them failed.
     pub last_failure: Option<String>,
+    /// The last epoch failed because its medium is full: there is none until there is space.
+    pub full: bool,
     /// How memory is captured.
     pub capture: Capture,
     /// How written pages are found: `write-protect`, `off` (everything is copied, as was asked

@@ -26,7 +26,7 @@ use crate::procfs::Pids;
 use crate::scrub::Scrub;
 use crate::stats::Stops;
 use crate::subject::Capture;
-use outlive_epoch::PAGE_SIZE;
+use outlive_epoch::{PAGE_SIZE, StoreError};
 use outlive_epoch_store::APART;
 use outlive_linux::signals::{Received, SignalQueue};
 use outlive_process::ProcessError;
@@ -172,6 +172,7 @@ impl<'a, P: Program> Keeper<'a, P> {
             failures: 0,
             abandoned: 0,
             last_failure: None,
+            full: false,
             capture: settings.capture.clone(),
             tracking: "none yet".into(),
             log_bytes: 0,
@@ -495,6 +496,7 @@ impl<'a, P: Program> Keeper<'a, P> {
                     self.stops.add(taken.stop_us);
                 }
                 self.status.committed += 1;
+                self.status.full = false;
                 self.status.last_time_ns = Some(taken.time_ns);
                 let held = manner == Manner::Held || event.is_some();
                 if *fate == Fate::RunsOn {
@@ -645,6 +647,7 @@ impl<'a, P: Program> Keeper<'a, P> {
         }
         let text = error.to_string();
         self.status.failures += 1;
+        self.status.full = matches!(error, ProcessError::Store(StoreError::Full { .. }));
         self.say(&format!("no epoch: {text}"));
         self.status.last_failure = Some(text);
         if self.plan.failures().is_multiple_of(REATTACH_AFTER) {

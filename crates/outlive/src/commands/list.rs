@@ -50,7 +50,11 @@ fn look(subject: &Subject) -> Entry {
     let card = subject.card();
     let (live, state) = match ask(subject.dir(), Request::Status, Some(PATIENCE)) {
         Ok(Some(Reply::Status(status))) => {
-            let state = if status.frozen { "frozen" } else { "running" };
+            let state = match &*status {
+                Status { frozen: true, .. } => "frozen",
+                Status { full: true, .. } => "medium full",
+                _ => "running",
+            };
             (Some(*status), state.into())
         }
         Ok(None) => (

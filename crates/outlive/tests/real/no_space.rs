@@ -22,6 +22,22 @@ impl Small {
         Self { at }
     }
 
+    /// The same on a disk: a file with an ext4 on it.
+    fn disk(place: &Place, name: &str, size: &str) -> Self {
+        let (at, file) = (place.text(name), place.text(&format!("{name}.disk")));
+        fs::create_dir(&at).unwrap();
+        for words in [
+            &["truncate", "-s", size, &file][..],
+            &["mkfs.ext4", "-q", &file],
+            &["mount", "-o", "loop", &file, &at],
+            &["chmod", "700", &at],
+        ] {
+            let mut command = Command::new(installed(words[0]));
+            finished(command.args(&words[1..]).output().unwrap()).succeeds();
+        }
+        Self { at }
+    }
+
     /// Takes all the space that is left.
     fn fill(&self) -> String {
         let ballast = format!("{}/ballast", self.at);
@@ -82,8 +98,14 @@ fn a_full_store_costs_epochs_and_nothing_else() {
     if !may_run("a_full_store_costs_epochs_and_nothing_else") {
         return;
     }
-    let (_alone, place) = (alone(), Place::new());
-    let small = Small::mount(&place, "store", "64m");
+    let _alone = alone();
+    let place = Place::new();
+    costs_epochs_and_nothing_else(&place, &Small::mount(&place, "store", "64m"));
+    let place = Place::new();
+    costs_epochs_and_nothing_else(&place, &Small::disk(&place, "store", "64M"));
+}
+
+fn costs_epochs_and_nothing_else(place: &Place, small: &Small) {
     let counter = test_program("counter");
     let words = [
         "run", "--name", "a", "--every", "20ms", "--", &counter, "numbers",
@@ -91,10 +113,12 @@ fn a_full_store_costs_epochs_and_nothing_else() {
     let mut kept = place.start(&words);
     let pid_of = |place: &Place| u32::try_from(place.status("a")["pid"].as_u64().unwrap()).unwrap();
     let first = place.epoch_after("a", 3);
-    let pid = pid_of(&place);
+    let pid = pid_of(place);
+    assert_eq!(place.status("a")["state"], "running");
     let ballast = small.fill();
     let failures = || place.status("a")["failures"].as_u64().unwrap();
     until("epochs fail", || failures() >= 2);
+    assert_eq!(place.status("a")["state"], "medium full");
     let told = place.status("a")["last_failure"]
         .as_str()
         .unwrap()
@@ -116,6 +140,7 @@ fn a_full_store_costs_epochs_and_nothing_else() {
     fs::remove_file(&ballast).unwrap();
     let newer = place.epoch_after("a", held);
     assert!(newer > held, "with space there are epochs again");
+    until("it says so", || place.status("a")["state"] == "running");
     crate::support::signal(pid, rustix::process::Signal::KILL);
     assert_eq!(kept.code(), 137);
     place.call(&["restore", "a", "--detach"]).succeeds();
