@@ -1,0 +1,84 @@
+//! Images that earlier versions wrote: each stays readable for ever.
+//!
+//! `tests/golden/v<N>` holds an image as the last release with format `N` wrote it (before the first
+//! release, as the present code does). An image that is there is never changed after its release.
+//! `OUTLIVE_UPDATE_GOLDEN=1` writes that of the present version, where there is none yet.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "helpers of tests")]
+
+mod common;
+
+use common::{create, history, models, open, read_back};
+use outlive_epoch_store::{Access, REPAIRABLE, repair_in, verify_in};
+use outlive_media::SimDisk;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+/// The version that the present code writes.
+const PRESENT: u32 = 1;
+/// Epochs in each image: the first ones of the history.
+const EPOCHS: usize = 3;
+
+fn golden(version: u32) -> PathBuf {
+    let tests = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden");
+    tests.join(format!("v{version}/epochs.1"))
+}
+
+fn written_now() -> Vec<u8> {
+    let disk = SimDisk::new();
+    let mut store = create(&disk).unwrap();
+    for script in &history()[..EPOCHS] {
+        script.write(&mut store).unwrap();
+    }
+    store.close().unwrap();
+    disk.contents("epochs.1").unwrap()
+}
+
+#[test]
+fn the_present_version_writes_its_golden_image() {
+    let path = golden(PRESENT);
+    if std::env::var_os("OUTLIVE_UPDATE_GOLDEN").is_some() && !path.exists() {
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(&path, written_now()).unwrap();
+    }
+    let golden = fs::read(&path).unwrap();
+    assert!(
+        golden == written_now(),
+        "the bytes of the format have changed: that needs a new version, and a reader for the old one"
+    );
+}
+
+#[test]
+fn every_golden_image_is_read_repaired_and_gone_on_from() {
+    let history = history();
+    let models = models(&history);
+    for version in 1..=PRESENT {
+        let image = fs::read(golden(version)).unwrap();
+        for from in (0..image.len()).step_by(5 * 4096) {
+            let disk = SimDisk::new();
+            let mut bytes = image.clone();
+            let to = image.len().min(from + REPAIRABLE as usize);
+            // The first one is left as it is.
+            if from > 0 {
+                bytes[from..to].fill(0xe1);
+            }
+            disk.set_contents("epochs.1", bytes);
+            let store = open(&disk, Access::Read).unwrap();
+            let found: Vec<u64> = store.epochs().iter().map(|epoch| epoch.id.0).collect();
+            assert_eq!(found, [1, 2, 3], "version {version}");
+            for (epoch, model) in store.epochs().iter().zip(&models) {
+                let reader = store.epoch(Some(epoch.id)).unwrap();
+                assert_eq!(read_back(&reader).unwrap(), *model, "version {version}");
+            }
+            repair_in(&disk.directory(), &mut |_, _| {}).unwrap();
+            let report = verify_in(&disk.directory(), &mut |_, _| {}).unwrap();
+            assert!(report.is_clean(), "version {version}: {report:?}");
+            let mut store = open(&disk, Access::Write).unwrap();
+            for (script, model) in history.iter().zip(&models).skip(EPOCHS) {
+                script.write(&mut store).unwrap();
+                let reader = store.epoch(None).unwrap();
+                assert_eq!(read_back(&reader).unwrap(), *model, "version {version}");
+            }
+        }
+    }
+}
