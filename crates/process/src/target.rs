@@ -127,7 +127,7 @@ impl Target {
     /// The contents of a file below `/proc/PID`.
     pub fn proc_file(&self, name: &str) -> Result<Vec<u8>, ProcessError> {
         let path = format!("/proc/{}/{name}", self.pid);
-        std::fs::read(&path).map_err(|e| self.kernel(format!("reading {path}"), e))
+        procfs::read(&path).map_err(|e| self.kernel(format!("reading {path}"), e))
     }
 
     /// Where a link below `/proc/PID` points.
@@ -366,7 +366,7 @@ pub struct Stat {
 impl Stat {
     /// Reads the stat line of a process.
     pub fn read(pid: u32) -> io::Result<Self> {
-        let text = std::fs::read(format!("/proc/{pid}/stat"))?;
+        let text = procfs::read(&format!("/proc/{pid}/stat"))?;
         Self::parse(&text)
             .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "unexpected form of stat"))
     }
