@@ -12,6 +12,8 @@
 //! - Copying while the program runs ends when an event is heard of: the rest is taken at the stop.
 //! - A stop that would take longer than it may is given up, and with it the epoch. The tracker hands
 //!   all of it over again then.
+//! - Memory that the program gives back before it was copied behind costs the epoch: the next one has
+//!   all of it.
 //! - After any other failure from precopy on, the tracker is told to forget its progress: what it handed
 //!   over never became an epoch.
 //! - The mechanisms are reached through traits, so that the order is tested without a program.
@@ -50,6 +52,8 @@ pub trait Program {
     ) -> Result<(Self::Frozen<'_>, Self::Snapshot), ProcessError>;
     /// What was taken since the last epoch did not become one.
     fn forget_progress(&mut self);
+    /// The same of what this stop took, because of [`ProcessError::GivenBack`]: nothing else is lost.
+    fn owe(&mut self, snapshot: &mut Self::Snapshot);
     /// Ends tracking; the program runs on.
     fn detach(self) -> Result<(), ProcessError>;
     /// Why every epoch copies everything, where that is so although the strategy is another.
@@ -223,19 +227,30 @@ pub fn take<P: Program>(
     manner: Manner,
     hooks: &mut dyn Hooks,
 ) -> Result<(Taken, Fate), ProcessError> {
-    let done = steps(program, writer, manner, hooks);
-    match done {
-        Ok(_) | Err(ProcessError::TooLong { .. }) => {}
-        Err(_) => program.forget_progress(),
+    let mut owed = false;
+    match steps(program, writer, manner, (hooks, &mut owed)) {
+        Err(error) => {
+            if !owed && !matches!(error, ProcessError::TooLong { .. }) {
+                program.forget_progress();
+            }
+            Err(match error {
+                // Nothing of it was kept in mind.
+                ProcessError::GivenBack { pid, .. } if !owed => ProcessError::Gone {
+                    pid,
+                    what: error.to_string(),
+                },
+                error => error,
+            })
+        }
+        done => done,
     }
-    done
 }
 
 fn steps<P: Program>(
     program: &mut P,
     mut writer: Box<dyn EpochWriter + '_>,
     manner: Manner,
-    hooks: &mut dyn Hooks,
+    (hooks, owed): (&mut dyn Hooks, &mut bool),
 ) -> Result<(Taken, Fate), ProcessError> {
     let began = Instant::now();
     if manner != Manner::Event {
@@ -246,10 +261,15 @@ fn steps<P: Program>(
     // An early return drops `frozen`, which lets the program run on.
     let limited = manner == Manner::Running && !hooks.urgent();
     let limit = hooks.longest_stop().filter(|_| limited);
-    let (frozen, snapshot) = program.stop(&mut *writer, limit)?;
+    let (frozen, mut snapshot) = program.stop(&mut *writer, limit)?;
     if manner == Manner::Running && !hooks.urgent() {
         let stopped = frozen.resume()?;
-        let steps = write(&snapshot, &mut *writer, precopy_us)?;
+        let written = write(&snapshot, &mut *writer, precopy_us);
+        if let Err(ProcessError::GivenBack { .. }) = written {
+            program.owe(&mut snapshot);
+            *owed = true;
+        }
+        let steps = written?;
         let taken = commit(&snapshot, writer, micros(stopped), stopping, steps)?;
         return Ok((taken, Fate::RunsOn));
     }
@@ -348,6 +368,10 @@ impl Program for Tracked {
 
     fn forget_progress(&mut self) {
         Tracked::forget_progress(self);
+    }
+
+    fn owe(&mut self, snapshot: &mut Captured) {
+        self.owe_captured(snapshot);
     }
 
     fn detach(self) -> Result<(), ProcessError> {
@@ -490,6 +514,20 @@ mod tests {
         assert_eq!(trace, ["precopy", "stop", "resume", "write", "sync"]);
         assert!(done);
         assert_eq!(newest, 1);
+    }
+
+    #[test]
+    fn memory_that_is_given_back_before_it_is_copied_costs_one_epoch() {
+        let (trace, done, newest) = steps(Some("behind"), false);
+        assert_eq!(trace, ["precopy", "stop", "resume", "write", "owe"]);
+        assert!(!done && newest == 0);
+        let (trace, done, _) = run(Some("behind"), Manner::Held, Says(false, Fate::Ended));
+        let all = ["precopy", "stop", "write", "dropped", "forget"];
+        assert_eq!(
+            trace, all,
+            "nothing was kept in mind of a program that stood"
+        );
+        assert!(!done);
     }
 
     #[test]

@@ -107,7 +107,8 @@ fn process_code(error: &ProcessError) -> u8 {
         ProcessError::Kernel { source, .. } => io_code(source),
         ProcessError::Gone { .. }
         | ProcessError::NotStopped { .. }
-        | ProcessError::TooLong { .. } => 1,
+        | ProcessError::TooLong { .. }
+        | ProcessError::GivenBack { .. } => 1,
     }
 }
 

@@ -42,6 +42,10 @@ fn step(
     name: &'static str,
 ) -> Result<(), ProcessError> {
     trace.borrow_mut().push(name);
+    if name == "write" && *fail.borrow() == Some("behind") {
+        let (pid, address) = (1, 4096);
+        return Err(ProcessError::GivenBack { pid, address });
+    }
     if *fail.borrow() == Some(name) {
         return Err(ProcessError::Image(format!("planted in {name}")));
     }
@@ -149,6 +153,10 @@ impl Program for FakeProgram {
 
     fn forget_progress(&mut self) {
         self.trace.borrow_mut().push("forget");
+    }
+
+    fn owe(&mut self, _: &mut FakeSnapshot) {
+        self.trace.borrow_mut().push("owe");
     }
 
     fn detach(self) -> Result<(), ProcessError> {

@@ -512,7 +512,7 @@ impl<'a, P: Program> Keeper<'a, P> {
                     );
                 }
             }
-            Err(error @ ProcessError::TooLong { .. }) => {
+            Err(error @ (ProcessError::TooLong { .. } | ProcessError::GivenBack { .. })) => {
                 // Only a new generation has lost track: of everything else nothing is lost.
                 self.plan.given_up(begun, ended, base);
                 self.watch.failed();

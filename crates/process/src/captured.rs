@@ -9,6 +9,7 @@ use crate::resources::shared::SharedState;
 use crate::resources::system_v::SystemVState;
 use crate::resources::{descriptors, memory};
 use crate::target::Target;
+use crate::track::Notes;
 use outlive_epoch::{EpochFacts, EpochWriter, PAGE_SIZE, Run};
 use outlive_linux::Errno;
 use outlive_linux::cachestat;
@@ -132,6 +133,8 @@ pub struct Captured {
     pub(crate) retired: Vec<Run>,
     pub(crate) files: FilesToSync,
     pub(crate) spare: Spare,
+    /// What was handed over before the stop.
+    pub(crate) notes: Notes,
 }
 
 impl Captured {

@@ -69,6 +69,16 @@ pub enum ProcessError {
         /// The longest that a stop may take, microseconds.
         limit_us: u64,
     },
+    /// The program gave memory back that was to be copied behind it: there is no such epoch. The
+    /// program runs on, and nothing else is lost where it is handed over again
+    /// ([`crate::Tracked::owe_captured`]).
+    #[error("pid {pid}: copying behind the program: it gave back the page at {address:x} before")]
+    GivenBack {
+        /// The process.
+        pid: u32,
+        /// The page's address.
+        address: u64,
+    },
     /// The kernel answered with an error where none was expected.
     #[error("pid {pid}: {what}: {source}")]
     Kernel {

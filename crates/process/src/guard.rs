@@ -14,7 +14,7 @@
 //! - A page that is copied behind must have been protected from the stop until after it was read:
 //!   this is asked of the page map after the read, and whether it is still a page of the program's
 //!   own and not of the file below. Where it was not (the program gave memory back),
-//!   the epoch fails.
+//!   the epoch fails, and what it took is handed over again.
 //! - Pages are read by the process ID, and protection is asked of the address space that the guard
 //!   began with. A process that began another program has left that one, which may live on through
 //!   others: so it is asked after each read whether our foothold is still there.
@@ -421,10 +421,9 @@ impl Behind {
     }
 
     fn lost(&self, at: u64) -> ProcessError {
-        ProcessError::Kernel {
+        ProcessError::GivenBack {
             pid: self.shared.pid,
-            what: format!("copying behind the program: it gave back the page at {at:x} before"),
-            source: std::io::Error::other("its contents at the stop are gone"),
+            address: at,
         }
     }
 }

@@ -10,7 +10,7 @@
 //! 3. [`Tracked::stop`]: freezes the program and takes everything that is left into memory.
 //! 4. [`Stopped::resume`] (or [`Stopped::end`] after the commit, for planned events).
 //! 5. [`Captured::write`] and [`Captured::sync_files`] while the program runs on, then the commit.
-//! 6. If any of this failed: [`Tracked::forget_progress`], so that the next epoch is a full one.
+//! 6. If any of this failed (but for [`ProcessError::GivenBack`]): [`Tracked::forget_progress`], so that the next epoch is a full one.
 
 mod births;
 mod bootstrap;

@@ -298,6 +298,14 @@ impl Member {
         Ok(changes.bytes())
     }
 
+    /// See [`PageTracker::abandon`].
+    pub fn abandon(&mut self) -> bool {
+        match &mut self.space {
+            Space::Held(space) => space.pages.abandon(),
+            Space::Of(_) => false,
+        }
+    }
+
     /// See [`PageTracker::owe`].
     pub fn owe(&mut self, pages: &[Run], absent: &[Run]) {
         if let Space::Held(space) = &mut self.space {

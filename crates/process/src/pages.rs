@@ -344,10 +344,7 @@ impl PageTracker {
 
     /// The epochs so far do not count: everything is reported as written by the next pass.
     pub fn forget(&mut self, areas: &[PrivateArea]) {
-        if self.guard.as_ref().is_some_and(Guard::abandon) {
-            let longer = (self.rest.1 * 2 + 1).min(MOST_REST);
-            self.rest = (longer, longer);
-        }
+        self.abandon();
         self.unguarded.clear();
         if let Some(tracker) = &self.tracker {
             for area in areas {
@@ -364,7 +361,18 @@ impl PageTracker {
         self.must_forget = false;
     }
 
-    /// The same where the mappings cannot be read now: the next pass does it.
+    /// What was to be copied behind is not wanted any more. Says whether some of it was lost: then
+    /// nothing is left behind for a while.
+    pub fn abandon(&mut self) -> bool {
+        let lost = self.guard.as_ref().is_some_and(Guard::abandon);
+        if lost {
+            let longer = (self.rest.1 * 2 + 1).min(MOST_REST);
+            self.rest = (longer, longer);
+        }
+        lost
+    }
+
+    /// The same as [`PageTracker::forget`] where the mappings cannot be read now: the next pass does it.
     pub fn forget_later(&mut self) {
         self.must_forget = true;
     }

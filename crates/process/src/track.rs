@@ -24,7 +24,8 @@ use crate::sharing::outside::Outside;
 use crate::strategy::{self, Granularity, Strategy};
 use crate::target::Target;
 use crate::{ProcessError, namespaces, preflight};
-use limit::{Experience, Notes, Noting};
+pub(crate) use limit::Notes;
+use limit::{Experience, Noting};
 use outlive_epoch::{PageSink, Run, SpaceId};
 use rustix::fd::BorrowedFd;
 use std::collections::BTreeMap;
@@ -498,18 +499,23 @@ impl Tracked {
 
     /// Call when an epoch was not committed: what it took as saved is not; the next one is full.
     pub fn forget_progress(&mut self) {
-        // Whoever has ended meanwhile is not asked again: others would do the same.
-        let over = self
-            .members
-            .values()
-            .filter(|m| m.target.has_ended() || !m.is_intact());
-        let lost = over.filter_map(Member::guard).filter(|g| g.abandon());
-        if lost.count() > 0 {
-            self.options.lessons.lost();
-        }
+        self.abandon_all();
         self.members.values_mut().for_each(Member::forget_progress);
         self.shared.forget();
         self.notes.clear();
+    }
+
+    /// What was to be copied behind is not wanted any more.
+    fn abandon_all(&mut self) {
+        // Whoever has ended meanwhile is not asked again: others would do the same.
+        let mut ended = false;
+        for member in self.members.values_mut() {
+            let over = member.target.has_ended() || !member.is_intact();
+            ended |= member.abandon() && over;
+        }
+        if ended {
+            self.options.lessons.lost();
+        }
     }
 
     /// What was handed over since the last stop gets into no epoch: it is handed over again.

@@ -117,7 +117,7 @@ impl Limit {
 
 /// What the epoch that is being written was given of each space so far.
 #[derive(Debug, Default)]
-pub(super) struct Notes(BTreeMap<SpaceId, Given>);
+pub(crate) struct Notes(BTreeMap<SpaceId, Given>);
 
 #[derive(Debug, Default)]
 struct Given {

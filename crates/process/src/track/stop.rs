@@ -8,7 +8,7 @@
 //!   where new ones appear at every try they are adopted at the stop.
 //! - Whatever fails, all of them go on as before.
 
-use super::limit::Limit;
+use super::limit::{Limit, Notes};
 use super::{Tracked, Tracking, cause};
 use crate::captured::{Captured, Clocks, FilesToSync, StopTimes};
 use crate::family::{self, Kin};
@@ -169,8 +169,8 @@ impl Tracked {
             let (mut standing, done) =
                 self.noting(sink, |tracked, sink| tracked.try_stop(sink, limit, &tries))?;
             match done {
-                Ok(captured) => {
-                    self.notes.clear();
+                Ok(mut captured) => {
+                    captured.notes = std::mem::take(&mut self.notes);
                     let stopped = Stopped {
                         tracked: self,
                         frozen: standing.frozen,
@@ -428,6 +428,20 @@ impl Tracked {
         Ok(captured)
     }
 
+    /// Call when what a stop took did not become an epoch because of [`ProcessError::GivenBack`]:
+    /// all of it is handed over again by the next one, with all that was found before that stop.
+    pub fn owe_captured(&mut self, captured: &mut Captured) {
+        self.abandon_all();
+        for (space, pages, absent) in captured.notes.take() {
+            self.owe(space, &pages, &absent);
+        }
+        for state in &captured.states {
+            self.owe_residue(&state.residue);
+        }
+        self.owe_residue(&captured.shared_residue);
+        self.retired.extend(&captured.retired);
+    }
+
     fn owe_residue(&mut self, residue: &Residue) {
         for run in residue.runs.iter().chain(&residue.behind_runs) {
             self.owe(run.space(), &[*run], &[]);
@@ -543,6 +557,7 @@ impl Tracked {
             retired: std::mem::take(&mut self.retired),
             files,
             spare: self.spare.clone(),
+            notes: Notes::default(),
         })
     }
 

@@ -17,7 +17,7 @@ fn try_epoch(tracked: &mut Tracked, store: &mut Store, limit: Duration, gives_ba
     tracked
         .precopy(&mut *writer, &mut || false)
         .expect("copying ahead");
-    let (stopped, captured) = match tracked.stop(&mut *writer, Some(limit)) {
+    let (stopped, mut captured) = match tracked.stop(&mut *writer, Some(limit)) {
         Ok(taken) => taken,
         Err(ProcessError::TooLong { limit_us }) => {
             assert_eq!(u128::from(limit_us), limit.as_micros());
@@ -29,11 +29,9 @@ fn try_epoch(tracked: &mut Tracked, store: &mut Store, limit: Duration, gives_ba
     match captured.write(&mut *writer) {
         Ok(()) => {}
         // Copied behind the program, and given back by it before.
-        Err(ProcessError::Kernel { what, .. }) if gives_back && what.contains("gave back") => {
-            tracked.forget_progress();
-            // What follows is a full epoch.
-            drop(writer);
-            store.epochs.clear();
+        Err(ProcessError::GivenBack { .. }) if gives_back => {
+            // The next one has all of it.
+            tracked.owe_captured(&mut captured);
             return false;
         }
         Err(e) => panic!("{e}"),

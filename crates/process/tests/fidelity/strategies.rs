@@ -8,7 +8,9 @@ use crate::support::{
 use crate::unharmed::must_be_free;
 use crate::view::View;
 use outlive_epoch::{EpochWriter, SpaceId};
-use outlive_process::{Granularity, ProcessError, Strategy, TrackOptions, Tracked, Tracking};
+use outlive_process::{
+    Captured, Granularity, ProcessError, Strategy, TrackOptions, Tracked, Tracking,
+};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use std::process::{Command, Stdio};
 use std::sync::Arc;
@@ -95,16 +97,29 @@ fn behind(tracked: &mut Tracked, store: &mut Store) -> Result<View, ProcessError
     let pid = tracked.pid();
     let mut writer = store.begin();
     tracked.precopy(&mut *writer, &mut || false)?;
-    let (stopped, captured) = tracked.stop(&mut *writer, None)?;
+    let (stopped, mut captured) = tracked.stop(&mut *writer, None)?;
     let mut seen = View::take(pid, &[]);
     stopped.resume()?;
     // It gets a head start.
     std::thread::sleep(Duration::from_micros(200));
-    captured.write(&mut *writer)?;
+    write_behind(tracked, &mut captured, &mut *writer)?;
     captured.sync_files()?;
     seen.blank(&moving(&writer.epoch));
     writer.commit(captured.facts)?;
     Ok(seen)
+}
+
+/// What the program gave back before it was copied is handed over again by the next epoch.
+fn write_behind(
+    tracked: &mut Tracked,
+    captured: &mut Captured,
+    writer: &mut dyn EpochWriter,
+) -> Result<(), ProcessError> {
+    let written = captured.write(writer);
+    if let Err(ProcessError::GivenBack { .. }) = written {
+        tracked.owe_captured(captured);
+    }
+    written
 }
 
 #[test]
@@ -124,10 +139,9 @@ fn what_is_copied_behind_a_program_is_what_stood() {
         for _ in 0..12 {
             match behind(&mut tracked, &mut store) {
                 Ok(seen) => last = Some(seen),
-                // Memory was given back before it was copied: that is no epoch.
-                Err(ProcessError::Kernel { what, .. }) if what.contains("gave back") => {
-                    tracked.forget_progress();
-                    store.epochs.clear();
+                // Memory was given back before it was copied: that is no epoch, and the next one is
+                // no full one.
+                Err(ProcessError::GivenBack { .. }) => {
                     last = None;
                     continue;
                 }
@@ -197,7 +211,7 @@ fn what_is_copied_behind_is_not_of_the_program_that_came_after() {
     program.signal(libc::SIGUSR2);
     program.await_word("succeeded");
     match captured.write(&mut *writer) {
-        Err(ProcessError::Kernel { what, .. }) if what.contains("copying behind") => {}
+        Err(ProcessError::GivenBack { .. }) => {}
         other => panic!("{other:?}"),
     }
     drop((captured, tracked, program));
@@ -221,14 +235,14 @@ fn lose_behind(
     tracked.precopy(&mut *writer, &mut || false)?;
     signal(rustix::process::Signal::USR1);
     program.await_word(word);
-    let (stopped, captured) = tracked.stop(&mut *writer, None)?;
+    let (stopped, mut captured) = tracked.stop(&mut *writer, None)?;
     stopped.resume()?;
     signal(rustix::process::Signal::KILL);
     let stat = || std::fs::read_to_string(format!("/proc/{pid}/stat")).expect("it is not reaped");
     while !stat().contains(") Z ") {
         std::thread::yield_now();
     }
-    captured.write(&mut *writer)?;
+    write_behind(tracked, &mut captured, &mut *writer)?;
     writer.commit(captured.facts).expect("the commit");
     Ok(())
 }
@@ -251,11 +265,9 @@ fn children_that_end_cost_few_epochs() {
         epoch(&mut tracked, &mut store).expect("an epoch");
     }
     match lose_behind((&program, 1, "1:1"), &mut tracked, &mut store) {
-        Err(ProcessError::Kernel { what, .. }) if what.contains("copying behind") => {}
+        Err(ProcessError::GivenBack { .. }) => {}
         other => panic!("{other:?}"),
     }
-    tracked.forget_progress();
-    store.epochs.clear();
     lose_behind((&program, 2, "2:1"), &mut tracked, &mut store).expect("the next child");
     drop((tracked, program));
     clean_up();
