@@ -172,9 +172,14 @@ const AT_THE_ATTACH_ONLY: &[&str] = &[
 const NOT_KEPT: &[(&str, &str)] = &[
     (
         "session-keyring",
-        "keys belong to the session of who restores",
+        "keys belong to the session of who restores; a program cannot be asked for its keyring \
+         without being given one (`lookup_user_key` in Linux, `keyctl(2)`)",
     ),
-    ("unix-connected", "a connection has no names afterwards"),
+    (
+        "unix-connected",
+        "an end that was accepted has no name afterwards: it is that of the listening socket, which \
+         cannot be given to two",
+    ),
 ];
 
 /// What became of a kind.
