@@ -3,7 +3,7 @@
 //! Only where `OUTLIVE_FIGURES` names a file, to which one line of JSON a program is added:
 //! `cargo xtask bench programs` does that, and makes the table of `docs/programs.md` of it.
 
-use super::{End, Life, Program};
+use super::{Life, Program};
 use crate::support::times;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
@@ -20,13 +20,9 @@ fn wanted() -> Option<PathBuf> {
 }
 
 /// The interval of epochs: the default of the product where figures are wanted, else one that
-/// makes more of them where it is them that come back.
-pub fn every(end: End) -> &'static str {
-    match end {
-        End::Killed if wanted().is_none() => "50ms",
-        End::Stopped if wanted().is_none() => "1s",
-        _ => "100ms",
-    }
+/// makes more of them.
+pub fn every() -> &'static str {
+    if wanted().is_none() { "50ms" } else { "100ms" }
 }
 
 /// How often a program ends and comes back.
@@ -94,7 +90,7 @@ impl Figures {
         };
         let line = json!({
             "name": program.name, "load": program.load, "compared": program.compared,
-            "ended": if program.end == End::Killed { "kills" } else { "stops" },
+            "ended": "kills",
             "restore_us": self.restore_us, "stop_us": self.stop_us,
             "durable_us": self.durable_us, "bytes_written": self.bytes,
             "epochs": self.epochs, "seconds": self.seconds,

@@ -1,6 +1,6 @@
 //! A Java virtual machine: garbage collection and compilation while threads work.
 
-use super::{End, Program, file, same_undisturbed, words};
+use super::{Program, file, same_undisturbed, words};
 use crate::all_sorts::spoil::Spot;
 use crate::support::{Place, installed};
 use std::process::Command;
@@ -9,7 +9,6 @@ const PROGRAM: Program = Program {
     name: "Java (HotSpot)",
     load: "2 threads make garbage and hot loops in a heap of 64 MB; G1 and the compilers at work",
     compared: "all sums and the heap's tables, with an undisturbed run of as many rounds",
-    end: End::Killed,
     prepare: |place| {
         let source = file(place, "Ledger.java", include_str!("loads/Ledger.java"));
         let mut compiler = Command::new(installed("javac"));

@@ -1,6 +1,6 @@
 //! GNU make with two jobs, which compile and assemble all the time.
 
-use super::{End, Program, file, read, words};
+use super::{Program, file, read, words};
 use crate::all_sorts::spoil::Spot;
 use crate::support::{Place, installed};
 use std::fs;
@@ -10,7 +10,6 @@ const PROGRAM: Program = Program {
     name: "make -j2 with gcc",
     load: "compiles one part of a C project after the other, two at a time",
     compared: "all object files, byte by byte, and what the built program prints",
-    end: End::Killed,
     prepare: |place| {
         project(place, "");
         line(1500)

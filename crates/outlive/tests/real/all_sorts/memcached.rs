@@ -1,6 +1,6 @@
 //! memcached with clients that know every answer, over a unix socket.
 
-use super::{End, Program, all_were_counted, file, words};
+use super::{Program, all_were_counted, file, words};
 use crate::all_sorts::spoil::Spot;
 use crate::support::installed;
 
@@ -8,7 +8,6 @@ const PROGRAM: Program = Program {
     name: "memcached",
     load: "4 connections of a client within the program, over a unix socket",
     compared: "every value that was ever set, with what the client set",
-    end: End::Killed,
     prepare: |place| {
         let script = file(place, "memcached.py", include_str!("loads/memcached.py"));
         let (python, memcached) = (installed("python3"), installed("memcached"));

@@ -42,7 +42,7 @@ mod python;
 mod spoil;
 mod statically_linked;
 
-use crate::support::{Kept, Place, alone, end, lives, may_run, until};
+use crate::support::{Kept, Place, alone, end, may_run, until};
 use figures::Figures;
 use rustix::process::{Pid, Signal, kill_process};
 use spoil::Spot;
@@ -59,23 +59,12 @@ pub struct Program {
     load: &'static str,
     /// What is compared in the end.
     compared: &'static str,
-    /// How it ends before it comes back.
-    end: End,
     /// Makes its files, and returns the command line with which it works until it is to finish.
     prepare: fn(&Place) -> Vec<String>,
     /// What is wrong with what it left in its place, once it has ended with 0.
     judge: fn(&Place) -> Result<(), String>,
     /// Data on which the judgement depends.
     spot: Spot,
-}
-
-/// How a program ends before it comes back.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum End {
-    /// Keeper and program are killed, and the newest epoch counts.
-    Killed,
-    /// By `outlive stop`, which takes a last epoch: for programs whose files do not go back.
-    Stopped,
 }
 
 /// A program under its keeper; all of it is ended when this is dropped.
@@ -87,7 +76,7 @@ struct Life<'a> {
 impl<'a> Life<'a> {
     fn begin(place: &'a Place, program: &Program) -> Self {
         let line = (program.prepare)(place);
-        let every = figures::every(program.end);
+        let every = figures::every();
         let mut words = vec!["run", "--name", "a", "--every", every, "--"];
         words.extend(line.iter().map(String::as_str));
         let kept = Some(place.start(&words));
@@ -155,25 +144,6 @@ impl<'a> Life<'a> {
         }
         all.iter().for_each(|&pid| send(pid, Signal::KILL));
         all.into_iter().for_each(end);
-    }
-
-    fn end(&mut self, how: End) {
-        if how == End::Killed {
-            return self.die();
-        }
-        until("a last epoch is taken", || {
-            let done = self.place.call(&["stop", "a"]);
-            // There are moments that no epoch can hold: then it is said so, and to be tried again.
-            assert!([0, 3].contains(&done.code), "{done:?}");
-            done.code == 0
-        });
-        assert_eq!(self.kept().code(), 0, "{}", self.said());
-        // Nobody of it is left, but who lost his parent is ours to reap.
-        for pid in family(std::process::id()).split_off(1) {
-            until("all of it has ended", || !lives(pid));
-            end(pid);
-        }
-        self.kept = None;
     }
 
     /// Brings back the newest epoch; returns what was told of it.
@@ -257,7 +227,7 @@ fn comes_back(name: &str, program: &Program) {
         life.works();
         let held = life.epoch();
         std::thread::sleep(Duration::from_micros(random.u64(..200_000)));
-        life.end(program.end);
+        life.die();
         let told = life.come_back();
         let epoch = told["epoch"].as_u64().unwrap();
         assert!(epoch >= held, "kill {kill}: {held} was there, not {epoch}");
@@ -277,7 +247,7 @@ fn a_changed_page_is_noticed(name: &str, program: &Program) {
     }
     let (_alone, place) = (alone(), Place::new());
     let mut life = Life::begin(&place, program);
-    life.end(program.end);
+    life.die();
     life.come_back();
     life.works();
     let changed = spoil::spoil(&life.members(), &program.spot);

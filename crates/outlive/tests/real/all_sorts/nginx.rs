@@ -1,6 +1,6 @@
 //! nginx with two workers, and clients that know every answer, over a unix socket.
 
-use super::{End, Program, all_were_counted, file, words};
+use super::{Program, all_were_counted, file, words};
 use crate::all_sorts::spoil::Spot;
 use crate::support::installed;
 
@@ -8,7 +8,6 @@ const PROGRAM: Program = Program {
     name: "nginx",
     load: "a master and 2 workers; connections of a client within the program, over a unix socket",
     compared: "every answer; the server's count of requests with that of the client",
-    end: End::Killed,
     prepare: |place| {
         file(place, "nginx.conf", include_str!("loads/nginx.conf"));
         let script = file(place, "nginx.py", include_str!("loads/nginx.py"));

@@ -1,6 +1,6 @@
 //! Node.js: timers, promises, worker threads, memory that they share, compiled JavaScript.
 
-use super::{End, Program, file, same_undisturbed, words};
+use super::{Program, file, same_undisturbed, words};
 use crate::all_sorts::spoil::Spot;
 use crate::support::{Place, installed};
 
@@ -8,7 +8,6 @@ const PROGRAM: Program = Program {
     name: "Node.js",
     load: "timers and 2 worker threads with shared memory; compiling and collecting garbage",
     compared: "all answers of the workers, with an undisturbed run of as many rounds",
-    end: End::Killed,
     prepare: |place| line(place, "0", "2"),
     judge: |place| same_undisturbed(place, |rounds| line(place, rounds, "0"), &["result"]),
     spot: Spot {

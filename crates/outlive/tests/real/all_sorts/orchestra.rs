@@ -1,6 +1,6 @@
 //! A program of our own that checks itself: vector registers, shared memory, timers.
 
-use super::{End, Program, all_were_counted, words};
+use super::{Program, all_were_counted, words};
 use crate::all_sorts::spoil::Spot;
 use crate::support::test_program;
 
@@ -8,7 +8,6 @@ const PROGRAM: Program = Program {
     name: "a self-checking Rust program",
     load: "4 threads and a child: vector registers, a futex in shared memory, two timers",
     compared: "every register, turn, tick and cell with what it must be, all the time",
-    end: End::Killed,
     prepare: |_| words([&test_program("orchestra"), "1"]),
     judge: all_were_counted,
     spot: Spot {

@@ -1,6 +1,6 @@
 //! A pipeline: bash, a second bash, gzip; the compressed file is compared byte by byte.
 
-use super::{End, Program, file, same_undisturbed, words};
+use super::{Program, file, same_undisturbed, words};
 use crate::all_sorts::spoil::Spot;
 use crate::support::{Place, installed};
 
@@ -8,7 +8,6 @@ const PROGRAM: Program = Program {
     name: "bash and gzip",
     load: "lines through a pipeline of two shells and gzip into a file",
     compared: "the compressed file, byte by byte, with that of an undisturbed pipeline",
-    end: End::Killed,
     prepare: |place| line(place, "0", "0.002"),
     judge: |place| {
         same_undisturbed(

@@ -1,9 +1,9 @@
 //! PostgreSQL under pgbench, as another user than root.
 //!
-//! A database writes to the middle of its files all the time, and files go back with a program
-//! only where they grew. So it is moved while it works: ended at an epoch, and restored.
+//! A database writes to the middle of its files all the time, its log too: all of them go back with
+//! its memory.
 
-use super::{End, Program, all_were_counted, file, words};
+use super::{Program, all_were_counted, file, words};
 use crate::all_sorts::spoil::Spot;
 use crate::support::{Place, installed};
 use std::os::unix::fs::chown;
@@ -14,7 +14,6 @@ const PROGRAM: Program = Program {
     name: "PostgreSQL",
     load: "pgbench: one long session and many short ones, over a unix socket, within the program",
     compared: "pgbench's sums; acknowledged transactions; a table; pg_amcheck of heap and indexes",
-    end: End::Stopped,
     prepare,
     judge: all_were_counted,
     spot: Spot {

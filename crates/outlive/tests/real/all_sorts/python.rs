@@ -1,6 +1,6 @@
 //! CPython: threads, an SQLite database in memory, a child that is asked over pipes.
 
-use super::{End, Program, file, same_undisturbed, words};
+use super::{Program, file, same_undisturbed, words};
 use crate::all_sorts::spoil::Spot;
 use crate::support::{Place, installed};
 
@@ -8,7 +8,6 @@ const PROGRAM: Program = Program {
     name: "CPython with SQLite",
     load: "3 threads take turns with a database in memory; a child answers over pipes",
     compared: "all tables and all answers, with an undisturbed run of as many rounds",
-    end: End::Killed,
     prepare: |place| line(place, "0", "0.002"),
     judge: |place| same_undisturbed(place, |rounds| line(place, rounds, "0"), &["result"]),
     spot: Spot {

@@ -1,6 +1,6 @@
 //! A statically linked program: awk of busybox, which starts a short-lived child in every round.
 
-use super::{End, Program, file, same_undisturbed, words};
+use super::{Program, file, same_undisturbed, words};
 use crate::all_sorts::spoil::Spot;
 use crate::support::{Place, installed};
 
@@ -8,7 +8,6 @@ const PROGRAM: Program = Program {
     name: "busybox awk, statically linked",
     load: "sums of an array; a child is started and ends in every round",
     compared: "all sums and the array, with an undisturbed run of as many rounds",
-    end: End::Killed,
     prepare: |place| line(place, "0", "0.005"),
     judge: |place| same_undisturbed(place, |rounds| line(place, rounds, "0"), &["result"]),
     spot: Spot {
