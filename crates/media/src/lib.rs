@@ -3,7 +3,7 @@
 //! A [`Medium`] is a growing array of bytes that keeps what was flushed through a power cut; a
 //! [`Directory`] is a set of named media. [`FileMedium`] and [`FileDirectory`] keep them in files;
 //! [`SimDisk`] keeps them in memory and loses, tears or trashes what was not flushed, as a test
-//! chooses.
+//! chooses. [`LineMemory`] simulates memory that keeps its bytes, behind caches that do not.
 //!
 //! # Rules
 //! - A write is durable only after a later [`Medium::flush`] returned `Ok`. Until then any subset
@@ -19,12 +19,14 @@
 mod buffer;
 mod directory;
 mod file;
+mod lines;
 mod lock;
 mod sim;
 
 pub use buffer::Buffer;
 pub use directory::FileDirectory;
 pub use file::FileMedium;
+pub use lines::{Crashes, LINE, LineMemory};
 pub use sim::{Cut, Fate, Fault, Lie, Op, Pending, SimDirectory, SimDisk, SimMedium, power_off};
 
 use std::io;
