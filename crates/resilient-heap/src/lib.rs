@@ -77,6 +77,8 @@ mod log;
 pub mod memory;
 mod persist;
 mod rc;
+#[cfg(doctest)]
+pub mod refused;
 mod space;
 mod superblock;
 mod text;

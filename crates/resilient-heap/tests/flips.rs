@@ -1,4 +1,4 @@
-//! Flipped bits and trashed lines, at every place of a small heap: corrected or reported, never silent.
+//! Flipped bits and trashed lines, all over a small heap: corrected or reported, never silent.
 #![allow(clippy::unwrap_used, reason = "all of this is test code")]
 
 mod common;
@@ -71,7 +71,8 @@ fn look(damaged: &[u8], right: &str) -> (bool, bool) {
     (true, noticed || !scrubbed.corrected.is_empty())
 }
 
-/// Every bit of all that is written; of empty space, some of each line.
+/// Every bit of superblocks, schema, heads of the log and data; of what is empty or alike (words, parity,
+/// entries of the log), one in many.
 #[test]
 fn every_flipped_bit_is_corrected() {
     let states = expected();
