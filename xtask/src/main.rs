@@ -1,4 +1,4 @@
-//! The developer's one door: `cargo xtask test`, `demo`, `bench`, `lab`, `torture`.
+//! The developer's one door: `cargo xtask test`, `demo`, `bench`, `lab`, `torture`, `mutants`.
 //!
 //! # Rules
 //! - One file (or folder) per command; what two commands need stands in a module of its own.
@@ -13,6 +13,7 @@ mod demo;
 mod inherited;
 mod lab;
 mod model;
+mod mutants;
 mod outlive;
 mod redis;
 mod resp;
@@ -46,6 +47,8 @@ enum Command {
     Demo(demo::Options),
     /// Boots imitated machines, cuts their power, and restores under other kernels and processors.
     Lab(lab::Options),
+    /// Plants bugs in the epoch store, one at a time, and shows the test that catches each.
+    Mutants,
     /// Puts the epoch store through power cuts, errors, lies and damage, and counts.
     Torture(torture::Options),
     /// Measures, side by side with what it is compared to.
@@ -73,6 +76,7 @@ fn run(cli: Cli) -> Result<()> {
         Command::Test { long } => test::run(long),
         Command::Demo(options) => demo::run(&options),
         Command::Lab(options) => lab::run(&options),
+        Command::Mutants => mutants::run(),
         Command::Torture(options) => torture::run(&options),
         Command::Bench(command) => bench::run(&command),
     }

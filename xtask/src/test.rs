@@ -1,14 +1,15 @@
 //! `cargo xtask test`: one call that leaves no excuse.
 //!
 //! Installs what is missing, builds everything, runs every test of the workspace (documentation
-//! tests too, which `cargo test` includes), and closes with counts.
+//! tests too, which `cargo test` includes), plants bugs in the store ([`mutants`]), and closes with
+//! counts.
 //!
 //! # Skipped tests are counted
 //! A test that cannot run here prints one line `skipped: REASON` to standard output and returns.
 //! These lines, and tests that are `#[ignore]`d, are listed with their reasons at the end, so that
 //! nobody takes a skipped test for a passed one.
 
-use crate::{tools, workspace};
+use crate::{mutants, tools, workspace};
 use anyhow::{Context, Result, bail};
 use std::{
     collections::BTreeMap,
@@ -23,7 +24,9 @@ pub fn run(long: bool) -> Result<()> {
     tools::ensure_all()?;
     build()?;
     let (summary, passed) = test(long)?;
+    let mutants = mutants::run();
     summary.print(begun.elapsed().as_secs());
+    mutants?;
     if !passed {
         bail!("tests failed");
     }

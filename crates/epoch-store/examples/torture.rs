@@ -82,6 +82,10 @@ fn report(tally: &Tally, violations: usize) {
     println!("{} states after a power cut", tally.cuts);
     println!("{} states after a power cut in recovery", tally.recoveries);
     println!(
+        "{} states after a power cut behind a killed writer",
+        tally.kills
+    );
+    println!(
         "{} states after {} errors",
         tally.after_errors, tally.errors
     );

@@ -12,6 +12,7 @@ use crate::format::{Record, SEAL_AT, SLOT_AT, SUPERBLOCK_AT, Says, Trailer, Tree
 use crate::generation::{Generation, Head, OpenError, committed_name, fresh_name, number_of};
 use crate::host::{Host, SystemHost};
 use crate::map::PageMap;
+use crate::planted::bug;
 use crate::reader::Reader;
 use crate::ready::Ready;
 use crate::repair::repair_in;
@@ -19,7 +20,7 @@ use crate::scrub::Cursor;
 use crate::verify::{self, Progress, Report};
 use crate::writer::Writer;
 use outlive_epoch::{EpochFacts, EpochId, PAGE_SIZE, Run, StoreError};
-use outlive_media::{Access, Directory, FileDirectory, MediumError};
+use outlive_media::{Access, BLOCK, Directory, FileDirectory, MediumError};
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
@@ -141,15 +142,19 @@ impl Live {
 
     /// Writes both copies of the slot.
     fn write_slot(&self) -> Result<(), MediumError> {
-        let slot = SLOT_AT[(self.record.epoch % 2) as usize];
+        let slot = SLOT_AT
+            [(self.record.epoch % 2) as usize * usize::from(!bug("one slot for all epochs"))];
         slot.into_iter().try_for_each(|at| self.write_record(at))
     }
 
     /// The last step of a commit, which can be repeated.
     fn publish(&mut self, dir: &dyn Directory) -> Result<(), MediumError> {
         if !self.in_slot {
+            self.in_slot = bug("failed record taken for done");
             self.write_slot()?;
-            self.generation.medium.flush()?;
+            if !bug("record not flushed") {
+                self.generation.medium.flush()?;
+            }
             self.in_slot = true;
         }
         if !self.named {
@@ -159,10 +164,15 @@ impl Live {
             );
             match dir.rename(&fresh, &named) {
                 // An attempt that gave an error may have taken effect all the same.
-                Err(e) if e.is_not_found() && dir.list()?.contains(&named) => {}
+                Err(e)
+                    if !bug("repeated rename fails")
+                        && e.is_not_found()
+                        && dir.list()?.contains(&named) => {}
                 other => other?,
             }
-            dir.sync()?;
+            if !bug("rename not synced") {
+                dir.sync()?;
+            }
             self.named = true;
         }
         Ok(())
@@ -183,7 +193,7 @@ impl Live {
     pub fn repair(&mut self, head: &Head) -> Result<(), MediumError> {
         let medium = &self.generation.medium;
         for damage in &head.harmless {
-            if SUPERBLOCK_AT.contains(&damage.offset) {
+            if SUPERBLOCK_AT.contains(&damage.offset) && !bug("superblock not mended") {
                 medium.write(
                     damage.offset,
                     &self.generation.superblock.encode(damage.offset),
@@ -192,12 +202,15 @@ impl Live {
         }
         if !head.slot_intact {
             // Not even a power cut now may take away the record that was just found.
-            if !self.sealed {
+            if !self.sealed && !bug("slot mended before it is sealed") {
                 self.write_record(SEAL_AT)?;
                 medium.flush()?;
                 self.sealed = true;
             }
             self.write_slot()?;
+        }
+        if bug("found but not flushed") {
+            return Ok(());
         }
         medium.flush()
     }
@@ -294,7 +307,9 @@ impl Store {
         if access == Access::Write {
             // What was read may not have been durable yet, if its writer was killed.
             live.repair(&head).map_err(damage::medium)?;
-            store.dir.sync().map_err(damage::medium)?;
+            if !bug("found but not synced") {
+                store.dir.sync().map_err(damage::medium)?;
+            }
         }
         store.current = Some(live);
         if access == Access::Write {
@@ -308,10 +323,14 @@ impl Store {
         let current = self.current.as_ref().map(|live| live.generation.number);
         for name in self.dir.list()? {
             let (old, new) = (number_of(&name, "epochs."), number_of(&name, "new."));
-            if let Some(number) = old.or(new) {
+            if let Some(number) = old.or(new)
+                && !bug("numbers begin again")
+            {
                 self.next_number = self.next_number.max(number.saturating_add(1));
             }
-            if new.is_some() || (old.is_some() && current.is_some() && old < current) {
+            if (new.is_some() && !bug("unpublished file kept"))
+                || (old.is_some() && current.is_some() && old < current)
+            {
                 self.dir.remove(&name)?;
             }
         }
@@ -379,7 +398,7 @@ impl Store {
             )));
         }
         self.settle()?;
-        if let (true, Some(live)) = (self.abandoned, &self.current) {
+        if let (true, Some(live)) = (self.abandoned && !bug("old error kept"), &self.current) {
             // Collects the error that a write of the abandoned epoch may have left behind. If it
             // is a lasting one, the flush of the next commit reports it again.
             let _ = live.generation.medium.flush();
@@ -391,7 +410,11 @@ impl Store {
     /// Takes over an epoch whose data is durable, and publishes it.
     pub(crate) fn publish(&mut self, live: Live) -> Result<(), StoreError> {
         self.unsettled = Some(live);
-        self.settle()
+        let settled = self.settle();
+        if bug("open commit forgotten") {
+            self.unsettled = None;
+        }
+        settled
     }
 
     pub(crate) fn access(&self) -> Access {
@@ -409,6 +432,12 @@ impl Store {
             return Ok(());
         };
         let (began, alone) = (self.host.monotonic_us(), live.named);
+        if let Some(old) = &self.current
+            && old.generation.number != live.generation.number
+            && bug("old file removed first")
+        {
+            let _ = self.dir.remove(&committed_name(old.generation.number));
+        }
         live.publish(&*self.dir)
             .map_err(|e| live.generation.failed(e))?;
         let took = self.host.monotonic_us().saturating_sub(began);
@@ -416,7 +445,7 @@ impl Store {
         live.record.durable_us = durable_us(&*self.host, live.began);
         let replaced = std::mem::replace(&mut self.current, self.unsettled.take());
         if let (Some(old), Some(new)) = (replaced, &mut self.current) {
-            if old.generation.number == new.generation.number {
+            if old.generation.number == new.generation.number && !bug("chain forgotten") {
                 new.map = old.map;
                 let last = std::mem::replace(&mut new.chain, old.chain);
                 new.chain.extend(last);
@@ -573,9 +602,10 @@ impl Store {
         let medium = &live.generation.medium;
         let beyond = medium.geometry()?.len > live.record.log_end();
         if beyond {
-            medium.truncate(live.record.log_end())?;
+            let short = u64::from(bug("closed too short"));
+            medium.truncate(live.record.log_end() - short * 40 * BLOCK as u64)?;
         }
-        if !live.sealed {
+        if !live.sealed && !bug("closed without a seal") {
             live.write_record(SEAL_AT)?;
         }
         if beyond || !live.sealed {
@@ -641,7 +671,7 @@ pub(crate) fn open_newest(
         let newest = names
             .iter()
             .filter_map(|name| number_of(name, "epochs."))
-            .max();
+            .max_by_key(|n| if bug("oldest file counts") { !n } else { *n });
         let Some(number) = newest else {
             return Ok(None);
         };

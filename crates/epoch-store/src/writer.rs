@@ -8,6 +8,7 @@ use crate::format::{
     self, BLOCK_LEN, Index, Kind, NAME_MAX, Record, Says, Section, Seed, Trailer, TreePlace, Twice,
 };
 use crate::generation::{Generation, fresh_name};
+use crate::planted::bug;
 use crate::store::{CommitTimes, Held, Live, Store};
 use crate::stripe::{Layout, Parity, WIDTH};
 use outlive_epoch::{
@@ -164,7 +165,7 @@ impl<'a> Writer<'a> {
         let (pages, _) = bytes.as_chunks::<PAGE_SIZE>();
         let mut from = 0;
         while let Some(page) = pages.get(from) {
-            let zero = *page == ZERO_PAGE;
+            let zero = *page == ZERO_PAGE || (bug("zero by its second byte") && page[1] == 0);
             let limit = if zero {
                 pages.len()
             } else {
@@ -295,7 +296,7 @@ impl<'a> Writer<'a> {
         self.store
             .current
             .as_ref()
-            .filter(|_| !self.base)
+            .filter(|_| !self.base || bug("base rests on others"))
             .map(|live| live.record)
     }
 
@@ -317,7 +318,9 @@ impl<'a> Writer<'a> {
             // The flush below makes this durable before the other slot is touched.
             live.write_record(format::SEAL_AT).map_err(failed)?;
         }
-        medium.flush().map_err(failed)?;
+        if !bug("data not flushed") {
+            medium.flush().map_err(failed)?;
+        }
         let Tables {
             trailer,
             trailer_at,
@@ -366,7 +369,9 @@ impl PageSink for Writer<'_> {
     }
 
     fn absent(&mut self, run: Run) -> Result<(), StoreError> {
-        self.index.push(run, Says::Absent);
+        if !bug("absent pages stay") {
+            self.index.push(run, Says::Absent);
+        }
         Ok(())
     }
 }
@@ -387,9 +392,16 @@ impl EpochWriter for Writer<'_> {
                 "group {group} is written twice"
             )));
         }
-        let current = self.store.current.as_ref().filter(|_| !self.base);
+        let current = self
+            .store
+            .current
+            .as_ref()
+            .filter(|_| !self.base || bug("trees of another file"));
         let held = current.and_then(|live| live.trees.as_ref()?.get(group));
-        let tree = match held.filter(|held| *held.bytes == *fdt) {
+        let tree = match held.filter(|held| {
+            *held.bytes == *fdt
+                || (bug("trees compared by length") && held.bytes.len() == fdt.len())
+        }) {
             Some(held) => Tree::Unchanged(held.clone()),
             None => Tree::New(fdt.into()),
         };
@@ -398,7 +410,7 @@ impl EpochWriter for Writer<'_> {
     }
 
     fn commit(mut self: Box<Self>, facts: EpochFacts) -> Result<Acked, StoreError> {
-        if self.failed {
+        if self.failed && !bug("incomplete epoch committed") {
             let what = "an epoch of which a page could not be stored cannot be committed";
             return Err(StoreError::Misuse(what.to_owned()));
         }
@@ -410,8 +422,9 @@ impl EpochWriter for Writer<'_> {
             record_us: 0,
         };
         // From here on the outcome is open until it is published: nothing is taken back.
-        self.published = true;
+        self.published = !bug("open commit taken back");
         self.store.publish(live)?;
+        self.published = true;
         Ok(acked)
     }
 }
@@ -424,7 +437,7 @@ impl Drop for Writer<'_> {
         if self.base {
             let _ = self.store.dir.remove(&fresh_name(self.generation.number));
         } else {
-            self.store.abandoned = true;
+            self.store.abandoned = !bug("abandoning not noted");
         }
     }
 }

@@ -130,7 +130,7 @@ fn cut_at(at: u64) -> Option<Fault> {
 }
 
 #[test]
-fn a_power_cut_anywhere_leaves_the_last_or_the_next_epoch() {
+pub(crate) fn a_power_cut_anywhere_leaves_the_last_or_the_next_epoch() {
     let history = history();
     let models = models(&history);
     let disk = SimDisk::new();
@@ -160,7 +160,7 @@ fn a_power_cut_anywhere_leaves_the_last_or_the_next_epoch() {
 }
 
 #[test]
-fn a_power_cut_in_recovery_loses_nothing_that_was_found() {
+pub(crate) fn a_power_cut_in_recovery_loses_nothing_that_was_found() {
     let history = history();
     let models = models(&history);
     let disk = SimDisk::new();
@@ -215,7 +215,7 @@ fn recover(disk: &SimDisk, found: u64, models: &[Model], rest: &[Script]) -> u64
 }
 
 #[test]
-fn a_repair_that_is_cut_short_does_no_harm() {
+pub(crate) fn a_repair_that_is_cut_short_does_no_harm() {
     let history = &history()[..3];
     let models = models(history);
     let disk = SimDisk::new();
@@ -312,7 +312,7 @@ fn persist(disk: &SimDisk, history: &[Script], models: &[Model], failures: &mut 
 }
 
 #[test]
-fn any_operation_may_fail_once_and_the_next_attempt_succeeds() {
+pub(crate) fn any_operation_may_fail_once_and_the_next_attempt_succeeds() {
     let history = history();
     let models = models(&history);
     let clean = SimDisk::new();
@@ -346,7 +346,7 @@ fn any_operation_may_fail_once_and_the_next_attempt_succeeds() {
 }
 
 #[test]
-fn a_full_medium_keeps_what_is_there_and_works_again_when_there_is_space() {
+pub(crate) fn a_full_medium_keeps_what_is_there_and_works_again_when_there_is_space() {
     let history = history();
     let models = models(&history);
     let clean = SimDisk::new();
@@ -437,7 +437,7 @@ fn fail_then_cut(a: &Script, b: &Script) -> u64 {
 }
 
 #[test]
-fn an_attempt_after_a_failed_one_harms_neither() {
+pub(crate) fn an_attempt_after_a_failed_one_harms_neither() {
     let script = |base, seed| Script {
         base,
         steps: vec![Step::Put(1, 11, vec![seed; 2]), Step::Put(7, 0, vec![seed])],
@@ -450,7 +450,7 @@ fn an_attempt_after_a_failed_one_harms_neither() {
 }
 
 #[test]
-fn an_error_of_an_abandoned_epoch_does_not_hit_the_next() {
+pub(crate) fn an_error_of_an_abandoned_epoch_does_not_hit_the_next() {
     let disk = SimDisk::new();
     disk.defer_errors(true);
     let mut store = create(&disk).unwrap();
@@ -469,7 +469,7 @@ fn an_error_of_an_abandoned_epoch_does_not_hit_the_next() {
 }
 
 #[test]
-fn an_epoch_that_lacks_a_page_cannot_be_committed() {
+pub(crate) fn an_epoch_that_lacks_a_page_cannot_be_committed() {
     let disk = SimDisk::new();
     let mut store = create(&disk).unwrap();
     write_two(&mut store);

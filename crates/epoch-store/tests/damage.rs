@@ -119,7 +119,7 @@ fn small_image() -> Vec<u8> {
 }
 
 #[test]
-fn every_changed_byte_is_reported() {
+pub(crate) fn every_changed_byte_is_reported() {
     let image = small_image();
     let used = used(&image);
     // The second slot is unused before the second epoch: it holds zeros, and must.
@@ -142,7 +142,7 @@ fn every_changed_byte_is_reported() {
 }
 
 #[test]
-fn changed_bytes_are_made_up_for() {
+pub(crate) fn changed_bytes_are_made_up_for() {
     let (image, models) = image();
     let clean = disk_with(image.clone());
     assert!(!loses(&clean, &models) && verify(&clean).is_clean());
@@ -181,7 +181,7 @@ fn harm(image: &[u8], from: usize, len: usize, seed: u64) -> Vec<u8> {
 }
 
 #[test]
-fn one_run_of_the_published_length_is_made_up_for_wherever_it_is() {
+pub(crate) fn one_run_of_the_published_length_is_made_up_for_wherever_it_is() {
     let (image, models) = image();
     let used = used(&image);
     // At 512 bytes, and one byte before and behind.
@@ -246,7 +246,7 @@ fn loses_some(disk: &SimDisk, models: &[Model]) -> bool {
 }
 
 #[test]
-fn each_stripe_and_the_tables_may_have_a_run_of_damage_at_once() {
+pub(crate) fn each_stripe_and_the_tables_may_have_a_run_of_damage_at_once() {
     let disk = SimDisk::new();
     let mut store = create(&disk).unwrap();
     let seeds: Vec<u8> = (0..2 * STRIPE + 300).map(|i| (i % 251 + 1) as u8).collect();
@@ -294,7 +294,7 @@ fn each_stripe_and_the_tables_may_have_a_run_of_damage_at_once() {
 }
 
 #[test]
-fn a_writer_mends_the_header() {
+pub(crate) fn a_writer_mends_the_header() {
     let (image, models) = image();
     for block in [0, 1, 2, 3, 20, 21, 22] {
         for filler in [0, 0xff] {
@@ -312,7 +312,7 @@ fn a_writer_mends_the_header() {
 }
 
 #[test]
-fn a_cut_file_is_reported() {
+pub(crate) fn a_cut_file_is_reported() {
     let (image, models) = image();
     let used = used(&image);
     for len in (0..image.len()).step_by(1536) {
@@ -331,7 +331,7 @@ fn a_cut_file_is_reported() {
 }
 
 #[test]
-fn blocks_in_wrong_places_are_found() {
+pub(crate) fn blocks_in_wrong_places_are_found() {
     let (image, models) = image();
     let used = used(&image);
     for from in (0..image.len() / 4096).filter(|from| used.contains(from) || from % 9 == 0) {
@@ -347,7 +347,7 @@ fn blocks_in_wrong_places_are_found() {
 }
 
 #[test]
-fn a_block_of_another_image_is_found() {
+pub(crate) fn a_block_of_another_image_is_found() {
     let write = |uuid_shift: usize| {
         let disk = SimDisk::new();
         let script = Script {
@@ -369,6 +369,10 @@ fn a_block_of_another_image_is_found() {
     };
     let ((mine, model), (other, _)) = (write(0), write(1));
     assert_eq!(mine.len(), other.len());
+    assert!(
+        mine[23 * 4096..] != other[23 * 4096..],
+        "the same checksums in two images"
+    );
     for block in 23..mine.len() / 4096 {
         let mut bytes = mine.clone();
         let range = block * 4096..(block + 1) * 4096;
@@ -381,7 +385,7 @@ fn a_block_of_another_image_is_found() {
 }
 
 #[test]
-fn a_newer_version_is_refused_by_name() {
+pub(crate) fn a_newer_version_is_refused_by_name() {
     let (mut image, _) = image();
     for at in [0, 20 * 4096] {
         let block: &mut [u8] = &mut image[at..at + 4096];
@@ -409,7 +413,7 @@ fn a_newer_version_is_refused_by_name() {
 }
 
 #[test]
-fn a_report_says_what_is_lost() {
+pub(crate) fn a_report_says_what_is_lost() {
     let (image, _) = image();
     let mut bytes = image;
     // The third page of the first epoch that is not zero (page 13 of space 1), and its parity.

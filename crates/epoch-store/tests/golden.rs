@@ -35,7 +35,7 @@ fn written_now() -> Vec<u8> {
 }
 
 #[test]
-fn the_present_version_writes_its_golden_image() {
+pub(crate) fn the_present_version_writes_its_golden_image() {
     let path = golden(PRESENT);
     if std::env::var_os("OUTLIVE_UPDATE_GOLDEN").is_some() && !path.exists() {
         fs::create_dir_all(path.parent().unwrap()).unwrap();
@@ -49,7 +49,7 @@ fn the_present_version_writes_its_golden_image() {
 }
 
 #[test]
-fn every_golden_image_is_read_repaired_and_gone_on_from() {
+pub(crate) fn every_golden_image_is_read_repaired_and_gone_on_from() {
     let history = history();
     let models = models(&history);
     for version in 1..=PRESENT {

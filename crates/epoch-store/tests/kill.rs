@@ -13,6 +13,8 @@ use std::process::{Command, Stdio};
 /// Tells the test that it is the writer, and where to write.
 const WRITER: &str = "OUTLIVE_TEST_WRITER";
 const KILLS: u64 = 25;
+/// The same in the long form of the tests.
+const KILLS_LONG: u64 = 2000;
 
 /// What epoch `id` holds: all pages are of its own making.
 fn script(id: u64) -> Script {
@@ -45,7 +47,8 @@ fn a_killed_writer_loses_no_acknowledged_epoch() {
     let tmp = tempfile::tempdir().unwrap();
     let path = tmp.path().join("store");
     let mut last = 0;
-    for kill in 0..KILLS {
+    let long = std::env::var_os("OUTLIVE_LONG").is_some();
+    for kill in 0..if long { KILLS_LONG } else { KILLS } {
         let mut child = Command::new(std::env::current_exe().unwrap())
             .args([
                 "--exact",

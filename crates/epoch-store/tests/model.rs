@@ -155,7 +155,7 @@ proptest! {
 }
 
 #[test]
-fn an_image_needs_an_empty_directory() {
+pub(crate) fn an_image_needs_an_empty_directory() {
     let tmp = tempfile::tempdir().unwrap();
     std::fs::write(tmp.path().join("precious"), b"x").unwrap();
     match Store::create(tmp.path()) {
@@ -170,7 +170,7 @@ fn an_image_needs_an_empty_directory() {
 }
 
 #[test]
-fn what_was_never_committed_is_missing_and_can_be_begun_again() {
+pub(crate) fn what_was_never_committed_is_missing_and_can_be_begun_again() {
     let tmp = tempfile::tempdir().unwrap();
     let path = tmp.path().join("image");
     let mut store = Store::create(&path).unwrap();
@@ -202,7 +202,7 @@ fn what_was_never_committed_is_missing_and_can_be_begun_again() {
 }
 
 #[test]
-fn misuse_is_refused() {
+pub(crate) fn misuse_is_refused() {
     let disk = SimDisk::new();
     let mut store = common::create(&disk).unwrap();
     let mut writer = store.begin().unwrap();
@@ -222,7 +222,7 @@ fn misuse_is_refused() {
 }
 
 #[test]
-fn an_idle_epoch_costs_nineteen_blocks_of_log_and_its_durable_time_is_kept() {
+pub(crate) fn an_idle_epoch_costs_nineteen_blocks_of_log_and_its_durable_time_is_kept() {
     let disk = SimDisk::new();
     let host = Arc::new(SimHost::default());
     let dir: Arc<dyn Directory> = Arc::new(disk.directory());
@@ -245,7 +245,7 @@ fn an_idle_epoch_costs_nineteen_blocks_of_log_and_its_durable_time_is_kept() {
 }
 
 #[test]
-fn a_large_epoch_in_files_comes_back_in_large_runs() {
+pub(crate) fn a_large_epoch_in_files_comes_back_in_large_runs() {
     let tmp = tempfile::tempdir().unwrap();
     let path = tmp.path().join("store");
     let dir = Arc::new(FileDirectory::create(&path).unwrap());
@@ -300,7 +300,7 @@ fn a_large_epoch_in_files_comes_back_in_large_runs() {
 }
 
 #[test]
-fn readers_are_not_disturbed_by_a_writer_that_replaces_the_file() {
+pub(crate) fn readers_are_not_disturbed_by_a_writer_that_replaces_the_file() {
     let tmp = tempfile::tempdir().unwrap();
     let path = tmp.path().join("store");
     let mut store = Store::create(&path).unwrap();

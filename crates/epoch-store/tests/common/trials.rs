@@ -4,15 +4,14 @@
 use super::life::{Dice, Life, Truth, begin_identities, life, live, open, tried, trying};
 use outlive_epoch::StoreError;
 use outlive_epoch_store::Access;
-use outlive_media::{Fate, Fault, Lie, Op, Pending, SimDisk, power_off};
+use outlive_media::{Directory, Fate, Fault, Lie, Op, Pending, SimDisk, power_off};
 use std::io;
 
 /// All subsets are tried up to this many pending changes.
 pub const EXHAUSTIVE: usize = 12;
 
-/// Blocks of the header. A write that goes astray onto the newest commit slot takes the newest
-/// epoch away, without a word: that is known and not tried.
-const SLOTS_END: u64 = 5;
+/// Where the log begins.
+const HEADER: usize = 23 * 4096;
 
 /// What was tried.
 #[derive(Clone, Copy, Debug, Default)]
@@ -23,13 +22,16 @@ pub struct Tally {
     pub cuts: u64,
     /// The same after a power cut in recovery, or in the recovery from that.
     pub recoveries: u64,
+    /// Disks that were read back after a writer was killed, another one opened the store, and
+    /// the power was cut then.
+    pub kills: u64,
     /// Errors that the store met.
     pub errors: u64,
     /// Disks with errors in their life that were read back.
     pub after_errors: u64,
     /// Writes that were lost or went elsewhere, flushes that did nothing.
     pub lies: u64,
-    /// Images with changed bits, sectors or blocks.
+    /// Images with changed bits, sectors, blocks or runs.
     pub flips: u64,
     /// Lies and flips that were answered with the place of the damage; the others were made up for, or
     /// did no harm.
@@ -41,13 +43,14 @@ pub struct Tally {
 impl Tally {
     /// Disks that were read back and compared.
     pub fn states(&self) -> u64 {
-        self.cuts + self.recoveries + self.after_errors + self.lies + self.flips
+        self.cuts + self.recoveries + self.kills + self.after_errors + self.lies + self.flips
     }
 
     pub fn add(&mut self, other: &Self) {
         self.lives += other.lives;
         self.cuts += other.cuts;
         self.recoveries += other.recoveries;
+        self.kills += other.kills;
         self.errors += other.errors;
         self.after_errors += other.after_errors;
         self.lies += other.lies;
@@ -185,6 +188,7 @@ impl Trial {
     pub fn all(mut self) -> Tally {
         self.tally.lives = 1;
         self.power_cuts();
+        self.kills();
         self.errors();
         self.lies();
         self.flips();
@@ -216,6 +220,32 @@ impl Trial {
                 if i % 24 == 0 {
                     self.recover(&after, &truth, found.0, 1);
                 }
+            }
+        }
+    }
+
+    /// The writer is killed at every boundary: nothing is lost of what it wrote, but not all of it
+    /// is durable. What the next writer finds must stay, also if the power is cut at once.
+    pub fn kills(&mut self) {
+        for at in boundaries(&self.trace()) {
+            trying(format!("killed at {at}"));
+            let disk = self.disk();
+            disk.fault(Some(cut_at(at)));
+            let truth = live(&disk, &self.life);
+            disk.fault(None);
+            let (found, model) = truth.check(&disk).unwrap();
+            let store = open(&disk, Access::Write).unwrap();
+            assert_eq!(store.newest().map_or(0, |id| id.0), found, "{}", tried());
+            let files = Directory::list(&disk.directory()).unwrap();
+            assert!(files.len() <= 1, "{}: {files:?} are left", tried());
+            let all = cuts(&disk.pending(), 8, &mut self.dice);
+            for cut in some(&all, 2 + self.width / 2, &mut self.dice) {
+                let after = disk.power_cut(&mut |i, _| cut[i]);
+                let again = truth
+                    .check(&after)
+                    .unwrap_or_else(|e| panic!("{}: {e}", tried()));
+                assert_eq!(again, (found, model.clone()), "{}, {cut:?}", tried());
+                self.tally.kills += 1;
             }
         }
     }
@@ -289,7 +319,7 @@ impl Trial {
     pub fn lies(&mut self) {
         let trace = self.trace();
         for (at, op) in trace.iter().enumerate().filter(|(_, op)| **op != Op::Read) {
-            let elsewhere = (SLOTS_END + self.dice.below(64)) * 4096;
+            let elsewhere = self.dice.below(72) * 4096;
             let lies = [Lie::Lost, Lie::Misdirected(elsewhere)];
             let lies = if *op == Op::Write {
                 &lies[..]
@@ -311,47 +341,38 @@ impl Trial {
         }
     }
 
-    /// Bits, sectors, blocks and long runs of the image are changed.
+    /// The closed image is harmed: one run of up to 64 KiB is made up for, wherever it is; of more,
+    /// what is found is true, or named as damaged. Only one of them hits the header: of two, one
+    /// could take a commit slot with the seal beside it, the other the copy of the slot, and the
+    /// epoch before would be found without a word. That is known, and not made up for.
     pub fn flips(&mut self) {
         let disk = self.disk();
         let truth = live(&disk, &self.life);
         let names: Vec<String> = (1..9).map(|n| format!("epochs.{n}")).collect();
-        let Some((name, image)) = names
-            .iter()
-            .find_map(|name| Some((name, disk.contents(name)?)))
-        else {
+        let image = |name: &String| Some((name.clone(), disk.contents(name)?));
+        let Some((name, image)) = names.iter().find_map(image) else {
             return;
         };
-        for _ in 0..self.width * 4 {
-            let mut bytes = image.clone();
-            let at = self.dice.below(image.len() as u64) as usize;
-            let what = match self.dice.below(8) {
-                0 => {
-                    let sector = at / 512 * 512;
-                    bytes[sector..sector + 512].fill(self.dice.below(2) as u8 * 0xff);
-                    "a sector"
-                }
-                1 => {
-                    let from = self.dice.below(image.len() as u64 / 4096) as usize * 4096;
-                    bytes.copy_within(from..from + 4096, at / 4096 * 4096);
-                    "a block"
-                }
-                // More than parity and second copies make up for, by and large.
-                2 | 3 => {
-                    let to = image
-                        .len()
-                        .min(at + (64 << 10) * (1 + self.dice.below(8) as usize));
-                    bytes[at..to].fill(self.dice.below(2) as u8 * 0xff);
-                    "a run"
-                }
-                _ => {
-                    bytes[at] ^= 1 << self.dice.below(8);
-                    "a bit"
-                }
+        for i in 0..self.width * 4 {
+            let (mut bytes, mut what) = (image.clone(), Vec::new());
+            let harms = if i % 4 == 0 {
+                2 + self.dice.below(5)
+            } else {
+                1
             };
-            disk.set_contents(name, bytes);
-            trying(format!("{what} at {at}"));
+            for n in 0..harms {
+                let from = if n == 0 { 0 } else { HEADER };
+                what.push(harm(&mut bytes, from, &mut self.dice));
+            }
+            trying(what.join(", "));
+            disk.set_contents(&name, bytes);
+            let named = self.tally.named;
             self.judge(&truth, &disk);
+            assert!(
+                harms > 1 || self.tally.named == named,
+                "not made up for: {}",
+                tried()
+            );
             self.tally.flips += 1;
         }
     }
@@ -364,6 +385,34 @@ impl Trial {
                 self.tally.named += 1;
             }
             Err(e) => panic!("{}: {e}", tried()),
+        }
+    }
+}
+
+/// Changes a bit, a sector, a block or a run of up to 64 KiB from an offset on; says what.
+fn harm(image: &mut [u8], from: usize, dice: &mut Dice) -> String {
+    let at = from + dice.below((image.len() - from) as u64) as usize;
+    let (sector, block) = (at / 512 * 512, at / 4096 * 4096);
+    match dice.below(8) {
+        0 => {
+            image[sector..sector + 512].fill(dice.below(2) as u8 * 0xff);
+            format!("a sector at {sector}")
+        }
+        1 => {
+            let from = dice.below(image.len() as u64 / 4096) as usize * 4096;
+            image.copy_within(from..from + 4096, block);
+            format!("the block at {from} copied to {block}")
+        }
+        2 | 3 => {
+            let end = image
+                .len()
+                .min(block + (1 + dice.below(16) as usize) * 4096);
+            image[block..end].fill_with(|| dice.next() as u8);
+            format!("garbage from {block} to {end}")
+        }
+        _ => {
+            image[at] ^= 1 << dice.below(8);
+            format!("a bit at {at}")
         }
     }
 }
