@@ -33,6 +33,8 @@ const UNSEEN: (Duration, u32) = (Duration::from_secs(3), 8192);
 
 /// A kernel thread (`PF_KTHREAD`), which has no memory to share.
 const KERNEL_THREAD: u64 = 0x0020_0000;
+/// A thread that ends (`PF_EXITING`).
+const EXITING: u64 = 4;
 
 /// What was compared so far.
 #[derive(Debug, Default)]
@@ -69,7 +71,7 @@ impl Outside {
         let now: BTreeSet<u32> = again().iter().map(|k| k.pid).collect();
         let mut strangers = BTreeMap::new();
         for (member, other) in found {
-            if let Some(process) = process_of(other).filter(|p| !now.contains(p)) {
+            if let Some(process) = process_of(other).filter(|p| !descends(*p, &now)) {
                 strangers.entry((member, process)).or_insert(other);
             }
         }
@@ -190,6 +192,20 @@ fn process_of(tid: u32) -> Option<u32> {
     Status::read(tid, tid).ok().map(|s| s.tgid)
 }
 
+/// Whether a process is one of these or descends from one. A list of them that was made while they
+/// ran may lack some.
+fn descends(process: u32, from: &BTreeSet<u32>) -> bool {
+    let parent = |pid: &u32| Status::read(*pid, *pid).ok().map(|s| s.ppid);
+    std::iter::successors(Some(process), parent)
+        .take_while(|pid| *pid != 0)
+        .any(|pid| from.contains(&pid))
+}
+
+/// Whether a thread is on its way out, and so may have nothing left that could be compared.
+fn exits(tid: u32) -> bool {
+    Stat::read(tid).map_or(true, |stat| stat.flags & EXITING != 0)
+}
+
 /// The refusal of what a member shares with a thread of another process, if it still does.
 fn refusal(((member, process), other): ((u32, u32), u32)) -> Option<Refusal> {
     let target = Target::open(member).ok()?;
@@ -203,8 +219,8 @@ fn refusal(((member, process), other): ((u32, u32), u32)) -> Option<Refusal> {
     let shared = KINDS.into_iter().zip(kinds);
     let shared = shared.filter(|(_, kind)| kcmp::same(member, other, *kind) == Ok(true));
     let what: Vec<&str> = shared.map(|(kind, _)| name(kind)).collect();
-    // Who has ended has nothing, as those have that never had any.
-    let over = target.has_ended() || Status::tells_end(process, other);
+    // Who ends has nothing at last, as all others who do; the kernel says so before it takes anything.
+    let over = exits(member) || exits(other);
     if what.is_empty() || over || stat.flags & KERNEL_THREAD != 0 {
         return None;
     }
@@ -278,6 +294,24 @@ mod tests {
         child.wait().unwrap();
         drop(finish);
         thread.join().unwrap();
+    }
+
+    /// Two that have ended have the same memory: none.
+    #[test]
+    fn those_that_end_share_nothing() {
+        let mut children = [sleeper(), sleeper()];
+        let [a, b] = [children[0].id(), children[1].id()];
+        assert!(descends(a, &BTreeSet::from([std::process::id()])));
+        assert!(!descends(a, &BTreeSet::from([b])) && !exits(a));
+        for child in &mut children {
+            child.kill().unwrap();
+        }
+        while ![a, b].into_iter().all(|pid| Status::tells_end(pid, pid)) {
+            std::thread::yield_now();
+        }
+        assert_eq!(kcmp::same(a, b, kcmp::Kind::Memory), Ok(true));
+        assert!(exits(a) && exits(b) && refusal(((a, b), b)).is_none());
+        children.iter_mut().for_each(|c| drop(c.wait().unwrap()));
     }
 
     #[test]
