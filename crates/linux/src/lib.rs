@@ -21,6 +21,7 @@ pub mod memory;
 pub mod mounts;
 pub mod pagemap;
 pub mod pid_namespace;
+pub mod private_root;
 pub mod processor;
 pub mod ptrace;
 pub mod remote;

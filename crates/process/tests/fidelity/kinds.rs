@@ -169,18 +169,11 @@ const AT_THE_ATTACH_ONLY: &[&str] = &[
 ];
 
 /// What is not as it was after a restore, and why.
-const NOT_KEPT: &[(&str, &str)] = &[
-    (
-        "session-keyring",
-        "keys belong to the session of who restores; a program cannot be asked for its keyring \
+const NOT_KEPT: &[(&str, &str)] = &[(
+    "session-keyring",
+    "keys belong to the session of who restores; a program cannot be asked for its keyring \
          without being given one (`lookup_user_key` in Linux, `keyctl(2)`)",
-    ),
-    (
-        "unix-connected",
-        "an end that was accepted has no name afterwards: it is that of the listening socket, which \
-         cannot be given to two",
-    ),
-];
+)];
 
 /// What became of a kind.
 #[derive(Debug, PartialEq, Eq)]

@@ -557,7 +557,26 @@ fn descriptor_facts(pid: u32, facts: &mut BTreeMap<String, String>) {
             format!("fd {number}"),
             format!("{link} same as {same:?}\n{}", stable(&info)),
         );
+        if link.starts_with("socket") {
+            facts.insert(format!("names of fd {number}"), unix_names(pid, number));
+        }
     }
+}
+
+/// What a unix socket is called, and what it is connected to; nothing of other sockets.
+fn unix_names(pid: u32, number: u32) -> String {
+    use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
+    let process = Pid::from_raw(pid.cast_signed()).expect("a process");
+    let process = pidfd_open(process, PidfdFlags::empty()).expect("a process");
+    let number = number.cast_signed();
+    let socket = pidfd_getfd(process, number, PidfdGetfdFlags::empty()).expect("a socket");
+    if rustix::net::sockopt::socket_domain(&socket) != Ok(rustix::net::AddressFamily::UNIX) {
+        return String::new();
+    }
+    let shown = |name| rustix::net::SocketAddrUnix::try_from(name).expect("a name");
+    let own = rustix::net::getsockname(&socket).map(shown);
+    let peer = rustix::net::getpeername(&socket).map(|name| name.map(shown));
+    format!("{own:?} connected to {peer:?}")
 }
 
 /// The lines of an `fdinfo` that outlast a restore.

@@ -65,6 +65,7 @@ mod terminal_modes;
 mod timerfd;
 mod udp;
 mod udp_queue;
+mod unix_accepted;
 mod unix_datagram;
 mod unix_diag;
 mod unix_fresh;

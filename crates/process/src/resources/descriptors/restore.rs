@@ -8,7 +8,7 @@ use super::locks;
 use super::probe::failed;
 use super::table::{FdTable, Holder, OpenDescription};
 use super::terminal_modes::Change;
-use super::{pty, tcp_pair, unix_pair};
+use super::{pty, tcp_pair, unix_accepted, unix_pair};
 use crate::error::{ProcessError, Refusal};
 use crate::resources::shared::Memories;
 use crate::restore::{FilesPolicy, spawn_failed};
@@ -299,8 +299,9 @@ pub fn recreate_table(table: &FdTable, checked: Checked) -> Result<Made, Process
     for pipe in &table.pipes {
         pipes.push(pipe.make(pid)?);
     }
-    let pairs = unix_pair::make(table, pid, &mut made.created)?;
     let mut notices = Vec::new();
+    let named = unix_accepted::make(table, &checked.held, &mut notices);
+    let pairs = unix_pair::make(table, pid, named, &mut made.created)?;
     let ptys = pty::make(table, pid, &mut notices)?;
     let mut cx = RecreateContext {
         pid,

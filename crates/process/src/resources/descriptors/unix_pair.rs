@@ -1,26 +1,28 @@
 //! Unix connections with both ends in the subject, however they were made: `socketpair`, or
 //! `connect` and `accept` between its processes.
 //!
-//! Each end is saved with what waits to be read from it, and both are made again as a socket pair.
+//! Each end is saved with what waits to be read from it. Both are made again as a socket pair, or,
+//! for the sake of their names, by accepting one ([`super::unix_accepted`]).
 //!
 //! # What differs afterwards
-//! `SO_PEERCRED` tells of the restorer. An end that was accepted has no name, as its name is that
-//! of the listening socket; the name of an end that was bound itself is kept if it is free.
+//! `SO_PEERCRED` tells of the restorer. The name of an end that was bound itself is kept if it is
+//! free; so is an abstract name whose listening socket is not in the subject.
 
 use super::Descriptor;
 use super::context::{About, Around, CheckContext, CollectContext, RecreateContext};
 use super::probe::{Probe, failed};
 use super::socket_options::SocketOptions;
 use super::table::FdTable;
-use super::unix_fresh::{UnixKind, is_connected};
+use super::unix_accepted::Named;
+use super::unix_fresh::{UnixKind, is_connected, name};
 use super::unix_name::UnixName;
 use super::unix_queue::UnixQueue;
 use super::{Description, unix_diag};
 use crate::ProcessError;
 use outlive_state_tree::{StateNode, StateValue};
 use rustix::io::Errno;
-use rustix::net::{AddressFamily, Shutdown, SocketFlags, shutdown, socketpair};
-use std::collections::{HashMap, HashSet};
+use rustix::net::{AddressFamily, Shutdown, SocketAddrUnix, SocketFlags, shutdown, socketpair};
+use std::collections::HashMap;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 
@@ -56,6 +58,8 @@ pub struct UnixPairEndState {
     pub receive_shut: bool,
     /// Nothing more can be sent (`SHUT_WR`).
     pub send_shut: bool,
+    /// The path that it, or the socket which accepted it, was bound to, as that was given.
+    pub path: Option<Vec<u8>>,
     /// Its own name, if it has one.
     #[state(child)]
     pub bound: Option<UnixName>,
@@ -95,13 +99,20 @@ impl Descriptor for UnixPairEndState {
             },
             receive_shut: shut & unix_diag::RECEIVE_SHUT != 0,
             send_shut: shut & unix_diag::SEND_SHUT != 0,
+            path: given_path(probe)?,
             bound: UnixName::if_found(probe)?,
             options: SocketOptions::collect(probe, cx.memory)?,
             queue: UnixQueue::collect(probe, kind, cx.stopped)?,
         })
     }
 
-    fn check(&self, _: &About, _: &mut CheckContext<'_>) -> Result<(), ProcessError> {
+    fn check(&self, about: &About, _: &mut CheckContext<'_>) -> Result<(), ProcessError> {
+        if let Some(path) = &self.path
+            && (path.is_empty() || SocketAddrUnix::new(&path[..]).is_err())
+        {
+            let what = format!("fd {} has an impossible name", about.number);
+            return Err(ProcessError::Image(what));
+        }
         self.queue.validate(self.kind)
     }
 
@@ -110,6 +121,12 @@ impl Descriptor for UnixPairEndState {
             ProcessError::Image(format!("fd {} is an end of no connection", about.number))
         })
     }
+}
+
+/// The path that a socket is bound to, if it can be bound to it again.
+fn given_path(probe: &Probe<'_>) -> Result<Option<Vec<u8>>, ProcessError> {
+    let path = name(probe)?.and_then(|name| name.path_bytes().map(<[u8]>::to_vec));
+    Ok(path.filter(|path| SocketAddrUnix::new(&path[..]).is_ok()))
 }
 
 /// The socket at the other end, if it is inside and its peer is this one.
@@ -126,7 +143,7 @@ fn partner(probe: &Probe<'_>, around: &Around) -> Result<Option<u64>, ProcessErr
     Ok((back == Some(inode)).then_some(peer))
 }
 
-fn ends(table: &FdTable) -> impl Iterator<Item = (About, &UnixPairEndState)> {
+pub(crate) fn ends(table: &FdTable) -> impl Iterator<Item = (About, &UnixPairEndState)> {
     table.each().filter_map(|(about, d)| match &d.object {
         Description::UnixPairEnd(end) => Some((about, end)),
         _ => None,
@@ -154,13 +171,14 @@ pub(crate) fn validate(table: &FdTable) -> Result<(), ProcessError> {
     Ok(())
 }
 
-/// Makes all connections of a table, by number and end.
+/// Makes all connections of a table, by number and end; some of them are made and named already.
 pub(crate) fn make(
     table: &FdTable,
     pid: u32,
+    named: Named,
     created: &mut Vec<PathBuf>,
 ) -> Result<HashMap<(u32, PairSide), OwnedFd>, ProcessError> {
-    let mut made = HashMap::new();
+    let mut made = named.ends;
     for (about, end) in ends(table) {
         if made.contains_key(&(end.pair, end.side)) {
             continue;
@@ -171,14 +189,15 @@ pub(crate) fn make(
         made.insert((end.pair, end.side), one);
         made.insert((end.pair, end.side.other()), two);
     }
-    let listening: HashSet<_> = table.descriptions.iter().filter_map(listens_as).collect();
+    let listening = listening(table);
     for (about, end) in ends(table) {
         let fd = made_end(&made, end.pair, end.side)?;
         let set = end.options.apply_before_bind(fd);
         set.and_then(|()| end.options.apply_last(fd))
             .map_err(|(name, e)| failed(pid, format!("set {name} of fd {}", about.number), e))?;
         if let Some(name) = &end.bound
-            && !listening.contains(&name.key())
+            && !listening.contains_key(&name.key())
+            && !named.settled.contains(&(end.pair, end.side))
         {
             name.bind_if_free(fd, end.kind, created);
         }
@@ -211,6 +230,17 @@ fn made_end(
 ) -> Result<&OwnedFd, ProcessError> {
     made.get(&(pair, side))
         .ok_or_else(|| ProcessError::Image(format!("connection {pair} lacks an end")))
+}
+
+/// The names of listening sockets, and the places of these in the table.
+pub(crate) fn listening(table: &FdTable) -> HashMap<(bool, Vec<u8>), usize> {
+    let named = |(index, d)| Some((listens_as(d)?, index));
+    table
+        .descriptions
+        .iter()
+        .enumerate()
+        .filter_map(named)
+        .collect()
 }
 
 /// The name of a listening socket: an end that it accepted has the same one.

@@ -4,8 +4,9 @@ use crate::files::must_be_open;
 use crate::{Absent, Check, Kind, look, must, offered, same};
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, FromRawFd};
 use std::os::linux::net::SocketAddrExt;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::{SocketAddr as UnixAddress, UnixDatagram, UnixListener, UnixStream};
 use std::path::Path;
 
@@ -31,6 +32,8 @@ pub(crate) const KINDS: &[Kind] = &[
     ("unix-listening-abstract", unix_abstract),
     ("unix-not-accepted", unix_not_accepted),
     ("unix-connected", unix_connected),
+    ("unix-connected-abstract", unix_connected_abstract),
+    ("unix-connected-unlinked", unix_connected_unlinked),
     ("socket-filter", socket_filter),
     ("socket-kernel-tls", kernel_tls),
     ("socket-raw", |_| {
@@ -484,6 +487,11 @@ fn unix_not_accepted(dir: &Path) -> Result<Check, Absent> {
     })
 }
 
+/// The name of an end as the other has it, and as it has it itself.
+fn unix_names(of: &UnixStream, other: &UnixStream) -> [UnixAddress; 2] {
+    [io("peer", other.peer_addr()), io("name", of.local_addr())]
+}
+
 fn unix_connected(dir: &Path) -> Result<Check, Absent> {
     let path = dir.join("socket");
     let listener = io("bind", UnixListener::bind(&path));
@@ -491,10 +499,90 @@ fn unix_connected(dir: &Path) -> Result<Check, Absent> {
     let (mut server, _) = io("accept", listener.accept());
     look(move || {
         talk(&mut client, &mut server);
-        let name = io("peer", client.peer_addr());
-        same("the peer's name", name.as_pathname(), Some(path.as_path()));
-        drop(listener);
+        for name in unix_names(&server, &client) {
+            same("its name", name.as_pathname(), Some(path.as_path()));
+        }
+        for name in unix_names(&client, &server) {
+            same("that it has none", name.is_unnamed(), true);
+        }
+        let mut client = io("connect", UnixStream::connect(&path));
+        let (mut server, _) = io("accept", listener.accept());
+        talk(&mut client, &mut server);
     })
+}
+
+fn unix_connected_abstract(_: &Path) -> Result<Check, Absent> {
+    let name = format!("outlive-test-connected-{}", std::process::id());
+    let address = io("name", UnixAddress::from_abstract_name(&name));
+    let listener = io("bind", UnixListener::bind_addr(&address));
+    let connect = move || {
+        let client = io("connect", UnixStream::connect_addr(&address));
+        (client, io("accept", listener.accept()).0)
+    };
+    let mut pairs = [connect(), connect()];
+    look(move || {
+        for (client, server) in &mut pairs {
+            talk(client, server);
+            for seen in unix_names(server, client) {
+                same("its name", seen.as_abstract_name(), Some(name.as_bytes()));
+            }
+        }
+        let (mut client, mut server) = connect();
+        talk(&mut client, &mut server);
+    })
+}
+
+/// Both ends have names, which are paths as seen from the working directory; nothing is left of
+/// their files and of what listened.
+fn unix_connected_unlinked(dir: &Path) -> Result<Check, Absent> {
+    io("mkdir", std::fs::create_dir(dir.join("place")));
+    io("chdir", std::env::set_current_dir(dir));
+    let (path, own) = (Path::new("place/../place/socket"), Path::new("client"));
+    let listener = io("bind", UnixListener::bind(path));
+    let mut client = bound_client(own, path);
+    let (mut server, _) = io("accept", listener.accept());
+    drop(listener);
+    for file in [path, own] {
+        io("unlink", std::fs::remove_file(file));
+    }
+    look(move || {
+        talk(&mut client, &mut server);
+        for name in unix_names(&server, &client) {
+            same("its name", name.as_pathname(), Some(path));
+        }
+        for name in unix_names(&client, &server) {
+            same("its name", name.as_pathname(), Some(own));
+        }
+        for file in [path, own] {
+            same("that there is a file", file.exists(), false);
+        }
+    })
+}
+
+/// A stream that is bound to a path before it connects to another.
+fn bound_client(own: &Path, to: &Path) -> UnixStream {
+    // SAFETY: a call with numbers only.
+    let fd = unsafe { libc::socket(libc::AF_UNIX, libc::SOCK_STREAM | libc::SOCK_CLOEXEC, 0) };
+    must("socket", fd);
+    for (path, connect) in [(own, false), (to, true)] {
+        // SAFETY: an address may be all zeros.
+        let mut address: libc::sockaddr_un = unsafe { std::mem::zeroed() };
+        address.sun_family = libc::AF_UNIX as libc::sa_family_t;
+        for (to, from) in address.sun_path.iter_mut().zip(path.as_os_str().as_bytes()) {
+            *to = *from as libc::c_char;
+        }
+        let (at, size) = ((&raw const address).cast(), size_of_val(&address) as u32);
+        // SAFETY: the address is live and so long.
+        must("name", unsafe {
+            if connect {
+                libc::connect(fd, at, size)
+            } else {
+                libc::bind(fd, at, size)
+            }
+        });
+    }
+    // SAFETY: the socket is new, and nobody else's.
+    unsafe { UnixStream::from_raw_fd(fd) }
 }
 
 fn socket_filter(_: &Path) -> Result<Check, Absent> {

@@ -188,6 +188,9 @@ fn tables_that_make_no_sense_are_refused_before_anything_is_made() {
     for index in 0..2 {
         assert!(is_bad(&end(index, |e| e.pair = 7)));
         assert!(is_bad(&end(index, |e| e.kind = UnixKind::Stream)));
+        assert!(is_bad(&end(index, |e| e.path = Some(Vec::new()))));
+        assert!(is_bad(&end(index, |e| e.path = Some(vec![b'a'; 200]))));
+        assert!(is_bad(&end(index, |e| e.path = Some(b"a\0b".to_vec()))));
         assert!(is_bad(&end(index, |e| e.queue.lengths.push(1))));
         assert!(is_bad(&end(index, |e| e.queue.lengths.push(u32::MAX))));
     }
