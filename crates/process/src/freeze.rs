@@ -45,6 +45,15 @@ impl Held {
         })
     }
 
+    /// Whether it stands at an instruction that faulted and is to be made again: the processor notes
+    /// that, in a flag that it clears for everything else but repeated instructions.
+    #[must_use]
+    pub fn is_at_fault(&self) -> bool {
+        /// The resume flag.
+        const RESUME: u64 = 1 << 16;
+        self.registers.eflags & RESUME != 0
+    }
+
     /// The stopped thread, for reading more of it.
     pub fn halted(&self) -> Result<&Halted, RemoteError> {
         self.halted

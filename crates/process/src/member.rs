@@ -341,6 +341,13 @@ impl Member {
         }
     }
 
+    /// Whether a thread of the program stands at an instruction that faulted.
+    pub fn set_at_fault(&mut self, at_fault: bool) {
+        if let Space::Held(space) = &mut self.space {
+            space.pages.at_fault = at_fault;
+        }
+    }
+
     /// Whether the process may end without the program, and whether therefore nothing of it is to be
     /// copied behind at the next stop.
     pub fn set_fleeting(&mut self, may_end: bool, hurries: bool) {

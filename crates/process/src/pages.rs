@@ -176,6 +176,8 @@ pub struct PageTracker {
     buffer: Vec<u8>,
     /// Some pages may be shared with other processes of the program, see [`PageTracker::read`].
     pub has_relatives: bool,
+    /// A thread stands at an instruction that faulted, see [`below`].
+    pub at_fault: bool,
     granularity: Granularity,
     /// Page indexes that are to be handed over by the next pass, written again or not …
     owed: IntervalSet,
@@ -237,6 +239,7 @@ impl PageTracker {
             found: Vec::new(),
             buffer: Vec::new(),
             has_relatives: false,
+            at_fault: false,
             granularity,
             owed: IntervalSet::default(),
             owed_absent: IntervalSet::default(),

@@ -10,6 +10,12 @@
 //!   program's own or one of the file. What was in swap in truth is in memory then.
 //! - What cannot be brought in though the program stands still lies beyond the end of its file: there
 //!   is no page any more. (A running program may be hidden from us: that is left to the stop.)
+//! - Who writes to a page that was given back faults twice: first the kernel makes a copy of the page
+//!   of the file, *which is protected as the old one was*, then it lifts the protection. A thread that
+//!   is stopped in between leaves a page of the program's own that looks unwritten and is not what
+//!   the epochs hold. So where one stands at an instruction that faulted, all that the epochs hold
+//!   above files is taken anew. (Where a signal came in between, its handler runs first, and a stop
+//!   within that is not told apart: what the page held before it was given back comes back.)
 
 use super::{CLUSTER, Changes, PAGE, PageTracker, PrivateArea, Span, drop_stored, push_span};
 use outlive_linux::Errno;
@@ -111,6 +117,29 @@ impl PageTracker {
                     for (s, e) in stored.within(r.start / PAGE, r.end / PAGE) {
                         push_span(&mut changes.unreadable, (s * PAGE, e * PAGE));
                     }
+                }
+            })?;
+        }
+        self.take_half_made(area, changes)
+    }
+
+    /// Pages of the program's own that look unwritten, where one of them may be a new one.
+    fn take_half_made(&mut self, area: &PrivateArea, changes: &mut Changes) -> Result<(), Errno> {
+        if !self.stopped || !self.at_fault {
+            return Ok(());
+        }
+        let own = Query {
+            all_of: pagemap::WRITTEN | pagemap::FILE | pagemap::PRESENT,
+            inverted: pagemap::WRITTEN | pagemap::FILE,
+            ..UNWRITTEN
+        };
+        for (start, end) in self.held_above_a_file(area) {
+            let Self {
+                pagemap, stored, ..
+            } = self;
+            pagemap.scan(start, end, own, |r| {
+                for (s, e) in stored.within(r.start / PAGE, r.end / PAGE) {
+                    push_span(changes.list(area), (s * PAGE, e * PAGE));
                 }
             })?;
         }

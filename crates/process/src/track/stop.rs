@@ -489,6 +489,9 @@ impl Tracked {
         laps.lap("descriptors");
         limit.check()?;
         let many = frozen.len() > 1;
+        let at_fault = frozen
+            .iter()
+            .any(|p| p.threads.iter().any(Held::is_at_fault));
         for process in frozen.iter_mut() {
             let parent = self.id_of(process.kin.parent);
             let member = self
@@ -497,6 +500,7 @@ impl Tracked {
                 .ok_or_else(|| gone(process.kin.pid))?;
             member.spare = self.spare.clone();
             member.set_relatives(many);
+            member.set_at_fault(at_fault);
             member.set_fleeting(process.kin.pid != self.root, self.options.lessons.hurries());
             member.has_fellows = fellows.contains(&member.holder());
             let seen = std::mem::take(&mut process.seen);

@@ -12,6 +12,7 @@ use outlive_process::{
     Captured, Granularity, ProcessError, Strategy, TrackOptions, Tracked, Tracking,
 };
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use std::os::unix::fs::FileExt;
 use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::Duration;
@@ -189,6 +190,61 @@ fn an_epoch_that_failed_is_made_good_also_where_nothing_could_be_read() {
 
 /// Another program at the same addresses is not taken for the one that stood, though the address space
 /// of that lives on.
+/// Takes an epoch and compares what it holds of a mapping with what stands there.
+fn exact_epoch(tracked: &mut Tracked, store: &mut Store, (start, end): (u64, u64)) {
+    let pid = tracked.pid();
+    let mut writer = store.begin();
+    let (stopped, captured) = tracked.stop(&mut *writer, None).expect("the stop");
+    captured.write(&mut *writer).expect("writing");
+    let mem = std::fs::File::open(format!("/proc/{pid}/mem")).expect("its memory");
+    let mut compared = 0;
+    for (&(_, index), held) in &writer.epoch.pages {
+        let mut page = [0; 4096];
+        if (start..end).contains(&(index * 4096)) {
+            mem.read_exact_at(&mut page, index * 4096)
+                .expect("a page that is held");
+            assert!(page == **held, "the page at {:x} differs", index * 4096);
+            compared += 1;
+        }
+    }
+    assert!(compared > 0, "the epoch holds nothing of it");
+    stopped.resume().expect("it runs on");
+    writer.commit(captured.facts).expect("the commit");
+}
+
+/// The first write to a page that was given back, above a file, faults twice, and many stops come in
+/// between.
+#[test]
+fn a_page_that_is_half_made_is_not_the_one_that_was_given_back() {
+    let _alone = alone();
+    if !may_run("a_page_that_is_half_made_is_not_the_one_that_was_given_back") {
+        return;
+    }
+    for strategy in [Strategy::Incremental, Strategy::Redundant] {
+        let program = Program::start("returned", &[]);
+        program.await_word("ready");
+        let below = || {
+            let mappings = program.mappings();
+            let line = mappings.lines().find(|line| line.ends_with("/below"))?;
+            let (start, end) = line.split_once(' ')?.0.split_once('-')?;
+            let address = |text| u64::from_str_radix(text, 16).ok();
+            Some((address(start)?, address(end)?))
+        };
+        let mut tracked = begin(&program, (strategy, 1));
+        let span = below().expect("its mapping");
+        let mut store = Store::default();
+        for round in 0..times(60, 1000) {
+            std::thread::sleep(Duration::from_micros(round as u64 % 8 * 300));
+            exact_epoch(&mut tracked, &mut store, span);
+            program.must_be_well();
+            let before = store.epochs.len() - 1;
+            store.epochs.drain(..before);
+        }
+        drop(tracked);
+        program.must_report();
+    }
+}
+
 #[test]
 fn what_is_copied_behind_is_not_of_the_program_that_came_after() {
     let _alone = alone();

@@ -115,8 +115,15 @@ impl Region {
     }
 
     /// Moves it elsewhere, and makes it as long as is said. The kernel does not do so where parts
-    /// that were replaced are mappings of their own: then nothing happens.
+    /// that were replaced are mappings of their own: then nothing happens. (Where the length stays, it
+    /// does since Linux 6.17, one after the other, and stops in the middle at one whose writes are
+    /// tracked. What was moved by then is lost to who takes that for a failure, so it always changes.)
     fn shift(&mut self, pages: usize) {
+        let pages = if pages == self.pages.len() {
+            pages % MOST + 1
+        } else {
+            pages
+        };
         let to = map(0, pages, None);
         let (old, new) = (self.pages.len() * PAGE, pages * PAGE);
         let how = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
