@@ -26,6 +26,7 @@ pub mod processor;
 pub mod ptrace;
 pub mod remote;
 pub mod signals;
+pub mod single;
 pub mod sockopt;
 pub mod soft_dirty;
 pub mod spawn;

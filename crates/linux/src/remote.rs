@@ -54,6 +54,8 @@ std::arch::global_asm!(
     "jmp 2b",
     "3:",
     "mov qword ptr [rbx + 16], 1",
+    ".globl outlive_loop_wait",
+    "outlive_loop_wait:",
     "4:",
     // rt_sigtimedwait(no signal, no info, limit): EAGAIN when the limit passes.
     "mov eax, 128",
@@ -94,6 +96,7 @@ std::arch::global_asm!(
 
 unsafe extern "C" {
     static outlive_loop_begin: u8;
+    static outlive_loop_wait: u8;
     static outlive_loop_end: u8;
 }
 
@@ -104,10 +107,16 @@ fn loop_code() -> &'static [u8] {
     unsafe { std::slice::from_raw_parts(begin, end as usize - begin as usize) }
 }
 
+/// The part of the loop that waits for the tracer and helps itself; `rbx` leads to the header.
+pub(crate) fn wait_code() -> &'static [u8] {
+    let (begin, wait) = (&raw const outlive_loop_begin, &raw const outlive_loop_wait);
+    &loop_code()[wait as usize - begin as usize..]
+}
+
 const PAGE: u64 = 4096;
 /// Stamp at the end of the code page, by which a successor finds an arena.
 const STAMP: &[u8; 16] = b"outlive-arena-v1";
-const HEADER: u64 = 256;
+pub(crate) const HEADER: u64 = 256;
 /// Below the header a rescued thread may take a signal: room for its frame.
 const FRAME_ROOM: u64 = 16 * 1024;
 const CALL: usize = 64;
@@ -255,7 +264,7 @@ impl Results {
     }
 }
 
-fn decode(raw: i64) -> Result<u64, Errno> {
+pub(crate) fn decode(raw: i64) -> Result<u64, Errno> {
     if (-4095..0).contains(&raw) {
         Err(Errno::from_raw_os_error(-raw as i32))
     } else {
@@ -337,7 +346,7 @@ fn put_word(raw: &mut [u8], at: usize, value: u64) {
 
 /// With these registers the program goes on by itself: a call that the kernel would have restarted
 /// is made again.
-fn restarted(mut regs: Registers) -> Registers {
+pub fn restarted(mut regs: Registers) -> Registers {
     let (rax, nr) = (regs.rax as i64, regs.orig_rax as i64);
     if nr >= 0 && matches!(rax, -516 | -514 | -513 | -512) {
         regs.rax = regs.orig_rax;
@@ -443,12 +452,13 @@ impl Arena {
         regs.orig_rax = u64::MAX;
         regs.rax = 0;
         regs.eflags = 0x202;
-        thread
-            .set_signal_mask(u64::MAX)
-            .map_err(kernel("blocking signals"))?;
+        // In this order: who is left with the registers of the loop helps itself.
         thread
             .set_registers(&regs)
             .map_err(kernel("setting registers"))?;
+        thread
+            .set_signal_mask(u64::MAX)
+            .map_err(kernel("blocking signals"))?;
         let running = thread.resume().map_err(kernel("resuming"))?;
         Ok(InFlight {
             running,
@@ -569,7 +579,7 @@ impl Arena {
     }
 }
 
-fn header_image(list: u64, end: u64, rescue: Option<&Rescue>) -> [u8; HEADER as usize] {
+pub(crate) fn header_image(list: u64, end: u64, rescue: Option<&Rescue>) -> [u8; HEADER as usize] {
     let mut raw = [0u8; HEADER as usize];
     put_word(&mut raw, 0, list);
     put_word(&mut raw, 8, end);
@@ -591,44 +601,6 @@ fn header_image(list: u64, end: u64, rescue: Option<&Rescue>) -> [u8; HEADER as 
         }
     }
     raw
-}
-
-/// Makes one system call in a stopped thread at a known `syscall` instruction, by stopping around
-/// it. For the calls that make an arena. Signals should be blocked. The thread's registers are
-/// those of the call afterwards.
-pub fn single(
-    mut thread: Halted,
-    syscall_at: u64,
-    number: i64,
-    args: [u64; 6],
-) -> Result<(Halted, Result<u64, Errno>), RemoteError> {
-    let tid = thread.tid();
-    let kernel = |what| move |source| RemoteError::Kernel { tid, what, source };
-    let mut regs = thread.registers().map_err(kernel("reading registers"))?;
-    regs.rip = syscall_at;
-    regs.rax = number as u64;
-    regs.orig_rax = u64::MAX;
-    [regs.rdi, regs.rsi, regs.rdx, regs.r10, regs.r8, regs.r9] = args;
-    thread
-        .set_registers(&regs)
-        .map_err(kernel("setting registers"))?;
-    let mut syscall_stops = 0;
-    let deadline = Instant::now() + BATCH_TIMEOUT;
-    loop {
-        let running = thread.resume_to_syscall().map_err(kernel("resuming"))?;
-        thread = running.wait(deadline).map_err(|(_, e)| e)?;
-        if let crate::ptrace::Stop::Signal(_) = thread.stop() {
-            // All signals are blocked: this is a fault, there is no such instruction there.
-            return Err(kernel("running a system call")(Errno::FAULT));
-        }
-        if thread.stop() == crate::ptrace::Stop::Syscall {
-            syscall_stops += 1;
-            if syscall_stops == 2 {
-                let rax = thread.registers().map_err(kernel("reading registers"))?.rax;
-                return Ok((thread, decode(rax as i64)));
-            }
-        }
-    }
 }
 
 #[cfg(test)]

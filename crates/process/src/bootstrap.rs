@@ -8,6 +8,7 @@ use outlive_linux::Errno;
 use outlive_linux::maps::{self, Mapping};
 use outlive_linux::memory;
 use outlive_linux::remote::{Arena, Arg, Batch};
+use outlive_linux::single::Site;
 use outlive_linux::soft_dirty;
 use outlive_linux::userfault::{FLAGS, GUARD_FLAGS, WriteTracker};
 use rustix::fd::OwnedFd;
@@ -58,11 +59,19 @@ pub fn find_syscall(pid: u32, mappings: &[Mapping]) -> Option<u64> {
     None
 }
 
+/// Where single calls are made in a program that goes on if we die: at the end of the vDSO, or at any
+/// `syscall` instruction.
+pub fn find_site(pid: u32, mappings: &[Mapping]) -> Option<Site> {
+    let vdso = mappings.iter().find(|m| m.name == b"[vdso]");
+    vdso.and_then(|m| Site::at_the_end_of(pid, m.end))
+        .or_else(|| find_syscall(pid, mappings).map(Site::bare))
+}
+
 /// Makes an arena in a stopped process.
 pub fn make_arena(
     target: &Target,
     leader: &mut Held,
-    syscall_at: u64,
+    site: Site,
     plan: Plan,
 ) -> Result<Arena, ProcessError> {
     let length = Arena::length(plan.slots, plan.slot);
@@ -79,7 +88,7 @@ pub fn make_arena(
     let base = call(
         target,
         leader,
-        syscall_at,
+        site,
         libc::SYS_mmap,
         args,
         "mapping working memory",
@@ -90,7 +99,7 @@ pub fn make_arena(
     let executable = call(
         target,
         leader,
-        syscall_at,
+        site,
         libc::SYS_mprotect,
         args,
         "making working memory executable",
@@ -106,7 +115,7 @@ pub fn make_arena(
     match arena.and_then(|arena| executable.map(|_| arena)) {
         Ok(arena) => Ok(arena),
         Err(e) => {
-            let _ = leader.single(syscall_at, libc::SYS_munmap, [base, length, 0, 0, 0, 0]);
+            let _ = leader.single(site, libc::SYS_munmap, [base, length, 0, 0, 0, 0]);
             Err(e)
         }
     }
@@ -116,14 +125,14 @@ pub fn make_arena(
 pub fn remove_arena(
     target: &Target,
     leader: &mut Held,
-    syscall_at: u64,
+    site: Site,
     range: (u64, u64),
 ) -> Result<(), ProcessError> {
     let args = [range.0, range.1, 0, 0, 0, 0];
     call(
         target,
         leader,
-        syscall_at,
+        site,
         libc::SYS_munmap,
         args,
         "unmapping working memory",
@@ -134,13 +143,13 @@ pub fn remove_arena(
 fn call(
     target: &Target,
     leader: &mut Held,
-    syscall_at: u64,
+    site: Site,
     number: i64,
     args: [u64; 6],
     what: &str,
 ) -> Result<u64, ProcessError> {
     let result = leader
-        .single(syscall_at, number, args)
+        .single(site, number, args)
         .map_err(|e| remote_failed(target, e))?;
     result.map_err(|e| target.kernel(what, e))
 }
@@ -160,7 +169,7 @@ pub fn still_helping_itself(target: &Target) -> Refusal {
 pub fn remove_leftovers(
     target: &Target,
     threads: &mut [Held],
-    syscall_at: u64,
+    site: Site,
     mappings: &[Mapping],
 ) -> Result<(), ProcessError> {
     for (at, m) in mappings.iter().enumerate() {
@@ -177,12 +186,7 @@ pub fn remove_leftovers(
             .get(at + 1)
             .filter(|n| n.start == m.end && n.shared);
         let end = rest.map_or(m.end, |n| n.end);
-        remove_arena(
-            target,
-            &mut threads[0],
-            syscall_at,
-            (m.start, end - m.start),
-        )?;
+        remove_arena(target, &mut threads[0], site, (m.start, end - m.start))?;
     }
     Ok(())
 }

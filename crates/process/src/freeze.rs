@@ -9,7 +9,8 @@ use crate::target::{Status, Target};
 use crate::{ProcessError, preflight};
 use outlive_linux::Errno;
 use outlive_linux::ptrace::{Halted, Registers, Running, Stop, WaitError};
-use outlive_linux::remote::{Arena, Batch, InFlight, RemoteError, Rescue, Results, single};
+use outlive_linux::remote::{Arena, Batch, InFlight, RemoteError, Rescue, Results, restarted};
+use outlive_linux::single::Site;
 use std::collections::{BTreeMap, VecDeque};
 use std::time::{Duration, Instant};
 
@@ -82,19 +83,30 @@ impl Held {
         }
     }
 
-    /// Makes one system call at a known `syscall` instruction.
+    /// Makes one system call where there is no working memory.
     pub fn single(
         &mut self,
-        syscall_at: u64,
+        site: Site,
         number: i64,
         args: [u64; 6],
     ) -> Result<Result<u64, Errno>, RemoteError> {
-        let mut halted = self.take()?;
-        // Without the mask a handler could run on the way.
-        let _ = halted.set_signal_mask(u64::MAX);
-        let (halted, result) = single(halted, syscall_at, number, args)?;
+        let rescue = self.rescue();
+        let (halted, result) = site.call(self.take()?, number, args, &rescue)?;
         self.halted = Some(halted);
         Ok(result)
+    }
+
+    /// Leaves the place of a single call, and tidies it up.
+    pub fn vacate(&mut self, site: Site) -> Result<(), Errno> {
+        let (registers, mask) = (restarted(self.go_on), self.mask);
+        match &mut self.halted {
+            Some(halted) => {
+                put_back(halted, &registers, Some(mask))?;
+                site.clear(self.tid)
+            }
+            // It has ended, or nobody knows where it is.
+            None => Ok(()),
+        }
     }
 
     /// Sends the thread into a batch; for a process that is being made. It is not held until
@@ -151,10 +163,12 @@ impl Held {
 }
 
 fn put_back(halted: &mut Halted, registers: &Registers, mask: Option<u64>) -> Result<(), Errno> {
-    match halted.set_registers(registers).and_then(|()| match mask {
+    // In this order: who is left with other registers helps itself.
+    let done = match mask {
         Some(mask) => halted.set_signal_mask(mask),
         None => Ok(()),
-    }) {
+    };
+    match done.and_then(|()| halted.set_registers(registers)) {
         // Killed meanwhile: nothing to put back.
         Err(Errno::SRCH) => Ok(()),
         r => r,

@@ -22,6 +22,7 @@ use crate::{ProcessError, Refusal, namespaces, preflight, sharing};
 use outlive_epoch::{PageSink, Run};
 use outlive_linux::maps::{self, Mapping, VmFlags};
 use outlive_linux::remote::{Arena, Batch, CallId, Results};
+use outlive_linux::single::Site;
 use std::time::Duration;
 
 /// A process under tracking. Between epochs nothing is attached to it.
@@ -29,7 +30,7 @@ pub struct Member {
     /// The process.
     pub target: Target,
     arena: Arena,
-    syscall_at: u64,
+    site: Site,
     space: Space,
     waits: WaitBook,
     files: ThreadFiles,
@@ -169,7 +170,7 @@ impl Member {
         threads: &mut [Held],
         options: &TrackOptions,
     ) -> Result<(Self, Tracking), Box<NotAdopted>> {
-        let (arena, syscall_at, means) = match foothold(&target, threads, wanted(options)) {
+        let (arena, site, means) = match foothold(&target, threads, wanted(options)) {
             Ok(gained) => gained,
             Err(error) => return Err(NotAdopted::boxed(target, waits, error)),
         };
@@ -183,7 +184,7 @@ impl Member {
             Ok(pages) => pages,
             Err(error) => return Err(NotAdopted::boxed(target, waits, error)),
         };
-        let member = Self::with(target, waits, arena, syscall_at, pages);
+        let member = Self::with(target, waits, arena, site, pages);
         Ok((member, tracking))
     }
 
@@ -194,28 +195,16 @@ impl Member {
         pages: PageTracker,
     ) -> Result<Self, ProcessError> {
         let target = Target::open(pid)?;
-        let (arena, syscall_at, _) = foothold(&target, threads, None)?;
-        Ok(Self::with(
-            target,
-            WaitBook::default(),
-            arena,
-            syscall_at,
-            pages,
-        ))
+        let (arena, site, _) = foothold(&target, threads, None)?;
+        Ok(Self::with(target, WaitBook::default(), arena, site, pages))
     }
 
-    fn with(
-        target: Target,
-        waits: WaitBook,
-        arena: Arena,
-        syscall_at: u64,
-        pages: PageTracker,
-    ) -> Self {
+    fn with(target: Target, waits: WaitBook, arena: Arena, site: Site, pages: PageTracker) -> Self {
         Self {
             files: ThreadFiles::new(target.pid, 0),
             target,
             arena,
-            syscall_at,
+            site,
             space: Space::Held(Box::new(HeldSpace {
                 pages,
                 build_ids: memory::BuildIds::default(),
@@ -235,7 +224,7 @@ impl Member {
         Self {
             files: ThreadFiles::new(target.pid, 0),
             arena: self.arena.in_copy(target.pid),
-            syscall_at: self.syscall_at,
+            site: self.site,
             space: Space::Of(self.holder()),
             target,
             waits,
@@ -499,7 +488,11 @@ impl Member {
             return Ok(());
         }
         let range = self.arena.range();
-        bootstrap::remove_arena(&self.target, &mut threads[0], self.syscall_at, range)
+        let leader = &mut threads[0];
+        let removed = bootstrap::remove_arena(&self.target, leader, self.site, range);
+        let left = leader.vacate(self.site);
+        removed?;
+        left.map_err(|e| self.target.kernel("leaving the vDSO", e))
     }
 
     /// Takes everything but descriptors.
@@ -684,7 +677,7 @@ fn refuse_policies(target: &Target, refusals: &mut Vec<Refusal>) {
     }
 }
 
-type Foothold = (Arena, u64, Result<Means, String>);
+type Foothold = (Arena, Site, Result<Means, String>);
 
 fn wanted(options: &TrackOptions) -> Option<Wanted> {
     let strategy = options.strategy;
@@ -701,27 +694,39 @@ fn foothold(
     wanted: Option<Wanted>,
 ) -> Result<Foothold, ProcessError> {
     let mappings = bootstrap::mappings_without(target, None)?;
-    let syscall_at = bootstrap::find_syscall(target.pid, &mappings).ok_or_else(|| {
+    let site = bootstrap::find_site(target.pid, &mappings).ok_or_else(|| {
         let what = "no syscall instruction was found in its code";
         ProcessError::Refused(vec![target.refusal("", what, "report this")])
     })?;
-    bootstrap::remove_leftovers(target, threads, syscall_at, &mappings)?;
-    let leader = &mut threads[0];
-    let arena = bootstrap::make_arena(target, leader, syscall_at, Plan::CAPTURE)?;
-    let rest = bootstrap::hide_arena(target, leader, &arena).and_then(|()| {
-        if let Some(wanted) = wanted {
-            bootstrap::make_tracker(target, leader, &arena, wanted)
-        } else {
-            Ok(Err("not asked for".into()))
-        }
-    });
-    match rest {
-        Ok(tracker) => Ok((arena, syscall_at, tracker)),
-        Err(e) => {
-            let _ = bootstrap::remove_arena(target, leader, syscall_at, arena.range());
-            Err(e)
-        }
+    if threads.iter().any(|t| site.holds(t.registers.rip)) {
+        return Err(ProcessError::Refused(vec![
+            bootstrap::still_helping_itself(target),
+        ]));
     }
+    let removed = bootstrap::remove_leftovers(target, threads, site, &mappings);
+    let leader = &mut threads[0];
+    let gained = removed.and_then(|()| arena_and_means(target, leader, site, wanted));
+    let left = leader.vacate(site);
+    let (arena, means) = gained?;
+    left.map_err(|e| target.kernel("leaving the vDSO", e))?;
+    Ok((arena, site, means))
+}
+
+fn arena_and_means(
+    target: &Target,
+    leader: &mut Held,
+    site: Site,
+    wanted: Option<Wanted>,
+) -> Result<(Arena, Result<Means, String>), ProcessError> {
+    let arena = bootstrap::make_arena(target, leader, site, Plan::CAPTURE)?;
+    let means = bootstrap::hide_arena(target, leader, &arena).and_then(|()| match wanted {
+        Some(wanted) => bootstrap::make_tracker(target, leader, &arena, wanted),
+        None => Ok(Err("not asked for".into())),
+    });
+    if means.is_err() {
+        let _ = bootstrap::remove_arena(target, leader, site, arena.range());
+    }
+    Ok((arena, means?))
 }
 
 /// A refusal of a process whose memory somebody tracks already: an outlive, or the program itself.

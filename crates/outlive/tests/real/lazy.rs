@@ -226,9 +226,11 @@ fn a_damaged_page_ends_the_program() {
         .open(&epochs)
         .unwrap();
     let at = fs::metadata(&epochs).unwrap().len() / 2;
-    let mut byte = [0];
-    file.read_exact_at(&mut byte, at).unwrap();
-    file.write_all_at(&[byte[0] ^ 1], at).unwrap();
+    // More than can be made up for.
+    let mut bytes = vec![0; 1 << 20];
+    file.read_exact_at(&mut bytes, at).unwrap();
+    bytes.iter_mut().for_each(|byte| *byte ^= 1);
+    file.write_all_at(&bytes, at).unwrap();
     let (mut kept, _) = begin(&place, &["--image", "one"]);
     assert_eq!(kept.code(), 4, "{}", place.said());
     let said = place.said();

@@ -11,6 +11,7 @@ use outlive_linux::maps;
 use outlive_linux::pid_namespace::PidNamespace;
 use outlive_linux::ptrace::Running;
 use outlive_linux::remote::{Arena, Arg, Batch, InFlight};
+use outlive_linux::single::Site;
 use outlive_linux::spawn::{self, CLONE_ARGS_SIZE, SpawnError, clone_args};
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -118,7 +119,7 @@ impl Stub {
             private: true,
             ..PLAN
         };
-        let arena = bootstrap::make_arena(&target, &mut leader, syscall_at, plan)?;
+        let arena = bootstrap::make_arena(&target, &mut leader, Site::bare(syscall_at), plan)?;
         guard.0 = None;
         Ok(Self {
             target,
@@ -255,7 +256,8 @@ impl Stub {
         let mappings = bootstrap::mappings_without(&self.target, Some(range))?;
         let syscall_at = bootstrap::find_syscall(self.target.pid, &mappings)
             .ok_or_else(|| no_syscall(&self.target))?;
-        bootstrap::remove_arena(&self.target, &mut self.threads[0], syscall_at, range)
+        let site = Site::bare(syscall_at);
+        bootstrap::remove_arena(&self.target, &mut self.threads[0], site, range)
     }
 
     /// Bytes of working memory that a stub needs.

@@ -311,7 +311,9 @@ mod tests {
         }
         assert_eq!(kcmp::same(a, b, kcmp::Kind::Memory), Ok(true));
         assert!(exits(a) && exits(b) && refusal(((a, b), b)).is_none());
-        children.iter_mut().for_each(|c| drop(c.wait().unwrap()));
+        for child in &mut children {
+            child.wait().unwrap();
+        }
     }
 
     #[test]
