@@ -254,7 +254,9 @@ fn steps<P: Program>(
 ) -> Result<(Taken, Fate), ProcessError> {
     let began = Instant::now();
     if manner != Manner::Event {
-        program.precopy(&mut *writer, &mut || hooks.urgent())?;
+        // A planned end is decided already.
+        let mut hurry = || manner != Manner::Ending && hooks.urgent();
+        program.precopy(&mut *writer, &mut hurry)?;
     }
     let precopy_us = micros(began.elapsed());
     let stopping = Instant::now();
@@ -277,9 +279,10 @@ fn steps<P: Program>(
     let ready = micros(stopping.elapsed());
     let mut taken = commit(&snapshot, writer, ready, stopping, steps)?;
     let fate = match manner {
-        Manner::Held => Fate::RunsOn,
+        Manner::Held if !hooks.urgent() => Fate::RunsOn,
         Manner::Ending => Fate::Ended,
-        Manner::Running | Manner::Event => hooks.decide(&taken),
+        // Whoever heard of an event, even while copying ahead, decides what becomes of the program.
+        Manner::Running | Manner::Held | Manner::Event => hooks.decide(&taken),
     };
     match fate {
         Fate::RunsOn => taken.stop_us = micros(frozen.resume()?),
@@ -501,6 +504,12 @@ mod tests {
             trace,
             ["hurried", "precopy", "stop", "write", "sync", "end"],
             "an event in the middle of an epoch"
+        );
+        let (trace, ..) = run(None, Manner::Held, Says(true, Fate::Ended));
+        assert_eq!(
+            trace,
+            ["hurried", "precopy", "stop", "write", "sync", "end"],
+            "an event while it is held for an epoch"
         );
         for fail in ["stop", "write", "sync", "commit"] {
             let (trace, done, newest) = run(Some(fail), Manner::Event, Says(true, Fate::Ended));
