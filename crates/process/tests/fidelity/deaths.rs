@@ -1,7 +1,7 @@
 //! Somebody dies in the middle: the program, or whoever traces it.
 
 use crate::store::{Nowhere, Store};
-use crate::support::{Program, alone, epoch, may_run, times, track};
+use crate::support::{Program, alone, may_run, times, track, unseen_epoch};
 use crate::unharmed::must_be_free;
 use outlive_process::{ProcessError, TrackOptions, Tracked};
 use std::process::{Command, Stdio};
@@ -26,7 +26,7 @@ fn a_program_that_is_killed_is_gone() {
             outlive_linux::thread::kill(pid)
         });
         let error = loop {
-            if let Err(e) = epoch(&mut tracked, &mut store) {
+            if let Err(e) = unseen_epoch(&mut tracked, &mut store) {
                 break e;
             }
             store.epochs.clear();

@@ -374,16 +374,29 @@ fn moving_of(epoch: &Epoch, process: u32) -> Vec<(u64, u64)> {
 
 /// Takes one epoch, with an independent look at the program while it stands, and lets it run on.
 pub fn epoch(tracked: &mut Tracked, store: &mut Store) -> Result<View, ProcessError> {
+    seen_epoch(tracked, store, View::take)
+}
+
+/// The same without a look at the program, which may be killed at any moment.
+pub fn unseen_epoch(tracked: &mut Tracked, store: &mut Store) -> Result<(), ProcessError> {
+    seen_epoch(tracked, store, |_, _| ())
+}
+
+fn seen_epoch<T>(
+    tracked: &mut Tracked,
+    store: &mut Store,
+    look: impl FnOnce(u32, &[(u64, u64)]) -> T,
+) -> Result<T, ProcessError> {
     let pid = tracked.pid();
     let mut writer = store.begin();
     tracked.precopy(&mut *writer, &mut || false)?;
     let (stopped, captured) = tracked.stop(&mut *writer, None)?;
     captured.write(&mut *writer)?;
-    let view = View::take(pid, &moving(&writer.epoch));
+    let seen = look(pid, &moving(&writer.epoch));
     stopped.resume()?;
     captured.sync_files()?;
     writer.commit(captured.facts)?;
-    Ok(view)
+    Ok(seen)
 }
 
 /// Stops the program and lets it go on.
