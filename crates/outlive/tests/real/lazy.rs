@@ -77,8 +77,9 @@ fn pages_come_when_they_are_touched() {
     for n in 0..times(4, 100) {
         let (mut kept, report) = begin(&place, &["--image", "one"]);
         assert_eq!(report["pid"], pid);
+        // Of its 96 MiB some are holes at any moment.
         assert!(
-            report["later_bytes"].as_u64().unwrap() > 64 << 20,
+            report["later_bytes"].as_u64().unwrap() > 48 << 20,
             "{report}"
         );
         let rest: Value = serde_json::from_str(&kept.line()).unwrap_or_else(|e| {
