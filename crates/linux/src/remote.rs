@@ -452,13 +452,7 @@ impl Arena {
         regs.orig_rax = u64::MAX;
         regs.rax = 0;
         regs.eflags = 0x202;
-        // In this order: who is left with the registers of the loop helps itself.
-        thread
-            .set_registers(&regs)
-            .map_err(kernel("setting registers"))?;
-        thread
-            .set_signal_mask(u64::MAX)
-            .map_err(kernel("blocking signals"))?;
+        send(&mut thread, &regs)?;
         let running = thread.resume().map_err(kernel("resuming"))?;
         Ok(InFlight {
             running,
@@ -577,6 +571,19 @@ impl Arena {
             };
         }
     }
+}
+
+/// Gives a thread registers that lead into code of ours, and blocks all signals, so that no handler runs
+/// on the way. In this order: who is left in between helps itself.
+pub(crate) fn send(thread: &mut Halted, regs: &Registers) -> Result<(), RemoteError> {
+    let tid = thread.tid();
+    let kernel = |what| move |source| RemoteError::Kernel { tid, what, source };
+    thread
+        .set_registers(regs)
+        .map_err(kernel("setting registers"))?;
+    thread
+        .set_signal_mask(u64::MAX)
+        .map_err(kernel("blocking signals"))
 }
 
 pub(crate) fn header_image(list: u64, end: u64, rescue: Option<&Rescue>) -> [u8; HEADER as usize] {

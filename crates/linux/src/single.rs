@@ -14,7 +14,7 @@
 
 use crate::Errno;
 use crate::ptrace::{Halted, Stop};
-use crate::remote::{HEADER, RemoteError, Rescue, decode, header_image, wait_code};
+use crate::remote::{HEADER, RemoteError, Rescue, decode, header_image, send, wait_code};
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::time::{Duration, Instant};
@@ -105,14 +105,7 @@ impl Site {
         regs.rax = number as u64;
         regs.orig_rax = u64::MAX;
         [regs.rdi, regs.rsi, regs.rdx, regs.r10, regs.r8, regs.r9] = args;
-        // In this order: who is left with these registers helps itself.
-        thread
-            .set_registers(&regs)
-            .map_err(kernel("setting registers"))?;
-        // Without the mask a handler could run on the way.
-        thread
-            .set_signal_mask(u64::MAX)
-            .map_err(kernel("blocking signals"))?;
+        send(&mut thread, &regs)?;
         let mut syscall_stops = 0;
         let deadline = Instant::now() + TIMEOUT;
         loop {
