@@ -12,18 +12,24 @@ use std::time::Duration;
 
 /// Begins an epoch that may stop the program for so long. Says whether it was committed. Only of a
 /// program that gives memory back the copies made behind it may be lost.
-fn try_epoch(tracked: &mut Tracked, store: &mut Store, limit: Duration, gives_back: bool) -> bool {
+fn try_epoch(
+    program: &Program,
+    tracked: &mut Tracked,
+    store: &mut Store,
+    limit: Duration,
+    gives_back: bool,
+) -> bool {
     let mut writer = store.begin();
     tracked
         .precopy(&mut *writer, &mut || false)
-        .expect("copying ahead");
+        .unwrap_or_else(|e| panic!("copying ahead: {e}; {}", program.story()));
     let (stopped, mut captured) = match tracked.stop(&mut *writer, Some(limit)) {
         Ok(taken) => taken,
         Err(ProcessError::TooLong { limit_us }) => {
             assert_eq!(u128::from(limit_us), limit.as_micros());
             return false;
         }
-        Err(e) => panic!("{e}"),
+        Err(e) => panic!("{e}; {}", program.story()),
     };
     stopped.resume().expect("it runs on");
     match captured.write(&mut *writer) {
@@ -34,7 +40,7 @@ fn try_epoch(tracked: &mut Tracked, store: &mut Store, limit: Duration, gives_ba
             tracked.owe_captured(&mut captured);
             return false;
         }
-        Err(e) => panic!("{e}"),
+        Err(e) => panic!("{e}; {}", program.story()),
     }
     captured.sync_files().expect("syncing files");
     writer.commit(captured.facts).expect("the commit");
@@ -62,7 +68,7 @@ fn what_a_stop_that_was_given_up_had_found_is_in_the_next_epoch() {
                 0 => Duration::from_micros(1),
                 n => Duration::from_micros(150 * (round + n * seed) as u64),
             };
-            given_up += usize::from(!try_epoch(&mut tracked, &mut store, limit, true));
+            given_up += usize::from(!try_epoch(&program, &mut tracked, &mut store, limit, true));
             program.must_be_well();
         }
         let seen = last_epoch(&mut program, tracked, &mut store);
@@ -89,9 +95,9 @@ fn the_epoch_after_one_that_was_given_up_is_copied_behind() {
     let mut store = Store::default();
     for _ in 0..3 {
         let none = Duration::from_nanos(1);
-        assert!(!try_epoch(&mut tracked, &mut store, none, false));
+        assert!(!try_epoch(&program, &mut tracked, &mut store, none, false));
         let enough = Duration::from_secs(60);
-        assert!(try_epoch(&mut tracked, &mut store, enough, false));
+        assert!(try_epoch(&program, &mut tracked, &mut store, enough, false));
         program.must_be_well();
     }
     tracked.detach().expect("detaching");
