@@ -79,6 +79,8 @@ pub struct Query {
     /// Protect the matching pages again in the same step. Fails with [`Errno::PERM`] on a
     /// mapping that is not registered for asynchronous write protection.
     pub protect: bool,
+    /// Fails so without protecting anything.
+    pub registered_only: bool,
 }
 
 /// The page map of one process, with room for what a scan finds.
@@ -117,10 +119,11 @@ impl Pagemap {
         Ok(map)
     }
 
-    /// Makes the ioctl, which fills [`Self::found`]; returns how many regions it found.
+    /// Makes the ioctl, which fills [`Self::found`]; returns how many regions it found. `vec_len` is
+    /// the most that can be found, for which the kernel allocates memory.
     fn ask(&mut self, arg: &mut Argument) -> Result<usize, Errno> {
         arg.vec = self.found.as_mut_ptr() as u64;
-        arg.vec_len = self.found.len() as u64;
+        arg.vec_len = arg.vec_len.clamp(1, self.found.len() as u64);
         // SAFETY: arg is live; vec and vec_len describe the exclusively borrowed found.
         let n = unsafe { libc::ioctl(self.file.as_raw_fd(), PAGEMAP_SCAN, &raw mut *arg) };
         usize::try_from(n).map_err(|_| last_error())
@@ -148,10 +151,10 @@ impl Pagemap {
         while from < end {
             let mut arg = Argument {
                 size: size_of::<Argument>() as u64,
-                flags: if query.protect {
-                    WP_MATCHING | CHECK_WPASYNC
-                } else {
-                    0
+                flags: match (query.protect, query.registered_only) {
+                    (true, _) => WP_MATCHING | CHECK_WPASYNC,
+                    (false, true) => CHECK_WPASYNC,
+                    (false, false) => 0,
                 },
                 start: from,
                 end,
@@ -161,6 +164,7 @@ impl Pagemap {
                 return_mask: query.report,
                 ..Argument::default()
             };
+            arg.vec_len = (end - from).div_ceil(PAGE);
             let n = self.ask(&mut arg)?;
             let found = &self.found[..n];
             // The kernel says where it stopped first, also where it went on afterwards: what it
@@ -290,6 +294,7 @@ impl Query {
             any_of,
             report: self.report & !none,
             protect: self.protect,
+            registered_only: self.registered_only,
         })
     }
 
@@ -391,6 +396,7 @@ mod tests {
                 any_of: part(4),
                 report: part(6),
                 protect: false,
+                registered_only: false,
             };
             for page in [0, FILE] {
                 let less = query.without(GUARD);

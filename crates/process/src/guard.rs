@@ -63,6 +63,7 @@ const PROTECTED: Query = Query {
     any_of: 0,
     report: 0,
     protect: false,
+    registered_only: false,
 };
 
 /// A guard, with its thread. Dropping it ends the thread; protection ends with the descriptor.

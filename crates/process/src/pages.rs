@@ -12,16 +12,17 @@
 //! - A mapping that is not registered yet is *fresh*: all of it is absent first, then all its pages
 //!   count as written. `mremap` and `munmap` + `mmap` at the same place end up here.
 //!
-//!
 //! # How it is scanned
 //! The kernel looks at a page in about 1 ns if asked for nothing but *written*, and in about 30 ns
 //! if asked for what sort of page it is. So in anonymous memory without large holes one quick scan
 //! reports and protects in one step, holes included; what turns out to be a hole reads as zeros.
 //! Everywhere else a quick scan finds where something was written, and only there the sort is
 //! asked for, and only pages that exist are protected: protecting large holes would build page
-//! tables for them (2 MiB a GiB).
+//! tables for them (2 MiB a GiB). Areas that lie side by side are first asked together whether
+//! anything in them needs a look ([`quiet`]).
 
 mod below;
+mod quiet;
 mod reading;
 mod soft_dirty;
 
@@ -46,6 +47,8 @@ const DENSE_HOLES: u64 = 64 << 20;
 /// … and they may be at most this part of the area: the arena that the C library reserves for a
 /// thread has 64 MiB, almost all of it holes.
 const DENSE_SHARE: u64 = 8;
+/// Holes of areas up to this are protected, bytes.
+const SMALL_AREA: u64 = 4 << 20;
 /// Stops whose pages are not copied behind after the program gave back what was to be copied.
 const MOST_REST: u32 = 63;
 /// Stops at which nothing is left behind of a process that may end before it is copied.
@@ -62,6 +65,7 @@ const WRITTEN_ONLY: Query = Query {
     any_of: 0,
     report: pagemap::WRITTEN,
     protect: false,
+    registered_only: false,
 };
 
 /// A range of addresses, whole pages.
@@ -432,10 +436,14 @@ impl PageTracker {
         let told_again = self.owed_absent.iter().map(|(s, e)| (s * PAGE, e * PAGE));
         changes.absent.extend(told_again);
         self.owed_absent.clear();
+        let quiet = self.quiet(areas);
         let mut end_of_last = 0;
-        for area in areas {
+        for (area, quiet) in areas.iter().zip(quiet) {
             drop_stored(&mut self.stored, (end_of_last, area.span.0), &mut changes);
             end_of_last = area.span.1;
+            if quiet {
+                continue;
+            }
             let list = changes.list(area);
             let before = list.len();
             let found = self.scan(area, &mut changes);
@@ -753,10 +761,13 @@ impl PageTracker {
         tracked: bool,
     ) -> Result<u64, Errno> {
         let written = if tracked { pagemap::WRITTEN } else { 0 };
-        // Before any of them is protected, which may reach across a hole.
+        // Before any of them is protected, which may reach across a hole. Holes are protected too
+        // where that is cheap, so that the quick scan does not find them again and again; only at a
+        // stop, since the kernel looks at a large hole first and protects what is there then.
         let holes = Query {
             all_of: pagemap::PRESENT | pagemap::SWAPPED | written,
             inverted: pagemap::PRESENT | pagemap::SWAPPED,
+            protect: tracked && self.protects_holes(area),
             ..Query::default()
         };
         let mut bytes = 0;
@@ -787,6 +798,17 @@ impl PageTracker {
             }
         })?;
         Ok(bytes)
+    }
+
+    /// Protected holes cost page tables; a small area has them in any case.
+    fn protects_holes(&self, area: &PrivateArea) -> bool {
+        let asynchronous = self.tracker.as_ref().is_some_and(|t| !t.is_synchronous());
+        let most = if area.anonymous {
+            SMALL_AREA
+        } else {
+            DENSE_HOLES
+        };
+        self.stopped && asynchronous && area.span.1 - area.span.0 <= most
     }
 
     fn note_stored(&mut self, span: Span) {

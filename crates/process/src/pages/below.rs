@@ -24,17 +24,18 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 
 /// Pages that were not written since they were protected.
-const UNWRITTEN: Query = Query {
+pub(super) const UNWRITTEN: Query = Query {
     all_of: pagemap::WRITTEN,
     inverted: pagemap::WRITTEN,
     any_of: 0,
     report: 0,
     protect: false,
+    registered_only: false,
 };
 
 impl PageTracker {
     /// Where the epochs hold, or are owed, pages of an area that may give way to a file.
-    fn held_above_a_file(&self, area: &PrivateArea) -> Vec<Span> {
+    pub(super) fn held_above_a_file(&self, area: &PrivateArea) -> Vec<Span> {
         let mut spans: Vec<Span> = Vec::new();
         if area.anonymous || self.tracker.is_none() || self.unguarded.contains(&area.span) {
             return spans;

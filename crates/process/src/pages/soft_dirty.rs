@@ -23,6 +23,7 @@ const EVERYTHING: Query = Query {
     any_of: 0,
     report: PRESENT | SWAPPED | FILE | GUARD | ALONE | SOFT_DIRTY,
     protect: false,
+    registered_only: false,
 };
 
 /// What becomes of a page.
