@@ -39,8 +39,12 @@ impl Plan {
 }
 
 const NONE: u64 = u64::MAX;
+const PAGE: u64 = 4096;
 const PROT_RW: u64 = (libc::PROT_READ | libc::PROT_WRITE) as u64;
 const PROT_RX: u64 = (libc::PROT_READ | libc::PROT_EXEC) as u64;
+/// So an arena is mapped first: a program has no shared memory like this, so that it is known as ours
+/// from the beginning on, should we die.
+const PROT_ALL: u64 = PROT_RW | PROT_RX;
 
 /// Finds a `syscall` instruction in a process: the vDSO has one, else any code will do.
 pub fn find_syscall(pid: u32, mappings: &[Mapping]) -> Option<u64> {
@@ -84,7 +88,7 @@ pub fn make_arena(
     if plan.at.is_some() {
         flags |= libc::MAP_FIXED_NOREPLACE as u64;
     }
-    let args = [plan.at.unwrap_or(0), length, PROT_RW, flags, NONE, 0];
+    let args = [plan.at.unwrap_or(0), length, PROT_ALL, flags, NONE, 0];
     let base = call(
         target,
         leader,
@@ -92,27 +96,26 @@ pub fn make_arena(
         libc::SYS_mmap,
         args,
         "mapping working memory",
-    )?;
-    let arena = Arena::fill(target.pid, base, plan.slots, plan.slot)
-        .map_err(|e| target.kernel("filling working memory", e));
-    let args = [base, 4096, PROT_RX, 0, 0, 0];
-    let executable = call(
-        target,
-        leader,
-        site,
-        libc::SYS_mprotect,
-        args,
-        "making working memory executable",
     );
-    let executable = executable.map_err(|e| match e {
+    let base = base.map_err(|e| match e {
         ProcessError::NotPermitted { .. } => {
             let what = "memory that may not become executable (PR_SET_MDWE, or a security module)";
             let remedy = "run the program without this restriction";
             ProcessError::Refused(vec![target.refusal("", what, remedy)])
         }
         other => other,
-    });
-    match arena.and_then(|arena| executable.map(|_| arena)) {
+    })?;
+    let arena = Arena::fill(target.pid, base, plan.slots, plan.slot)
+        .map_err(|e| target.kernel("filling working memory", e));
+    let mut protect = |at, length, protection, what| {
+        let args = [at, length, protection, 0, 0, 0];
+        call(target, leader, site, libc::SYS_mprotect, args, what)
+    };
+    let code = protect(base, PAGE, PROT_RX, "protecting the code in working memory");
+    let rest = (base + PAGE, length - PAGE);
+    let protected =
+        code.and_then(|_| protect(rest.0, rest.1, PROT_RW, "protecting working memory"));
+    match arena.and_then(|arena| protected.map(|_| arena)) {
         Ok(arena) => Ok(arena),
         Err(e) => {
             let _ = leader.single(site, libc::SYS_munmap, [base, length, 0, 0, 0, 0]);
@@ -154,9 +157,19 @@ fn call(
     result.map_err(|e| target.kernel(what, e))
 }
 
-/// Whether a mapping looks like the code page of an arena.
-pub fn may_be_arena(m: &Mapping) -> bool {
-    m.shared && m.prot == 5 && m.len() == 4096 && m.name.starts_with(b"/dev/zero")
+/// Whether a mapping begins an arena that a tracer left which died, finished or not.
+pub fn is_left_behind(pid: u32, m: &Mapping) -> bool {
+    let (slots, slot) = (Plan::CAPTURE.slots, Plan::CAPTURE.slot);
+    let finished = m.prot == 5 && m.len() == PAGE;
+    let begun = m.prot == 7 && m.len() == Arena::length(slots, slot);
+    let blank = || {
+        let mut code = [1; PAGE as usize];
+        memory::read_exact(pid, m.start, &mut code).is_ok() && code.iter().all(|b| *b == 0)
+    };
+    m.shared
+        && m.name.starts_with(b"/dev/zero")
+        && (finished || begun)
+        && (Arena::is_stamped(pid, m.start) || begun && blank())
 }
 
 /// The refusal of a process of which a thread is in an arena that a tracer left which died.
@@ -173,7 +186,7 @@ pub fn remove_leftovers(
     mappings: &[Mapping],
 ) -> Result<(), ProcessError> {
     for (at, m) in mappings.iter().enumerate() {
-        if !may_be_arena(m) || !Arena::is_stamped(target.pid, m.start) {
+        if !is_left_behind(target.pid, m) {
             continue;
         }
         if threads

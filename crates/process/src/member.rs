@@ -751,11 +751,9 @@ pub fn refusals(target: &Target, root: u32) -> Result<Vec<Refusal>, ProcessError
     let mappings =
         maps::read_with_flags(target.pid).map_err(|e| target.kernel("reading its mappings", e))?;
     for (at, (m, flags)) in mappings.iter().enumerate() {
-        let stamped = |m: &Mapping| {
-            m.shared && m.name.starts_with(b"/dev/zero") && Arena::is_stamped(target.pid, m.start)
-        };
+        let left = |m: &Mapping| bootstrap::is_left_behind(target.pid, m);
         // What an outlive that died left behind is removed at the first stop.
-        let leftover = stamped(m) || (at > 0 && m.shared && stamped(&mappings[at - 1].0));
+        let leftover = left(m) || (at > 0 && m.shared && left(&mappings[at - 1].0));
         if !leftover && let Err(what) = memory::kind_of(m, *flags) {
             refusals.push(memory::refusal(target, m, what));
         }

@@ -27,7 +27,6 @@ use crate::target::{Stat, Target};
 use crate::{ProcessError, Refusal};
 use outlive_linux::kcmp;
 use outlive_linux::maps::{self, Mapping};
-use outlive_linux::remote::Arena;
 use std::cmp::Ordering;
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -252,7 +251,7 @@ const RUNNING_TRIES: u32 = 30;
 /// Whether some thread waits in working memory that an outlive left which died.
 fn helps_itself(target: &Target) -> bool {
     let mappings = maps::read(target.pid).unwrap_or_default();
-    let left = |m: &&Mapping| bootstrap::may_be_arena(m) && Arena::is_stamped(target.pid, m.start);
+    let left = |m: &&Mapping| bootstrap::is_left_behind(target.pid, m);
     let arenas: Vec<&Mapping> = mappings.iter().filter(left).collect();
     let call_of = |tid: &u32| {
         let call = target.proc_file(&format!("task/{tid}/syscall"));
