@@ -12,8 +12,8 @@
 //! - Copying while the program runs ends when an event is heard of: the rest is taken at the stop.
 //! - A stop that would take longer than it may is given up, and with it the epoch. The tracker hands
 //!   all of it over again then.
-//! - Memory that the program gives back before it was copied behind costs the epoch: the next one has
-//!   all of it.
+//! - Memory that the program gives back before it was copied behind costs the epoch, and so does a
+//!   store that is full: the next one has all of it.
 //! - After any other failure from precopy on, the tracker is told to forget its progress: what it handed
 //!   over never became an epoch.
 //! - The mechanisms are reached through traits, so that the order is tested without a program.
@@ -52,8 +52,11 @@ pub trait Program {
     ) -> Result<(Self::Frozen<'_>, Self::Snapshot), ProcessError>;
     /// What was taken since the last epoch did not become one.
     fn forget_progress(&mut self);
-    /// The same of what this stop took, because of [`ProcessError::GivenBack`]: nothing else is lost.
+    /// The same of what this stop took, because of [`ProcessError::GivenBack`] or a full store: nothing
+    /// else is lost, and the next epoch takes all of it.
     fn owe(&mut self, snapshot: &mut Self::Snapshot);
+    /// Pages that the next epoch takes because of that.
+    fn owed_pages(&self) -> u64;
     /// Ends tracking; the program runs on.
     fn detach(self) -> Result<(), ProcessError>;
     /// Why every epoch copies everything, where that is so although the strategy is another.
@@ -65,6 +68,13 @@ pub trait Program {
     /// Pages that may have been written since the last stop, as of now; `None` where nobody guards
     /// them.
     fn dirty_pages(&self) -> Option<u64>;
+    /// The most of them that there may have been at any instant since this was asked, or since a limit
+    /// was set last; 0 where only [`Program::dirty_pages`] is known.
+    fn most_dirty(&self) -> u64;
+    /// Those of them that nobody can guard.
+    fn exposed_pages(&self) -> u64;
+    /// Finds those out.
+    fn expose(&self);
     /// Holds writers beyond so many of them, until the next stop; `None`: never.
     fn limit_dirty(&mut self, pages: Option<u64>);
     /// Descriptors of which one is readable while writers are held.
@@ -216,34 +226,35 @@ impl Hooks for Nobody {
     }
 }
 
-/// Takes one epoch.
+/// Takes one epoch. Where it fails, `lost` says whether the next one must be a full one.
 ///
 /// # Errors
 /// What the tracker or the store said; the program runs on, unless the error came from ending it
-/// after the commit, and its tracker has forgotten its progress.
+/// after the commit, and its tracker has forgotten its progress, or owes what this one had taken.
 pub fn take<P: Program>(
     program: &mut P,
     writer: Box<dyn EpochWriter + '_>,
     manner: Manner,
     hooks: &mut dyn Hooks,
+    lost: &mut bool,
 ) -> Result<(Taken, Fate), ProcessError> {
     let mut owed = false;
-    match steps(program, writer, manner, (hooks, &mut owed)) {
-        Err(error) => {
-            if !owed && !matches!(error, ProcessError::TooLong { .. }) {
-                program.forget_progress();
-            }
-            Err(match error {
-                // Nothing of it was kept in mind.
-                ProcessError::GivenBack { pid, .. } if !owed => ProcessError::Gone {
-                    pid,
-                    what: error.to_string(),
-                },
-                error => error,
-            })
+    let done = steps(program, writer, manner, (hooks, &mut owed));
+    if let Err(error) = &done {
+        *lost = !owed && !matches!(error, ProcessError::TooLong { .. });
+        if *lost {
+            program.forget_progress();
         }
-        done => done,
     }
+    done
+}
+
+/// Whether what the epoch had taken is good for the next one of the same log.
+fn may_be_owed(error: &ProcessError) -> bool {
+    matches!(
+        error,
+        ProcessError::GivenBack { .. } | ProcessError::Store(StoreError::Full { .. })
+    )
 }
 
 fn steps<P: Program>(
@@ -264,20 +275,30 @@ fn steps<P: Program>(
     let limited = manner == Manner::Running && !hooks.urgent();
     let limit = hooks.longest_stop().filter(|_| limited);
     let (frozen, mut snapshot) = program.stop(&mut *writer, limit)?;
-    if manner == Manner::Running && !hooks.urgent() {
-        let stopped = frozen.resume()?;
-        let written = write(&snapshot, &mut *writer, precopy_us);
-        if let Err(ProcessError::GivenBack { .. }) = written {
-            program.owe(&mut snapshot);
-            *owed = true;
+    let runs_on = manner == Manner::Running && !hooks.urgent();
+    let (frozen, stopped) = match runs_on {
+        true => (None, Some(frozen.resume()?)),
+        false => (Some(frozen), None),
+    };
+    let written = write(&snapshot, &mut *writer, precopy_us);
+    let done = written.and_then(|steps| {
+        let stop_us = micros(stopped.unwrap_or_else(|| stopping.elapsed()));
+        commit(&snapshot, writer, stop_us, stopping, steps)
+    });
+    let mut taken = match done {
+        Ok(taken) => taken,
+        Err(error) => {
+            drop(frozen);
+            if may_be_owed(&error) {
+                program.owe(&mut snapshot);
+                *owed = true;
+            }
+            return Err(error);
         }
-        let steps = written?;
-        let taken = commit(&snapshot, writer, micros(stopped), stopping, steps)?;
+    };
+    let Some(frozen) = frozen else {
         return Ok((taken, Fate::RunsOn));
-    }
-    let steps = write(&snapshot, &mut *writer, precopy_us)?;
-    let ready = micros(stopping.elapsed());
-    let mut taken = commit(&snapshot, writer, ready, stopping, steps)?;
+    };
     let fate = match manner {
         Manner::Held if !hooks.urgent() => Fate::RunsOn,
         Manner::Ending => Fate::Ended,
@@ -377,6 +398,10 @@ impl Program for Tracked {
         self.owe_captured(snapshot);
     }
 
+    fn owed_pages(&self) -> u64 {
+        Tracked::owed_pages(self)
+    }
+
     fn detach(self) -> Result<(), ProcessError> {
         Tracked::detach(self)
     }
@@ -400,6 +425,18 @@ impl Program for Tracked {
 
     fn dirty_pages(&self) -> Option<u64> {
         Tracked::dirty_pages(self)
+    }
+
+    fn most_dirty(&self) -> u64 {
+        Tracked::most_dirty(self)
+    }
+
+    fn exposed_pages(&self) -> u64 {
+        Tracked::exposed_pages(self)
+    }
+
+    fn expose(&self) {
+        Tracked::expose(self);
     }
 
     fn limit_dirty(&mut self, pages: Option<u64>) {
@@ -476,7 +513,7 @@ mod tests {
             ..FakeLog::default()
         };
         let writer = log.begin().unwrap();
-        let done = take(&mut program, writer, manner, &mut says);
+        let done = take(&mut program, writer, manner, &mut says, &mut false);
         let trace = program.trace.borrow().clone();
         (trace, done.is_ok(), log.newest())
     }
@@ -531,12 +568,17 @@ mod tests {
         assert_eq!(trace, ["precopy", "stop", "resume", "write", "owe"]);
         assert!(!done && newest == 0);
         let (trace, done, _) = run(Some("behind"), Manner::Held, Says(false, Fate::Ended));
-        let all = ["precopy", "stop", "write", "dropped", "forget"];
-        assert_eq!(
-            trace, all,
-            "nothing was kept in mind of a program that stood"
-        );
+        assert_eq!(trace, ["precopy", "stop", "write", "dropped", "owe"]);
         assert!(!done);
+    }
+
+    #[test]
+    fn what_a_full_store_did_not_take_is_owed() {
+        for (manner, before) in [(Manner::Running, "sync"), (Manner::Held, "dropped")] {
+            let (trace, done, _) = run(Some("commit"), manner, Says(false, Fate::Ended));
+            assert!(trace.ends_with(&[before, "owe"]), "{trace:?}");
+            assert!(!done);
+        }
     }
 
     #[test]
@@ -550,7 +592,7 @@ mod tests {
     #[test]
     fn after_any_failure_the_program_runs_and_progress_is_forgotten() {
         for end in [false, true] {
-            for fail in ["precopy", "stop", "resume", "write", "sync", "commit"] {
+            for fail in ["precopy", "stop", "resume", "write", "sync"] {
                 if end && fail == "resume" {
                     continue;
                 }

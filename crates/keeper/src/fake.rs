@@ -18,6 +18,8 @@ pub struct FakeProgram {
     /// How often a limit is reached.
     pub presses: u32,
     pub pressed: Option<(OwnedFd, OwnedFd)>,
+    /// Pages that are said to have been dirty at most.
+    pub most: Rc<RefCell<u64>>,
 }
 
 impl FakeProgram {
@@ -28,6 +30,7 @@ impl FakeProgram {
             process: Rc::default(),
             presses: 0,
             pressed: None,
+            most: Rc::default(),
         }
     }
 
@@ -159,6 +162,10 @@ impl Program for FakeProgram {
         self.trace.borrow_mut().push("owe");
     }
 
+    fn owed_pages(&self) -> u64 {
+        0
+    }
+
     fn detach(self) -> Result<(), ProcessError> {
         self.step("detach")
     }
@@ -178,6 +185,16 @@ impl Program for FakeProgram {
     fn dirty_pages(&self) -> Option<u64> {
         Some(7)
     }
+
+    fn most_dirty(&self) -> u64 {
+        *self.most.borrow()
+    }
+
+    fn exposed_pages(&self) -> u64 {
+        0
+    }
+
+    fn expose(&self) {}
 
     fn limit_dirty(&mut self, pages: Option<u64>) {
         let what = if pages.is_some() { "limit" } else { "no limit" };

@@ -262,6 +262,7 @@ impl<'a, P: Program> Keeper<'a, P> {
             if let Some(ending) = self.companion.ended()? {
                 return Ok(ending);
             }
+            self.look();
             let manner = match self.step() {
                 Step::Wait(ns) => {
                     self.get_ready(ns);
@@ -316,14 +317,15 @@ impl<'a, P: Program> Keeper<'a, P> {
     }
 
     fn step(&self) -> Step {
-        if self.is_pressed() {
+        // After a failure whoever is held has to wait until the next try.
+        let failing = self.plan.failures() > 0;
+        if !failing && self.is_pressed() {
             return self.watch.pressed();
         }
         let now = self.now();
         if self.awaited.as_ref().is_some_and(|fd| !is_readable(fd)) {
             return Step::Wait(AWAITED_POLL.as_nanos() as u64);
         }
-        let failing = self.plan.failures() > 0;
         self.watch.step(now, self.plan.wait(now), failing)
     }
 
@@ -337,9 +339,51 @@ impl<'a, P: Program> Keeper<'a, P> {
         !set.is_empty() && matches!(poll(&mut set, Some(&timespec(Duration::ZERO))), Ok(n) if n > 0)
     }
 
+    /// Strict: asks how much may have been unsaved at most.
+    fn look(&mut self) {
+        let Some(program) = self.program.as_ref().filter(|_| self.is_strict()) else {
+            return;
+        };
+        let bytes = program.most_dirty().saturating_mul(PAGE_SIZE as u64);
+        self.watch.found(bytes);
+    }
+
+    /// Bytes that the next epoch takes again.
+    fn owed(&self) -> u64 {
+        let pages = self.program.as_ref().map_or(0, P::owed_pages);
+        pages.saturating_mul(PAGE_SIZE as u64)
+    }
+
+    fn is_strict(&self) -> bool {
+        self.settings.hold_up.is_some_and(|h| h.strict)
+    }
+
+    /// Strict: what nobody can guard, bytes.
+    fn exposed(&self) -> u64 {
+        let Some(program) = self.program.as_ref().filter(|_| self.is_strict()) else {
+            return 0;
+        };
+        program.expose();
+        program.exposed_pages().saturating_mul(PAGE_SIZE as u64)
+    }
+
+    /// Strict: says where no bound can be kept.
+    fn say_unbounded(&mut self, exposed: u64) {
+        if let Some(least) = self.watch.least_budget(exposed) {
+            let text = format!(
+                "--strict cannot be kept now, which counts as a violation: {} KiB can be guarded by \
+                 nobody (private mappings of files, shared memory, new processes), and the least budget \
+                 with that is {} ms here",
+                exposed >> 10,
+                least.div_ceil(1_000_000),
+            );
+            self.say(&text);
+        }
+    }
+
     /// Strict: tells the program's guard how much may be written until the next stop.
     fn limit(&mut self) {
-        let strict = self.settings.hold_up.is_some_and(|h| h.strict);
+        let strict = self.is_strict();
         let pages = self.watch.limit().map(|bytes| bytes / PAGE_SIZE as u64);
         if let Some(program) = self.program.as_mut().filter(|_| strict) {
             program.limit_dirty(pages);
@@ -363,7 +407,8 @@ impl<'a, P: Program> Keeper<'a, P> {
             wait = wait.min(STRAGGLERS_POLL);
         }
         let timeout = timespec(wait);
-        let pressure = self.program.as_ref().map(P::pressure).unwrap_or_default();
+        let pressing = self.program.as_ref().filter(|_| self.plan.failures() == 0);
+        let pressure = pressing.map(P::pressure).unwrap_or_default();
         let mut set = ears.control.poll_set();
         set.extend(pressure.iter().map(|fd| PollFd::new(fd, PollFlags::IN)));
         set.push(PollFd::new(&*ears.signals, PollFlags::IN));
@@ -448,6 +493,8 @@ impl<'a, P: Program> Keeper<'a, P> {
                 budget.expected_ns = budget.expected_ns.max(cost);
             }
             budget.dirty_bytes = bytes.filter(|_| self.counts);
+            let exposed = self.program.as_ref().map(P::exposed_pages);
+            budget.exposed_bytes = exposed.map(|n| n.saturating_mul(PAGE_SIZE as u64));
         }
         Status {
             epoch: self.log.newest(),
@@ -488,6 +535,10 @@ impl<'a, P: Program> Keeper<'a, P> {
         let ended = self.now();
         let Desk { event, durable, .. } = desk;
         self.counts = done.is_ok();
+        let ended_it = matches!(done, Ok((_, Fate::Ended)));
+        if !ended_it {
+            self.look();
+        }
         match &done {
             Ok((taken, fate)) => {
                 self.plan.committed(begun, ended);
@@ -500,6 +551,7 @@ impl<'a, P: Program> Keeper<'a, P> {
                 self.status.last_time_ns = Some(taken.time_ns);
                 let held = manner == Manner::Held || event.is_some();
                 if *fate == Fate::RunsOn {
+                    let exposed = self.exposed();
                     self.watch.taken(
                         taken,
                         When {
@@ -509,23 +561,25 @@ impl<'a, P: Program> Keeper<'a, P> {
                             base,
                             event: event.is_some(),
                         },
+                        exposed,
                     );
+                    self.say_unbounded(exposed);
                 }
             }
             Err(error @ (ProcessError::TooLong { .. } | ProcessError::GivenBack { .. })) => {
                 // Only a new generation has lost track: of everything else nothing is lost.
                 self.plan.given_up(begun, ended, base);
-                self.watch.failed();
+                self.watch.failed(self.owed());
                 self.status.abandoned += 1;
                 self.say(&format!("no epoch: {error} (`ps --json` counts these)"));
             }
             Err(error) => {
                 self.plan.failed(ended, lost_track);
-                self.watch.failed();
+                self.watch.failed(self.owed());
                 self.failure(error);
             }
         }
-        if !matches!(done, Ok((_, Fate::Ended))) {
+        if !ended_it {
             self.limit();
         }
         if let Some(event) = event {
@@ -609,9 +663,10 @@ impl<'a, P: Program> Keeper<'a, P> {
             _ if manner == Manner::Event => self.log.begin_event()?,
             _ => self.log.begin()?,
         };
-        *lost_track = true;
         let before = patience.map(|patience| program.stop_within(patience));
-        let done = epoch::take(program, writer, manner, desk);
+        let done = epoch::take(program, writer, manner, desk, lost_track);
+        // Of a new generation nothing is there.
+        *lost_track |= *base;
         if let Some(before) = before {
             program.stop_within(before);
         }

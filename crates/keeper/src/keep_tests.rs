@@ -73,6 +73,7 @@ fn keep_log<T: Send + 'static>(
                 0
             },
             pressed: None,
+            most: Rc::default(),
         })
     };
     let restored = (log.committed > 0).then(|| attach().expect("a tracker"));
@@ -342,7 +343,7 @@ fn strictly_the_first_epoch_is_held_and_whoever_is_at_the_limit_gets_an_epoch() 
 }
 
 #[test]
-fn strictly_a_failed_epoch_does_not_hold_the_program_for_ever() {
+fn strictly_nobody_is_held_before_there_is_an_epoch() {
     let strict = Some(HoldUp {
         budget_ns: 600_000_000_000,
         strict: true,

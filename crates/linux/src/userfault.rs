@@ -1,6 +1,7 @@
 //! `userfaultfd(2)` with write protection. *Asynchronous*: the kernel notes that a page was written
 //! and lifts its protection itself, no handler runs (Linux 6.7). *Synchronous*: a thread that
-//! writes to a protected page waits until a handler lifts the protection.
+//! writes to a protected page waits until a handler lifts the protection. On request, whoever touches
+//! a hole waits as well, until a handler fills it.
 //!
 //! # Safety
 //! Each ioctl gets a pointer to one live local struct of the size encoded in its number; events are
@@ -18,11 +19,14 @@ const FEATURE_PAGEFAULT_FLAG_WP: u64 = 1;
 const FEATURE_WP_HUGETLBFS_SHMEM: u64 = 1 << 12;
 const FEATURE_WP_UNPOPULATED: u64 = 1 << 13;
 const FEATURE_WP_ASYNC: u64 = 1 << 15;
+const REGISTER_MODE_MISSING: u64 = 1;
 const REGISTER_MODE_WP: u64 = 2;
 const UFFDIO_WAKE: libc::c_ulong = 0x8010_AA02;
+const UFFDIO_ZEROPAGE: libc::c_ulong = 0xC020_AA04;
 const UFFDIO_WRITEPROTECT: libc::c_ulong = 0xC018_AA06;
 const WRITEPROTECT_MODE_WP: u64 = 1;
 const EVENT_PAGEFAULT: u8 = 0x12;
+const PAGEFAULT_FLAG_WP: u64 = 2;
 
 /// Flags for the `userfaultfd` call: close on exec, do not block, faults of user mode only (which
 /// unprivileged callers may ask for, and which is all that write protection needs).
@@ -62,6 +66,13 @@ struct WriteProtect {
     mode: u64,
 }
 
+#[repr(C)]
+struct ZeroPage {
+    range: Range,
+    mode: u64,
+    zeroed: i64,
+}
+
 /// `struct uffd_msg` of a page fault.
 #[repr(C)]
 #[derive(Clone, Copy, Default)]
@@ -73,11 +84,22 @@ struct Message {
     feature: u64,
 }
 
+/// A thread that waits for a handler.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Fault {
+    /// The address that it touched.
+    pub at: u64,
+    /// There was no page; else there is one, which is protected.
+    pub missing: bool,
+}
+
 /// A userfaultfd that tracks the writes of the process in which it was created.
 #[derive(Debug)]
 pub struct WriteTracker {
     fd: OwnedFd,
     synchronous: bool,
+    /// Who touches a hole waits, too.
+    holes: bool,
 }
 
 impl WriteTracker {
@@ -88,29 +110,64 @@ impl WriteTracker {
             | FEATURE_WP_HUGETLBFS_SHMEM
             | FEATURE_WP_UNPOPULATED
             | FEATURE_WP_ASYNC;
-        Self::agree(fd, wanted, false)
+        Self::agree(fd, wanted, (false, false))
     }
 
-    /// Agrees on synchronous write protection: somebody must take [`WriteTracker::faults`].
-    pub fn guarding(fd: OwnedFd) -> Result<Self, Errno> {
+    /// Agrees on synchronous write protection: somebody must take [`WriteTracker::faults`]. With
+    /// `holes` whoever touches a page that is not there waits as well.
+    pub fn guarding(fd: OwnedFd, holes: bool) -> Result<Self, Errno> {
         let wanted = FEATURE_PAGEFAULT_FLAG_WP | FEATURE_WP_UNPOPULATED;
-        Self::agree(fd, wanted, true)
+        Self::agree(fd, wanted, (true, holes))
     }
 
-    fn agree(fd: OwnedFd, features: u64, synchronous: bool) -> Result<Self, Errno> {
+    fn agree(
+        fd: OwnedFd,
+        features: u64,
+        (synchronous, holes): (bool, bool),
+    ) -> Result<Self, Errno> {
         let mut api = Api {
             api: UFFD_API,
             features,
             ioctls: 0,
         };
         ioctl(&fd, UFFDIO_API, &raw mut api as usize)?;
-        Ok(Self { fd, synchronous })
+        Ok(Self {
+            fd,
+            synchronous,
+            holes,
+        })
     }
 
     /// Whether writers wait for a handler.
     #[must_use]
     pub fn is_synchronous(&self) -> bool {
         self.synchronous
+    }
+
+    /// Whether whoever touches a hole waits for a handler.
+    #[must_use]
+    pub fn guards_holes(&self) -> bool {
+        self.holes
+    }
+
+    /// Puts the page of zeros wherever no page is, from the first one on until one is there, and wakes
+    /// who waits for those. Returns the bytes: none where the first page is there already.
+    /// [`Errno::NOENT`] where the range is not registered.
+    pub fn fill(&self, (start, end): (u64, u64)) -> Result<u64, Errno> {
+        let mut arg = ZeroPage {
+            range: Range {
+                start,
+                len: end - start,
+            },
+            mode: 0,
+            zeroed: 0,
+        };
+        match ioctl(&self.fd, UFFDIO_ZEROPAGE, &raw mut arg as usize) {
+            Ok(()) => Ok(end - start),
+            Err(Errno::AGAIN) => Ok(u64::try_from(arg.zeroed).unwrap_or(0)),
+            Err(Errno::EXIST) => Ok(0),
+            Err(e) => Err(e),
+        }
     }
 
     /// Protects pages, or lifts their protection and wakes who waits for it.
@@ -135,8 +192,8 @@ impl WriteTracker {
         ioctl(&self.fd, UFFDIO_WAKE, &raw mut arg as usize)
     }
 
-    /// The addresses of writes that wait, at most [`FAULTS`]; none where nobody waits.
-    pub fn faults(&self) -> Result<Vec<u64>, Errno> {
+    /// Who waits, at most [`FAULTS`]; none where nobody does.
+    pub fn faults(&self) -> Result<Vec<Fault>, Errno> {
         let mut messages = [Message::default(); FAULTS];
         let size = size_of_val(&messages);
         // SAFETY: the buffer is live, of the size that is said, and any bytes are a Message.
@@ -148,7 +205,11 @@ impl WriteTracker {
         };
         let faults = messages[..n].iter();
         let faults = faults.filter(|m| m.event == EVENT_PAGEFAULT);
-        Ok(faults.map(|m| m.address).collect())
+        let fault = |m: &Message| Fault {
+            at: m.address,
+            missing: m.flags & PAGEFAULT_FLAG_WP == 0,
+        };
+        Ok(faults.map(fault).collect())
     }
 
     /// Begins to track a mapping; everything in it counts as written.
@@ -156,7 +217,11 @@ impl WriteTracker {
         let mut arg = Register {
             start,
             len: end - start,
-            mode: REGISTER_MODE_WP,
+            mode: if self.holes {
+                REGISTER_MODE_WP | REGISTER_MODE_MISSING
+            } else {
+                REGISTER_MODE_WP
+            },
             ioctls: 0,
         };
         ioctl(&self.fd, UFFDIO_REGISTER, &raw mut arg as usize)

@@ -229,9 +229,9 @@ pub struct Promise {
     /// this time after the mains failed. Refused where the medium cannot do that
     #[arg(long, value_name = "TIME", value_parser = parse_duration)]
     pub hold_up: Option<Duration>,
-    /// Hold whoever would write more than the budget allows. Not bounded are new mappings, mappings
-    /// that are mostly holes, and private mappings of files, until the next epoch. Writes to protected
-    /// pages are slower. The strategy is then cow
+    /// Hold whoever would write more than the budget allows, also after an epoch that failed. Private
+    /// mappings of files and shared memory count as written, whole. First writes to pages are slower.
+    /// The strategy is then cow
     #[arg(long, requires = "hold_up")]
     pub strict: bool,
     /// Most bytes written to the medium a day, such as 200GB; epochs are then further apart. A

@@ -211,8 +211,12 @@ pub enum Wanted {
     Notes,
     /// By soft-dirty bits.
     SoftDirty,
-    /// By synchronous write protection: writers wait.
-    Guard,
+    /// By synchronous write protection: writers wait, and with `holes` whoever touches memory for the
+    /// first time.
+    Guard {
+        /// See there.
+        holes: bool,
+    },
 }
 
 /// The means by which writes of the process are found. `Err` in the inner result: the kernel has
@@ -223,7 +227,10 @@ pub fn make_tracker(
     arena: &Arena,
     wanted: Wanted,
 ) -> Result<Result<Means, String>, ProcessError> {
-    let guards = wanted == Wanted::Guard;
+    let (guards, holes) = match wanted {
+        Wanted::Guard { holes } => (true, holes),
+        _ => (false, false),
+    };
     if wanted == Wanted::SoftDirty {
         let there = soft_dirty::is_there().then_some(Means::SoftDirty);
         return Ok(there.ok_or_else(|| "this kernel has no soft-dirty bits".into()));
@@ -239,7 +246,7 @@ pub fn make_tracker(
                 target.refusal("", what, remedy),
             ]));
         }
-        made if guards => made.and_then(WriteTracker::guarding),
+        made if guards => made.and_then(|fd| WriteTracker::guarding(fd, holes)),
         made => made.and_then(WriteTracker::new),
     };
     Ok(match made {

@@ -25,11 +25,24 @@
 //!   while it is waited for processes that are about to begin a program of their own.
 //! - If this process dies, the kernel lifts the protection of everything.
 //!
+//! # A strict guard
+//! One whose tracker guards holes, too ([`WriteTracker::guards_holes`]), so that who touches memory for
+//! the first time waits as well, wherever that is: no page tables are made for what is not touched. A
+//! hole is filled with the page of zeros, and the next ones where the program goes on in a row; all of
+//! them count as dirty. What nobody guards yet is looked for all the time ([`watch`]).
+//!
+//! - Nothing of a running program is read as another process reads it (`process_vm_readv(2)`): that
+//!   would wait for the guard where there is a hole. `/proc/PID/mem` says that there is none.
+//!
 //! # What it does not count
-//! Memory mapped since the last stop, or used for the first time in mappings that are mostly holes
-//! (holes are not protected there, which would cost page tables); and private mappings of files, which
-//! the kernel guards asynchronously only: these are taken at every stop. A call of the kernel that writes much
-//! (`read(2)`) may go beyond the limit during a stop.
+//! Without strictness: memory mapped since the last stop, or used for the first time in mappings that
+//! are mostly holes (holes are not protected there, which would cost page tables); and private mappings
+//! of files, which the kernel guards asynchronously only: these are taken at every stop. With and
+//! without: a call of the kernel that writes much (`read(2)`) may go beyond the limit during a stop.
+
+mod watch;
+
+pub use watch::Exposure;
 
 use crate::ProcessError;
 use crate::interval::IntervalSet;
@@ -40,19 +53,23 @@ use outlive_linux::Errno;
 use outlive_linux::memory;
 use outlive_linux::pagemap::{self, Pagemap, Query};
 use outlive_linux::remote::Arena;
-use outlive_linux::userfault::WriteTracker;
-use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
+use outlive_linux::userfault::{Fault, WriteTracker};
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::JoinHandle;
+use watch::Watch;
 
 const PAGE: u64 = PAGE_SIZE as u64;
 /// Pages that are copied behind in one go: a writer waits for no longer than that.
 const CHUNK: u64 = 64;
 /// Pages that the guard itself has copied and that nobody has taken yet, at most.
 const COPIES: usize = 16 << 10;
+/// Holes that are filled at once where the program goes on in a row, pages.
+const MOST_FILLED: u64 = 64;
 /// How often pages are read that were swapped out again meanwhile.
 const READS: u32 = 3;
 /// Pages of the program's own that are in memory and protected. What the page map calls swapped may
@@ -106,7 +123,11 @@ pub(crate) struct State {
     limit: Option<u64>,
     /// Nobody is held.
     open: bool,
-    held: Vec<u64>,
+    held: Vec<Fault>,
+    /// Where the last hole that was filled ends, and how many pages were filled at once.
+    filled: (u64, u64),
+    /// Of a strict guard: what nobody guards.
+    watch: Option<Watch>,
 }
 
 impl Guard {
@@ -129,6 +150,11 @@ impl Guard {
             limit: None,
             open: true,
             held: Vec::new(),
+            filled: (0, 0),
+            watch: tracker
+                .guards_holes()
+                .then(|| Watch::new(pid))
+                .transpose()?,
         };
         let shared = Arc::new(Shared {
             pid,
@@ -162,11 +188,39 @@ impl Guard {
         self.shared.lock().dirty_count
     }
 
-    /// Holds writers beyond so many dirty pages; `None`: never.
-    pub fn set_limit(&self, pages: Option<u64>) {
+    /// Holds writers beyond so many dirty pages; `None`: never. A strict guard looks from now on for
+    /// what nobody guards; `relatives` are processes that somebody does.
+    pub fn set_limit(&self, pages: Option<u64>, relatives: &BTreeSet<u32>) {
         let mut state = self.shared.lock();
+        let began = pages.is_some() && state.limit.is_none();
         state.limit = pages;
+        state.watch_begins(relatives);
         self.shared.release(&mut state);
+        drop(state);
+        if began {
+            signal(&self.shared.wake);
+        }
+    }
+
+    /// Of a strict guard: what may be written at any time and nobody can guard, as of now.
+    #[must_use]
+    pub fn exposure(&self) -> Exposure {
+        self.shared.lock().exposure()
+    }
+
+    /// Finds out what [`Guard::exposure`] says.
+    pub fn expose(&self) {
+        let mut state = self.shared.lock();
+        if state.watch.is_some() {
+            self.shared.look_closely(&mut state);
+        }
+    }
+
+    /// Of a strict guard: the most pages that may have been dirty at once since this was asked, with
+    /// what became exposed since the limit was set.
+    #[must_use]
+    pub fn most_dirty(&self) -> u64 {
+        self.shared.lock().take_peak()
     }
 
     /// Readable while writers are held: an epoch is wanted.
@@ -235,9 +289,20 @@ impl Shared {
                 PollFd::new(&*self.tracker, PollFlags::IN),
                 PollFd::new(&self.wake, PollFlags::IN),
             ];
-            let _ = poll(&mut set, None);
-            if self.lock().ending {
-                return;
+            let wait = self.next_look().map(|until| Timespec {
+                tv_sec: i64::try_from(until.as_secs()).unwrap_or(i64::MAX),
+                tv_nsec: i64::from(until.subsec_nanos()),
+            });
+            let _ = poll(&mut set, wait.as_ref());
+            let _ = rustix::io::read(&self.wake, &mut [0u8; 8]);
+            {
+                let mut state = self.lock();
+                if state.ending {
+                    return;
+                }
+                if state.limit.is_some() {
+                    self.look(&mut state);
+                }
             }
             // Gone together with the process: only the end is to be waited for.
             let Ok(faults) = self.tracker.faults() else {
@@ -245,9 +310,9 @@ impl Shared {
                 continue;
             };
             let mut state = self.lock();
-            for at in faults {
+            for fault in faults {
                 state = self.room_for_copies(state);
-                self.admit(&mut state, at);
+                self.admit(&mut state, fault);
             }
         }
     }
@@ -259,21 +324,51 @@ impl Shared {
     }
 
     /// Lets a writer through, or holds it.
-    fn admit(&self, state: &mut State, at: u64) {
-        let room = |limit| state.dirty_count + self.unit <= limit;
-        if state.open || state.limit.is_none_or(room) {
-            self.lift(state, at);
+    fn admit(&self, state: &mut State, fault: Fault) {
+        let unit = if fault.missing { 1 } else { self.unit };
+        let room = state.room();
+        if state.open || room >= unit {
+            match fault.missing {
+                true => self.fill(state, fault.at, room),
+                false => self.lift(state, fault.at),
+            }
         } else {
-            state.held.push(at);
+            state.held.push(fault);
             signal(&self.pressure);
+        }
+    }
+
+    /// Fills a hole, and those behind it where the program goes on in a row.
+    fn fill(&self, state: &mut State, at: u64, room: u64) {
+        let page = at / PAGE;
+        let in_a_row = page == state.filled.0;
+        let pages = if in_a_row { state.filled.1 * 2 } else { 1 };
+        let pages = pages.clamp(1, MOST_FILLED.min(room.max(1)));
+        let fill = |pages: u64| self.tracker.fill((page * PAGE, (page + pages) * PAGE));
+        // It may reach beyond the mapping.
+        let (done, pages) = match fill(pages) {
+            Err(Errno::NOENT) if pages > 1 => (fill(1), 1),
+            done => (done, pages),
+        };
+        match done {
+            // Another thread was first; or nothing is there, marked as protected.
+            Ok(0) => self.lift(state, at),
+            Ok(bytes) => {
+                let end = page + bytes / PAGE;
+                state.note_admitted((page, end));
+                state.filled = (end, pages);
+            }
+            Err(_) => {
+                let _ = self.tracker.wake((page * PAGE, (page + 1) * PAGE));
+            }
         }
     }
 
     /// Lets those through who were held and need not be any more.
     fn release(&self, state: &mut State) {
         let _ = rustix::io::read(&self.pressure, &mut [0u8; 8]);
-        for at in std::mem::take(&mut state.held) {
-            self.admit(state, at);
+        for fault in std::mem::take(&mut state.held) {
+            self.admit(state, fault);
         }
     }
 
@@ -290,7 +385,7 @@ impl Shared {
                 state.copies.extend((start..).zip(pages.iter().copied()));
             }
         }
-        state.note_dirty(unit);
+        state.note_admitted(unit);
         let lift = |(s, e): (u64, u64)| self.tracker.protect((s * PAGE, e * PAGE), false);
         // A unit may reach beyond what is registered; and a mapping may be gone, whose writer then
         // only has to be woken.
@@ -306,7 +401,7 @@ impl Shared {
         state.behind.remove(span.0, span.1);
         let mut good = false;
         for _ in 0..READS {
-            good = self.read(start, out, slowly)
+            good = self.read(start, out, slowly || self.tracker.guards_holes())
                 && Arena::is_stamped(self.pid, self.foothold)
                 && state.are_protected((start, end));
             if good {
@@ -347,6 +442,25 @@ impl State {
         asked.is_ok() && protected == end - start
     }
 
+    /// How many more pages may become dirty.
+    fn room(&self) -> u64 {
+        let grown = self.watch.as_ref().map_or(0, Watch::grown);
+        let dirty = self.dirty_count + grown;
+        self.limit
+            .map_or(u64::MAX, |most| most.saturating_sub(dirty))
+    }
+
+    /// A writer goes on. Its fault will be counted, and one for each other page that it may write now:
+    /// of no more of them than count as dirty because of it.
+    fn note_admitted(&mut self, span: (u64, u64)) {
+        let before = self.dirty_count;
+        self.note_dirty(span);
+        let new = self.dirty_count - before;
+        if let Some(watch) = &mut self.watch {
+            watch.expect(new.max(1));
+        }
+    }
+
     fn note_dirty(&mut self, (start, end): (u64, u64)) {
         let known: u64 = self.dirty.within(start, end).map(|(s, e)| e - s).sum();
         self.dirty.insert(start, end);
@@ -361,8 +475,13 @@ impl State {
         }
     }
 
-    /// All pages are protected: nothing is dirty.
-    pub(crate) fn all_clean(&mut self) {
+    /// All pages are protected: nothing is dirty. So many pages above files, which cannot be written,
+    /// are taken at every stop all the same.
+    pub(crate) fn all_clean(&mut self, fixed: u64) {
+        self.watch_ends();
+        if let Some(watch) = &mut self.watch {
+            watch.fixed = fixed;
+        }
         self.dirty.clear();
         self.dirty_count = 0;
     }

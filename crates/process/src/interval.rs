@@ -92,7 +92,6 @@ impl IntervalSet {
     }
 
     /// How many numbers are in the set.
-    #[cfg(test)]
     pub fn count(&self) -> u64 {
         self.iter().map(|(s, e)| e - s).sum()
     }

@@ -302,6 +302,15 @@ impl Member {
         }
     }
 
+    /// Pages that the next pass hands over whether they were written or not.
+    #[must_use]
+    pub fn owed_pages(&self) -> u64 {
+        match &self.space {
+            Space::Held(space) => space.pages.owed_pages(),
+            Space::Of(_) => 0,
+        }
+    }
+
     /// Whether the epochs so far hold nothing of it.
     #[must_use]
     pub fn is_fresh(&self) -> bool {
@@ -682,7 +691,9 @@ type Foothold = (Arena, Site, Result<Means, String>);
 fn wanted(options: &TrackOptions) -> Option<Wanted> {
     let strategy = options.strategy;
     strategy.tracks().then_some(match strategy.guards() {
-        true => Wanted::Guard,
+        true => Wanted::Guard {
+            holes: options.strict,
+        },
         false if options.soft_dirty => Wanted::SoftDirty,
         false => Wanted::Notes,
     })
@@ -771,6 +782,7 @@ pub fn private_areas(mappings: &[Mapping]) -> Vec<PrivateArea> {
             span: (m.start, m.end),
             readable: m.prot & 1 != 0,
             anonymous: m.inode == 0,
+            writable: m.prot & 2 != 0,
         })
         .collect()
 }

@@ -89,6 +89,8 @@ pub struct PrivateArea {
     pub readable: bool,
     /// Whether it has no file below.
     pub anonymous: bool,
+    /// Whether it may be written to now.
+    pub writable: bool,
 }
 
 /// What one pass found.
@@ -397,6 +399,12 @@ impl PageTracker {
         }
     }
 
+    /// Pages that the next pass hands over whether they were written or not.
+    #[must_use]
+    pub fn owed_pages(&self) -> u64 {
+        self.owed.count()
+    }
+
     /// The same of what a pass found and what was not taken then.
     pub fn owe_changes(&mut self, changes: &Changes) {
         for &(start, end) in changes
@@ -438,6 +446,7 @@ impl PageTracker {
         self.owed_absent.clear();
         let quiet = self.quiet(areas);
         let mut end_of_last = 0;
+        let mut fixed = 0;
         for (area, quiet) in areas.iter().zip(quiet) {
             drop_stored(&mut self.stored, (end_of_last, area.span.0), &mut changes);
             end_of_last = area.span.1;
@@ -452,6 +461,9 @@ impl PageTracker {
             let found = found.and_then(|()| self.drop_given_way(area, &mut changes));
             let list = changes.list(area);
             let written = list.split_off(before);
+            if !area.writable && self.unguarded.contains(&area.span) {
+                fixed += written.iter().map(|(s, e)| (e - s) / PAGE).sum::<u64>();
+            }
             list.extend(self.granularity.round(written, area.span, &self.stored));
             found.or_else(|e| match (world, e) {
                 // The mapping went away while the program runs: the next pass sees that.
@@ -474,7 +486,7 @@ impl PageTracker {
             .map_err(|e| target.kernel("clearing soft-dirty bits", e))?;
         if let Some(state) = &mut guarding {
             if self.stopped {
-                state.all_clean();
+                state.all_clean(fixed);
                 self.leave_behind(&mut changes);
                 state.copy_behind(&changes.behind);
             } else {
@@ -594,6 +606,11 @@ impl PageTracker {
             drop_stored(stored, (at, end), changes);
         }
         Ok(())
+    }
+
+    /// Whether who touches a hole waits: then none may be read, and none need be protected.
+    fn guards_holes(&self) -> bool {
+        self.tracker.as_ref().is_some_and(|t| t.guards_holes())
     }
 
     fn is_guarded(&self, (start, end): Span) -> bool {
@@ -746,7 +763,7 @@ impl PageTracker {
         // Holes are copied as zeros once: few of them, and none that only a slow read can reach.
         let length = area.span.1 - area.span.0;
         let few = holes <= DENSE_HOLES && holes <= length / DENSE_SHARE;
-        if area.anonymous && area.readable && few {
+        if area.anonymous && area.readable && few && !self.guards_holes() {
             self.dense.insert(area.span);
         }
         Ok(())

@@ -11,7 +11,7 @@ pub use stop::Stopped;
 use crate::captured::Spare;
 use crate::family::{self, Kin};
 use crate::freeze::{Held, freeze};
-use crate::guard::Guard;
+use crate::guard::{Exposure, Guard};
 use crate::member::{self, Member, NotAdopted};
 use crate::procfs::ThreadFiles;
 use crate::reentry::WaitBook;
@@ -52,6 +52,10 @@ pub struct TrackOptions {
     pub threads: usize,
     /// Whether writes are to be found by soft-dirty bits, also where the kernel has better.
     pub soft_dirty: bool,
+    /// With [`Strategy::Cow`]: everything counts that may be dirty, at every instant. Whoever touches
+    /// memory for the first time waits for the guard as well, and what is mapped anew is looked for
+    /// while the program runs.
+    pub strict: bool,
     /// What is learnt of the program: give the same to whoever tracks it again.
     pub lessons: Lessons,
 }
@@ -101,6 +105,7 @@ impl Default for TrackOptions {
             strays: false,
             threads: std::thread::available_parallelism().map_or(1, |n| n.get().min(THREADS)),
             soft_dirty: false,
+            strict: false,
             lessons: Lessons::default(),
         }
     }
@@ -164,6 +169,8 @@ pub struct Tracked {
     /// What was handed over since the last stop.
     notes: Notes,
     experience: Experience,
+    /// Pages that were exposed when the limit was set.
+    exposed: u64,
     detached: bool,
 }
 
@@ -226,6 +233,7 @@ impl Tracked {
             spare: Spare::default(),
             notes: Notes::default(),
             experience: Experience::default(),
+            exposed: 0,
             detached: false,
         })
     }
@@ -243,26 +251,68 @@ impl Tracked {
     }
 
     /// Pages that may have been written since they were last protected, as of now; `None` where
-    /// the strategy has no guard. Memory mapped since the last stop is not among them.
+    /// the strategy has no guard. Memory mapped since the last stop is not among them, unless the
+    /// guard is strict: then all of [`Tracked::exposed_pages`] is, too.
     #[must_use]
     pub fn dirty_pages(&self) -> Option<u64> {
-        let guards = self.members.values().filter_map(Member::guard);
-        let dirty = guards.map(Guard::dirty).sum();
-        self.options.strategy.guards().then_some(dirty)
+        let dirty: u64 = self.guards().map(Guard::dirty).sum();
+        let all = dirty + self.exposed_pages();
+        self.options.strategy.guards().then_some(all)
     }
 
     /// Holds writers beyond so many dirty pages (see [`Tracked::dirty_pages`]), each process to its
-    /// equal part, until the next stop; `None`: never.
-    pub fn limit_dirty(&self, pages: Option<u64>) {
-        let guards = || self.members.values().filter_map(Member::guard);
-        let each = pages.map(|p| p / guards().count().max(1) as u64);
-        guards().for_each(|guard| guard.set_limit(each));
+    /// equal part of what is not exposed, until the next stop; `None`: never.
+    pub fn limit_dirty(&mut self, pages: Option<u64>) {
+        if pages.is_some() {
+            self.expose();
+        }
+        self.exposed = self.exposed_pages();
+        let rest = pages.map(|p| p.saturating_sub(self.exposed));
+        let each = rest.map(|p| p / self.guards().count().max(1) as u64);
+        let members = self.members.keys().copied().collect();
+        self.guards().for_each(|guard| {
+            guard.set_limit(each, &members);
+            guard.open(false);
+        });
+    }
+
+    /// Pages that may be written at any time and that nobody can guard: private mappings of files,
+    /// shared memory, processes that came since the last stop. 0 unless the guard is strict.
+    #[must_use]
+    pub fn exposed_pages(&self) -> u64 {
+        let mut all = Exposure::default();
+        self.guards().for_each(|guard| all.add(&guard.exposure()));
+        all.pages()
+    }
+
+    /// The most of [`Tracked::dirty_pages`] that there may have been at any instant since this was
+    /// asked, or since the limit was set last. 0 unless the guard is strict.
+    #[must_use]
+    pub fn most_dirty(&self) -> u64 {
+        if !self.options.strict {
+            return 0;
+        }
+        self.exposed + self.guards().map(Guard::most_dirty).sum::<u64>()
+    }
+
+    /// Finds out what [`Tracked::exposed_pages`] says, where the guard is strict.
+    pub fn expose(&self) {
+        self.guards().for_each(Guard::expose);
+    }
+
+    /// Pages that the next epoch takes because the last one failed.
+    #[must_use]
+    pub fn owed_pages(&self) -> u64 {
+        self.members.values().map(Member::owed_pages).sum()
+    }
+
+    fn guards(&self) -> impl Iterator<Item = &Guard> {
+        self.members.values().filter_map(Member::guard)
     }
 
     /// Descriptors of which one is readable while writers are held: an epoch is wanted.
     pub fn pressure(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
-        let guards = self.members.values().filter_map(Member::guard);
-        guards.map(Guard::pressure)
+        self.guards().map(Guard::pressure)
     }
 
     /// Gains a foothold in every process that is not a member yet, one after the other; returns
@@ -373,8 +423,7 @@ impl Tracked {
     /// they would not come to it where they are, in the memory of their parents.
     fn let_spawn(&self) -> Result<(), ProcessError> {
         let open = |open| {
-            let guards = self.members.values().filter_map(Member::guard);
-            guards.for_each(|guard| guard.open(open));
+            self.guards().for_each(|guard| guard.open(open));
         };
         let patience = self.options.stop_timeout;
         let done = preflight::let_spawn(self.root, &self.adopters, patience, || open(true));

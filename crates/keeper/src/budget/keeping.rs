@@ -13,6 +13,9 @@ use serde::{Deserialize, Serialize};
 /// system's journal is a small part.
 const MOST_READY: u64 = 32 << 20;
 
+/// Epochs during which a program is held that mapped more anew than could be bounded.
+const WILD: u32 = 16;
+
 /// A hold-up budget, as it is asked for and remembered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct HoldUp {
@@ -39,6 +42,8 @@ pub struct BudgetStatus {
     pub dirty_bytes: Option<u64>,
     /// Strict: the most of them; whoever would write more is held.
     pub limit_bytes: Option<u64>,
+    /// Strict: those of them that nobody can guard, and that count as written all the time.
+    pub exposed_bytes: Option<u64>,
     /// Intervals in which the budget may not have been kept at some instant.
     pub violations: u64,
     /// How long it may not have been kept, nanoseconds.
@@ -100,6 +105,10 @@ pub struct Watch {
     /// Strict, since the first epoch.
     bound: Option<Bound>,
     begun: bool,
+    /// Bytes of failed epochs that the next one takes.
+    owed: u64,
+    /// Epochs during which the program is still held, because it mapped too much anew.
+    wild: u32,
     wear: Wear,
     /// What became of events.
     pub events: Events,
@@ -115,6 +124,8 @@ impl Watch {
             pacing: hold_up.map(|h| Pacing::new(h.budget_ns)),
             bound: None,
             begun: false,
+            owed: 0,
+            wild: 0,
             wear: Wear::new(max_wear, now),
             events: Events::default(),
         }
@@ -171,17 +182,45 @@ impl Watch {
     }
 
     /// Strict: before the first epoch there is nothing to go back to, and a budget may have room for
-    /// one commit only.
+    /// one commit only. After a failure more than half of the bound may be on its way, and a program
+    /// that maps much anew is to do so between epochs only.
     fn holds(&self) -> bool {
         let strict = self.hold_up.is_some_and(|h| h.strict);
-        strict && (!self.begun || self.bound.is_some_and(|b| b.held))
+        let bad = !self.begun || self.wild > 0 || self.owed > 0;
+        strict && (bad || self.bound.is_some_and(|b| b.held))
     }
 
     /// Strict: the most bytes that may be written between two stops. While an epoch is on its way, the
-    /// other half of the bound is.
+    /// other half of the bound is. What failed epochs had taken leaves less room.
     #[must_use]
     pub fn limit(&self) -> Option<u64> {
-        self.bound.map(|b| b.flush_at)
+        let left = |b: Bound| b.limit.saturating_sub(self.owed).min(b.hold_at);
+        self.bound.map(left)
+    }
+
+    /// Strict: so many bytes may have been written since the last stop at some instant since this was
+    /// said last. Where that is more than the bound, or there is none, it is a violation, and the program
+    /// is held during the next epochs.
+    pub fn found(&mut self, most: u64) {
+        let strict = self.hold_up.is_some_and(|h| h.strict);
+        let Some(pacing) = self.pacing.as_mut().filter(|_| strict && self.begun) else {
+            return;
+        };
+        if let Some(bound) = self.bound {
+            if most <= bound.flush_at && most.saturating_add(self.owed) <= bound.limit {
+                return;
+            }
+            self.wild = WILD;
+        }
+        pacing.exceeded();
+    }
+
+    /// Strict: the least budget, nanoseconds, with which there would be a bound where so much is exposed;
+    /// `None` where there is one.
+    #[must_use]
+    pub fn least_budget(&self, exposed: u64) -> Option<u64> {
+        let hold_up = self.hold_up.filter(|h| h.strict)?;
+        strict::bound(&self.figures(), hold_up.budget_ns, exposed).err()
     }
 
     /// Bytes were written ahead.
@@ -198,16 +237,18 @@ impl Watch {
         Some(bytes.clamp(1 << 20, MOST_READY))
     }
 
-    /// Learns from an epoch.
-    pub fn taken(&mut self, taken: &Taken, when: When) {
+    /// Learns from an epoch. So many bytes are exposed since.
+    pub fn taken(&mut self, taken: &Taken, when: When, exposed: u64) {
         self.model.add(&sample(taken));
         self.wear.add(when.begun, taken.bytes_written);
         let figures = self.model.figures();
         self.begun = true;
+        self.owed = 0;
+        self.wild = self.wild.saturating_sub(1);
         self.bound = self
             .hold_up
             .filter(|h| h.strict)
-            .and_then(|h| strict::bound(&figures, h.budget_ns).ok());
+            .and_then(|h| strict::bound(&figures, h.budget_ns, exposed).ok());
         let ns = |us: u64| us.saturating_mul(1000);
         let Some(pacing) = &mut self.pacing else {
             return;
@@ -239,10 +280,10 @@ impl Watch {
         );
     }
 
-    /// An epoch failed. Nobody is held until there is one again: a full store must not stop a program
-    /// for good.
-    pub fn failed(&mut self) {
-        self.bound = None;
+    /// An epoch failed, of which the next one takes so many bytes again. Writers are held at the bound
+    /// until there is one.
+    pub fn failed(&mut self, owed: u64) {
+        self.owed = owed;
         if let Some(pacing) = &mut self.pacing {
             pacing.failed();
         }
@@ -259,7 +300,8 @@ impl Watch {
             expected_bytes: pacing.expected(now),
             allowed_bytes: figures.allowed(hold_up.budget_ns).unwrap_or(0),
             dirty_bytes: None,
-            limit_bytes: self.limit(),
+            limit_bytes: self.bound.map(|b| b.flush_at),
+            exposed_bytes: None,
             violations: counts.violations,
             violated_ns: counts.violated,
             holding: pacing.holding(),
@@ -334,19 +376,80 @@ mod tests {
         };
         let model = Model::new(Figures::default());
         let mut watch = Watch::new(Some(hold_up), model, None, 0);
-        watch.taken(&taken(1000), when(100 * MS));
+        watch.taken(&taken(1000), when(100 * MS), 0);
         let figures = watch.figures();
         assert_eq!((figures.freeze_ns, figures.scan_ns), (MS / 10, MS / 2));
         assert_eq!((figures.flush_ns, figures.tables), (MS, 8192));
         assert_eq!(figures.cost(0), watch.figures().floor());
-        watch.taken(&taken(1000), when(200 * MS));
+        watch.taken(&taken(1000), when(200 * MS), 0);
         let quiet = watch.status(210 * MS).unwrap();
         assert_eq!(quiet.violations, 0);
         assert!(quiet.expected_bytes > 0 && quiet.expected_ns > figures.floor());
         let mut big = taken(1000);
         big.steps.files_bytes = Some(1 << 30);
-        watch.taken(&big, when(300 * MS));
+        watch.taken(&big, when(300 * MS), 0);
         assert_eq!(watch.status(310 * MS).unwrap().violations, 1);
+    }
+
+    fn strict_watch() -> Watch {
+        let hold_up = HoldUp {
+            budget_ns: 500 * MS,
+            strict: true,
+        };
+        let mut watch = Watch::new(Some(hold_up), Model::new(Figures::default()), None, 0);
+        assert_eq!((watch.limit(), watch.pressed()), (None, Step::Held));
+        watch.taken(&taken(1000), when(100 * MS), 0);
+        assert_eq!(watch.pressed(), Step::Epoch);
+        watch
+    }
+
+    #[test]
+    fn strictly_writers_are_held_after_a_failure_too_with_less_room() {
+        let mut watch = strict_watch();
+        let limit = watch.limit().unwrap();
+        watch.failed(0);
+        assert_eq!((watch.limit(), watch.pressed()), (Some(limit), Step::Epoch));
+        assert_eq!(watch.status(0).unwrap().violations, 1, "said at once");
+        let all = watch.bound.unwrap().limit;
+        watch.failed(all - 4096);
+        // More than half may be on its way to the medium: nothing may be written meanwhile.
+        assert_eq!((watch.limit(), watch.pressed()), (Some(4096), Step::Held));
+        watch.failed(all + 1);
+        assert_eq!(watch.limit(), Some(0));
+        watch.taken(&taken(1000), when(200 * MS), 0);
+        assert_eq!((watch.limit(), watch.pressed()), (Some(limit), Step::Epoch));
+        assert_eq!(watch.status(0).unwrap().violations, 1, "it was counted");
+    }
+
+    #[test]
+    fn strictly_more_than_the_bound_is_a_violation_at_once() {
+        let mut watch = strict_watch();
+        let most = watch.bound.unwrap().flush_at;
+        watch.found(most);
+        assert_eq!(watch.status(0).unwrap().violations, 0);
+        for _ in 0..2 {
+            watch.found(most + 1);
+            assert_eq!(watch.status(0).unwrap().violations, 1, "one interval");
+        }
+        let mut now = 200 * MS;
+        while watch.pressed() == Step::Held {
+            watch.taken(&taken(1), when(now), 0);
+            now += 100 * MS;
+        }
+        assert_eq!(now, (200 + 100 * u64::from(WILD)) * MS);
+    }
+
+    #[test]
+    fn strictly_there_is_no_bound_where_too_much_is_exposed() {
+        let mut watch = strict_watch();
+        let much = watch.bound.unwrap().limit;
+        assert_eq!(watch.least_budget(0), None);
+        assert!(watch.least_budget(2 * much).unwrap() > 500 * MS);
+        watch.taken(&taken(1000), when(200 * MS), 2 * much);
+        assert_eq!(watch.limit(), None);
+        let before = watch.status(0).unwrap().violations;
+        watch.found(0);
+        assert_eq!(watch.status(0).unwrap().violations, before + 1);
     }
 
     #[test]
@@ -355,8 +458,8 @@ mod tests {
         let mut watch = Watch::new(None, model, Some(86_400 * 4096), 0);
         assert_eq!(watch.step(0, 5, false), Step::Wait(5));
         assert_eq!(watch.step(0, 0, false), Step::Epoch);
-        watch.taken(&taken(1), when(100 * MS));
-        watch.taken(&taken(1), when(200 * MS));
+        watch.taken(&taken(1), when(100 * MS), 0);
+        watch.taken(&taken(1), when(200 * MS), 0);
         // Three blocks at one a second, from the beginning of the epoch on.
         assert_eq!(watch.step(200 * MS, 0, false), Step::Wait(2_994 * MS));
         assert_eq!(watch.status(0), None);

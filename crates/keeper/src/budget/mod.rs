@@ -11,8 +11,8 @@
 //!
 //! Two modes. *Predicted*: pages are found after they were written; the budget holds as long as the
 //! program goes on as it did, and each time that it did not is counted. *Strict*: writes are
-//! protected before they happen, so that what is not durable is known and bounded, but for what the
-//! mechanism does not count.
+//! protected before they happen, so that what is not durable is known and bounded; what comes up beyond
+//! the bound, because nobody could hold it, is a violation when it is seen.
 
 pub mod calibration;
 pub mod keeping;

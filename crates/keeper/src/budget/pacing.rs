@@ -99,6 +99,8 @@ pub struct Pacing {
     counts: Counts,
     /// An epoch failed since the last one.
     failed: bool,
+    /// The interval counts as a violation already.
+    counted: bool,
 }
 
 impl Pacing {
@@ -113,6 +115,7 @@ impl Pacing {
             easy: 0,
             counts: Counts::default(),
             failed: false,
+            counted: false,
         }
     }
 
@@ -229,6 +232,15 @@ impl Pacing {
     /// succeeds. The interval counts as a violation.
     pub fn failed(&mut self) {
         self.failed |= self.last.is_some();
+        self.exceeded();
+    }
+
+    /// More is at stake at this instant than the budget allows: the interval is a violation, whatever
+    /// its epoch finds.
+    pub fn exceeded(&mut self) {
+        if self.last.is_some() && !std::mem::replace(&mut self.counted, true) {
+            self.counts.violations += 1;
+        }
     }
 
     /// The instants of the interval between two epochs at which an event would have cost most: its
@@ -257,10 +269,9 @@ impl Pacing {
         if std::mem::take(&mut self.failed) {
             violated = violated.max(taken.durable.saturating_sub(last.durable));
         }
-        if violated > 0 {
-            self.counts.violations += 1;
-            self.counts.violated += violated;
-        }
+        let counted = std::mem::take(&mut self.counted);
+        self.counts.violations += u64::from(violated > 0 && !counted);
+        self.counts.violated += violated;
     }
 
     /// Whether the program is to be held during the next epochs.

@@ -110,6 +110,8 @@ fn scene(machine: &Machine) -> Scene {
     Scene {
         load: Load {
             working_set: machine.memory,
+            exposed: 0,
+            maps: (0, 0),
             phases: vec![(machine.writes, u64::MAX)],
             freeze: MS / 2,
             scan: MS / 2 + machine.memory / GIB * SCAN / machine.threads,
@@ -126,6 +128,7 @@ fn scene(machine: &Machine) -> Scene {
         fails_one_in: 0,
         length: 60 * SECOND,
         tick: MS / 2,
+        looks: true,
         believes: FLUSHES,
     }
 }

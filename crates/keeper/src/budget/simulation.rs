@@ -46,6 +46,11 @@ pub struct Load {
     pub working_set: u64,
     /// Bytes a second, and until when.
     pub phases: Vec<(u64, u64)>,
+    /// Bytes that nobody can guard.
+    pub exposed: u64,
+    /// In one tick out of so many (0: never) it maps and writes up to so many bytes, which nobody
+    /// guards before the next tick.
+    pub maps: (u64, u64),
     /// Until all threads stand still.
     pub freeze: u64,
     /// The scan.
@@ -77,6 +82,8 @@ pub struct Scene {
     pub fails_one_in: u64,
     pub length: u64,
     pub tick: u64,
+    /// Whether what is mapped anew is looked for: a planted error where it is not.
+    pub looks: bool,
     /// What the policy believes that a commit flushes: a planted error where it is not [`FLUSHES`].
     pub believes: u64,
 }
@@ -133,7 +140,7 @@ pub struct Outcome {
     pub cuts: u64,
     pub late: u64,
     pub unexplained: u64,
-    /// Strict: instants at which more than the limit was not durable.
+    /// Strict: instants at which more than the limit was not durable, and no violation was counted.
     pub over_limit: u64,
     pub bytes_written: u64,
     pub largest_residue: u64,
@@ -153,6 +160,11 @@ pub struct Simulation {
     pacing: Pacing,
     plan: Plan,
     bound: Option<Bound>,
+    /// Bytes of a failed epoch that the next one takes.
+    owed: u64,
+    wild: u32,
+    /// Violations before this interval.
+    violations: u64,
     history: Vec<Instant>,
     /// Power cuts that are not judged yet.
     cuts: Vec<Cut>,
@@ -184,6 +196,9 @@ impl Simulation {
             way: None,
             model,
             bound: None,
+            owed: 0,
+            wild: 0,
+            violations: 0,
             history: Vec::new(),
             cuts: Vec::new(),
             begun: false,
@@ -214,6 +229,9 @@ impl Simulation {
         if !stopped {
             self.write();
         }
+        if self.begun && self.scene.strict && self.scene.looks {
+            self.look();
+        }
         if self.begun {
             self.out.observed += self.scene.tick;
             self.observe(stopped);
@@ -228,16 +246,21 @@ impl Simulation {
         };
         self.way = None;
         if way.fails {
-            // What it took counts as written again, and so does all else: tracking begins anew.
-            self.dirty = self.scene.load.working_set;
-            self.plan.failed(self.now, true);
             self.pacing.failed();
+            if self.scene.strict && way.bytes % 2 == 0 {
+                // A full store: the next epoch takes what this one had.
+                self.owed = way.bytes - self.exposed();
+                self.plan.failed(self.now, false);
+                return;
+            }
+            // What it took counts as written again, and so does all else: tracking begins anew.
+            (self.dirty, self.owed) = (self.scene.load.working_set, 0);
+            self.plan.failed(self.now, true);
             self.over_before = u64::MAX;
             return;
         }
         self.model.add(&way.sample);
         let figures = self.model.figures();
-        let before = self.pacing.counts().violations;
         let taken = Taken {
             begun: way.stopped,
             base: false,
@@ -248,12 +271,15 @@ impl Simulation {
             bytes: way.bytes,
         };
         self.pacing.taken(taken, &figures);
-        let counted = self.pacing.counts().violations > before;
+        let violations = self.pacing.counts().violations;
+        let counted = violations > std::mem::replace(&mut self.violations, violations);
         self.judge(&way, counted);
         self.plan.committed(way.stopped, self.now);
         if self.scene.strict {
-            self.bound = strict::bound(&figures, self.scene.budget).ok();
-            self.over_before = self.dirty;
+            self.bound = strict::bound(&figures, self.scene.budget, self.exposed()).ok();
+            self.over_before = self.dirty + self.exposed();
+            self.owed = 0;
+            self.wild = self.wild.saturating_sub(1);
         }
         self.out.epochs += 1;
         if self.begun {
@@ -269,17 +295,12 @@ impl Simulation {
             .pacing
             .step(self.now, self.plan.wait(self.now), &figures);
         if let Some(bound) = self.bound {
-            step = match (self.dirty >= bound.flush_at, bound.held) {
-                (true, true) => Step::Held,
-                (true, false) => Step::Epoch,
-                (false, held) if self.plan.wait(self.now) == 0 => {
-                    if held {
-                        Step::Held
-                    } else {
-                        Step::Epoch
-                    }
-                }
-                _ => Step::Wait(self.scene.tick),
+            let full = self.unsaved() >= bound.hold_at && self.plan.failures() == 0;
+            let held = bound.held || self.wild > 0 || self.owed > 0;
+            step = match full || self.plan.wait(self.now) == 0 {
+                true if held => Step::Held,
+                true => Step::Epoch,
+                false => Step::Wait(self.scene.tick),
             };
         }
         match step {
@@ -292,8 +313,9 @@ impl Simulation {
     }
 
     fn begin(&mut self, held: bool) {
+        let bytes = self.unsaved() + self.owed;
+        (self.dirty, self.owed) = (0, 0);
         let (disk, random) = (&self.scene.disk, &mut self.random);
-        let bytes = std::mem::take(&mut self.dirty);
         let jitter = |random: &mut Random, ns: u64| ns + random.below(ns / 4 + 1);
         let mut sample = Sample {
             freeze: jitter(random, self.scene.load.freeze),
@@ -333,12 +355,43 @@ impl Simulation {
         let share = u128::from(bytes) * u128::from(clean) / u128::from(load.working_set.max(1));
         let mut new = u64::try_from(share).unwrap_or(u64::MAX);
         if let Some(bound) = self.bound {
-            new = new.min(bound.flush_at.saturating_sub(self.dirty));
+            let most = bound.hold_at.min(bound.limit.saturating_sub(self.owed));
+            new = new.min(most.saturating_sub(self.unsaved()));
         }
         self.dirty += new;
+        let (one_in, most) = self.scene.load.maps;
+        if one_in > 0 && self.random.below(one_in) == 0 {
+            self.dirty += self.random.below(most);
+        }
         if self.begun {
             self.out.ran += self.scene.tick;
         }
+    }
+
+    /// Bytes that nobody can guard, which count as written all the time.
+    fn exposed(&self) -> u64 {
+        if self.scene.strict {
+            self.scene.load.exposed
+        } else {
+            0
+        }
+    }
+
+    /// What the next epoch takes, but for what is owed to it.
+    fn unsaved(&self) -> u64 {
+        self.dirty + self.exposed()
+    }
+
+    /// What the guard has found is counted at once.
+    fn look(&mut self) {
+        let most = self.unsaved();
+        if let Some(bound) = self.bound {
+            if most <= bound.flush_at && most + self.owed <= bound.limit {
+                return;
+            }
+            self.wild = 16;
+        }
+        self.pacing.exceeded();
     }
 
     fn observe(&mut self, stopped: bool) {
@@ -346,17 +399,20 @@ impl Simulation {
             at: self.now,
             // After a failure everything must be copied again.
             dirty: match self.way {
-                Some(way) if way.fails => self.scene.load.working_set,
-                _ => self.dirty,
+                Some(way) if way.fails => {
+                    self.scene.load.working_set.max(way.bytes + self.unsaved())
+                }
+                _ => self.unsaved() + self.owed,
             },
             durable: self.way.map_or(0, |w| w.durable),
             stopped,
         };
         self.history.push(now);
         if let Some(bound) = self.bound {
-            let residue = self.dirty + self.way.map_or(0, |w| w.bytes);
+            let residue = self.unsaved() + self.owed + self.way.map_or(0, |w| w.bytes);
             let before = self.over_before.saturating_add(bound.flush_at);
-            self.out.over_limit += u64::from(residue > bound.limit.max(before));
+            let counted = self.pacing.counts().violations > self.violations;
+            self.out.over_limit += u64::from(residue > bound.limit.max(before) && !counted);
         }
         if self.random.below(64) == 0 {
             self.cut(&now);

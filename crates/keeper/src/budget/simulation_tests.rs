@@ -23,6 +23,11 @@ fn scene(seed: u64, strict: bool) -> Scene {
     Scene {
         load: Load {
             working_set: random.scale(MIB, 4096 * MIB),
+            exposed: [0, 0, 1, 64][random.below(4) as usize] * random.scale(MIB / 256, MIB),
+            maps: match random.below(4) {
+                0 if strict => (random.scale(2, 256), random.scale(MIB, 256 * MIB)),
+                _ => (0, 0),
+            },
             phases,
             freeze: random.scale(MS / 20, 2 * MS),
             scan: random.scale(MS / 10, 8 * MS),
@@ -39,6 +44,7 @@ fn scene(seed: u64, strict: bool) -> Scene {
         fails_one_in: [0, 0, 10][random.below(3) as usize],
         length,
         tick: MS / 2,
+        looks: true,
         believes: FLUSHES,
     }
 }
@@ -90,6 +96,19 @@ fn a_policy_that_forgets_one_flush_is_found_out() {
 }
 
 #[test]
+fn a_policy_that_does_not_look_for_new_mappings_is_found_out() {
+    let blind = |seed: &u64| {
+        let scene = Scene {
+            looks: false,
+            ..scene(*seed, true)
+        };
+        Simulation::new(scene, *seed).run().over_limit > 0
+    };
+    let found = (0..500).filter(blind).count();
+    assert!(found > 10, "{found}");
+}
+
+#[test]
 fn a_seed_gives_the_same_history_again() {
     for seed in 0..50 {
         assert_eq!(
@@ -105,6 +124,8 @@ fn steady(rate: u64, strict: bool) -> Outcome {
     let scene = Scene {
         load: Load {
             working_set: 1024 * MIB,
+            exposed: 0,
+            maps: (0, 0),
             phases: vec![(rate, u64::MAX)],
             freeze: MS / 10,
             scan: MS / 2,
@@ -121,6 +142,7 @@ fn steady(rate: u64, strict: bool) -> Outcome {
         fails_one_in: 0,
         length: 5 * SECOND,
         tick: MS / 10,
+        looks: true,
         believes: FLUSHES,
     };
     Simulation::new(scene, 1).run()

@@ -13,6 +13,9 @@
 //!   filled its half is held until the next stop.
 //! - The program is held during its first epoch, before which there is nothing to go back to.
 //! - Where the budget has room for one commit only, the program is held during each epoch.
+//! - *Exposed* memory (which nobody can guard: private mappings of files, shared memory) counts as
+//!   written all the time, whole, before the stop and after it. Where that leaves no room, there is no bound.
+//! - A part is kept free for memory that is mapped anew, until it is found and guarded.
 
 use super::model::{Figures, MIB};
 
@@ -21,8 +24,10 @@ use super::model::{Figures, MIB};
 pub struct Bound {
     /// Most bytes that are not durable at any instant.
     pub limit: u64,
-    /// Most bytes that may be written between two stops.
+    /// Most bytes that may be written between two stops, with what is exposed.
     pub flush_at: u64,
+    /// So many, at which writers are held: what is left is for memory that is mapped anew.
+    pub hold_at: u64,
     /// The program stays stopped until each epoch is durable.
     pub held: bool,
 }
@@ -30,11 +35,17 @@ pub struct Bound {
 /// The least limit that is of any use, bytes.
 pub const LEAST_LIMIT: u64 = 64 << 10;
 
-/// The bound for a budget in nanoseconds.
+/// Most bytes that are kept free for memory that is mapped anew: what two processors can write for the
+/// first time within about 2 ms …
+pub const RESERVE: u64 = 16 << 20;
+/// … and at most this part of what may be written.
+const RESERVED: u64 = 4;
+
+/// The bound for a budget in nanoseconds, with so many bytes exposed.
 ///
 /// # Errors
 /// The least budget, in nanoseconds, where this one is too small.
-pub fn bound(figures: &Figures, budget: u64) -> Result<Bound, u64> {
+pub fn bound(figures: &Figures, budget: u64, exposed: u64) -> Result<Bound, u64> {
     let two = figures
         .floor()
         .saturating_add(figures.commit())
@@ -45,17 +56,23 @@ pub fn bound(figures: &Figures, budget: u64) -> Result<Bound, u64> {
     };
     let running = budget.checked_sub(two).map(bytes);
     let held = figures.allowed(budget);
-    let (limit, held) = match (running, held) {
-        (Some(limit), _) if limit >= LEAST_LIMIT => (limit, false),
-        (_, Some(limit)) if limit >= LEAST_LIMIT => (limit, true),
-        _ => {
-            let least = LEAST_LIMIT.saturating_mul(figures.mib_ns).div_ceil(MIB);
+    let room = |limit: &u64| *limit >= LEAST_LIMIT.saturating_add(exposed);
+    let (limit, held) = match (running.filter(|l| room(&(l / 2))), held.filter(room)) {
+        (Some(limit), _) => (limit, false),
+        (None, Some(limit)) => (limit, true),
+        (None, None) => {
+            let bytes = u128::from(LEAST_LIMIT) + u128::from(exposed);
+            let least = (bytes * u128::from(figures.mib_ns)).div_ceil(u128::from(MIB));
+            let least = u64::try_from(least).unwrap_or(u64::MAX);
             return Err(figures.floor().saturating_add(least));
         }
     };
+    let flush_at = if held { limit } else { limit / 2 };
+    let reserve = RESERVE.min((flush_at - exposed) / RESERVED);
     Ok(Bound {
         limit,
-        flush_at: if held { limit } else { limit / 2 },
+        flush_at,
+        hold_at: flush_at - reserve,
         held,
     })
 }
@@ -69,20 +86,22 @@ mod tests {
         #[test]
         fn an_event_at_the_limit_fits_wherever_the_bytes_are(
             budget in 0u64..2_000_000_000, flush in 0u64..50_000_000, mib in 1_000u64..20_000_000,
-            tables in 0u64..16 * MIB, on_the_way in 0u64..=1000,
+            tables in 0u64..16 * MIB, on_the_way in 0u64..=1000, exposed in 0u64..64 * MIB,
         ) {
             let f = Figures { flush_ns: flush, mib_ns: mib, tables, ..Figures::default() };
-            match bound(&f, budget) {
+            match bound(&f, budget, exposed) {
                 Err(least) => {
                     prop_assert!(least > budget);
-                    prop_assert!(bound(&f, least).is_ok());
+                    prop_assert!(bound(&f, least, exposed).is_ok());
                 }
                 Ok(bound) if bound.held => prop_assert!(f.cost(bound.limit) <= budget + 1),
                 Ok(bound) => {
                     let first = u64::try_from(u128::from(bound.limit) * u128::from(on_the_way) / 1000).unwrap();
                     let way = f.transfer(first) + f.commit();
                     prop_assert!(way + f.cost(bound.limit - first) <= budget + 3);
-                    prop_assert!(bound.flush_at <= bound.limit);
+                    // What was exposed at the stop is on its way, and exposed still.
+                    prop_assert!(bound.flush_at * 2 <= bound.limit);
+                    prop_assert!(exposed < bound.hold_at && bound.hold_at <= bound.flush_at);
                 }
             }
         }

@@ -173,7 +173,7 @@ fn to_image(args: &CheckpointArgs, pid: u32, image: &Path) -> Result<Taken, Keep
         } else {
             Manner::Ending
         };
-        let (taken, _) = take(&mut program, writer, manner, &mut Nobody)?;
+        let (taken, _) = take(&mut program, writer, manner, &mut Nobody, &mut false)?;
         Ok(taken)
     });
     match done {

@@ -127,6 +127,7 @@ impl Entry {
             "allowed_bytes": budget.allowed_bytes,
             "dirty_bytes": budget.dirty_bytes,
             "limit_bytes": budget.limit_bytes,
+            "exposed_bytes": budget.exposed_bytes,
             "violations": budget.violations,
             "violated_us": budget.violated_ns / 1000,
             "holding": budget.holding,

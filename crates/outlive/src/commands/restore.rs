@@ -219,6 +219,7 @@ fn subject(
         granularity,
         files_limit: known.files_limit(),
         strays: true,
+        strict: known.hold_up.is_some_and(|h| h.strict),
         ..defaults()
     };
     let (ready, found) = prepare(&subject.epochs_dir(), args, Some(options.clone()))?;

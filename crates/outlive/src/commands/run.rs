@@ -4,8 +4,11 @@ use super::medium;
 use crate::cli::{AttachArgs, Pace, RunArgs};
 use crate::out;
 use crate::terminal::Modes;
-use outlive_epoch::StoreError;
+use outlive_epoch::{PAGE_SIZE, StoreError};
 use outlive_keeper::KeeperError;
+use outlive_keeper::budget::keeping::HoldUp;
+use outlive_keeper::budget::model::Figures;
+use outlive_keeper::budget::strict;
 use outlive_keeper::control::Control;
 use outlive_keeper::epoch::EpochLog;
 use outlive_keeper::images::{Image, Log};
@@ -116,10 +119,14 @@ pub fn attach(root: &Root, args: &AttachArgs, json: bool) -> Result<u8, KeeperEr
         strategy,
         granularity,
         files_limit: card.files_limit(),
+        strict: hold_up.is_some_and(|h| h.strict),
         ..options(&args.pace, false)
     };
     let mut attach = || Tracked::attach(pid, options.clone());
     let program = patiently(&mut attach)?;
+    if let Some(hold_up) = hold_up.filter(|h| h.strict) {
+        must_be_bounded(&program, &model.figures(), hold_up)?;
+    }
     let lock = claim(&subject)?;
     let mut log = match subject.card() {
         Ok(card) if card.pid == pid && card.runs() => reopened_log(&subject)?,
@@ -147,6 +154,27 @@ pub fn attach(root: &Root, args: &AttachArgs, json: bool) -> Result<u8, KeeperEr
     medium::remember(root, keeper.model());
     drop(keeper);
     finish(&subject, &lock, &log, &ending, json)
+}
+
+/// Refuses a program of which more can be guarded by nobody than the budget has room for.
+fn must_be_bounded(
+    program: &Tracked,
+    figures: &Figures,
+    hold_up: HoldUp,
+) -> Result<(), KeeperError> {
+    program.expose();
+    let exposed = program.exposed_pages().saturating_mul(PAGE_SIZE as u64);
+    let Err(least) = strict::bound(figures, hold_up.budget_ns, exposed) else {
+        return Ok(());
+    };
+    Err(KeeperError::Refused(format!(
+        "pid {}: --strict cannot be kept with this --hold-up: {} KiB of its memory can be guarded by \
+         nobody (private mappings of files, memory that is shared) and count as written all the time; \
+         with that it takes --hold-up {}ms here, or leave out --strict",
+        program.pid(),
+        exposed >> 10,
+        least.div_ceil(1_000_000),
+    )))
 }
 
 /// Who is to be kept, under which name, and how, where it is a subject whose keeper died.
@@ -233,6 +261,7 @@ fn options(pace: &Pace, strays: bool) -> TrackOptions {
         granularity: pace.granularity,
         files_limit: pace.files_limit,
         strays,
+        strict: pace.promise.strict,
         ..defaults()
     }
 }

@@ -225,6 +225,135 @@ fn strictly_no_more_is_written_than_the_budget_allows() {
     kept.code();
 }
 
+/// Maps, unmaps, grows its heap and touches holes and a private file mapping as fast as it goes.
+const MAPPER: &str = r#"
+import mmap, os
+fd = os.open("below", os.O_RDWR | os.O_CREAT, 0o600)
+os.ftruncate(fd, 64 << 12)
+anon = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+holes = mmap.mmap(-1, 1 << 30, flags=anon)
+above = mmap.mmap(fd, 64 << 12, flags=mmap.MAP_PRIVATE)
+held, heap, n = [], [], 0
+while True:
+    n += 1
+    new = mmap.mmap(-1, 1 << 20, flags=anon)
+    for at in range(0, 1 << 20, 4096):
+        new[at] = n & 255
+    held.append(new)
+    if len(held) > 8:
+        held.pop(0).close()
+    heap.append(bytearray(50000))
+    if len(heap) > 300:
+        heap.clear()
+    for i in range(100):
+        holes[(n * 7919 + i * 104729) % (1 << 18) << 12] = n & 255
+        above[(n + i) % 64 << 12] = n & 255
+    if n % 50 == 0:
+        holes.madvise(mmap.MADV_DONTNEED, 0, 1 << 29)
+    if n % 20 == 0:
+        print(n, file=open("turns", "w"))
+"#;
+
+/// What is unsaved is compared with the program itself, at an event: all that differs from the epoch
+/// before it.
+#[test]
+fn strictly_all_that_is_unsaved_is_known_whatever_is_mapped() {
+    if !may_run("strictly_all_that_is_unsaved_is_known_whatever_is_mapped") {
+        return;
+    }
+    let (_alone, place) = (alone(), Place::new());
+    let python = installed("python3");
+    let words = [
+        "run",
+        "--name",
+        "a",
+        "--every",
+        "1h",
+        "--hold-up",
+        "20s",
+        "--strict",
+        "--",
+        &python,
+        "-I",
+        "-S",
+        "-c",
+        MAPPER,
+    ];
+    let mut kept = place.start(&words);
+    let turns = || fs::read_to_string(place.path("turns")).unwrap_or_default();
+    until("it runs", || !turns().is_empty());
+    for _ in 0..times(3, 100) {
+        place.call(&["checkpoint", "a"]).succeeds();
+        let (_, before) = pages(&place);
+        let then = turns();
+        until("it goes on", || turns() != then);
+        let status = place.status("a")["hold_up"].clone();
+        let event = event(&place, &["--mains-back-after", "15s"]);
+        until("all is durable", || place.status("a")["state"] == "frozen");
+        let (_, now) = pages(&place);
+        let differs = |(at, page): &(&u64, &Vec<u8>)| before.get(at) != Some(page);
+        let unsaved = now.iter().filter(differs).count() * PAGE_SIZE;
+        place.call(&["power", "back", "a"]).succeeds();
+        event.wait_with_output().unwrap();
+        let after = place.status("a")["hold_up"].clone();
+        let limit = status["limit_bytes"].as_u64();
+        let fits = limit.is_some_and(|limit| unsaved as u64 <= limit);
+        let counted = after["violations"] != 0;
+        assert!(fits || counted, "{unsaved} bytes: {status}, then {after}");
+        assert!(unsaved > 1 << 20, "it wrote little: {unsaved}");
+        assert!(
+            status["exposed_bytes"].as_u64().unwrap() >= 64 << 12,
+            "{status}"
+        );
+    }
+    place.call(&["stop", "a"]).succeeds();
+    kept.code();
+}
+
+#[test]
+fn strictness_that_cannot_be_kept_is_refused_with_the_figures() {
+    if !may_run("strictness_that_cannot_be_kept_is_refused_with_the_figures") {
+        return;
+    }
+    let (_alone, place) = (alone(), Place::new());
+    let script = "import mmap, os, time\n\
+                  fd = os.open('big', os.O_RDWR | os.O_CREAT, 0o600)\n\
+                  os.ftruncate(fd, 1 << 40)\n\
+                  m = mmap.mmap(fd, 1 << 40, flags=mmap.MAP_PRIVATE | 0x4000)\n\
+                  print('ready', flush=True)\n\
+                  time.sleep(1000)\n";
+    let python = installed("python3");
+    let mut command = std::process::Command::new(python);
+    command.args(["-I", "-S", "-c", script]);
+    command.current_dir(place.path("."));
+    command.stdin(std::process::Stdio::null());
+    command.stdout(std::process::Stdio::piped());
+    let mut child = command.spawn().unwrap();
+    let mut line = String::new();
+    let mut out = std::io::BufReader::new(child.stdout.take().unwrap());
+    std::io::BufRead::read_line(&mut out, &mut line).unwrap();
+    assert_eq!(line, "ready\n");
+    let pid = child.id().to_string();
+    let words = [
+        "attach",
+        "--pid",
+        &pid,
+        "--name",
+        "b",
+        "--hold-up",
+        "10s",
+        "--strict",
+    ];
+    let refused = place.call(&words);
+    refused.fails(3, &["--strict", "guarded by nobody", "--hold-up", &pid]);
+    let smaps = fs::read_to_string(format!("/proc/{pid}/smaps")).unwrap();
+    let flags = smaps.lines().filter(|l| l.starts_with("VmFlags:"));
+    let registered = flags.filter(|l| l.contains(" um") || l.contains(" uw"));
+    assert_eq!(registered.count(), 0, "a trace was left");
+    child.kill().unwrap();
+    child.wait().unwrap();
+}
+
 #[test]
 fn a_thread_that_cannot_be_stopped_meets_the_deadline_and_the_last_epoch_counts() {
     if !may_run("a_thread_that_cannot_be_stopped_meets_the_deadline_and_the_last_epoch_counts") {

@@ -76,12 +76,25 @@ impl PageTracker {
     /// all workers of a server once would give each of them all of their master's memory. So these
     /// pages are read through `/proc/PID/mem`, which is slower.
     fn read(&self, ranges: &[memory::Remote], out: &mut [u8]) -> usize {
-        if !self.has_relatives {
+        // Of a running program a hole may have come up meanwhile, where that would wait for the guard.
+        let holes = self.guards_holes() && !self.stopped;
+        if !self.has_relatives && !holes {
             return memory::read(self.pid, ranges, out).unwrap_or(0);
         }
         let Ok(mem) = File::open(format!("/proc/{}/mem", self.pid)) else {
             return 0;
         };
+        if holes {
+            let mut done = 0;
+            for &(start, len) in ranges {
+                let read = mem.read_at(&mut out[done..done + len], start).unwrap_or(0);
+                done += read;
+                if read < len {
+                    break;
+                }
+            }
+            return done;
+        }
         let mut parts: Vec<(u64, u64, bool)> = Vec::new();
         for &(start, len) in ranges {
             let listed = self

@@ -165,16 +165,16 @@ pub fn kind_of(m: &Mapping, flags: VmFlags) -> Result<AreaKind, &'static str> {
         (VmFlags::PFN, "memory of a device"),
         (VmFlags::SHADOW_STACK, "a shadow stack"),
         (VmFlags::SYNC, "a synchronous DAX mapping"),
-        (
-            VmFlags::MISSING,
-            "memory that the program's own userfaultfd serves",
-        ),
         (VmFlags::DROPPABLE, "droppable memory"),
         (VmFlags::MIXED, "memory of a device"),
     ];
     // Execute-only memory is made with such a key by the kernel itself, and made so again.
     if flags.has(VmFlags::PROTECTION_KEY) && m.prot != 4 {
         return Err("memory with a protection key (pkey_mprotect)");
+    }
+    // Both at once are ours: a program's own userfaultfd would be refused as a descriptor.
+    if flags.has(VmFlags::MISSING) && !flags.has(VmFlags::WRITE_PROTECT) {
+        return Err("memory that the program's own userfaultfd serves");
     }
     if let Some((_, what)) = unsupported.iter().find(|(flag, _)| flags.has(*flag)) {
         return Err(what);
@@ -250,7 +250,11 @@ pub fn collect(
             protection: m.prot,
             kind,
             flags: flags
-                .without(VmFlags::WRITE_PROTECT.with(VmFlags::MAY_READ))
+                .without(
+                    VmFlags::WRITE_PROTECT
+                        .with(VmFlags::MISSING)
+                        .with(VmFlags::MAY_READ),
+                )
                 .without(VmFlags::PROTECTION_KEY)
                 .codes(),
             file,

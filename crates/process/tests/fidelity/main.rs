@@ -24,6 +24,7 @@ mod stand;
 mod store;
 mod strategies;
 mod streams;
+mod strict;
 mod support;
 mod trees;
 mod unharmed;

@@ -7,7 +7,7 @@
 //! - `mnt_id`, `eventfd-id`, and inodes in epoll's lists: numbers of the kernel's own, as above.
 //! - `it_value` and `ticks` of a timerfd: time runs while it is looked at.
 //! - A pending SIGALRM or signal 48: timers of the zoo may fire while it stands.
-//! - Memory flags `uw` (registered for write tracking, by us), `sd` (new or changed, where the
+//! - Memory flags `uw` and `um` (registered for write tracking, by us), `sd` (new or changed, where the
 //!   kernel has such a note) and `ac` (pages count as committed:
 //!   memory that once was writable keeps the flag), `gu` (it may have guards: the flag spreads to
 //!   mappings that were one with it; the guards themselves are compared).
@@ -194,7 +194,7 @@ fn areas(pid: u32) -> Vec<Area> {
         if let Some(codes) = line.strip_prefix("VmFlags:") {
             let kept = codes
                 .split_whitespace()
-                .filter(|c| !matches!(*c, "uw" | "ac" | "gu" | "sd"));
+                .filter(|c| !matches!(*c, "um" | "uw" | "ac" | "gu" | "sd"));
             list.last_mut().expect("flags follow a mapping").flags =
                 kept.map(str::to_owned).collect();
         } else if line
