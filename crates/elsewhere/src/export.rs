@@ -5,7 +5,7 @@ use crate::frame::{Kind, Sender};
 use outlive_epoch::{
     Content, EpochFacts, EpochId, EpochReader, Order, Run, StoreError, VisitError,
 };
-use outlive_epoch_store::{Reader, Store};
+use outlive_epoch_store::{Increment, Reader, Store};
 use std::io::Write;
 
 /// Which epochs go.
@@ -50,13 +50,14 @@ pub fn export(
             1
         }
         Which::All => {
-            let mut first = true;
             for epoch in &epochs {
-                let (reader, absent) = store.increment(epoch.id)?;
-                let is_new = |group: &str| first || reader.tree_origin(group) == Some(epoch.id);
-                let absent = if first { &[][..] } else { &absent };
-                export.epoch(epoch.facts, &reader, absent, is_new)?;
-                first = false;
+                let Increment {
+                    reader,
+                    absent,
+                    whole,
+                } = store.increment(epoch.id)?;
+                let is_new = |group: &str| whole || reader.tree_origin(group) == Some(epoch.id);
+                export.epoch(epoch.facts, &reader, &absent, is_new)?;
             }
             epochs.len() as u64
         }

@@ -342,6 +342,9 @@ pub struct Trailer {
     pub bytes_written: u64,
     /// What the epoch before took until it was acknowledged; 0 where not known.
     pub previous_durable_us: u64,
+    /// How many numbers lie between the epoch before and this one: of epochs that were left out when
+    /// this file was written from another one.
+    pub skipped: u64,
 }
 
 impl Trailer {
@@ -364,6 +367,7 @@ impl Trailer {
             &mut out,
             &[self.pages, self.bytes_written, self.previous_durable_us],
         );
+        put_numbers(&mut out, &[self.skipped]);
         out.resize(BLOCK, 0);
         key.of(Kind::Trailer, self.epoch).seal(at, &mut out);
         out
@@ -405,8 +409,15 @@ impl Trailer {
             pages: take.u64()?,
             bytes_written: take.u64()?,
             previous_durable_us: take.u64()?,
+            skipped: take.u64()?,
         };
         (trailer.epoch == epoch && trailer.is_sane(at)).then_some(trailer)
+    }
+
+    /// The number of the epoch before it in this file; `None` for the first one.
+    pub fn previous_epoch(&self) -> Option<u64> {
+        let before = self.epoch.checked_sub(1)?.checked_sub(self.skipped)?;
+        (self.previous != Twice::NONE).then_some(before)
     }
 
     /// Its two places; the first is `at`.
@@ -445,7 +456,12 @@ impl Trailer {
         let entries_len = self.entries.checked_mul(ENTRY_LEN as u64);
         let tables_at = layout.pages_end();
         let parity_end = layout.parity_end();
-        previous_end.is_some_and(|end| end <= self.start)
+        let numbered = match self.previous {
+            Twice::NONE => self.skipped == 0,
+            _ => self.previous_epoch().is_some_and(|before| before > 0),
+        };
+        numbered
+            && previous_end.is_some_and(|end| end <= self.start)
             && twice.is_placed()
             && self.start.is_multiple_of(BLOCK_LEN)
             && tables_at <= self.groups.at

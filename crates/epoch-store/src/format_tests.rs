@@ -45,6 +45,7 @@ fn trailer() -> Trailer {
         pages: 1,
         bytes_written: 8,
         previous_durable_us: 9,
+        skipped: 3,
     }
 }
 

@@ -38,6 +38,8 @@ pub(crate) struct Generation {
     /// For messages.
     pub place: String,
     pub number: u64,
+    /// The number in its name before it had its final one.
+    pub fresh: u64,
     pub medium: Arc<dyn Medium>,
     pub superblock: Superblock,
     pub key: Key,
@@ -62,14 +64,14 @@ pub(crate) struct Head {
 }
 
 impl Generation {
-    /// Makes a new file with an empty log. Nothing of it is durable yet.
+    /// Makes a new file, called by its `fresh` number, with an empty log. Nothing of it is durable yet.
     pub fn create(
         dir: &dyn Directory,
-        number: u64,
+        (number, fresh): (u64, u64),
         first_epoch: u64,
         uuid: [u8; 16],
     ) -> Result<Self, StoreError> {
-        let name = fresh_name(number);
+        let name = fresh_name(fresh);
         let medium = dir.create(&name).map_err(damage::medium)?;
         let superblock = Superblock {
             uuid,
@@ -88,6 +90,7 @@ impl Generation {
         Ok(Self {
             place,
             number,
+            fresh,
             medium,
             key: superblock.key(),
             superblock,
@@ -118,6 +121,7 @@ impl Generation {
         let generation = Self {
             place,
             number,
+            fresh: number,
             medium,
             superblock,
             key,
@@ -276,7 +280,10 @@ impl Generation {
         let trailer = Trailer::decode(self.key, twice.at, epoch, &block);
         let first = self.superblock.first_epoch;
         // Only the first epoch of the file has none before it.
-        let linked = |t: &Trailer| (t.previous == Twice::NONE) == (epoch == first);
+        let linked = |t: &Trailer| match t.previous_epoch() {
+            None => epoch == first,
+            Some(before) => before >= first,
+        };
         let trailer = trailer.filter(|t| t.copy_at == twice.copy_at && linked(t));
         let what = "it does not have its checksum, or is not in order";
         trailer.ok_or_else(|| self.damaged(from, Some(epoch), Part::Trailer, what).into())
@@ -289,11 +296,11 @@ impl Generation {
         loop {
             let trailer = self.trailer(twice, epoch)?;
             chain.push((twice.at, trailer));
-            if trailer.previous == Twice::NONE {
+            let Some(before) = trailer.previous_epoch() else {
                 break;
-            }
+            };
             // The one before is below `start`, which is below the trailer: this ends.
-            (twice, epoch) = (trailer.previous, epoch - 1);
+            (twice, epoch) = (trailer.previous, before);
         }
         chain.reverse();
         Ok(chain)

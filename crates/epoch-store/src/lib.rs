@@ -3,6 +3,8 @@
 //! A [`Store`] is one directory. [`Store::begin`] gives a writer for the next epoch, which holds
 //! only what changed; [`Store::begin_base`] gives one for a full epoch in a file of its own, which
 //! on commit takes the place of all earlier ones. [`Store::epoch`] reads any epoch that is there.
+//! [`Store::begin_flattening`] makes a new base of what the store holds already, and
+//! [`Store::begin_thinning`] leaves epochs out.
 //! `docs/epoch-store.md` draws the bytes and argues why a commit is atomic.
 //!
 //! # Rules
@@ -19,6 +21,7 @@
 //!
 //! [`StoreError::Damaged`]: outlive_epoch::StoreError::Damaged
 
+mod beside;
 mod damage;
 mod format;
 mod generation;
@@ -26,6 +29,7 @@ mod host;
 #[cfg(test)]
 mod hostile_tests;
 mod map;
+mod older;
 #[cfg(feature = "planted")]
 pub mod planted;
 #[cfg(not(feature = "planted"))]
@@ -46,8 +50,10 @@ mod tables;
 mod verify;
 mod writer;
 
+pub use beside::Worked;
 pub use damage::{Damage, Outcome, Part};
 pub use host::{Host, SystemHost};
+pub use older::{GenerationSummary, Increment};
 pub use outlive_media::Access;
 pub use reader::Reader;
 pub use ready::{APART, Ahead};

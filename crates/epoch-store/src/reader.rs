@@ -73,6 +73,24 @@ impl Reader {
         })
     }
 
+    /// A reader of which the parts were read before: the pages and the checksums that they need, by
+    /// position, and the groups of the epoch.
+    pub(crate) fn of(
+        generation: &Generation,
+        id: u64,
+        groups: BTreeMap<String, TreePlace>,
+        map: PageMap,
+        stored: Vec<Stored>,
+    ) -> Self {
+        Self {
+            generation: generation.clone(),
+            id,
+            groups,
+            map,
+            stored,
+        }
+    }
+
     /// Bytes of pages that this epoch holds, zero pages not counted.
     #[must_use]
     pub fn stored_bytes(&self) -> u64 {

@@ -8,13 +8,14 @@
 use crate::damage::{self, Outcome, Part, Trouble};
 use crate::format::{BLOCK_LEN, Record, SEAL_AT, SLOT_AT};
 use crate::generation::{Generation, Head};
+use crate::older;
 use crate::store::{Live, open_newest};
 use crate::tables::Fix;
 use crate::verify::{Progress, Report, Walk};
 use outlive_epoch::StoreError;
 use outlive_media::{Access, Directory, MediumError};
 
-/// Checks the newest generation in any directory, and writes again what can be. The caller sees to it
+/// Checks all generations in any directory, and writes again what can be. The caller sees to it
 /// that nobody else writes.
 ///
 /// # Errors
@@ -35,12 +36,27 @@ pub fn repair_in(dir: &dyn Directory, progress: Progress<'_>) -> Result<Report, 
         }
         Err(Trouble::Store(error)) => return Err(error),
     };
-    let mut mender = |fixes: &[Fix]| write(&generation, fixes).is_ok();
-    let mut report = Walk::new(&generation, progress, Some(&mut mender)).all(&head);
+    let mut report = repair(&generation, &head, progress)?;
+    for older in older::numbers(dir, generation.number)? {
+        report.merge(match Generation::open(dir, older, Access::Write) {
+            Ok((older, head)) => repair(&older, &head, progress)?,
+            Err(error) => older::unreadable(dir, older, error),
+        });
+    }
+    Ok(report)
+}
+
+fn repair(
+    generation: &Generation,
+    head: &Head,
+    progress: Progress<'_>,
+) -> Result<Report, StoreError> {
+    let mut mender = |fixes: &[Fix]| write(generation, fixes).is_ok();
+    let mut report = Walk::new(generation, progress, Some(&mut mender)).all(head);
     // Without its newest trailer the chain cannot be followed: then the header stays as well.
     if let Ok(chain) = generation.chain(&head.record) {
         let live = Live::new(generation.clone(), head.record, chain);
-        mend_header(live, &head, &mut report).map_err(damage::medium)?;
+        mend_header(live, head, &mut report).map_err(damage::medium)?;
     }
     generation.medium.flush().map_err(damage::medium)?;
     Ok(report)

@@ -74,11 +74,12 @@ impl Store {
                 ..Cursor::default()
             };
         }
-        let of_epoch = live.chain.iter().find(|(_, t)| t.epoch == cursor.epoch);
+        let of_epoch = live.chain.iter().find(|(_, t)| t.epoch >= cursor.epoch);
         let Some((at, trailer)) = of_epoch else {
             done.finished = true;
             return Ok(());
         };
+        cursor.epoch = trailer.epoch;
         let found = match cursor.pages.take() {
             None => {
                 // Where the index is lost, the tables say so.

@@ -6,12 +6,15 @@
 //! - The log beyond `current` is free; nothing there is ever looked at.
 //! - A commit whose last step failed stays in `unsettled`, and no bytes of it are overwritten,
 //!   until that step has been repeated with success.
+//! - `older` generations are never written; see [`crate::older`].
 
+use crate::beside::Beside;
 use crate::damage::{self, Damage};
-use crate::format::{Record, SEAL_AT, SLOT_AT, SUPERBLOCK_AT, Says, Trailer, TreePlace, Twice};
+use crate::format::{Record, SEAL_AT, SLOT_AT, SUPERBLOCK_AT, Trailer, TreePlace};
 use crate::generation::{Generation, Head, OpenError, committed_name, fresh_name, number_of};
 use crate::host::{Host, SystemHost};
 use crate::map::PageMap;
+use crate::older;
 use crate::planted::bug;
 use crate::reader::Reader;
 use crate::ready::Ready;
@@ -19,7 +22,7 @@ use crate::repair::repair_in;
 use crate::scrub::Cursor;
 use crate::verify::{self, Progress, Report};
 use crate::writer::Writer;
-use outlive_epoch::{EpochFacts, EpochId, PAGE_SIZE, Run, StoreError};
+use outlive_epoch::{EpochFacts, EpochId, PAGE_SIZE, StoreError};
 use outlive_media::{Access, BLOCK, Directory, FileDirectory, MediumError};
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -34,6 +37,14 @@ pub struct Store {
     pub(crate) host: Arc<dyn Host>,
     access: Access,
     pub(crate) current: Option<Live>,
+    /// Generations before that, oldest first.
+    pub(crate) older: Vec<Live>,
+    /// Generations that are replaced become older ones, and are not removed.
+    pub(crate) keeps_older: bool,
+    /// A generation that is being written beside the others.
+    pub(crate) beside: Option<Box<Beside>>,
+    /// This is the store of such a generation: nothing gets its final name.
+    pub(crate) nameless: bool,
     unsettled: Option<Live>,
     pub(crate) times: CommitTimes,
     pub(crate) ready: Option<Ready>,
@@ -91,6 +102,11 @@ pub(crate) struct Live {
     pub sealed: bool,
     /// The file has its final name.
     pub named: bool,
+    /// It was copied from another one: its records are to stand in all places, and the durable time
+    /// of its newest epoch is known.
+    pub copied: bool,
+    /// All that is wanted of the generation that it replaces is in it.
+    pub replaces: bool,
     /// When the commit began, on the host's clocks: microseconds, and (or 0) nanoseconds at
     /// which the subject was stopped.
     pub began: (u64, u64),
@@ -108,9 +124,26 @@ impl Live {
             in_slot: true,
             sealed: false,
             named: true,
+            copied: false,
+            replaces: false,
             began: (0, 0),
             map: (PageMap::default(), 0),
         }
+    }
+
+    /// The epochs of this generation, oldest first.
+    pub fn summaries(&self) -> Vec<EpochSummary> {
+        let later = self.chain.iter().skip(1);
+        let durable = later.map(|(_, next)| next.previous_durable_us);
+        let durable = durable.chain([self.record.durable_us]);
+        let summary = |((_, trailer), durable_us): (&(u64, Trailer), u64)| EpochSummary {
+            id: EpochId(trailer.epoch),
+            facts: trailer.facts,
+            durable_us,
+            pages: trailer.pages,
+            bytes_written: trailer.bytes_written,
+        };
+        self.chain.iter().zip(durable).map(summary).collect()
     }
 
     fn load_trees(&mut self) -> Result<(), StoreError> {
@@ -142,13 +175,18 @@ impl Live {
 
     /// Writes both copies of the slot.
     fn write_slot(&self) -> Result<(), MediumError> {
+        if self.copied && !bug("other slot left as it is") {
+            // Its epochs need not be neighbours: what is in the other slot may be anything.
+            let all = SLOT_AT.as_flattened().iter().chain([&SEAL_AT]);
+            return all.copied().try_for_each(|at| self.write_record(at));
+        }
         let slot = SLOT_AT
             [(self.record.epoch % 2) as usize * usize::from(!bug("one slot for all epochs"))];
         slot.into_iter().try_for_each(|at| self.write_record(at))
     }
 
     /// The last step of a commit, which can be repeated.
-    fn publish(&mut self, dir: &dyn Directory) -> Result<(), MediumError> {
+    pub fn publish(&mut self, dir: &dyn Directory) -> Result<(), MediumError> {
         if !self.in_slot {
             self.in_slot = bug("failed record taken for done");
             self.write_slot()?;
@@ -156,10 +194,11 @@ impl Live {
                 self.generation.medium.flush()?;
             }
             self.in_slot = true;
+            self.sealed |= self.copied;
         }
         if !self.named {
             let (fresh, named) = (
-                fresh_name(self.generation.number),
+                fresh_name(self.generation.fresh),
                 committed_name(self.generation.number),
             );
             match dir.rename(&fresh, &named) {
@@ -181,8 +220,8 @@ impl Live {
     /// The commit record of the epoch before the newest one.
     pub fn before(&self) -> Option<Record> {
         let (_, newest) = self.chain.last()?;
-        (newest.previous != Twice::NONE).then(|| Record {
-            epoch: newest.epoch - 1,
+        newest.previous_epoch().map(|before| Record {
+            epoch: before,
             trailer_at: newest.previous.at,
             copy_at: newest.previous.copy_at,
             durable_us: 0,
@@ -279,18 +318,7 @@ impl Store {
         access: Access,
     ) -> Result<Self, StoreError> {
         let opened = open_newest(&*dir, access)?;
-        let mut store = Self {
-            dir,
-            host,
-            access,
-            current: None,
-            unsettled: None,
-            times: CommitTimes::default(),
-            ready: None,
-            scrubbing: Cursor::default(),
-            abandoned: false,
-            next_number: 1,
-        };
+        let mut store = Self::empty(dir, host, access);
         let Some((generation, head)) = opened else {
             if access == Access::Read {
                 let what = "no committed epoch is here (it was never begun, or its writing was \
@@ -311,16 +339,37 @@ impl Store {
                 store.dir.sync().map_err(damage::medium)?;
             }
         }
+        let number = live.generation.number;
         store.current = Some(live);
+        store.older = older::open(&*store.dir, number)?;
         if access == Access::Write {
             store.remove_leftovers().map_err(damage::medium)?;
         }
         Ok(store)
     }
 
-    /// Removes files that were never published, and those that were replaced.
+    pub(crate) fn empty(dir: Arc<dyn Directory>, host: Arc<dyn Host>, access: Access) -> Self {
+        Self {
+            dir,
+            host,
+            access,
+            current: None,
+            older: Vec::new(),
+            keeps_older: false,
+            beside: None,
+            nameless: false,
+            unsettled: None,
+            times: CommitTimes::default(),
+            ready: None,
+            scrubbing: Cursor::default(),
+            abandoned: false,
+            next_number: 1,
+        }
+    }
+
+    /// Removes files that were never published.
     fn remove_leftovers(&mut self) -> Result<(), MediumError> {
-        let current = self.current.as_ref().map(|live| live.generation.number);
+        let newest = self.current.as_ref().map(|live| live.generation.number);
         for name in self.dir.list()? {
             let (old, new) = (number_of(&name, "epochs."), number_of(&name, "new."));
             if let Some(number) = old.or(new)
@@ -328,8 +377,9 @@ impl Store {
             {
                 self.next_number = self.next_number.max(number.saturating_add(1));
             }
+            let published = old.is_some_and(|old| Some(old) < newest);
             if (new.is_some() && !bug("unpublished file kept"))
-                || (old.is_some() && current.is_some() && old < current)
+                || (published && bug("older files removed at opening"))
             {
                 self.dir.remove(&name)?;
             }
@@ -366,11 +416,27 @@ impl Store {
     }
 
     fn base(&mut self, id: u64) -> Result<Box<Writer<'_>>, StoreError> {
+        let number = self.take_number()?;
+        self.base_in((number, number), id)
+    }
+
+    /// A number that no file had.
+    pub(crate) fn take_number(&mut self) -> Result<u64, StoreError> {
         let number = self.next_number;
         self.next_number = number.checked_add(1).ok_or_else(exhausted)?;
-        let generation = Generation::create(&*self.dir, number, id, self.host.uuid());
+        Ok(number)
+    }
+
+    /// Begins a base in a generation of this number, in a file that is called by the other one until
+    /// it gets its final name.
+    pub(crate) fn base_in(
+        &mut self,
+        numbers: (u64, u64),
+        id: u64,
+    ) -> Result<Box<Writer<'_>>, StoreError> {
+        let generation = Generation::create(&*self.dir, numbers, id, self.host.uuid());
         let generation = generation.inspect_err(|_| {
-            let _ = self.dir.remove(&fresh_name(number));
+            let _ = self.dir.remove(&fresh_name(numbers.1));
         })?;
         let start = crate::format::LOG_AT;
         Ok(Box::new(Writer::new(self, generation, id, start, true)))
@@ -390,7 +456,33 @@ impl Store {
         self.base(id.0)
     }
 
-    fn prepare(&mut self) -> Result<(), StoreError> {
+    /// Begins the next epoch under a number that is not the next one, because those in between are
+    /// left out: what it is given is what changed since the newest epoch that is here. The first
+    /// epoch of all may have any number.
+    ///
+    /// # Errors
+    /// As for [`Store::begin`]; [`StoreError::Misuse`] for a number that is not after the newest.
+    pub fn begin_as(&mut self, id: EpochId) -> Result<Box<Writer<'_>>, StoreError> {
+        if self.current.is_none() && self.is_settled() {
+            return self.begin_first(id);
+        }
+        self.prepare()?;
+        let place = self.dir.place();
+        let newest = self.newest().unwrap_or(EpochId(0));
+        let Some(live) = self
+            .current
+            .as_mut()
+            .filter(|_| id > newest && id.0 < u64::MAX)
+        else {
+            let what = format!("epoch {id} cannot follow epoch {newest} of {place}");
+            return Err(StoreError::Misuse(what));
+        };
+        live.load_trees()?;
+        let (generation, start) = (live.generation.clone(), live.record.log_end());
+        Ok(Box::new(Writer::new(self, generation, id.0, start, false)))
+    }
+
+    pub(crate) fn prepare(&mut self) -> Result<(), StoreError> {
         if self.access == Access::Read {
             let place = self.dir.place();
             return Err(StoreError::Misuse(format!(
@@ -408,7 +500,8 @@ impl Store {
     }
 
     /// Takes over an epoch whose data is durable, and publishes it.
-    pub(crate) fn publish(&mut self, live: Live) -> Result<(), StoreError> {
+    pub(crate) fn publish(&mut self, mut live: Live) -> Result<(), StoreError> {
+        live.named |= self.nameless;
         self.unsettled = Some(live);
         let settled = self.settle();
         if bug("open commit forgotten") {
@@ -442,15 +535,19 @@ impl Store {
             .map_err(|e| live.generation.failed(e))?;
         let took = self.host.monotonic_us().saturating_sub(began);
         self.times.record_us = if alone { took } else { 0 };
-        live.record.durable_us = durable_us(&*self.host, live.began);
+        if !live.copied {
+            live.record.durable_us = durable_us(&*self.host, live.began);
+        }
         let replaced = std::mem::replace(&mut self.current, self.unsettled.take());
         if let (Some(old), Some(new)) = (replaced, &mut self.current) {
             if old.generation.number == new.generation.number && !bug("chain forgotten") {
                 new.map = old.map;
                 let last = std::mem::replace(&mut new.chain, old.chain);
                 new.chain.extend(last);
+            } else if self.keeps_older && !new.replaces && !bug("replaced although it is kept") {
+                self.older.push(older::settled(&*self.dir, old));
             } else {
-                // It does not count any more; if this fails, the next opening removes it.
+                // What is in it is not wanted; if this fails, it stays until somebody looks again.
                 let _ = self.dir.remove(&committed_name(old.generation.number));
             }
         }
@@ -467,65 +564,6 @@ impl Store {
         Ok(Reader::new(&live.generation, &live.chain[..=position])?)
     }
 
-    /// Reads what one epoch says besides the epochs that it rests on: pages that it stored, and runs
-    /// that it declared absent. To be laid over the epoch before: first what is absent, then the
-    /// pages.
-    ///
-    /// # Errors
-    /// As for [`Store::epoch`].
-    pub fn increment(&self, id: EpochId) -> Result<(Reader, Vec<Run>), StoreError> {
-        let (live, position) = self.find(Some(id))?;
-        let link = &live.chain[position];
-        let reader = Reader::new(&live.generation, std::slice::from_ref(link))?;
-        let entries = live.generation.index(link.0, &link.1)?.entries;
-        let absent = entries.iter().filter(|entry| entry.says == Says::Absent);
-        Ok((reader, absent.map(|entry| entry.run).collect()))
-    }
-
-    fn find(&self, id: Option<EpochId>) -> Result<(&Live, usize), StoreError> {
-        let missing = |what: String| StoreError::Missing {
-            place: self.dir.place(),
-            what,
-        };
-        let live = self.current.as_ref();
-        let live = live.ok_or_else(|| missing("no committed epoch is here".to_owned()))?;
-        let wanted = id.map_or(live.record.epoch, |id| id.0);
-        let position = live
-            .chain
-            .iter()
-            .position(|(_, trailer)| trailer.epoch == wanted);
-        let first = live.generation.superblock.first_epoch;
-        let position = position.ok_or_else(|| {
-            let newest = live.record.epoch;
-            missing(format!(
-                "there is no epoch {wanted}, only {first} to {newest}"
-            ))
-        })?;
-        Ok((live, position))
-    }
-
-    /// The epochs that can be read, oldest first.
-    #[must_use]
-    pub fn epochs(&self) -> Vec<EpochSummary> {
-        let Some(live) = &self.current else {
-            return Vec::new();
-        };
-        let later = live
-            .chain
-            .iter()
-            .skip(1)
-            .map(|(_, next)| next.previous_durable_us);
-        let durable = later.chain([live.record.durable_us]);
-        let summary = |((_, trailer), durable_us): (&(u64, Trailer), u64)| EpochSummary {
-            id: EpochId(trailer.epoch),
-            facts: trailer.facts,
-            durable_us,
-            pages: trailer.pages,
-            bytes_written: trailer.bytes_written,
-        };
-        live.chain.iter().zip(durable).map(summary).collect()
-    }
-
     /// The newest committed epoch.
     #[must_use]
     pub fn newest(&self) -> Option<EpochId> {
@@ -538,7 +576,7 @@ impl Store {
         self.times
     }
 
-    /// Bytes of the file that holds the epochs, without space taken ahead.
+    /// Bytes of the newest generation, without space taken ahead.
     #[must_use]
     pub fn log_bytes(&self) -> u64 {
         self.current
@@ -578,9 +616,8 @@ impl Store {
     /// Damage that was met and made up for since this store was opened, by it and its readers.
     #[must_use]
     pub fn met(&self) -> Vec<Damage> {
-        self.current
-            .as_ref()
-            .map_or_else(Vec::new, |live| live.generation.met.all())
+        let lives = self.older.iter().chain(&self.current);
+        lives.flat_map(|live| live.generation.met.all()).collect()
     }
 
     /// Leaves the image in its most robust form (a second copy of the commit record, no space
@@ -593,6 +630,7 @@ impl Store {
     }
 
     fn finish(&mut self) -> Result<(), MediumError> {
+        self.abandon_beside();
         if self.access == Access::Read || self.unsettled.is_some() {
             return Ok(());
         }

@@ -11,6 +11,7 @@
 use crate::damage::{Damage, Outcome, Part, Trouble};
 use crate::format::{BLOCK_LEN, Index, LOG_AT, Record, SLOT_AT, Trailer, Twice};
 use crate::generation::{Generation, Head};
+use crate::older;
 use crate::store::open_newest;
 use crate::stored::{Loaded, State, Stored};
 use crate::tables::{self, Fix, Found};
@@ -67,6 +68,21 @@ impl Report {
         self.damages.iter().any(harmed)
     }
 
+    /// Adds what was found in another generation.
+    pub(crate) fn merge(&mut self, other: Self) {
+        self.epochs.extend(other.epochs);
+        self.epochs.sort_unstable();
+        self.epochs.dedup();
+        self.pages += other.pages;
+        self.bytes += other.bytes;
+        other
+            .damages
+            .into_iter()
+            .for_each(|damage| self.add(damage));
+        self.more += other.more;
+        self.more_lost += other.more_lost;
+    }
+
     pub(crate) fn add(&mut self, damage: Damage) {
         let same = |known: &Damage| {
             Damage {
@@ -86,13 +102,22 @@ impl Report {
     }
 }
 
-/// Checks the newest generation in any directory.
+/// Checks all generations in any directory.
 ///
 /// # Errors
 /// [`StoreError::Missing`], [`StoreError::Newer`], [`StoreError::Medium`]: nothing can be checked.
 pub fn verify_in(dir: &dyn Directory, progress: Progress<'_>) -> Result<Report, StoreError> {
     match open_newest(dir, Access::Read) {
-        Ok(Some((generation, head))) => Ok(Walk::new(&generation, progress, None).all(&head)),
+        Ok(Some((generation, head))) => {
+            let mut report = Walk::new(&generation, progress, None).all(&head);
+            for older in older::numbers(dir, generation.number)? {
+                report.merge(match Generation::open(dir, older, Access::Read) {
+                    Ok((older, head)) => Walk::new(&older, progress, None).all(&head),
+                    Err(error) => older::unreadable(dir, older, error),
+                });
+            }
+            Ok(report)
+        }
         Ok(None) => {
             let what = "no committed epoch is here".to_owned();
             let place = dir.place();
@@ -254,7 +279,8 @@ impl<'a> Walk<'a> {
             next = match self.generation.trailer(twice, epoch) {
                 Ok(trailer) => {
                     chain.push((twice.at, trailer));
-                    (trailer.previous != Twice::NONE).then(|| (trailer.previous, epoch - 1))
+                    let before = trailer.previous_epoch();
+                    before.map(|before| (trailer.previous, before))
                 }
                 Err(trouble) => {
                     self.trouble(trouble, twice.at, Part::Trailer);
@@ -266,7 +292,7 @@ impl<'a> Walk<'a> {
         chain
     }
 
-    /// Where the other commit slot says that the epoch before this one ends.
+    /// Where the other commit slot says that an epoch before this one ends.
     fn other_slot(&self, epoch: u64) -> Option<(Twice, u64)> {
         let slot = SLOT_AT[((epoch % 2) ^ 1) as usize];
         let records = slot.into_iter().filter_map(|at| {
@@ -274,8 +300,7 @@ impl<'a> Walk<'a> {
             Record::decode(self.generation.key, at, &block).record
         });
         let record = records.max_by_key(|record| record.epoch)?;
-        let before = record.epoch == epoch.checked_sub(1)?;
-        (before && record.epoch >= self.generation.superblock.first_epoch)
+        (record.epoch < epoch && record.epoch >= self.generation.superblock.first_epoch)
             .then_some((record.trailer(), record.epoch))
     }
 

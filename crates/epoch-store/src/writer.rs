@@ -278,6 +278,10 @@ impl<'a> Writer<'a> {
             // With the copies of the tables, the commit record in both places, and its seal.
             bytes_written: (at - self.start) + parity.len() as u64 + 2 * len + 3 * BLOCK_LEN,
             previous_durable_us: previous.map_or(0, |record| record.durable_us),
+            skipped: match previous {
+                Some(record) if !bug("gap not noted") => self.id - 1 - record.epoch,
+                _ => 0,
+            },
         };
         out.extend_from_slice(&trailer.encode(key, trailer_at));
         Tables {
@@ -352,6 +356,68 @@ impl<'a> Writer<'a> {
                 pages,
             },
         ))
+    }
+}
+
+/// A writer that was put aside, to be gone on with later.
+pub(crate) struct Paused {
+    generation: Generation,
+    id: u64,
+    base: bool,
+    start: u64,
+    tail: u64,
+    seed: Seed,
+    parity: Parity,
+    index: Index,
+    trees: BTreeMap<String, Tree>,
+    began_us: u64,
+    failed: bool,
+}
+
+impl Writer<'_> {
+    /// Puts it aside; nothing that was written is taken back.
+    pub(crate) fn pause(mut self: Box<Self>) -> Paused {
+        self.published = true;
+        Paused {
+            generation: self.generation.clone(),
+            id: self.id,
+            base: self.base,
+            start: self.start,
+            tail: self.tail,
+            seed: self.seed,
+            parity: std::mem::replace(&mut self.parity, Parity::new()),
+            index: std::mem::take(&mut self.index),
+            trees: std::mem::take(&mut self.trees),
+            began_us: self.began_us,
+            failed: self.failed,
+        }
+    }
+}
+
+impl Paused {
+    /// Goes on, in the store that the writer was of.
+    pub(crate) fn resume(self, store: &mut Store) -> Box<Writer<'_>> {
+        Box::new(Writer {
+            store,
+            generation: self.generation,
+            id: self.id,
+            base: self.base,
+            start: self.start,
+            tail: self.tail,
+            seed: self.seed,
+            parity: self.parity,
+            index: self.index,
+            trees: self.trees,
+            began_us: self.began_us,
+            failed: self.failed,
+            published: false,
+        })
+    }
+
+    /// Makes what was written so far durable, so that less is left to the commit.
+    pub(crate) fn flush(&self) -> Result<(), StoreError> {
+        let flushed = self.generation.medium.flush();
+        flushed.map_err(|e| self.generation.failed(e))
     }
 }
 
@@ -435,7 +501,7 @@ impl Drop for Writer<'_> {
             return;
         }
         if self.base {
-            let _ = self.store.dir.remove(&fresh_name(self.generation.number));
+            let _ = self.store.dir.remove(&fresh_name(self.generation.fresh));
         } else {
             self.store.abandoned = !bug("abandoning not noted");
         }

@@ -8,6 +8,8 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "helpers of tests")]
 #![allow(clippy::duplicate_mod, reason = "each file of tests has its helpers")]
 
+#[path = "beside.rs"]
+mod beside;
 #[path = "crash.rs"]
 mod crash;
 #[path = "damage.rs"]
@@ -64,6 +66,14 @@ const PLANTED: &[Planted] = planted![
     // Closing.
     "closed too short": torture::lives_survive_killed_writers,
     "closed without a seal": golden::the_present_version_writes_its_golden_image,
+    // Generations that are written beside others.
+    "gap not noted": beside::what_is_left_out_leaves_the_others_as_they_were,
+    "what is gone is not carried": beside::a_flattened_store_holds_what_it_held,
+    "switched before all is carried": beside::a_power_cut_anywhere_in_growth_leaves_the_last_or_the_next_epoch,
+    "durable time of the copy": beside::a_flattened_store_holds_what_it_held,
+    "other slot left as it is": beside::what_is_left_out_leaves_the_others_as_they_were,
+    "older files removed at opening": beside::what_is_left_out_leaves_the_others_as_they_were,
+    "replaced although it is kept": beside::a_power_cut_anywhere_in_growth_leaves_the_last_or_the_next_epoch,
     // What an epoch holds.
     "zero by its second byte": crash::a_full_medium_keeps_what_is_there_and_works_again_when_there_is_space,
     "absent pages stay": crash::a_full_medium_keeps_what_is_there_and_works_again_when_there_is_space,

@@ -5,8 +5,8 @@
 //! descriptor, because the path of a store may be longer than a socket address can be.
 //!
 //! # Rules
-//! - A request is `{"op":"status"}`, `{"op":"checkpoint"}`, `{"op":"stop"}`, `{"op":"power"}` or
-//!   `{"op":"power-back"}` and a newline, at most [`LONGEST_REQUEST`] bytes; anything else is answered with a failure.
+//! - A request is `{"op":"status"}`, `{"op":"checkpoint"}`, `{"op":"stop"}`, `{"op":"power"}`,
+//!   `{"op":"power-back"}` or `{"op":"prune"}` and a newline, at most [`LONGEST_REQUEST`] bytes; anything else is answered with a failure.
 //! - A client never holds up the keeper: its bytes are taken as they come, and at most
 //!   [`MOST_CLIENTS`] are heard at a time.
 
@@ -16,7 +16,9 @@ use crate::budget::model::Figures;
 use crate::epoch::Taken;
 use crate::power::PowerReport;
 use crate::procfs::Pids;
+use crate::retention::Keep;
 use crate::subject::Capture;
+use crate::upkeep::Pruned;
 use rustix::event::{PollFd, PollFlags};
 use rustix::fs::{Mode, OFlags};
 use serde::{Deserialize, Serialize};
@@ -56,6 +58,12 @@ pub enum Request {
     },
     /// The mains are back.
     PowerBack,
+    /// Remove epochs.
+    Prune {
+        /// What stays; without it what the subject is kept with.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        keep: Option<Keep>,
+    },
 }
 
 impl Request {
@@ -85,6 +93,8 @@ pub enum Reply {
         #[serde(default, skip_serializing_if = "Option::is_none")]
         power: Option<PowerReport>,
     },
+    /// What is not wanted is gone.
+    Pruned(Pruned),
     /// It could not be done.
     Failed {
         /// Why.
@@ -135,6 +145,15 @@ pub struct Status {
     pub log_bytes: u64,
     /// Bytes of it that the newest epoch needs.
     pub live_bytes: u64,
+    /// Bytes of all files.
+    #[serde(default)]
+    pub store_bytes: u64,
+    /// Number of these files.
+    #[serde(default)]
+    pub generations: u64,
+    /// Which epochs stay.
+    #[serde(default)]
+    pub keep: Option<Keep>,
     /// The hold-up budget, where there is one.
     pub budget: Option<BudgetStatus>,
     /// What an event takes, by what was measured.
@@ -295,6 +314,13 @@ impl Client {
 }
 
 impl Asker {
+    /// One whose answer the other end hears.
+    #[cfg(test)]
+    pub(crate) fn pair() -> (Self, UnixStream) {
+        let (stream, other) = UnixStream::pair().expect("a pair of sockets");
+        (Self { stream }, other)
+    }
+
     /// Sends the answer; a client that is gone, or that does not read, goes without.
     pub fn answer(mut self, reply: &Reply) {
         let Ok(mut text) = serde_json::to_vec(reply) else {

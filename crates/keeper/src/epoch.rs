@@ -19,7 +19,7 @@
 //! - The mechanisms are reached through traits, so that the order is tested without a program.
 
 use outlive_epoch::{EpochFacts, EpochWriter, PageSink, StoreError};
-use outlive_epoch_store::{Ahead, CommitTimes, Scrubbed};
+use outlive_epoch_store::{Ahead, CommitTimes, Scrubbed, Store};
 use outlive_linux::thread::Urgent;
 use outlive_process::{Captured, ProcessError, StopTimes, Stopped, Tracked, Tracking};
 use rustix::fd::BorrowedFd;
@@ -127,6 +127,10 @@ pub trait EpochLog {
     fn last_commit(&self) -> CommitTimes;
     /// Bytes that are free where the log is; `None` where nobody tells.
     fn free_bytes(&self) -> Option<u64>;
+    /// The store that it is in, whose files can be made shorter.
+    fn store(&mut self) -> Option<&mut Store> {
+        None
+    }
 }
 
 /// One committed epoch, with its figures.

@@ -335,6 +335,10 @@ impl EpochLog for Log {
         self.store.last_commit()
     }
 
+    fn store(&mut self) -> Option<&mut Store> {
+        Some(&mut self.store)
+    }
+
     fn free_bytes(&self) -> Option<u64> {
         let found = rustix::fs::statvfs(&self.dir).ok()?;
         Some(found.f_bavail.saturating_mul(found.f_frsize))

@@ -23,9 +23,11 @@ use crate::epoch::{self, EpochLog, Fate, Manner, Program, Taken};
 use crate::plan::{Begin, Plan};
 use crate::power::{self, Desk, Ears, Event, Heard, PowerReport, monotonic_ns};
 use crate::procfs::Pids;
+use crate::retention::Policy;
 use crate::scrub::Scrub;
 use crate::stats::Stops;
 use crate::subject::Capture;
+use crate::upkeep::{self, Upkeep};
 use outlive_epoch::{PAGE_SIZE, StoreError};
 use outlive_epoch_store::APART;
 use outlive_linux::signals::{Received, SignalQueue};
@@ -35,6 +37,8 @@ use rustix::fd::OwnedFd;
 use rustix::process::Signal;
 use std::collections::{BTreeSet, VecDeque};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+mod short;
 
 /// Failures in a row after which tracking is begun anew.
 pub const REATTACH_AFTER: u32 = 2;
@@ -75,6 +79,8 @@ pub struct Settings {
     pub max_wear: Option<u64>,
     /// How long the program may be stopped for an epoch.
     pub max_stop: Option<Duration>,
+    /// What is to become of earlier epochs.
+    pub policy: Policy,
     /// What is known of the medium.
     pub model: Model,
 }
@@ -135,6 +141,9 @@ pub struct Keeper<'a, P: Program> {
     /// Space for the epoch of an event may have to be written ahead.
     readying: bool,
     scrub: Scrub,
+    upkeep: Upkeep,
+    /// What the last epoch wrote, bytes.
+    last_bytes: u64,
     /// The last epoch of this tracker was committed: what is written since is all that is unsaved.
     counts: bool,
     /// Nothing is due before this is readable.
@@ -177,6 +186,9 @@ impl<'a, P: Program> Keeper<'a, P> {
             tracking: "none yet".into(),
             log_bytes: 0,
             live_bytes: 0,
+            store_bytes: 0,
+            generations: 0,
+            keep: settings.policy.keep,
             budget: None,
             model: settings.model.figures(),
             frozen: false,
@@ -185,6 +197,10 @@ impl<'a, P: Program> Keeper<'a, P> {
             bytes_per_day: None,
             max_wear: settings.max_wear,
         };
+        let settings_policy = settings.policy;
+        if let Some(store) = log.store() {
+            store.keep_older(settings.policy.keep.is_some());
+        }
         let (hold_up, model) = (settings.hold_up, settings.model.clone());
         if hold_up.is_some() {
             power::lock_memory();
@@ -195,6 +211,8 @@ impl<'a, P: Program> Keeper<'a, P> {
             watch,
             readying: false,
             scrub: Scrub::new(0, hold_up.is_none()),
+            upkeep: Upkeep::new(settings_policy),
+            last_bytes: 0,
             counts: false,
             awaited: None,
             log,
@@ -266,12 +284,14 @@ impl<'a, P: Program> Keeper<'a, P> {
             let manner = match self.step() {
                 Step::Wait(ns) => {
                     self.get_ready(ns);
+                    self.keep_short(ns);
                     self.check_stored(ns);
                     continue;
                 }
                 Step::Epoch => Manner::Running,
                 Step::Held => Manner::Held,
             };
+            self.keep_up();
             if let Ok((taken, Fate::Ended)) = self.take(manner, None, &mut ears) {
                 return Ok(Ending::Planned(taken));
             }
@@ -398,8 +418,13 @@ impl<'a, P: Program> Keeper<'a, P> {
         let mut wait = match self.step() {
             Step::Wait(ns) if self.readying && ns >= READYING => Duration::ZERO,
             Step::Wait(ns) if ears.inbox.is_empty() => {
-                let sooner = self.scrub.wait(self.now(), ns);
-                Duration::from_nanos(sooner.unwrap_or(ns))
+                let now = self.now();
+                let short = self
+                    .upkeep
+                    .wait(now, ns)
+                    .filter(|_| self.has_room(upkeep::PIECE));
+                let sooner = [self.scrub.wait(now, ns), short].into_iter().flatten();
+                Duration::from_nanos(sooner.min().unwrap_or(ns))
             }
             _ => Duration::ZERO,
         };
@@ -460,6 +485,10 @@ impl<'a, P: Program> Keeper<'a, P> {
                 asker.answer(&Reply::Heard);
                 return None;
             }
+            Request::Prune { keep } => {
+                self.prune(keep, asker);
+                return None;
+            }
             Request::Checkpoint if self.watch.pressed() == Step::Held => Manner::Held,
             Request::Checkpoint => Manner::Running,
             Request::Stop => Manner::Ending,
@@ -482,6 +511,8 @@ impl<'a, P: Program> Keeper<'a, P> {
     }
 
     fn status(&mut self) -> Status {
+        let files = self.log.store().map(|store| store.generations());
+        let files = files.unwrap_or_default();
         let mut budget = self.watch.status(self.now());
         if let Some(budget) = budget.as_mut().filter(|b| b.hold_up.strict) {
             let pages = self.program.as_ref().and_then(P::dirty_pages);
@@ -503,6 +534,8 @@ impl<'a, P: Program> Keeper<'a, P> {
             p99_stop_us: self.stops.percentile(99),
             log_bytes: self.log.log_bytes(),
             live_bytes: self.log.live_bytes(),
+            store_bytes: files.iter().map(|file| file.bytes).sum(),
+            generations: files.len() as u64,
             budget,
             model: self.watch.figures(),
             events: self.watch.events,
@@ -547,6 +580,7 @@ impl<'a, P: Program> Keeper<'a, P> {
                     self.stops.add(taken.stop_us);
                 }
                 self.status.committed += 1;
+                self.last_bytes = taken.bytes_written;
                 self.status.full = false;
                 self.status.last_time_ns = Some(taken.time_ns);
                 let held = manner == Manner::Held || event.is_some();
@@ -638,13 +672,15 @@ impl<'a, P: Program> Keeper<'a, P> {
             self.adopt(program);
         }
         let (bytes, free) = (self.log.log_bytes(), self.log.free_bytes());
-        let begin = match (
-            manner,
-            self.plan.begin(bytes, free, || self.log.live_bytes()),
-        ) {
+        let begin = match self.plan.begin(bytes, free, || self.log.live_bytes()) {
+            Begin::Base if self.plan.is_full() => Begin::Base,
             // At an event there is no time to write what is on the medium already.
-            (Manner::Event, Begin::Base) if !self.plan.is_full() => Begin::Next,
-            (_, begin) => begin,
+            Begin::Base if manner == Manner::Event => Begin::Next,
+            Begin::Base if self.flattens() && self.log.store().is_some() => {
+                self.upkeep.shorten();
+                Begin::Next
+            }
+            begin => begin,
         };
         let patience = Self::patience(desk);
         let Some(program) = self.program.as_mut() else {
@@ -703,6 +739,9 @@ impl<'a, P: Program> Keeper<'a, P> {
         let text = error.to_string();
         self.status.failures += 1;
         self.status.full = matches!(error, ProcessError::Store(StoreError::Full { .. }));
+        if let Some(store) = self.log.store().filter(|_| self.status.full) {
+            self.upkeep.give_up_space(store);
+        }
         self.say(&format!("no epoch: {text}"));
         self.status.last_failure = Some(text);
         if self.plan.failures().is_multiple_of(REATTACH_AFTER) {

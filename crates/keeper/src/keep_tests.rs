@@ -113,6 +113,7 @@ fn settings(pid: u32) -> Settings {
         hold_up: None,
         max_wear: None,
         max_stop: None,
+        policy: Policy::default(),
         model: Model::new(Figures::default()),
     }
 }

@@ -4,6 +4,7 @@
 //! - [`plan`]: when the next epoch is due (pure).
 //! - [`epoch`]: the order of one epoch.
 //! - [`scrub`]: when what is stored is checked again (pure).
+//! - [`retention`]: which epochs stay (pure); [`upkeep`]: keeping the store short.
 //! - [`keep`]: the loop that keeps one subject.
 //! - [`power`]: what is heard meanwhile, and power events.
 //! - [`companion`]: the process that a keeper goes along with.
@@ -32,8 +33,10 @@ pub mod places;
 pub mod plan;
 pub mod power;
 pub mod procfs;
+pub mod retention;
 pub mod scrub;
 pub mod stats;
 pub mod subject;
+pub mod upkeep;
 
 pub use error::KeeperError;

@@ -13,9 +13,11 @@
 //!   are no longer there must not shine through: the first epoch of a tracker (but not of one that
 //!   goes on from the newest epoch, after a restore), also where it takes the place of another, and
 //!   the one after a failure that lost track.
-//! - A new generation also begins when the log has grown beyond four times what is live in it and
+//! - The log is *long* when it has grown beyond four times what is live in it and
 //!   beyond [`SMALL_LOG`], or a quarter of what it could have where that is less; and, while there
-//!   is room for it, before there is none: the old one takes space until the new one is complete.
+//!   is room for a new generation, before there is none: the old one takes space until the new one is
+//!   complete. A long log is flattened ([`crate::upkeep`]); where that cannot be, a full epoch begins a
+//!   new generation.
 
 /// Longest wait after repeated failures, nanoseconds.
 pub const LONGEST_WAIT: u64 = 30_000_000_000;

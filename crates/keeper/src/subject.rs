@@ -18,6 +18,7 @@
 //!   does not parse is an error that names the file.
 
 use crate::budget::keeping::HoldUp;
+use crate::retention::{Keep, Policy};
 use crate::{KeeperError, procfs};
 use outlive_process::track::FILES_LIMIT;
 use outlive_process::{Granularity, Strategy};
@@ -67,6 +68,12 @@ pub struct Card {
     /// The largest file open for writing whose contents are kept, bytes.
     #[serde(default)]
     pub files_limit: Option<u64>,
+    /// Which epochs stay.
+    #[serde(default)]
+    pub keep: Option<Keep>,
+    /// Most bytes of all generations, bytes.
+    #[serde(default)]
+    pub max_size: Option<u64>,
     /// The process.
     pub pid: u32,
     /// Its start time in clock ticks since boot, which tells it from a later process of the same
@@ -163,6 +170,8 @@ impl Card {
             max_wear: None,
             max_stop_us: None,
             files_limit: None,
+            keep: None,
+            max_size: None,
             pid: 0,
             started: 0,
             boot: String::new(),
@@ -184,6 +193,16 @@ impl Card {
             boot: String::new(),
             ended: Some(how.to_owned()),
             ..self
+        }
+    }
+
+    /// What is to become of earlier epochs.
+    #[must_use]
+    pub fn policy(&self) -> Policy {
+        Policy {
+            keep: self.keep,
+            max_size: self.max_size,
+            thorough: false,
         }
     }
 
@@ -523,6 +542,8 @@ mod tests {
             max_wear: Some(5),
             max_stop_us: Some(700),
             files_limit: Some(5),
+            keep: Some("last=3,daily=7".parse().unwrap()),
+            max_size: Some(9),
             pid: std::process::id(),
             started: procfs::start_time(std::process::id()).unwrap(),
             boot: procfs::boot_id(),

@@ -7,6 +7,7 @@ use crate::commands::BenchArgs;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use outlive_keeper::KeeperError;
 use outlive_keeper::budget::keeping::HoldUp;
+use outlive_keeper::retention::{Keep, Policy};
 use outlive_keeper::subject::Capture;
 use outlive_process::Granularity;
 use outlive_process::resources::shared::MAX_FILE;
@@ -77,6 +78,11 @@ pub enum Command {
         /// The subject
         name: String,
     },
+    /// Remove epochs of a subject that are not to be kept, whether it runs or not
+    ///
+    /// The newest epoch always stays. What stays is what was there before, under the same numbers;
+    /// the space of the others is given back when this returns.
+    Prune(PruneArgs),
     /// Show what an image or a subject holds
     Inspect(InspectArgs),
     /// Read every byte of an image or a subject and check it; exit code 4 names the damage
@@ -242,9 +248,27 @@ pub struct Promise {
     /// epoch that would take longer is abandoned, and the next one copies more before its stop
     #[arg(long, value_name = "TIME", value_parser = parse_duration)]
     pub max_stop: Option<Duration>,
+    /// Which epochs stay when newer ones make the log long: the newest N, and the last one of each of
+    /// the latest N hours, days, weeks (UTC): last=N,hourly=N,daily=N,weekly=N. Without it the log
+    /// since its last flattening stays
+    #[arg(long, value_name = "RULES")]
+    pub keep: Option<Keep>,
+    /// Most bytes of all epochs that are kept: beyond that the oldest go, also those that --keep wants.
+    /// What the newest ones need stays
+    #[arg(long, value_name = "BYTES", value_parser = parse_bytes)]
+    pub max_size: Option<u64>,
 }
 
 impl Promise {
+    /// What is to become of earlier epochs.
+    pub fn policy(&self) -> Policy {
+        Policy {
+            keep: self.keep,
+            max_size: self.max_size,
+            thorough: false,
+        }
+    }
+
     /// The longest stop as it is written down, microseconds.
     pub fn max_stop_us(&self) -> Option<u64> {
         self.max_stop
@@ -376,6 +400,19 @@ pub struct InspectArgs {
     /// Number of the epoch; the newest where it is not given
     #[arg(long, value_name = "K")]
     pub epoch: Option<u64>,
+}
+
+/// `outlive prune`
+#[derive(Debug, Args)]
+pub struct PruneArgs {
+    /// The subject
+    pub name: String,
+    /// What stays, this once: last=N,hourly=N,daily=N,weekly=N; else what it is kept with
+    #[arg(long, value_name = "RULES")]
+    pub keep: Option<Keep>,
+    /// Only list what would go and what would stay
+    #[arg(long)]
+    pub dry_run: bool,
 }
 
 /// `outlive export`
@@ -615,6 +652,10 @@ mod tests {
             "restore a --tcp reset --files keep --new-pid-ns",
             "checkpoint a",
             "checkpoint a --image d --leave-running",
+            "run --keep last=5,hourly=24,daily=7,weekly=4 --max-size 20GB -- a",
+            "restore a --keep last=1",
+            "prune a --dry-run",
+            "prune a --keep daily=7",
         ] {
             parse(line).unwrap().offered().unwrap();
         }
@@ -645,6 +686,11 @@ mod tests {
             "run --strict -- a",
             "run --hold-up 10 -- a",
             "run --max-wear 5TB/week -- a",
+            "run --keep 5 -- a",
+            "run --keep last=0 -- a",
+            "run --keep yearly=1 -- a",
+            "prune",
+            "prune a --keep last=1,last=2",
             "attach a --pid 5",
             "attach a --name b",
         ] {

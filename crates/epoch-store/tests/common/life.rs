@@ -93,6 +93,16 @@ pub enum Act {
     Abandon(Script),
     /// The store is closed and opened again.
     Reopen,
+    /// Whether replaced generations stay, from now on.
+    KeepOlder(bool),
+    /// A flattening is begun, and so many pieces of it are done.
+    Flatten(u64),
+    /// What was begun is brought to its end; a flattening, where nothing was.
+    Switch,
+    /// A generation is written again with some of its epochs only, by the bits of this number.
+    Thin(u64),
+    /// All older generations are removed.
+    Forget,
 }
 
 pub type Life = Vec<Act>;
@@ -134,7 +144,26 @@ pub fn life(seed: u64) -> Life {
             _ => Act::Reopen,
         });
     }
+    grow(&mut acts, &mut Dice(!seed));
     acts
+}
+
+/// Puts work on generations into a life, at any place of it.
+fn grow(acts: &mut Life, dice: &mut Dice) {
+    let place = |acts: &Life, dice: &mut Dice| 1 + dice.below(acts.len() as u64) as usize;
+    for _ in 0..1 + dice.below(3) {
+        let at = place(acts, dice);
+        match dice.below(6) {
+            0..3 => {
+                acts.insert(at, Act::Flatten(dice.below(7)));
+                let later = at + 1 + dice.below((acts.len() - at) as u64) as usize;
+                acts.insert(later, Act::Switch);
+            }
+            3 | 4 => acts.insert(at, Act::Thin(dice.next())),
+            _ => acts.insert(at, Act::Forget),
+        }
+    }
+    acts.insert(0, Act::KeepOlder(dice.below(3) > 0));
 }
 
 /// What may be found, by all that is known outside.
@@ -272,8 +301,25 @@ pub fn live(disk: &SimDisk, life: &[Act]) -> Truth {
 
 fn run(disk: &SimDisk, life: &[Act], truth: &mut Truth) -> Result<(), StoreError> {
     let mut store = again(truth, |_| create(disk))?;
+    let mut keeps = false;
     for act in life {
         match act {
+            Act::KeepOlder(on) => {
+                keeps = *on;
+                store.keep_older(keeps);
+            }
+            Act::Flatten(pieces) => again(truth, |_| {
+                store.begin_flattening()?;
+                (0..*pieces).try_for_each(|_| store.work(4096).map(|_| ()))
+            })?,
+            Act::Switch => again(truth, |_| {
+                if !store.is_working() {
+                    store.begin_flattening()?;
+                }
+                store.switch()
+            })?,
+            Act::Thin(which) => again(truth, |_| thin(&mut store, *which))?,
+            Act::Forget => again(truth, |_| forget(&mut store))?,
             Act::Epoch(script) => epoch(&mut store, script, false, truth)?,
             Act::Event(script) => epoch(&mut store, script, true, truth)?,
             Act::Abandon(script) => again(truth, |_| {
@@ -288,6 +334,7 @@ fn run(disk: &SimDisk, life: &[Act], truth: &mut Truth) -> Result<(), StoreError
                 let closed = store.close();
                 truth.failures += u64::from(closed.is_err());
                 store = again(truth, |_| open(disk, Access::Write))?;
+                store.keep_older(keeps);
                 // What a writer found counts from then on, also if it was not acknowledged.
                 again(truth, |truth| {
                     if store.newest().is_some() {
@@ -300,6 +347,28 @@ fn run(disk: &SimDisk, life: &[Act], truth: &mut Truth) -> Result<(), StoreError
         }
     }
     store.close()
+}
+
+/// Leaves epochs of a generation out.
+fn thin(store: &mut Store, which: u64) -> Result<(), StoreError> {
+    let all = store.generations();
+    let one = &all[which as usize % all.len()];
+    let wanted = one.epochs.iter().enumerate();
+    let wanted = wanted.filter(|(i, _)| which >> (8 + i % 40) & 1 == 1);
+    let mut wanted: Vec<_> = wanted.map(|(_, epoch)| epoch.id).collect();
+    if wanted.is_empty() {
+        wanted.push(one.epochs[0].id);
+    }
+    store.begin_thinning(one.number, &wanted)?;
+    store.switch()
+}
+
+/// Removes all older generations.
+pub fn forget(store: &mut Store) -> Result<(), StoreError> {
+    for one in store.generations().iter().filter(|one| !one.newest) {
+        store.remove_generation(one.number)?;
+    }
+    Ok(())
 }
 
 fn epoch(

@@ -1,7 +1,7 @@
 //! Trials of a [`Life`]: power cuts at its boundaries and in the recovery from them, errors of its
 //! operations, lies of the medium, and damage to what it left. Each is drawn from dice, and counted.
 
-use super::life::{Dice, Life, Truth, begin_identities, life, live, open, tried, trying};
+use super::life::{Dice, Life, Truth, begin_identities, forget, life, live, open, tried, trying};
 use outlive_epoch::StoreError;
 use outlive_epoch_store::Access;
 use outlive_media::{Directory, Fate, Fault, Lie, Op, Pending, SimDisk, power_off};
@@ -234,7 +234,8 @@ impl Trial {
             let truth = live(&disk, &self.life);
             disk.fault(None);
             let (found, model) = truth.check(&disk).unwrap();
-            let store = open(&disk, Access::Write).unwrap();
+            let mut store = open(&disk, Access::Write).unwrap();
+            forget(&mut store).unwrap();
             assert_eq!(store.newest().map_or(0, |id| id.0), found, "{}", tried());
             let files = Directory::list(&disk.directory()).unwrap();
             assert!(files.len() <= 1, "{}: {files:?} are left", tried());
@@ -348,7 +349,7 @@ impl Trial {
     pub fn flips(&mut self) {
         let disk = self.disk();
         let truth = live(&disk, &self.life);
-        let names: Vec<String> = (1..9).map(|n| format!("epochs.{n}")).collect();
+        let names: Vec<String> = (1..19).rev().map(|n| format!("epochs.{n}")).collect();
         let image = |name: &String| Some((name.clone(), disk.contents(name)?));
         let Some((name, image)) = names.iter().find_map(image) else {
             return;

@@ -63,10 +63,9 @@ fn through_keeper(
             message: error,
             exit,
         }),
-        Some(Reply::Status(_) | Reply::Heard) => Err(KeeperError::Other(format!(
-            "the keeper of {} answered rubbish",
-            subject.name()
-        ))),
+        Some(Reply::Status(_) | Reply::Heard | Reply::Pruned(_)) => Err(KeeperError::Other(
+            format!("the keeper of {} answered rubbish", subject.name()),
+        )),
         None => Ok(None),
     }
 }

@@ -154,7 +154,7 @@ fn end(subject: &Subject, request: Request) -> Result<Option<End>, KeeperError> 
                 exit,
             });
         }
-        Some(Reply::Status(_) | Reply::Heard) => {
+        Some(Reply::Status(_) | Reply::Heard | Reply::Pruned(_)) => {
             return Err(KeeperError::Other("the keeper answered rubbish".into()));
         }
     };

@@ -2,6 +2,7 @@
 
 use crate::out::{self, Column};
 use outlive_epoch::StoreError;
+use outlive_epoch_store::GenerationSummary;
 use outlive_keeper::control::{Reply, Request, Status, ask};
 use outlive_keeper::images::{Image, Summary};
 use outlive_keeper::procfs::Pids;
@@ -20,6 +21,7 @@ struct Entry {
     live: Option<Status>,
     card: Option<Card>,
     epochs: Vec<Summary>,
+    files: Vec<GenerationSummary>,
 }
 
 /// `outlive ps`
@@ -69,13 +71,17 @@ fn look(subject: &Subject) -> Entry {
         Err(error) if error.exit_code() == 5 => (None, "permission denied".into()),
         Ok(Some(_)) | Err(_) => (None, "no answer".into()),
     };
-    let epochs = Image::open(&subject.epochs_dir()).map(|image| image.epochs());
+    let image = Image::open(&subject.epochs_dir());
+    let files = image.as_ref().map(|image| image.store().generations());
+    let files = files.unwrap_or_default();
+    let epochs = image.map(|image| image.epochs());
     Entry {
         name: subject.name().into(),
         state,
         live,
         card: card.ok(),
         epochs: epochs.unwrap_or_default(),
+        files,
     }
 }
 
@@ -188,6 +194,10 @@ impl Entry {
             "tracking": live.map(|l| l.tracking.clone()),
             "log_bytes": live.map(|l| l.log_bytes),
             "live_bytes": live.map(|l| l.live_bytes),
+            "store_bytes": self.files.iter().map(|file| file.bytes).sum::<u64>(),
+            "generations": self.files.len(),
+            "keep": self.card.as_ref().and_then(|card| card.keep).map(|keep| keep.to_string()),
+            "max_size": self.card.as_ref().and_then(|card| card.max_size),
             "untracked_since": self.untracked_since().map(out::moment),
             "hold_up": self.budget(),
             "bytes_written": live.map(|l| l.bytes_written),
@@ -251,12 +261,18 @@ fn table(entries: &[Entry]) -> String {
 /// `outlive history`
 pub fn history(root: &Root, name: &str, json: bool) -> Result<u8, KeeperError> {
     let subject = root.existing(name)?;
-    let epochs = match Image::open(&subject.epochs_dir()) {
-        Err(StoreError::Missing { .. }) => Vec::new(),
-        other => other?.epochs(),
+    let (epochs, files) = match Image::open(&subject.epochs_dir()) {
+        Err(StoreError::Missing { .. }) => (Vec::new(), Vec::new()),
+        other => {
+            let image = other?;
+            (image.epochs(), image.store().generations())
+        }
     };
     if json {
         let list = epochs.iter().map(|epoch| {
+            // The newest file that has it.
+            let has = |file: &&GenerationSummary| file.epochs.iter().any(|e| e.id.0 == epoch.epoch);
+            let file = files.iter().rev().find(has);
             json!({
                 "epoch": epoch.epoch,
                 "time": out::moment(epoch.time_ns),
@@ -264,18 +280,20 @@ pub fn history(root: &Root, name: &str, json: bool) -> Result<u8, KeeperError> {
                 "durable_us": epoch.durable_us,
                 "pages": epoch.pages,
                 "bytes_written": epoch.bytes_written,
+                "generation": file.map(|file| file.number),
+                "generation_bytes": file.map(|file| file.bytes),
             })
         });
         out::json(&Value::Array(list.collect()));
     } else if epochs.is_empty() {
         out::say(&format!("{name} has no epoch yet"));
     } else {
-        print_history(&epochs);
+        print_history(&epochs, &files);
     }
     Ok(0)
 }
 
-fn print_history(epochs: &[Summary]) {
+fn print_history(epochs: &[Summary], files: &[GenerationSummary]) {
     use Column::{Left, Right};
     let columns = [
         ("EPOCH", Right),
@@ -302,8 +320,10 @@ fn print_history(epochs: &[Summary]) {
     let stops: Vec<u64> = epochs.iter().map(|epoch| epoch.stop_us).collect();
     let at = |percent| out::time_us(stats::percentile(&stops, percent).unwrap_or(0));
     out::line(&format!(
-        "{}; stop: median {}, p99 {}, longest {}",
+        "{} in {} ({}); stop: median {}, p99 {}, longest {}",
         out::plural(epochs.len() as u64, "epoch", "epochs"),
+        out::plural(files.len() as u64, "generation", "generations"),
+        out::bytes(files.iter().map(|file| file.bytes).sum()),
         at(50),
         at(99),
         at(100),

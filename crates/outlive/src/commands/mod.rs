@@ -13,6 +13,7 @@ mod inspect;
 mod list;
 mod medium;
 mod power;
+mod prune;
 mod restore;
 mod run;
 mod shelf;
@@ -49,6 +50,7 @@ pub fn run(cli: &Cli) -> Result<u8, KeeperError> {
         Command::Power(PowerCommand::Budget { name, hold_up }) => {
             power::budget(&root, name.as_deref(), *hold_up, json)
         }
+        Command::Prune(args) => prune::prune(&root, args, json),
         Command::Inspect(args) => inspect::inspect(&root, args, json),
         Command::Verify { what } => image::verify(&root, what, json),
         Command::Repair { what } => image::repair(&root, what, json),

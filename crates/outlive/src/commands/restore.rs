@@ -201,7 +201,7 @@ fn subject(
         None => medium::model_again(root, known.hold_up, name),
     };
     let max_stop = args.promise.max_stop_us();
-    if asked.is_some() || args.promise.max_wear.is_some() || max_stop.is_some() {
+    if args.promise != Promise::default() {
         known.max_stop_us = max_stop.or(known.max_stop_us);
         known.hold_up = asked.or(known.hold_up);
         if known.hold_up.is_some_and(|h| h.strict) {
@@ -209,6 +209,8 @@ fn subject(
             known.capture = Capture::of(strategy, granularity);
         }
         known.max_wear = args.promise.max_wear.or(known.max_wear);
+        known.keep = args.promise.keep.or(known.keep);
+        known.max_size = args.promise.max_size.or(known.max_size);
         subject.write_card(&lock, &known)?;
     }
     let mut signals = queue()?;
@@ -254,6 +256,7 @@ fn subject(
         pid,
         every: Duration::from_nanos(known.every_ns),
         max_stop: known.max_stop(),
+        policy: known.policy(),
         capture: known.capture,
         child: true,
         hold_up: known.hold_up,

@@ -83,6 +83,7 @@ pub fn run(root: &Root, args: &RunArgs, json: bool) -> Result<u8, KeeperError> {
         hold_up,
         max_wear: args.pace.promise.max_wear,
         max_stop: args.pace.promise.max_stop,
+        policy: args.pace.promise.policy(),
         model,
     };
     let options = options(&args.pace, true);
@@ -142,6 +143,7 @@ pub fn attach(root: &Root, args: &AttachArgs, json: bool) -> Result<u8, KeeperEr
         pid,
         every: Duration::from_nanos(card.every_ns),
         max_stop: card.max_stop(),
+        policy: card.policy(),
         capture: card.capture,
         child: false,
         hold_up,
@@ -338,6 +340,8 @@ fn blank_card(command: Vec<String>, pace: &Pace) -> Card {
         max_wear: pace.promise.max_wear,
         max_stop_us: pace.promise.max_stop_us(),
         files_limit: Some(pace.files_limit),
+        keep: pace.promise.keep,
+        max_size: pace.promise.max_size,
         pid: 0,
         started: 0,
         boot: procfs::boot_id(),

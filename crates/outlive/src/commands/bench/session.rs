@@ -543,7 +543,7 @@ impl<'s> Keeper<'s> {
                 message: error,
                 exit,
             }),
-            Reply::Status(_) | Reply::Heard => {
+            Reply::Status(_) | Reply::Heard | Reply::Pruned(_) => {
                 Err(KeeperError::Other("the keeper answered rubbish".into()))
             }
         }
