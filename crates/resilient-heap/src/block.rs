@@ -71,6 +71,10 @@ pub trait Access<'h>: Sealed {
     /// references that stem from `&mut` values.
     #[doc(hidden)]
     fn view(&self, at: usize, len: usize) -> Result<*const u8, Error>;
+
+    /// The heap's identity, with which keys are hashed.
+    #[doc(hidden)]
+    fn heap_id(&self) -> u64;
 }
 
 /// Keeps [`Access`] to this crate.
@@ -98,7 +102,7 @@ pub fn head<'h>(access: &impl Access<'h>, at: usize) -> Result<Head, Error> {
 }
 
 /// Where values of a block lie: place and bytes.
-fn span(at: usize, first: usize, count: usize, size: usize) -> Result<(usize, usize), Error> {
+pub fn span(at: usize, first: usize, count: usize, size: usize) -> Result<(usize, usize), Error> {
     let span = || {
         let begin = size
             .checked_mul(first)?

@@ -6,7 +6,8 @@ use core::fmt;
 /// An error of the heap.
 ///
 /// # Who is to blame
-/// The caller: `NotAHeap`, `Layout`, `Full`, `TooLarge`, `TransactionTooLarge`, `TooDeep`, `Aborted`.
+/// The caller: `NotAHeap`, `Layout`, `Full`, `TooLarge`, `TransactionTooLarge`, `TooDeep`, `Aborted`,
+/// `WithinReading`.
 /// The medium: `Memory`, `Damaged`, `Lost`, `Halted`. Whoever wrote the bytes: `Invalid`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Error {
@@ -68,6 +69,8 @@ pub enum Error {
     TooDeep,
     /// The transaction was given up by its own code, for this reason.
     Aborted(&'static str),
+    /// A thread would write to a heap that it is reading: the commit would wait for ever.
+    WithinReading,
     /// An earlier commit failed half-way in the memory, so that nobody knows what is durable. Open
     /// the heap again.
     Halted,
@@ -102,6 +105,9 @@ impl fmt::Display for Error {
             ),
             Self::TooDeep => f.write_str("transactions are nested too deeply"),
             Self::Aborted(why) => write!(f, "transaction given up: {why}"),
+            Self::WithinReading => f.write_str(
+                "a thread that reads the heap cannot write to it; end the reading first",
+            ),
             Self::Halted => f.write_str("an earlier commit failed; open the heap again"),
         }
     }

@@ -1,4 +1,4 @@
-//! A heap in a file: mapped where it is, made durable with `msync(2)`.
+//! A heap in a file: mapped where it is, made durable with `msync(2)` or by the processor ([`Flush`]).
 //!
 //! # Rules
 //! - The file is locked with `flock(2)`: for one writer, or for readers.
@@ -30,6 +30,19 @@ use std::vec::Vec;
 /// The most bytes of a heap in a file where nothing else is said.
 const CAPACITY: usize = 64 << 30;
 
+/// How a file becomes durable.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Flush {
+    /// The kernel writes back the pages that changed (`msync(2)`): right for every file.
+    #[default]
+    Kernel,
+    /// Lines are flushed by instructions of the processor, without any system call: right only where the
+    /// mapping itself is persistent memory. On a file system with DAX the file is mapped with `MAP_SYNC`;
+    /// elsewhere the caller vouches for it (memory that survives by other means, measurements on
+    /// `tmpfs`). x86-64 only.
+    Processor,
+}
+
 /// A file as memory.
 #[derive(Debug)]
 pub struct FileMemory {
@@ -37,6 +50,9 @@ pub struct FileMemory {
     base: NonNull<u8>,
     capacity: usize,
     len: AtomicUsize,
+    /// What is stored stays in this process.
+    private: bool,
+    flush: Flush,
     /// Pages flushed since the last fence: first and one past the last.
     flushed: Mutex<Vec<(usize, usize)>>,
 }
@@ -47,7 +63,7 @@ unsafe impl Send for FileMemory {}
 // SAFETY: as for `Send`.
 unsafe impl Sync for FileMemory {}
 
-fn error(what: &'static str) -> impl Fn(Errno) -> Error {
+pub(crate) fn error(what: &'static str) -> impl Fn(Errno) -> Error {
     move |errno| Error::Memory {
         what,
         code: errno.raw_os_error(),
@@ -68,17 +84,58 @@ impl FileMemory {
     /// # Errors
     /// See [`FileMemory::open`].
     pub fn with_capacity(path: impl AsRef<Path>, capacity: usize) -> Result<Self, Error> {
+        Self::with_flush(path, capacity, Flush::Kernel)
+    }
+
+    /// As [`FileMemory::with_capacity`], and made durable in another way.
+    ///
+    /// # Errors
+    /// See [`FileMemory::open`]; [`Error::Memory`] where the processor has no such instructions.
+    pub fn with_flush(
+        path: impl AsRef<Path>,
+        capacity: usize,
+        flush: Flush,
+    ) -> Result<Self, Error> {
         let path = path.as_ref();
-        let flags = OFlags::RDWR | OFlags::CREATE | OFlags::CLOEXEC | OFlags::NOFOLLOW;
-        let file = open(path, flags, Mode::RUSR | Mode::WUSR).map_err(error("open"))?;
-        flock(&file, FlockOperation::NonBlockingLockExclusive).map_err(error("lock"))?;
+        if flush == Flush::Processor && !crate::flush::offered() {
+            return Err(error("flush of lines by the processor")(Errno::NOSYS));
+        }
+        let file = locked(path)?;
+        Self::sync_folder(path)?;
+        Self::over(file, capacity, false, flush)
+    }
+
+    /// Makes the name of a file durable.
+    pub(crate) fn sync_folder(path: &Path) -> Result<(), Error> {
         let parent = path
             .parent()
             .filter(|parent| !parent.as_os_str().is_empty());
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
         open(parent.unwrap_or(Path::new(".")), flags, Mode::empty())
             .and_then(rustix::fs::fsync)
-            .map_err(error("fsync of the directory"))?;
+            .map_err(error("fsync of the directory"))
+    }
+
+    /// The same file, as it is now, in memory of its own: what is stored there does not reach the file.
+    /// It cannot grow.
+    pub(crate) fn private(&self) -> Result<Self, Error> {
+        let file = rustix::io::fcntl_dupfd_cloexec(&self.file, 0).map_err(error("dup"))?;
+        Self::over(file, 0, true, Flush::Kernel)
+    }
+
+    /// Takes owner and mode of another file.
+    pub(crate) fn take_over(&self, other: &Self) -> Result<(), Error> {
+        let (from, to) = (fstat(&other.file), fstat(&self.file));
+        let (from, to) = (from.map_err(error("stat"))?, to.map_err(error("stat"))?);
+        if (from.st_uid, from.st_gid) != (to.st_uid, to.st_gid) {
+            let owner = rustix::fs::Uid::from_raw(from.st_uid);
+            let group = rustix::fs::Gid::from_raw(from.st_gid);
+            rustix::fs::fchown(&self.file, Some(owner), Some(group)).map_err(error("chown"))?;
+        }
+        rustix::fs::fchmod(&self.file, Mode::from_raw_mode(from.st_mode)).map_err(error("chmod"))
+    }
+
+    fn over(file: OwnedFd, capacity: usize, private: bool, flush: Flush) -> Result<Self, Error> {
         let found = len_of(&file)?;
         let capacity = capacity.max(found).max(PAGE).next_multiple_of(PAGE);
         // SAFETY: a new mapping where the kernel likes it.
@@ -92,6 +149,8 @@ impl FileMemory {
             base: NonNull::new(base.cast()).ok_or(Error::Full { wanted: capacity })?,
             capacity,
             len: AtomicUsize::new(0),
+            private,
+            flush,
             flushed: Mutex::new(Vec::new()),
         };
         memory.map(found / PAGE * PAGE)?;
@@ -132,13 +191,23 @@ impl FileMemory {
         if len <= before {
             return Ok(());
         }
-        // SAFETY: the range lies in the address space that `with_capacity` took, and beyond what is
-        // mapped to the file already: nobody looks there.
-        let mapped = unsafe {
-            let at = self.base.as_ptr().add(before).cast::<c_void>();
-            let prot = ProtFlags::READ | ProtFlags::WRITE;
-            let flags = MapFlags::SHARED | MapFlags::FIXED;
-            mmap(at, len - before, prot, flags, &self.file, before as u64)
+        let map = |sharing: MapFlags| {
+            // SAFETY: the range lies in the address space that `over` took, and beyond what is mapped to
+            // the file already: nobody looks there.
+            unsafe {
+                let at = self.base.as_ptr().add(before).cast::<c_void>();
+                let prot = ProtFlags::READ | ProtFlags::WRITE;
+                let flags = sharing | MapFlags::FIXED;
+                mmap(at, len - before, prot, flags, &self.file, before as u64)
+            }
+        };
+        let mapped = match (self.private, self.flush) {
+            (true, _) => map(MapFlags::PRIVATE),
+            (false, Flush::Kernel) => map(MapFlags::SHARED),
+            (false, Flush::Processor) => match map(MapFlags::SHARED_VALIDATE | MapFlags::SYNC) {
+                Err(Errno::OPNOTSUPP | Errno::INVAL) => map(MapFlags::SHARED),
+                mapped => mapped,
+            },
         };
         mapped.map_err(error("mmap"))?;
         self.len.store(len, Ordering::Release);
@@ -158,6 +227,24 @@ impl FileMemory {
             }
         }
         merged
+    }
+}
+
+/// Opens a file, or makes it, and locks it. A file that lost its name meanwhile (an upgrade put another
+/// one in its place) is not the one that was wanted.
+fn locked(path: &Path) -> Result<OwnedFd, Error> {
+    let flags = OFlags::RDWR | OFlags::CREATE | OFlags::CLOEXEC | OFlags::NOFOLLOW;
+    loop {
+        let file = open(path, flags, Mode::RUSR | Mode::WUSR).map_err(error("open"))?;
+        flock(&file, FlockOperation::NonBlockingLockExclusive).map_err(error("lock"))?;
+        let own = fstat(&file).map_err(error("stat"))?;
+        match rustix::fs::lstat(path) {
+            Ok(named) if (named.st_dev, named.st_ino) == (own.st_dev, own.st_ino) => {
+                return Ok(file);
+            }
+            Ok(_) | Err(Errno::NOENT) => {}
+            Err(errno) => return Err(error("stat")(errno)),
+        }
     }
 }
 
@@ -182,7 +269,7 @@ unsafe impl Memory for FileMemory {
         if len <= self.len() {
             return Ok(());
         }
-        if len > self.capacity {
+        if len > self.capacity || self.private {
             return Err(Error::Full { wanted: len });
         }
         let full = |errno| match errno {
@@ -202,6 +289,12 @@ unsafe impl Memory for FileMemory {
     }
 
     fn flush(&self, at: usize, len: usize) {
+        if self.flush == Flush::Processor {
+            let len = len.min(self.len().saturating_sub(at));
+            // SAFETY: the range ends at `len`, up to which the file is mapped.
+            unsafe { crate::flush::flush(self.base.as_ptr().wrapping_add(at), len) };
+            return;
+        }
         let pages = (at / PAGE, (at + len).div_ceil(PAGE));
         let mut flushed = self.flushed.lock().unwrap_or_else(PoisonError::into_inner);
         if flushed.last() != Some(&pages) {
@@ -210,7 +303,15 @@ unsafe impl Memory for FileMemory {
     }
 
     fn fence(&self) -> Result<(), Error> {
-        for (first, end) in self.take_flushed() {
+        if self.flush == Flush::Processor {
+            crate::flush::fence();
+            return Ok(());
+        }
+        let flushed = self.take_flushed();
+        if self.private {
+            return Ok(());
+        }
+        for (first, end) in flushed {
             let end = (end * PAGE).min(self.len());
             let begin = (first * PAGE).min(end);
             // SAFETY: the range is mapped to the file: it ends at `len`.
@@ -257,6 +358,29 @@ mod tests {
         assert_eq!(memory.len(), 3 * PAGE);
         assert!(matches!(memory.grow(4 * PAGE), Err(Error::Full { .. })));
         assert_eq!(FileMemory::copy(&path).unwrap_err(), second_lock());
+    }
+
+    #[test]
+    fn what_the_processor_flushes_is_in_the_file_and_what_is_private_is_not() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("heap");
+        let memory = FileMemory::with_flush(&path, 4 * PAGE, Flush::Processor).unwrap();
+        memory.grow(2 * PAGE).unwrap();
+        // SAFETY: two pages are there, and nobody refers to them.
+        unsafe { memory.store(PAGE - 2, b"data") };
+        memory.flush(PAGE - 2, 4);
+        memory.fence().unwrap();
+        let private = memory.private().unwrap();
+        // SAFETY: as before.
+        unsafe { private.store(PAGE - 2, b"gone") };
+        private.flush(PAGE - 2, 4);
+        private.fence().unwrap();
+        assert!(private.grow(3 * PAGE).is_err());
+        drop(private);
+        // The lock stays with the file that it was asked for.
+        assert_eq!(FileMemory::open(&path).unwrap_err(), second_lock());
+        let bytes = std::fs::read(&path).unwrap();
+        assert_eq!(&bytes[PAGE - 2..PAGE + 2], b"data");
     }
 
     fn second_lock() -> Error {

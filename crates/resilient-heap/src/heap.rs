@@ -11,6 +11,7 @@ use crate::home::{Aligned, Health, Home, Scrubbed, View};
 use crate::layout::{Geometry, SCHEMA_LEN, Super};
 use crate::memory::Memory;
 use crate::persist::{Family, Of, Schema};
+use crate::reading::Reading;
 use crate::transaction::{Brand, Transaction, Tx, Writer, make_root, run};
 use crate::{log, superblock, walk};
 use alloc::boxed::Box;
@@ -227,8 +228,8 @@ impl<R: Family> Heap<R> {
     }
 
     /// A way to read from other threads, also while this one writes. The writer waits with the end of
-    /// its commit until those are done that read then; so a thread must not write from within its own
-    /// reading.
+    /// its commit until those are done that read then; so a thread that would write from within its own
+    /// reading is refused with [`Error::WithinReading`] (without `std` it would wait for ever).
     #[must_use]
     pub fn reader(&self) -> Reader<R> {
         Reader {
@@ -262,6 +263,12 @@ impl<R: Family> Heap<R> {
         run::<R, O>(&self.home, &self.writer, f)
     }
 
+    /// From now on as these options say.
+    #[cfg(feature = "std")]
+    pub(crate) fn set_durability(&mut self, options: Options) {
+        self.writer.get_mut().durability = options.durability;
+    }
+
     /// Makes durable what [`Durability`] lets wait.
     ///
     /// # Errors
@@ -275,6 +282,9 @@ impl<R: Family> Heap<R> {
     /// # Errors
     /// [`Error::Memory`]
     pub fn scrub(&mut self) -> Result<Scrubbed, Error> {
+        if Reading::here(&self.home) {
+            return Err(Error::WithinReading);
+        }
         let _alone = self.home.lock.exclusive();
         self.home.scrub(true)
     }
@@ -356,6 +366,10 @@ pub struct Snapshot<'h> {
 impl Sealed for Snapshot<'_> {}
 
 impl<'h> Access<'h> for Snapshot<'h> {
+    fn heap_id(&self) -> u64 {
+        self.home.id
+    }
+
     fn view(&self, at: usize, len: usize) -> Result<*const u8, Error> {
         match self.home.view(at, len)? {
             View::Place(place) => Ok(place),
@@ -373,6 +387,7 @@ fn read<R: Family, O>(
     home: &Home,
     f: impl for<'h, 'a> FnOnce(&'a R::At<'h>, &'a Snapshot<'h>) -> Result<O, Error>,
 ) -> Result<O, Error> {
+    let _reading = Reading::begin(home);
     let _inside = home.lock.shared();
     let snapshot = Snapshot {
         home,

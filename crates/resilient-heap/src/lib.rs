@@ -36,18 +36,20 @@
 //! - Changing anything outside a transaction: readers get shared references only.
 //! - Pointers into another heap, or kept from an earlier transaction: each closure has a lifetime `'h` of
 //!   its own, which all pointers carry, and which nothing that leaves the closure can have.
-//! - Dangling: a pointer has one owner ([`PBox`], [`PVec`], [`PString`]) or its target is counted and never
+//! - Dangling: a pointer has one owner ([`PBox`], [`PVec`], [`PString`], [`PHashMap`],
+//!   [`PBTreeMap`]) or its target is counted and never
 //!   changes ([`PRc`]). Nobody frees; a commit frees what lost its last pointer. Opening checks every
 //!   pointer and every value before the first reference is made.
 //!
 //! # What is there
 //! Transactions (nested, abortable), readers in other threads while one writes, correction of flipped bits
-//! and of lost lines with a scrub, growth, heaps in files ([`FileMemory`], with the feature `std`) or in
-//! any [`memory::Memory`]. Without `std` the crate needs `core` and `alloc`.
+//! and of lost lines with a scrub, growth, maps by hash and by order ([`PHashMap`], [`PBTreeMap`]), upgrades from
+//! older types ([`Upgrades`]), heaps in files ([`FileMemory`], with the feature `std`) or in any
+//! [`memory::Memory`]. Without `std` the crate needs `core` and `alloc`.
 //!
 //! # What is not there yet
-//! Hash maps and trees, migrations between layouts, values that change behind a shared pointer, pointers
-//! that do not keep their target alive, vectors larger than a zone, transactions larger than the log.
+//! Values that change behind a shared pointer, pointers that do not keep their target alive, vectors larger
+//! than a zone, transactions larger than the log.
 
 #![no_std]
 
@@ -61,6 +63,7 @@ compile_error!("values are stored as little-endian machines have them");
 
 mod block;
 mod boxed;
+mod btree_map;
 mod code;
 mod column;
 mod count;
@@ -68,35 +71,48 @@ mod error;
 mod examine;
 #[cfg(feature = "std")]
 mod file;
+#[cfg(feature = "std")]
+mod flush;
 mod front;
+mod hash_map;
 mod heap;
 mod home;
+mod key;
 mod layout;
 mod lock;
 mod log;
 pub mod memory;
 mod persist;
 mod rc;
+mod reading;
 #[cfg(doctest)]
 pub mod refused;
+mod rows;
 mod space;
 mod superblock;
 mod text;
 mod transaction;
+#[cfg(feature = "std")]
+mod upgrade;
 mod vector;
 mod walk;
 
 pub use block::Access;
 pub use boxed::PBox;
+pub use btree_map::{PBTreeMap, TreeIter};
 pub use error::Error;
 pub use examine::{Report, examine, what_is_at};
 #[cfg(feature = "std")]
-pub use file::FileMemory;
+pub use file::{FileMemory, Flush};
+pub use hash_map::{HashIter, PHashMap};
 pub use heap::{Durability, Heap, Opened, Options, Reader, Snapshot};
 pub use home::{Health, Scrubbed};
+pub use key::{Hashed, Key, KeyHasher};
 pub use persist::{Edge, Family, Kind, Persist, Schema};
 pub use rc::PRc;
 pub use resilient_heap_derive::Persist;
 pub use text::PString;
 pub use transaction::{Transaction, Tx};
+#[cfg(feature = "std")]
+pub use upgrade::Upgrades;
 pub use vector::PVec;

@@ -21,6 +21,7 @@ use crate::front::Front;
 use crate::home::Home;
 use crate::layout::Super;
 use crate::persist::{Family, Kind, Of};
+use crate::reading::Reading;
 use crate::space::Space;
 use crate::{Durability, log, superblock};
 use alloc::collections::BTreeMap;
@@ -43,6 +44,8 @@ pub(crate) struct Writer {
     pub waiting: u32,
     /// A commit failed half-way.
     pub halted: bool,
+    /// A change of the innermost level failed half-way.
+    spoiled: bool,
     /// Blocks made in this transaction, with their lengths.
     pub born: BTreeMap<usize, (usize, &'static Kind)>,
     /// The same in order, and how many there were when each level began.
@@ -62,6 +65,7 @@ impl Writer {
             durability: d,
             waiting: 0,
             halted: false,
+            spoiled: false,
             born: BTreeMap::new(),
             order: Vec::new(),
             marks: Vec::new(),
@@ -73,6 +77,9 @@ impl Writer {
         if self.halted {
             return Err(Error::Halted);
         }
+        if Reading::here(home) {
+            return Err(Error::WithinReading);
+        }
         if self.marks.is_empty() && self.front.pending() > log::capacity(home) / 2 {
             self.sync(home)?;
         }
@@ -83,6 +90,7 @@ impl Writer {
 
     fn abort(&mut self) {
         self.front.abort();
+        self.spoiled = false;
         let mark = self.marks.pop().unwrap_or(0);
         for at in self.order.split_off(mark.min(self.order.len())) {
             if let Some((len, _)) = self.born.remove(&at) {
@@ -96,6 +104,9 @@ impl Writer {
     }
 
     fn commit(&mut self, home: &Home) -> Result<(), Error> {
+        if self.spoiled {
+            return Err(Error::Aborted("a change of a map failed half-way"));
+        }
         if self.marks.len() > 1 {
             self.marks.pop();
             self.front.merge();
@@ -127,6 +138,9 @@ impl Writer {
     pub fn sync(&mut self, home: &Home) -> Result<(), Error> {
         if self.halted {
             return Err(Error::Halted);
+        }
+        if Reading::here(home) {
+            return Err(Error::WithinReading);
         }
         let changes = self.front.changes(home);
         if !changes.is_empty() {
@@ -175,6 +189,10 @@ pub struct Tx<'h> {
 impl Sealed for Tx<'_> {}
 
 impl<'h> Access<'h> for Tx<'h> {
+    fn heap_id(&self) -> u64 {
+        self.home.id
+    }
+
     fn view(&self, at: usize, len: usize) -> Result<*const u8, Error> {
         let mut writer = self.writer.borrow_mut();
         Ok(writer.front.look(self.home, at, len)?.cast_const())
@@ -188,6 +206,15 @@ impl Tx<'_> {
     /// Always [`Error::Aborted`].
     pub fn abort<O>(&self, why: &'static str) -> Result<O, Error> {
         Err(Error::Aborted(why))
+    }
+
+    /// Notes that a change which takes several steps failed, maybe half-way: this level cannot be
+    /// committed any more.
+    pub(crate) fn spoil<O>(&self, done: Result<O, Error>) -> Result<O, Error> {
+        if done.is_err() {
+            self.writer.borrow_mut().spoiled = true;
+        }
+        done
     }
 
     pub(crate) fn change(&self, at: usize, len: usize) -> Result<*mut u8, Error> {

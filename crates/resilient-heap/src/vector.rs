@@ -41,6 +41,11 @@ impl<T> PVec<'_, T> {
 }
 
 impl<'h, T: Persist<'h>> PVec<'h, T> {
+    /// Whether there is no block.
+    pub(crate) fn is_null(&self) -> bool {
+        self.at == 0
+    }
+
     /// Place, length and room.
     fn head(&self, access: &impl Access<'h>) -> Result<(usize, usize, usize), Error> {
         if self.at == 0 {
@@ -237,6 +242,43 @@ impl<'h, T: Persist<'h>> PVec<'h, T> {
         let (at, before, _) = self.head(tx)?;
         if len < before {
             block::set_len(tx, at, len, Of::<T>::KIND)?;
+        }
+        Ok(())
+    }
+
+    /// Takes the values from `first` on away, into a vector with room for `room` at least.
+    pub(crate) fn split_off(
+        &mut self,
+        tx: &Tx<'h>,
+        first: usize,
+        room: usize,
+    ) -> Result<Self, Error> {
+        let (at, len, _) = self.head(tx)?;
+        let count = len.checked_sub(first).ok_or(Error::Invalid {
+            what: "a vector is shorter than it should be",
+            at,
+        })?;
+        let mut other = Self::new();
+        other.reserve(tx, room.max(count))?;
+        for index in first..len {
+            // SAFETY: the value is there; it no longer counts here from the end of this function on.
+            other.push(tx, unsafe { block::take(tx, at, index)? })?;
+        }
+        self.truncate(tx, first)?;
+        Ok(other)
+    }
+
+    /// Adds the values of another vector, whose block is freed.
+    #[allow(
+        clippy::needless_pass_by_value,
+        reason = "the other is gone afterwards"
+    )]
+    pub(crate) fn append(&mut self, tx: &Tx<'h>, other: Self) -> Result<(), Error> {
+        let (at, len, _) = other.head(tx)?;
+        for index in 0..len {
+            // SAFETY: the value is there. `other` is consumed: its block loses its one pointer, so that
+            // the commit no longer counts its values.
+            self.push(tx, unsafe { block::take(tx, at, index)? })?;
         }
         Ok(())
     }

@@ -168,7 +168,7 @@ fn a_line_beyond_repair_is_named_and_nothing_else_is_lost() {
     assert!(
         report
             .schema
-            .starts_with("root Root 40\nstruct Root 40: steps@0 u64")
+            .starts_with("root Root 88\nstruct Root 88: steps@0 u64")
     );
     let report = examine(volatile(&good)).unwrap();
     assert_eq!((report.scrubbed.lost, report.unfinished), (vec![], false));

@@ -85,3 +85,40 @@ fn what_waits_to_be_durable_is_not_shown_to_readers() {
         assert_eq!(heap.read(|root, _| Ok(root.steps)), Ok(3));
     }
 }
+
+#[test]
+fn a_thread_that_reads_is_refused_to_write_and_another_one_is_not() {
+    let mut heap = open(options(), Volatile::new(4 << 20).unwrap()).unwrap();
+    let other = open(options(), Volatile::new(4 << 20).unwrap()).unwrap();
+    let (reader, of_other) = (heap.reader(), other.reader());
+    let step = |root: &mut common::Root<'_>| {
+        root.steps += 1;
+        Ok(())
+    };
+    reader
+        .read(|_, _| {
+            assert_eq!(heap.write(|root, _| step(root)), Err(Error::WithinReading));
+            assert_eq!(heap.sync(), Err(Error::WithinReading));
+            assert!(matches!(heap.scrub(), Err(Error::WithinReading)));
+            reader.read(|root, _| Ok(assert_eq!(root.steps, 0)))?;
+            // Not even when an inner reading ended.
+            assert_eq!(heap.write(|root, _| step(root)), Err(Error::WithinReading));
+            Ok(())
+        })
+        .unwrap();
+    // A panic ends a reading, too; and another heap is another heap.
+    let panic = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+        reader.read(|_, _| -> Result<(), Error> { panic!("on purpose") })
+    }));
+    assert!(panic.is_err());
+    of_other
+        .read(|_, _| heap.write(|root, _| step(root)))
+        .unwrap();
+    std::thread::scope(|scope| {
+        let writer = reader
+            .read(|_, _| Ok(scope.spawn(|| heap.write(|root, _| step(root)))))
+            .unwrap();
+        writer.join().unwrap().unwrap();
+    });
+    assert_eq!(heap.read(|root, _| Ok(root.steps)), Ok(2));
+}

@@ -4,7 +4,9 @@
 
 use outlive_media::LineMemory;
 use resilient_heap::memory::{Memory, Volatile};
-use resilient_heap::{Error, Heap, Options, PBox, PRc, PString, PVec, Persist, Snapshot};
+use resilient_heap::{
+    Error, Heap, Options, PBTreeMap, PBox, PHashMap, PRc, PString, PVec, Persist, Snapshot,
+};
 use std::ptr::NonNull;
 use std::sync::{Arc, Mutex};
 
@@ -20,6 +22,8 @@ pub struct Root<'h> {
     pub list: Option<PBox<'h, Node<'h>>>,
     pub shared: PVec<'h, PRc<'h, PString<'h>>>,
     pub large: PVec<'h, PVec<'h, u64>>,
+    pub map: PHashMap<'h, PString<'h>, u64>,
+    pub tree: PBTreeMap<'h, u64, u32>,
 }
 
 #[derive(Persist)]
@@ -44,6 +48,8 @@ pub fn open(options: Options, memory: impl Memory + 'static) -> Result<Heap<Root
             list: None,
             shared: PVec::new(),
             large: PVec::new(),
+            map: PHashMap::new(),
+            tree: PBTreeMap::new(),
         })
     })
 }
@@ -61,12 +67,17 @@ pub fn step(heap: &mut Heap<Root<'static>>, n: u64) -> Result<(), Error> {
                 root.names.push(tx, PString::new(tx, "first")?)?;
                 root.names
                     .push(tx, PString::new(tx, &"second ".repeat(12))?)?;
+                root.map.insert(tx, PString::new(tx, "a")?, 1)?;
             }
             1 | 2 => {
                 let next = root.list.take();
                 root.list = Some(PBox::new(tx, Node { value: n, next })?);
             }
             3 => {
+                // A tree of two levels, and of one again with step 7.
+                for key in 0..16 {
+                    root.tree.insert(tx, key * 5 % 16, key as u32)?;
+                }
                 let text = PRc::new(tx, PString::new(tx, "shared")?)?;
                 root.shared.push(tx, text.share(tx))?;
                 root.shared.push(tx, text)?;
@@ -92,8 +103,14 @@ pub fn step(heap: &mut Heap<Root<'static>>, n: u64) -> Result<(), Error> {
                 let first = root.list.as_mut().ok_or(Error::NotAHeap)?.get_mut(tx)?;
                 first.next = None;
                 root.large.pop(tx)?;
+                root.tree.remove(tx, &3)?;
+                root.tree.pop_first(tx)?;
+                root.map.remove(tx, "a")?;
             }
-            _ => root.names.as_mut_slice(tx)?[0].push_str(tx, "and more")?,
+            _ => {
+                root.names.as_mut_slice(tx)?[0].push_str(tx, "and more")?;
+                root.map.insert(tx, PString::new(tx, "b")?, 2)?;
+            }
         }
         Ok(())
     })
@@ -117,6 +134,14 @@ pub fn show<'h>(root: &Root<'h>, s: &Snapshot<'h>) -> Result<String, Error> {
     }
     for one in root.shared.as_slice(s)? {
         text += &format!(" {:?}/{}", one.get(s)?.as_str(s)?, one.count(s)?);
+    }
+    for row in root.map.iter(s) {
+        let (key, value) = row?;
+        text += &format!(" {:?}={value}", key.as_str(s)?);
+    }
+    for row in root.tree.iter(s) {
+        let (key, value) = row?;
+        text += &format!(" {key}={value}");
     }
     for large in root.large.as_slice(s)? {
         text += &format!(" {:?}", large.as_slice(s)?);
