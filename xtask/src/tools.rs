@@ -107,6 +107,21 @@ pub const ALL: &[Tool] = &[
         service: None,
     },
     Tool {
+        program: "mkfs.xfs",
+        package: "xfsprogs",
+        service: None,
+    },
+    Tool {
+        program: "mkfs.btrfs",
+        package: "btrfs-progs",
+        service: None,
+    },
+    Tool {
+        program: "sqlite3",
+        package: "sqlite3",
+        service: None,
+    },
+    Tool {
         program: "xz",
         package: "xz-utils",
         service: None,

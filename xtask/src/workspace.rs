@@ -44,18 +44,19 @@ pub fn target() -> PathBuf {
 }
 
 /// Builds `outlive` and the programs that check themselves in the lab, as tests do; returns all.
-pub fn build_for_lab() -> Result<[PathBuf; 4]> {
+pub fn build_for_lab() -> Result<[PathBuf; 5]> {
     println!("building outlive…");
     let status = cargo()
         .args(["build", "-p", "outlive", "--bin", "outlive"])
         .args(["-p", "outlive-test-programs", "--bin", "clocks"])
-        .args(["--bin", "crowd", "--bin", "paging"])
+        .args(["--bin", "crowd", "--bin", "paging", "--bin", "scribe"])
         .status()
         .context("cannot start cargo")?;
     if !status.success() {
         bail!("outlive does not build: {status}");
     }
-    Ok(["outlive", "clocks", "crowd", "paging"].map(|name| target().join("debug").join(name)))
+    let names = ["outlive", "clocks", "crowd", "paging", "scribe"];
+    Ok(names.map(|name| target().join("debug").join(name)))
 }
 
 fn executable(messages: &str) -> Option<PathBuf> {

@@ -14,6 +14,9 @@
 //!   all of it over again then.
 //! - Memory that the program gives back before it was copied behind costs the epoch, and so does a
 //!   store that is full: the next one has all of it.
+//! - Files that the program has closed are made durable before the commit, too; but not with a hold-up
+//!   budget, at an event, or while the program stands still and is to run on: how long that takes, others
+//!   decide who write to the same file system. The next epoch makes up for it.
 //! - After any other failure from precopy on, the tracker is told to forget its progress: what it handed
 //!   over never became an epoch.
 //! - The mechanisms are reached through traits, so that the order is tested without a program.
@@ -99,6 +102,8 @@ pub trait Snapshot {
     fn write(&self, writer: &mut dyn EpochWriter) -> Result<(), ProcessError>;
     /// Makes the program's own file writes durable.
     fn sync_files(&self) -> Result<(), ProcessError>;
+    /// The same for files that it has closed, after [`Snapshot::sync_files`]; takes as long as it takes.
+    fn sync_closed_files(&self) -> Result<(), ProcessError>;
     /// What the time of the stop went to.
     fn times(&self) -> StopTimes;
     /// Bytes that [`Snapshot::sync_files`] has to make durable; `None` where nobody tells.
@@ -209,6 +214,10 @@ pub trait Hooks {
     fn longest_stop(&self) -> Option<Duration> {
         None
     }
+    /// Whether an epoch may wait for something of which nobody knows how long it takes.
+    fn patient(&self) -> bool {
+        true
+    }
     /// Whether there is a power event, so that the program must not run on now.
     fn urgent(&mut self) -> bool;
     /// An event's epoch is durable and the program stands still: what is to become of it? May take
@@ -286,6 +295,9 @@ fn steps<P: Program>(
     };
     let written = write(&snapshot, &mut *writer, precopy_us);
     let done = written.and_then(|steps| {
+        if manner == Manner::Ending || runs_on && hooks.patient() && !hooks.urgent() {
+            snapshot.sync_closed_files()?;
+        }
         let stop_us = micros(stopped.unwrap_or_else(|| stopping.elapsed()));
         commit(&snapshot, writer, stop_us, stopping, steps)
     });
@@ -479,6 +491,10 @@ impl Snapshot for Captured {
         Captured::sync_files(self)
     }
 
+    fn sync_closed_files(&self) -> Result<(), ProcessError> {
+        Captured::sync_closed_files(self)
+    }
+
     fn times(&self) -> StopTimes {
         self.times
     }
@@ -561,7 +577,8 @@ mod tests {
     #[test]
     fn an_epoch_is_written_while_the_program_runs() {
         let (trace, done, newest) = steps(None, false);
-        assert_eq!(trace, ["precopy", "stop", "resume", "write", "sync"]);
+        let all = ["precopy", "stop", "resume", "write", "sync", "closed"];
+        assert_eq!(trace, all);
         assert!(done);
         assert_eq!(newest, 1);
     }
@@ -588,7 +605,7 @@ mod tests {
     #[test]
     fn a_planned_end_ends_the_program_only_after_the_commit() {
         let (trace, done, newest) = steps(None, true);
-        assert_eq!(trace, ["precopy", "stop", "write", "sync", "end"]);
+        assert_eq!(trace, ["precopy", "stop", "write", "sync", "closed", "end"]);
         assert!(done);
         assert_eq!(newest, 1);
     }
@@ -596,7 +613,7 @@ mod tests {
     #[test]
     fn after_any_failure_the_program_runs_and_progress_is_forgotten() {
         for end in [false, true] {
-            for fail in ["precopy", "stop", "resume", "write", "sync"] {
+            for fail in ["precopy", "stop", "resume", "write", "sync", "closed"] {
                 if end && fail == "resume" {
                     continue;
                 }

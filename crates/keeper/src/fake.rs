@@ -111,6 +111,10 @@ impl Snapshot for FakeSnapshot {
         step(&self.trace, &self.fail, "sync")
     }
 
+    fn sync_closed_files(&self) -> Result<(), ProcessError> {
+        step(&self.trace, &self.fail, "closed")
+    }
+
     fn times(&self) -> StopTimes {
         StopTimes::default()
     }

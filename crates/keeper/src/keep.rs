@@ -561,6 +561,7 @@ impl<'a, P: Program> Keeper<'a, P> {
             event,
             budget: self.watch.budget_ns(),
             longest_stop: self.settings.max_stop,
+            patient: self.settings.hold_up.is_none(),
             status: &status,
             durable: None,
         };

@@ -413,6 +413,7 @@ fn decided(
         event: by_signal.then(|| Event::of(signal).unwrap()),
         budget: Some(budget_ms * 1_000_000),
         longest_stop: None,
+        patient: true,
         status: &status,
         durable: None,
     };

@@ -194,6 +194,8 @@ pub struct Desk<'a, 'b> {
     pub budget: Option<u64>,
     /// How long the program may be stopped.
     pub longest_stop: Option<Duration>,
+    /// Whether there is no hold-up budget, for which the bytes that are not durable are counted.
+    pub patient: bool,
     /// What is answered meanwhile, but for what changes with the event.
     pub status: &'a Status,
     /// When everything was durable, where it was.
@@ -203,6 +205,10 @@ pub struct Desk<'a, 'b> {
 impl Hooks for Desk<'_, '_> {
     fn longest_stop(&self) -> Option<Duration> {
         self.longest_stop
+    }
+
+    fn patient(&self) -> bool {
+        self.patient
     }
 
     fn urgent(&mut self) -> bool {

@@ -1,6 +1,7 @@
 //! What a stop took, on its way into an epoch while the program runs on.
 
 use crate::ProcessError;
+use crate::closed::Closed;
 use crate::image::{self, SubjectState, ZombieState, group, kinds};
 use crate::member::MemberState;
 use crate::residue::Residue;
@@ -132,6 +133,9 @@ pub struct Captured {
     pub(crate) system_v: SystemVState,
     pub(crate) retired: Vec<Run>,
     pub(crate) files: FilesToSync,
+    pub(crate) closed: Closed,
+    /// Its processes, by the numbers that they have for us.
+    pub(crate) pids: Vec<u32>,
     pub(crate) spare: Spare,
     /// What was handed over before the stop.
     pub(crate) notes: Notes,
@@ -162,10 +166,22 @@ impl Captured {
         Ok(())
     }
 
-    /// Makes what the program had written to its files by the stop durable (`fsync`). Must have
-    /// succeeded before the epoch is committed.
+    /// Makes what the program had written by the stop to files that it has open durable (`fsync`), with
+    /// the names beside them. Must have succeeded before the epoch is committed.
     pub fn sync_files(&self) -> Result<(), ProcessError> {
-        self.files.sync(self.subject.root_process)
+        let pid = self.subject.root_process;
+        let known = self.files.unsynced_bytes();
+        self.closed.look(self.pids.iter().copied(), known);
+        self.files.sync(pid)?;
+        let open = self.files.open.files.values();
+        self.closed.sync_names(pid, open.map(|(_, file)| file))
+    }
+
+    /// Makes what it had written to files that it closed durable, after [`Captured::sync_files`]: where
+    /// there is such a file, by flushing its file systems, with all that others wrote there. Nothing that
+    /// must be done within a given time.
+    pub fn sync_closed_files(&self) -> Result<(), ProcessError> {
+        self.closed.sync(self.pids.first().copied().unwrap_or(0))
     }
 
     /// Bytes that the program had written to its files and that [`Captured::sync_files`] has still to

@@ -15,6 +15,7 @@
 mod births;
 mod bootstrap;
 mod captured;
+mod closed;
 pub mod error;
 mod family;
 mod flags;

@@ -9,6 +9,7 @@ pub use limit::Limit;
 pub use stop::Stopped;
 
 use crate::captured::Spare;
+use crate::closed::Closed;
 use crate::family::{self, Kin};
 use crate::freeze::{Held, freeze};
 use crate::guard::{Exposure, Guard};
@@ -166,6 +167,7 @@ pub struct Tracked {
     /// Pages of members that are no more, which the epochs so far hold.
     retired: Vec<Run>,
     spare: Spare,
+    closed: Closed,
     /// What was handed over since the last stop.
     notes: Notes,
     experience: Experience,
@@ -231,6 +233,7 @@ impl Tracked {
             system_v: SystemV::default(),
             retired: Vec::new(),
             spare: Spare::default(),
+            closed: Closed::default(),
             notes: Notes::default(),
             experience: Experience::default(),
             exposed: 0,

@@ -1,4 +1,4 @@
-//! The first file system of a machine in the lab: a shell, Outlive, a program that checks itself,
+//! The first file system of a machine in the lab: a shell, Outlive, programs that check themselves,
 //! their libraries, the modules for the disk. Written as a `cpio` archive of the "newc" form, which
 //! the kernel unpacks (kernel documentation `driver-api/early-userspace/buffer-format.rst`).
 
@@ -21,7 +21,9 @@ mount -t sysfs sys /sys
 mount -t devtmpfs dev /dev
 mount -t tmpfs tmp /tmp
 for module in $(cat /modules/order); do insmod /modules/$module; done
-mount -t ext4 /dev/vda /disk
+for kind in ext4 xfs btrfs; do
+    mount -t $kind /dev/vda /disk 2>/dev/null && break
+done
 exec </dev/ttyS1 >/dev/ttyS1 2>&1
 stty -echo -icrnl -onlcr
 echo "lab ready"
@@ -100,7 +102,8 @@ impl Programs {
         let busybox = crate::tools::find("busybox").context("there is no busybox")?;
         files.push(("bin/busybox".to_owned(), fs::read(busybox)?));
         let mut libraries: Vec<PathBuf> = Vec::new();
-        for program in workspace::build_for_lab()? {
+        let sqlite = crate::tools::find("sqlite3").context("there is no sqlite3")?;
+        for program in workspace::build_for_lab()?.into_iter().chain([sqlite]) {
             let name = program.file_name().context("a program without a name")?;
             let stripped = folder.join(name);
             let status = Command::new("strip")

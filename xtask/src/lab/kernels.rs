@@ -16,9 +16,9 @@ const META: &str = "linux-image-cloud-amd64";
 const SUFFIX: &str = "-cloud-amd64";
 /// The keys of Debian, from the package `debian-archive-keyring`.
 const KEYS: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
-/// Modules that bring the disk, in the order in which they are loaded; a kernel may have some of
+/// Modules that bring the disk and its file system, in the order in which they are loaded; a kernel may have some of
 /// them built in.
-const MODULES: [&str; 12] = [
+const MODULES: [&str; 16] = [
     "virtio",
     "virtio_ring",
     "virtio_pci_legacy_dev",
@@ -31,6 +31,10 @@ const MODULES: [&str; 12] = [
     "crc32c_generic",
     "libcrc32c",
     "ext4",
+    "xfs",
+    "xor",
+    "raid6_pq",
+    "btrfs",
 ];
 
 /// A kernel.

@@ -9,7 +9,7 @@ use std::{
     collections::BTreeMap,
     fs,
     io::{BufRead, BufReader, Write},
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::{Child, ChildStdin, Command, Stdio},
     sync::mpsc::{Receiver, RecvTimeoutError, channel},
     thread,
@@ -44,6 +44,11 @@ impl Lab {
         self.folder.join("disk")
     }
 
+    /// Where things for machines can be put.
+    pub fn folder(&self) -> &Path {
+        &self.folder
+    }
+
     /// An empty disk in the place of the one there was.
     pub fn new_disk(&self) -> Result<()> {
         fs::File::create(self.disk())?.set_len(DISK)?;
@@ -62,16 +67,24 @@ impl Lab {
     /// Boots a kernel on a processor, by QEMU's name for it. A machine that dies before it is up,
     /// which the imitation of processors is to blame for, is switched on once more.
     pub fn boot(&self, kernel: &Kernel, processor: &str) -> Result<Machine> {
-        match self.switch_on(kernel, processor) {
+        let disk = format!("file={}", self.disk().display());
+        match self.switch_on(kernel, processor, &disk) {
             Err(error) => {
                 println!("lab:   the machine did not come up, once more: {error:#}");
-                self.switch_on(kernel, processor)
+                self.switch_on(kernel, processor, &disk)
             }
             up => up,
         }
     }
 
-    fn switch_on(&self, kernel: &Kernel, processor: &str) -> Result<Machine> {
+    /// The same once, with a disk that is served at a socket.
+    pub fn boot_from(&self, kernel: &Kernel, processor: &str, socket: &Path) -> Result<Machine> {
+        let of = "file.driver=nbd,file.server.type=unix,file.server.path=";
+        let disk = format!("{of}{},discard=unmap", socket.display());
+        self.switch_on(kernel, processor, &disk)
+    }
+
+    fn switch_on(&self, kernel: &Kernel, processor: &str, disk: &str) -> Result<Machine> {
         let archive = self
             .archives
             .get(&kernel.release)
@@ -94,10 +107,7 @@ impl Lab {
             .arg(archive)
             .args(["-append", "console=ttyS0 quiet panic=-1"])
             .arg("-drive")
-            .arg(format!(
-                "file={},if=virtio,format=raw",
-                self.disk().display()
-            ))
+            .arg(format!("{disk},if=virtio,format=raw"))
             .arg("-serial")
             .arg(format!("file:{}", log.display()))
             .args(["-serial", "stdio"]);

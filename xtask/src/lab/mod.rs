@@ -13,11 +13,16 @@
 //!   in its memory, or a clock that ran backwards between two readings, would have ended it.
 //! - On a processor that lacks a feature the restore is refused, the feature is named, and the
 //!   program is unharmed.
+//! - A disk that loses what was not flushed ([`cuts`]) takes nothing of an acknowledged epoch, nor of
+//!   the files that go with it.
 //! - Under the oldest kernel, writes are found by soft-dirty bits ([`soft_dirty`]).
 
+mod cuts;
 mod initramfs;
 mod kernels;
+mod lossy;
 mod machine;
+mod nbd;
 mod record;
 mod soft_dirty;
 
@@ -49,16 +54,25 @@ pub struct Options {
     /// Only the tracking by soft-dirty bits, under the oldest kernel.
     #[arg(long, conflicts_with = "short")]
     soft_dirty: bool,
+    /// Only power cuts of a disk that loses what was not flushed: so many, on each file system.
+    #[arg(long, conflicts_with_all = ["short", "soft_dirty"])]
+    cuts: Option<u32>,
+    /// Where the dice begin that say what the disk loses; without it, anywhere. It is printed.
+    #[arg(long)]
+    seed: Option<u64>,
 }
 
 /// Runs the command.
 pub fn run(options: &Options) -> Result<()> {
     let begun = Instant::now();
-    tools::ensure(&["qemu-system-x86_64", "mkfs.ext4", "xz", "busybox", "strip"])?;
+    tools::ensure(&["qemu-system-x86_64", "xz", "busybox", "strip", "sqlite3"])?;
+    tools::ensure(&["mkfs.ext4", "mkfs.xfs", "mkfs.btrfs"])?;
     let folder = cleanup::folder(&workspace::scratch()?)?;
     workspace::need_space(&folder, 1_000_000_000)?;
     let wanted: &[&str] = if options.soft_dirty {
         &["bookworm"]
+    } else if options.cuts.is_some() {
+        &["trixie"]
     } else if options.short {
         &["trixie", "trixie-backports"]
     } else {
@@ -75,10 +89,28 @@ pub fn run(options: &Options) -> Result<()> {
         println!("lab: all is well after {} s", begun.elapsed().as_secs());
         return Ok(());
     }
-    let (new, newest) = (find("trixie")?, find("trixie-backports")?);
+    let new = find("trixie")?;
+    let plan = |kind, cuts, disks| cuts::Plan {
+        kind,
+        cuts,
+        disks,
+        seed: options.seed.unwrap_or_else(|| u64::from(fastrand::u32(..))),
+    };
+    if let Some(cuts) = options.cuts {
+        for kind in ["ext4", "xfs", "btrfs"] {
+            cuts::run(&lab, new, plan(kind, cuts, 4))?;
+        }
+        println!("lab: all is well after {} s", begun.elapsed().as_secs());
+        return Ok(());
+    }
+    let newest = find("trixie-backports")?;
     if options.short {
         power_cuts(&lab, &[new, newest, new])?;
+        cuts::run(&lab, new, plan("ext4", 1, 1))?;
     } else {
+        for kind in ["ext4", "xfs", "btrfs"] {
+            cuts::run(&lab, new, plan(kind, 3, 2))?;
+        }
         let old = find("bookworm")?;
         power_cuts(&lab, &[new, newest, new, old, newest, old])?;
         power_cuts(&lab, &[old, new])?;
@@ -175,7 +207,9 @@ fn begin(machine: &Machine) -> Result<()> {
 /// Restores the program, and returns the epoch; `None` where the epoch wants its own kernel.
 fn restore(machine: &Machine) -> Result<Option<u64>> {
     const READING: &str = "it was reading a clock inside the vDSO";
-    machine.must("outlive restore clocks >>/disk/record 2>/tmp/said </dev/null & keeper=$!")?;
+    machine.must(
+        ": >/tmp/said; outlive restore clocks >>/disk/record 2>/tmp/said </dev/null & keeper=$!",
+    )?;
     let said = machine.wait_for("the restore", PATIENCE, || {
         let said = machine.must("cat /tmp/said")?;
         let over = machine.ask("[ -d /proc/$keeper ]")?.0 != 0;
@@ -186,13 +220,18 @@ fn restore(machine: &Machine) -> Result<Option<u64>> {
     if said.contains(READING) {
         return Ok(None);
     }
+    let epoch = epoch_in(&said)?;
+    println!("lab:   restored from epoch {epoch}");
+    Ok(Some(epoch))
+}
+
+/// The epoch of which a restore says that the program runs again from it.
+fn epoch_in(said: &str) -> Result<u64> {
     let epoch = said
         .split_once("runs again from epoch ")
         .and_then(|(_, rest)| rest.split(|c: char| !c.is_ascii_digit()).next())
         .and_then(|number| number.parse().ok());
-    let epoch = epoch.with_context(|| format!("no epoch is named: {said}"))?;
-    println!("lab:   restored from epoch {epoch}");
-    Ok(Some(epoch))
+    epoch.with_context(|| format!("no epoch is named: {said}"))
 }
 
 /// Lets the program work for a while, and judges its record of itself.

@@ -543,6 +543,8 @@ impl Tracked {
         laps.lap("shared memory");
         laps.tell("stop");
         let files = FilesToSync::new(collected.files, states);
+        let others = self.members.keys().copied().filter(|pid| *pid != self.root);
+        let pids = std::iter::once(self.root).chain(others).collect();
         Ok(Captured {
             processes: states.len() as u32,
             threads,
@@ -560,6 +562,8 @@ impl Tracked {
             system_v,
             retired: std::mem::take(&mut self.retired),
             files,
+            closed: self.closed.clone(),
+            pids,
             spare: self.spare.clone(),
             notes: Notes::default(),
         })
