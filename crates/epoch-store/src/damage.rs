@@ -185,6 +185,9 @@ pub(crate) fn medium(error: MediumError) -> StoreError {
             place,
             what: format!("the file ends before offset {end}"),
         },
+        MediumError::NoVolume { place, what } => {
+            StoreError::Misuse(format!("{place} is no volume of Outlive's: {what}"))
+        }
         MediumError::Misuse { place, what } => StoreError::Misuse(format!("{place}: {what}")),
     }
 }

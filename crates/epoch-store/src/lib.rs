@@ -1,6 +1,6 @@
 //! Committed epochs on a medium: the store of one subject.
 //!
-//! A [`Store`] is one directory. [`Store::begin`] gives a writer for the next epoch, which holds
+//! A [`Store`] is one directory, or one block device. [`Store::begin`] gives a writer for the next epoch, which holds
 //! only what changed; [`Store::begin_base`] gives one for a full epoch in a file of its own, which
 //! on commit takes the place of all earlier ones. [`Store::epoch`] reads any epoch that is there.
 //! [`Store::begin_flattening`] makes a new base of what the store holds already, and
@@ -30,6 +30,7 @@ mod host;
 mod hostile_tests;
 mod map;
 mod older;
+mod place;
 #[cfg(feature = "planted")]
 pub mod planted;
 #[cfg(not(feature = "planted"))]
@@ -55,6 +56,7 @@ pub use damage::{Damage, Outcome, Part};
 pub use host::{Host, SystemHost};
 pub use older::{GenerationSummary, Increment};
 pub use outlive_media::Access;
+pub use place::{clear, format};
 pub use reader::Reader;
 pub use ready::{APART, Ahead};
 pub use repair::repair_in;

@@ -15,6 +15,7 @@ use crate::generation::{Generation, Head, OpenError, committed_name, fresh_name,
 use crate::host::{Host, SystemHost};
 use crate::map::PageMap;
 use crate::older;
+use crate::place;
 use crate::planted::bug;
 use crate::reader::Reader;
 use crate::ready::Ready;
@@ -23,7 +24,7 @@ use crate::scrub::Cursor;
 use crate::verify::{self, Progress, Report};
 use crate::writer::Writer;
 use outlive_epoch::{EpochFacts, EpochId, PAGE_SIZE, StoreError};
-use outlive_media::{Access, BLOCK, Directory, FileDirectory, MediumError};
+use outlive_media::{Access, BLOCK, Directory, MediumError};
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
@@ -256,7 +257,8 @@ impl Live {
 }
 
 impl Store {
-    /// Makes a store in a directory that is absent or empty, and opens it for writing.
+    /// Makes a store in a directory that is absent or empty, or on a block device with an empty volume
+    /// ([`crate::format`]), and opens it for writing.
     ///
     /// A directory in which a first epoch was begun, but never committed, counts as empty.
     ///
@@ -264,8 +266,8 @@ impl Store {
     /// [`StoreError::Misuse`] where the directory holds anything else; [`StoreError::Busy`];
     /// [`StoreError::Medium`].
     pub fn create(path: impl AsRef<Path>) -> Result<Self, StoreError> {
-        let dir = FileDirectory::create(path.as_ref()).map_err(damage::medium)?;
-        Self::create_in(Arc::new(dir), Arc::new(SystemHost::default()))
+        let dir = place::create(path.as_ref()).map_err(damage::medium)?;
+        Self::create_in(dir, Arc::new(SystemHost::default()))
     }
 
     /// Opens a store that exists.
@@ -276,8 +278,8 @@ impl Store {
     /// [`StoreError::Medium`].
     pub fn open(path: impl AsRef<Path>, access: Access) -> Result<Self, StoreError> {
         let path = path.as_ref();
-        let dir = FileDirectory::open(path, access).map_err(|e| missing_directory(path, e))?;
-        Self::open_in(Arc::new(dir), Arc::new(SystemHost::default()), access)
+        let dir = place::open(path, access).map_err(|e| missing_directory(path, e))?;
+        Self::open_in(dir, Arc::new(SystemHost::default()), access)
     }
 
     /// Opens a store for writing, and makes it first where it is missing.
@@ -285,12 +287,8 @@ impl Store {
     /// # Errors
     /// Those of [`Store::create`] and [`Store::open`].
     pub fn open_or_create(path: impl AsRef<Path>) -> Result<Self, StoreError> {
-        let dir = FileDirectory::create(path.as_ref()).map_err(damage::medium)?;
-        Self::open_in(
-            Arc::new(dir),
-            Arc::new(SystemHost::default()),
-            Access::Write,
-        )
+        let dir = place::create(path.as_ref()).map_err(damage::medium)?;
+        Self::open_in(dir, Arc::new(SystemHost::default()), Access::Write)
     }
 
     /// [`Store::create`], in any directory.
@@ -365,6 +363,12 @@ impl Store {
             abandoned: false,
             next_number: 1,
         }
+    }
+
+    /// Bytes that are free where the store is; `None` where the place does not tell.
+    #[must_use]
+    pub fn free_bytes(&self) -> Option<u64> {
+        self.dir.free_bytes()
     }
 
     /// Removes files that were never published.
@@ -730,8 +734,8 @@ pub(crate) fn open_newest(
 /// [`StoreError::Missing`], [`StoreError::Newer`], [`StoreError::Medium`] for the directory.
 pub fn verify(path: impl AsRef<Path>, progress: Progress<'_>) -> Result<Report, StoreError> {
     let path = path.as_ref();
-    let dir = FileDirectory::open(path, Access::Read).map_err(|e| missing_directory(path, e))?;
-    verify::verify_in(&dir, progress)
+    let dir = place::open(path, Access::Read).map_err(|e| missing_directory(path, e))?;
+    verify::verify_in(&*dir, progress)
 }
 
 /// Checks an image, and writes again what is damaged and can be made good.
@@ -740,6 +744,6 @@ pub fn verify(path: impl AsRef<Path>, progress: Progress<'_>) -> Result<Report, 
 /// Those of [`verify`]; [`StoreError::Busy`] where somebody is writing to it.
 pub fn repair(path: impl AsRef<Path>, progress: Progress<'_>) -> Result<Report, StoreError> {
     let path = path.as_ref();
-    let dir = FileDirectory::open(path, Access::Write).map_err(|e| missing_directory(path, e))?;
-    repair_in(&dir, progress)
+    let dir = place::open(path, Access::Write).map_err(|e| missing_directory(path, e))?;
+    repair_in(&*dir, progress)
 }

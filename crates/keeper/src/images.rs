@@ -340,8 +340,10 @@ impl EpochLog for Log {
     }
 
     fn free_bytes(&self) -> Option<u64> {
-        let found = rustix::fs::statvfs(&self.dir).ok()?;
-        Some(found.f_bavail.saturating_mul(found.f_frsize))
+        self.store.free_bytes().or_else(|| {
+            let found = rustix::fs::statvfs(&self.dir).ok()?;
+            Some(found.f_bavail.saturating_mul(found.f_frsize))
+        })
     }
 }
 

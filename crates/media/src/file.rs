@@ -50,6 +50,8 @@ struct Files {
     plain: File,
     direct: Option<File>,
     direct_refused: AtomicBool,
+    /// How long it is, where that is for ever.
+    fixed: Option<u64>,
 }
 
 impl FileMedium {
@@ -108,6 +110,18 @@ impl FileMedium {
         let mode = Mode::RUSR | Mode::WUSR;
         let plain = rustix::fs::openat(dir, name, flags | common, mode)
             .map_err(|e| MediumError::io(&place, "open", 0, 0, e))?;
+        Self::of(place, plain, flags, access, None)
+    }
+
+    /// What is open already, with the flags of its opening; `fixed` is how long it is, where nothing
+    /// can make it longer.
+    pub(crate) fn of(
+        place: String,
+        plain: OwnedFd,
+        flags: OFlags,
+        access: Access,
+        fixed: Option<u64>,
+    ) -> Result<Self, MediumError> {
         if access == Access::Write {
             lock::exclusive(&place, plain.as_fd())?;
         }
@@ -120,6 +134,7 @@ impl FileMedium {
             plain: File::from(plain),
             direct: direct.map(File::from),
             direct_refused: AtomicBool::new(false),
+            fixed,
         });
         let writer = (access == Access::Write).then(|| Writer::new(Arc::clone(&files)));
         Ok(Self { files, writer })
@@ -142,12 +157,13 @@ impl Medium for FileMedium {
         if let Some(writer) = &self.writer {
             writer.drain();
         }
-        let len = self
-            .files
-            .plain
-            .metadata()
-            .map_err(|e| self.files.fail("stat", 0, 0, e))?
-            .len();
+        let len = match self.files.fixed {
+            Some(len) => len,
+            None => {
+                let told = self.files.plain.metadata();
+                told.map_err(|e| self.files.fail("stat", 0, 0, e))?.len()
+            }
+        };
         Ok(Geometry {
             len,
             block: BLOCK as u32,
@@ -177,6 +193,9 @@ impl Medium for FileMedium {
     fn truncate(&self, len: u64) -> Result<(), MediumError> {
         let writer = self.writer()?;
         writer.drain();
+        if self.files.fixed.is_some() {
+            return Ok(());
+        }
         self.files
             .plain
             .set_len(len)
@@ -310,7 +329,8 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 impl Writer {
     fn new(files: Arc<Files>) -> Self {
-        let reserved = files.plain.metadata().map_or(0, |m| m.len());
+        let told = || files.plain.metadata().map_or(0, |m| m.len());
+        let reserved = files.fixed.unwrap_or_else(told);
         let shared = Shared {
             queue: Mutex::default(),
             changed: Condvar::new(),
@@ -328,6 +348,10 @@ impl Writer {
         let have = self.reserved.load(Ordering::Relaxed);
         if len <= have {
             return Ok(());
+        }
+        if self.files.fixed.is_some() {
+            let (place, needed) = (self.files.place.clone(), len - have);
+            return Err(MediumError::Full { place, needed });
         }
         let plain = &self.files.plain;
         match rustix::fs::fallocate(plain, FallocateFlags::empty(), have, len - have) {

@@ -2,7 +2,8 @@
 //!
 //! A [`Medium`] is a growing array of bytes that keeps what was flushed through a power cut; a
 //! [`Directory`] is a set of named media. [`FileMedium`] and [`FileDirectory`] keep them in files;
-//! [`SimDisk`] keeps them in memory and loses, tears or trashes what was not flushed, as a test
+//! [`BlockMedium`] is a whole block device, [`MemoryMedium`] memory of the kernel's;
+//! a [`Volume`] keeps them inside one medium that has no names. [`SimDisk`] keeps them in memory and loses, tears or trashes what was not flushed, as a test
 //! chooses. [`LineMemory`] simulates memory that keeps its bytes, behind caches that do not.
 //!
 //! # Rules
@@ -16,18 +17,24 @@
 //! - A name is durable only after [`Directory::sync`].
 //! - Offsets and lengths of writes are multiples of [`BLOCK`].
 
+mod block;
 mod buffer;
 mod directory;
 mod file;
 mod lines;
 mod lock;
+mod memory;
 mod sim;
+mod volume;
 
+pub use block::{BlockMedium, is_block_device};
 pub use buffer::Buffer;
 pub use directory::FileDirectory;
 pub use file::FileMedium;
 pub use lines::{Crashes, LINE, LineMemory};
+pub use memory::MemoryMedium;
 pub use sim::{Cut, Fate, Fault, Lie, Op, Pending, SimDirectory, SimDisk, SimMedium, power_off};
+pub use volume::Volume;
 
 use std::io;
 use std::sync::Arc;
@@ -106,6 +113,11 @@ pub trait Directory: Send + Sync {
 
     /// Makes all earlier creations, renames and removals durable.
     fn sync(&self) -> Result<(), MediumError>;
+
+    /// Bytes that media here can still be given; `None` where nobody tells.
+    fn free_bytes(&self) -> Option<u64> {
+        None
+    }
 }
 
 /// What can go wrong with a medium.
@@ -146,6 +158,14 @@ pub enum MediumError {
         place: String,
         /// One past the last byte that was wanted.
         end: u64,
+    },
+    /// What is to hold named media holds something else, or nothing.
+    #[error("{place} is no volume of Outlive's: {what}")]
+    NoVolume {
+        /// Which medium.
+        place: String,
+        /// What is there instead.
+        what: &'static str,
     },
     /// The caller broke a rule of this crate (an unaligned write, a write to a read-only handle).
     #[error("{place}: {what}")]

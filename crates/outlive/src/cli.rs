@@ -165,6 +165,9 @@ pub struct RunArgs {
     /// Name of the subject; made from the program's name where it is not given
     #[arg(long, value_name = "N")]
     pub name: Option<String>,
+    /// Where epochs are kept
+    #[command(flatten)]
+    pub device: Device,
     /// How each epoch is taken
     #[command(flatten)]
     pub pace: Pace,
@@ -194,9 +197,24 @@ pub struct AttachArgs {
     /// Name of the subject; made from the program's name where it is not given
     #[arg(long, value_name = "N")]
     pub name: Option<String>,
+    /// Where epochs are kept
+    #[command(flatten)]
+    pub device: Device,
     /// How each epoch is taken
     #[command(flatten)]
     pub pace: Pace,
+}
+
+/// A device for the epochs of a new subject.
+#[derive(Debug, Args)]
+pub struct Device {
+    /// Block device that holds nothing but the epochs of this subject, instead of files in the store:
+    /// best a name of it that stays, as those in /dev/disk/by-id
+    #[arg(long, value_name = "DEVICE", conflicts_with = "hold_up")]
+    pub medium: Option<PathBuf>,
+    /// Use the device although it holds something else, all of which is lost
+    #[arg(long, requires = "medium")]
+    pub format: bool,
 }
 
 /// When and how epochs are taken.

@@ -122,6 +122,7 @@ pub fn forget(root: &Root, name: &str, json: bool) -> Result<u8, KeeperError> {
     if subject.card().is_ok_and(|card| card.runs()) {
         not_kept(&subject)?;
     }
+    super::device::clear(&subject)?;
     subject.remove(&lock)?;
     if json {
         out::json(&json!({ "name": name, "state": "forgotten" }));

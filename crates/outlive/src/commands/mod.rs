@@ -6,6 +6,7 @@ mod carry;
 mod check;
 mod checkpoint;
 mod demo;
+mod device;
 mod dts;
 mod end;
 mod image;

@@ -1,7 +1,7 @@
 //! `run` and `attach`: a keeper in the foreground.
 
-use super::medium;
-use crate::cli::{AttachArgs, Pace, RunArgs};
+use super::{device, medium};
+use crate::cli::{AttachArgs, Device, Pace, RunArgs};
 use crate::out;
 use crate::terminal::Modes;
 use outlive_epoch::{PAGE_SIZE, StoreError};
@@ -43,7 +43,7 @@ pub fn run(root: &Root, args: &RunArgs, json: bool) -> Result<u8, KeeperError> {
     let model = medium::model(root, hold_up, 0)?;
     let new = !subject.dir().exists();
     let lock = claim(&subject)?;
-    let mut log = fresh_log(&subject)?;
+    let mut log = fresh_log(&subject, &args.device)?;
     let mut signals = queue()?;
     let command: Vec<String> = args
         .command
@@ -130,8 +130,8 @@ pub fn attach(root: &Root, args: &AttachArgs, json: bool) -> Result<u8, KeeperEr
     }
     let lock = claim(&subject)?;
     let mut log = match subject.card() {
-        Ok(card) if card.pid == pid && card.runs() => reopened_log(&subject)?,
-        _ => fresh_log(&subject)?,
+        Ok(card) if card.pid == pid && card.runs() => reopened_log(&subject, &args.device)?,
+        _ => fresh_log(&subject, &args.device)?,
     };
     subject.write_card(&lock, &card)?;
     introduce(&subject, &lock, pid)?;
@@ -284,7 +284,7 @@ pub fn claim(subject: &Subject) -> Result<Lock, KeeperError> {
 }
 
 /// A new log for a subject that must not have epochs.
-fn fresh_log(subject: &Subject) -> Result<Log, KeeperError> {
+fn fresh_log(subject: &Subject, chosen: &Device) -> Result<Log, KeeperError> {
     let dir = subject.epochs_dir();
     match Image::open(&dir) {
         Ok(image) => {
@@ -295,6 +295,7 @@ fn fresh_log(subject: &Subject) -> Result<Log, KeeperError> {
         Err(StoreError::Missing { .. }) => {}
         Err(error) => return Err(error.into()),
     }
+    device::choose(subject, chosen)?;
     Log::create(&dir)
 }
 
@@ -322,9 +323,9 @@ fn earlier(subject: &Subject, last: u64) -> KeeperError {
 }
 
 /// The log of a program whose keeper died: its epochs are continued.
-fn reopened_log(subject: &Subject) -> Result<Log, KeeperError> {
+fn reopened_log(subject: &Subject, chosen: &Device) -> Result<Log, KeeperError> {
     match Log::open(&subject.epochs_dir()) {
-        Err(KeeperError::Store(StoreError::Missing { .. })) => fresh_log(subject),
+        Err(KeeperError::Store(StoreError::Missing { .. })) => fresh_log(subject, chosen),
         other => other,
     }
 }

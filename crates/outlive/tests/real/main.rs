@@ -9,6 +9,7 @@
 mod all_sorts;
 mod bad_images;
 mod bench;
+mod device;
 mod elsewhere;
 mod files;
 mod kills;
