@@ -595,7 +595,7 @@ mod tests {
 
     #[test]
     fn what_a_full_store_did_not_take_is_owed() {
-        for (manner, before) in [(Manner::Running, "sync"), (Manner::Held, "dropped")] {
+        for (manner, before) in [(Manner::Running, "closed"), (Manner::Held, "dropped")] {
             let (trace, done, _) = run(Some("commit"), manner, Says(false, Fate::Ended));
             assert!(trace.ends_with(&[before, "owe"]), "{trace:?}");
             assert!(!done);
