@@ -53,6 +53,7 @@ use outlive_linux::Errno;
 use outlive_linux::memory;
 use outlive_linux::pagemap::{self, Pagemap, Query};
 use outlive_linux::remote::Arena;
+use outlive_linux::thread::Urgent;
 use outlive_linux::userfault::{Fault, WriteTracker};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -284,6 +285,8 @@ impl Shared {
     }
 
     fn serve(&self) {
+        // Whoever is held waits for this thread; and what is not found in time is not bounded.
+        let _urgent = self.tracker.guards_holes().then(Urgent::begin);
         loop {
             let mut set = [
                 PollFd::new(&*self.tracker, PollFlags::IN),

@@ -248,13 +248,16 @@ impl Shared {
             for m in mappings.iter().filter(|m| m.prot & 2 != 0) {
                 let pages = m.len() / PAGE;
                 if m.shared {
-                    let ours = (m.start..m.end).contains(&self.foothold);
                     let extent = m.offset / PAGE + pages;
                     let object = exposure.shared.entry((m.device, m.inode)).or_default();
-                    *object = (*object).max(if ours { 0 } else { extent });
+                    *object = (*object).max(extent);
                 } else if m.inode != 0 || !self.take_in(state, m) {
                     exposure.private += pages;
                 }
+            }
+            let arena = |m: &&Mapping| (m.start..m.end).contains(&self.foothold);
+            if let Some(ours) = mappings.iter().find(arena) {
+                exposure.shared.remove(&(ours.device, ours.inode));
             }
         } else {
             exposure.private += own_pages(self.pid);

@@ -188,6 +188,40 @@ fn an_epoch_that_failed_is_made_good_also_where_nothing_could_be_read() {
     }
 }
 
+/// What an epoch had taken that a full store did not is in the next one, which is no full one: all that
+/// was written by then, before its stop and at it, and nothing of what was given back since.
+#[test]
+fn what_a_full_store_did_not_take_is_in_the_next_epoch() {
+    let _alone = alone();
+    if !may_run("what_a_full_store_did_not_take_is_in_the_next_epoch") {
+        return;
+    }
+    adopt_orphans();
+    for strategy in [Strategy::Incremental, Strategy::Redundant, Strategy::Cow] {
+        let mut program = Program::start("shifter", &["4"]);
+        let mut tracked = begin(&program, (strategy, 1));
+        let mut store = Store::default();
+        epoch(&mut tracked, &mut store).expect("an epoch");
+        for _ in 0..times(3, 50) {
+            let mut writer = store.begin();
+            tracked
+                .precopy(&mut *writer, &mut || false)
+                .expect("copying ahead");
+            let (stopped, mut captured) = tracked.stop(&mut *writer, None).expect("the stop");
+            stopped.resume().expect("it runs on");
+            // The writer is dropped, and all of it with that.
+            drop(writer);
+            tracked.owe_captured(&mut captured);
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        assert!(tracked.owed_pages() > 0, "{strategy}: nothing was taken");
+        let seen = last_epoch(&mut program, tracked, &mut store);
+        clean_up();
+        bring_back(&mut program, store.newest(), &seen);
+        program.must_report();
+    }
+}
+
 /// Another program at the same addresses is not taken for the one that stood, though the address space
 /// of that lives on.
 /// Takes an epoch and compares what it holds of a mapping with what stands there.
