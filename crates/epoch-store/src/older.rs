@@ -8,7 +8,7 @@
 //! - An epoch may stand in two generations, with the same contents: the newer one is read.
 
 use crate::damage::{self, Part, Trouble};
-use crate::format::{Says, Trailer};
+use crate::format::Says;
 use crate::generation::{Generation, OpenError, committed_name, number_of};
 use crate::reader::Reader;
 use crate::store::{EpochSummary, Live, Store};
@@ -166,11 +166,11 @@ impl Store {
     /// # Errors
     /// As for [`Store::epoch`].
     pub fn increment(&self, id: EpochId) -> Result<Increment, StoreError> {
-        let listed = self.epochs();
-        let before = listed
-            .iter()
-            .map(|epoch| epoch.id)
-            .rfind(|known| *known < id);
+        let before = |live: &Live| {
+            let later = live.chain.partition_point(|(_, t)| t.epoch < id.0);
+            Some(EpochId(live.chain.get(later.checked_sub(1)?)?.1.epoch))
+        };
+        let before = self.lives().filter_map(before).max();
         let Some(before) = before else {
             return Ok(Increment {
                 reader: self.epoch(Some(id))?,
@@ -178,30 +178,26 @@ impl Store {
                 whole: true,
             });
         };
-        let follows = |live: &&Live| {
-            let pairs = live.chain.windows(2);
-            let mut pairs = pairs.map(|pair| (pair[0].1.epoch, pair[1].1.epoch));
-            pairs.any(|pair| pair == (before.0, id.0))
+        let follows = |live: &Live| {
+            let at = live.chain.binary_search_by_key(&id.0, |(_, t)| t.epoch);
+            let at = at.ok()?;
+            (live.chain.get(at.checked_sub(1)?)?.1.epoch == before.0).then_some(at)
         };
-        let Some(live) = self.lives().find(follows) else {
+        let found = self.lives().find_map(|live| Some((live, follows(live)?)));
+        let Some((live, at)) = found else {
             return Ok(Increment {
                 reader: self.epoch(Some(id))?,
                 absent: self.epoch(Some(before))?.runs(),
                 whole: true,
             });
         };
-        let link = live.chain.iter().filter(|(_, t)| t.epoch == id.0);
-        let link: Vec<(u64, Trailer)> = link.copied().collect();
-        let reader = Reader::new(&live.generation, &link)?;
-        let mut absent = Vec::new();
-        for (at, trailer) in &link {
-            let entries = live.generation.index(*at, trailer)?.entries;
-            let gone = entries.iter().filter(|entry| entry.says == Says::Absent);
-            absent.extend(gone.map(|entry| entry.run));
-        }
+        let link = &live.chain[at];
+        let reader = Reader::new(&live.generation, std::slice::from_ref(link))?;
+        let entries = live.generation.index(link.0, &link.1)?.entries;
+        let gone = entries.iter().filter(|entry| entry.says == Says::Absent);
         Ok(Increment {
             reader,
-            absent,
+            absent: gone.map(|entry| entry.run).collect(),
             whole: false,
         })
     }

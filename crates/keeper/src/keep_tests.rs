@@ -2,9 +2,11 @@
 
 use super::*;
 use crate::budget::model::Figures;
-use crate::control::ask;
+use crate::control::{Request, ask};
 use crate::epoch::Hooks;
 use crate::fake::{FakeLog, FakeProgram};
+use crate::power::Heard;
+use outlive_linux::signals::Received;
 use rustix::process::Pid;
 use std::path::Path;
 use std::process::{Child, Command};

@@ -168,15 +168,14 @@ pub enum Action {
 pub fn next(policy: Policy, files: &[Generation]) -> Option<Action> {
     let moments: Vec<Moment> = files.iter().flat_map(|file| file.epochs.clone()).collect();
     let wanted = policy.keep.map(|keep| keep.wanted(&moments));
-    for (i, file) in files.iter().enumerate() {
-        let newer = &files[i + 1..];
-        let has = |id: u64| move |file: &Generation| file.epochs.iter().any(|e| e.0 == id);
-        let held = |id: u64| newer.iter().any(has(id));
-        let of = |set: &BTreeSet<u64>| -> Vec<u64> {
-            let ids = file.epochs.iter().map(|(id, _)| *id);
-            ids.filter(|id| set.contains(id) && !held(*id)).collect()
-        };
-        let own = wanted.as_ref().map(of).unwrap_or_default();
+    // Of each file what no newer one has.
+    let mut left = wanted.unwrap_or_default();
+    let mut wanted: Vec<Vec<u64>> = Vec::new();
+    for file in files.iter().rev() {
+        let ids = file.epochs.iter().map(|(id, _)| *id);
+        wanted.push(ids.filter(|id| left.remove(id)).collect());
+    }
+    for (file, own) in files.iter().zip(wanted.into_iter().rev()) {
         let unwanted = file.epochs.len() - own.len();
         let heavy = unwanted > 0 && own.len() <= unwanted;
         match (file.newest, own.is_empty()) {

@@ -2,11 +2,12 @@
 //!
 //! # Rules
 //! - A log that has grown long is flattened from what is stored; the program is not stopped for it, and
-//!   copies nothing. Only where that cannot be done (what is stored is damaged, or a hold-up budget has
-//!   no room) a full epoch of the program begins a new generation.
+//!   copies nothing. Only where that cannot be done (what is stored is damaged, a hold-up budget has
+//!   no room, or the log has grown four times as long meanwhile) a full epoch of the program begins a
+//!   new generation.
 //! - The work is done in pieces of [`PIECE`] bytes, by the keeper's own thread, while the next epoch is
 //!   at least [`ROOM`] away, and at most [`RATE`] bytes a second. Where the log has grown by half since
-//!   the work began, each epoch is preceded by a piece twice as large as what the last one wrote: so
+//!   it was found to be long, or the work began, each epoch is preceded by a piece twice as large as what the last one wrote: so
 //!   the work comes to an end however fast the program writes.
 //! - With a predicted hold-up budget a piece is done only where an event that came right then would
 //!   still be durable in time, after waiting for the piece; with a strict one none is done.
@@ -69,8 +70,9 @@ struct Asked {
 pub struct Upkeep {
     policy: Policy,
     asked: Option<Asked>,
-    /// The log is long.
+    /// The log is long, and how long it was when that was found.
     long: bool,
+    since: Option<u64>,
     /// Something is being copied; by how many bytes of log that began.
     copying: Option<u64>,
     /// The next piece, and the next look at what is wanted, nanoseconds.
@@ -94,9 +96,13 @@ impl Upkeep {
         self.policy
     }
 
-    /// The log has grown long.
-    pub fn shorten(&mut self) {
+    /// The log has grown long. Says whether there is hope: not where it has grown four times as long
+    /// since it was found to be.
+    pub fn shorten(&mut self, log_bytes: u64) -> bool {
         self.long = true;
+        let since = self.since.map_or(log_bytes, |since| since.min(log_bytes));
+        self.since = Some(since);
+        log_bytes <= since.saturating_mul(4)
     }
 
     /// Somebody asks for order, and waits until there is.
@@ -133,7 +139,7 @@ impl Upkeep {
     /// done; `last` is what the last epoch wrote.
     #[must_use]
     pub fn late(&self, log_bytes: u64, last: u64) -> Option<u64> {
-        let began = self.copying?;
+        let began = self.since.or(self.copying)?;
         let late = log_bytes > began.saturating_add(began / 2);
         late.then_some(last.saturating_mul(2).max(PIECE))
     }
@@ -190,6 +196,8 @@ impl Upkeep {
                 store.switch()?;
                 done.switched = true;
                 self.copying = None;
+                // If it is long all the same, the next epoch says so.
+                (self.long, self.since) = (false, None);
             }
             let pause = worked.written.saturating_mul(1_000_000_000) / RATE;
             self.due = now.saturating_add(if self.asked.is_some() { 0 } else { pause });

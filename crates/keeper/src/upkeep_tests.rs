@@ -69,7 +69,7 @@ fn a_long_log_is_flattened_in_pieces_while_epochs_come() {
     let mut upkeep = Upkeep::new(Policy::default());
     all(&mut upkeep, &mut store, &mut |_| {});
     assert_eq!(numbers(&store).len(), 30, "nobody asked for anything");
-    upkeep.shorten();
+    assert!(upkeep.shorten(1 << 20));
     let mut come = 0;
     let pieces = all(&mut upkeep, &mut store, &mut |store| {
         if come < 6 {
@@ -173,9 +173,14 @@ fn a_log_that_outgrows_the_work_gets_it_before_each_epoch() {
     epoch(&mut store, 0);
     let mut upkeep = Upkeep::new(Policy::default());
     assert_eq!(upkeep.late(u64::MAX, 5), None, "nothing is being copied");
-    upkeep.shorten();
+    assert!(upkeep.shorten(1 << 20));
+    let log = 1 << 20;
+    assert_eq!(
+        upkeep.late(log + log / 2 + 1, 5),
+        Some(PIECE),
+        "also before it begins"
+    );
     upkeep.piece(0, PIECE, &mut store);
-    let log = store.log_bytes();
     assert_eq!(upkeep.late(log + log / 2, 5), None);
     assert_eq!(upkeep.late(log * 2, 5), Some(PIECE));
     assert_eq!(upkeep.late(log * 2, PIECE), Some(2 * PIECE));
@@ -218,7 +223,7 @@ fn what_is_lost_is_said_and_asks_for_a_full_epoch() {
     std::fs::write(&file, bytes).unwrap();
     let mut store = Store::open(dir.path().join("s"), outlive_epoch_store::Access::Write).unwrap();
     let mut upkeep = Upkeep::new(Policy::default());
-    upkeep.shorten();
+    assert!(upkeep.shorten(1 << 20));
     let mut lost = false;
     for _ in 0..10 {
         let done = upkeep.piece(0, PIECE, &mut store);
@@ -229,5 +234,7 @@ fn what_is_lost_is_said_and_asks_for_a_full_epoch() {
         }
     }
     assert!(lost && !store.is_working());
+    assert!(upkeep.shorten(4 << 20), "there is hope");
+    assert!(!upkeep.shorten((4 << 20) + 1));
     assert_eq!(upkeep.wait(1, u64::MAX), Some(PAUSE - 1), "not at once");
 }

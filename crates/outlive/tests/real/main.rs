@@ -14,6 +14,7 @@ mod elsewhere;
 mod files;
 mod kills;
 mod lazy;
+mod long_life;
 mod no_space;
 mod owners;
 mod pid_namespace;

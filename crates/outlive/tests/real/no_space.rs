@@ -7,12 +7,12 @@ use std::path::Path;
 use std::process::Command;
 
 /// A small file system, unmounted when it is dropped.
-struct Small {
+pub struct Small {
     at: String,
 }
 
 impl Small {
-    fn mount(place: &Place, name: &str, size: &str) -> Self {
+    pub fn mount(place: &Place, name: &str, size: &str) -> Self {
         let at = place.text(name);
         fs::create_dir(&at).unwrap();
         let mut mount = Command::new(installed("mount"));
