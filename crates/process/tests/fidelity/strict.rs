@@ -13,7 +13,7 @@ use std::time::Duration;
 /// Pages that the capture itself may change: what is left of a sleep is written to the stack.
 const OURS: u64 = 4;
 
-fn begin(program: &Program, unit: u32) -> Tracked {
+pub fn begin(program: &Program, unit: u32) -> Tracked {
     let options = TrackOptions {
         strategy: Strategy::Cow,
         granularity: Granularity::new(unit).expect("a power of two"),
