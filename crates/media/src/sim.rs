@@ -6,13 +6,16 @@
 //! ([`SimDisk::lie`]), which no medium may do, but some do. Nothing here makes a system call, reads a clock or
 //! draws a random number: the same calls give the same disk.
 
+mod bytes;
 mod state;
 
 pub use state::{Fate, Pending};
 
 use crate::{Access, BLOCK, Directory, Geometry, Medium, MediumError, check_blocks};
+use bytes::Bytes;
 use state::State;
 use std::collections::BTreeMap;
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -192,11 +195,27 @@ impl SimDisk {
         Self(Arc::new(Mutex::new(inner)))
     }
 
+    /// Numbers that are the same for disks on which the same can be read: of the names, and of what
+    /// they stand for.
+    #[must_use]
+    pub fn fingerprint(&self) -> [u64; 2] {
+        let inner = self.inner();
+        [0u8, 1].map(|salt| {
+            let mut hasher = DefaultHasher::new();
+            salt.hash(&mut hasher);
+            for (name, id) in &inner.now.names {
+                (name, inner.now.media.get(id)).hash(&mut hasher);
+            }
+            hasher.finish()
+        })
+    }
+
     /// The bytes that a name stands for, as they are read now; for looking at and damaging.
     #[must_use]
     pub fn contents(&self, name: &str) -> Option<Vec<u8>> {
         let inner = self.inner();
-        inner.now.media.get(inner.now.names.get(name)?).cloned()
+        let medium = inner.now.media.get(inner.now.names.get(name)?)?;
+        Some(medium.to_vec())
     }
 
     /// Replaces the bytes that a name stands for, durably: damage done from outside.
@@ -210,6 +229,7 @@ impl SimDisk {
             *next
         });
         durable.names.insert(name.to_owned(), id);
+        let bytes = Bytes::from(&bytes[..]);
         durable.media.insert(id, bytes.clone());
         now.media.insert(id, bytes);
     }
@@ -432,17 +452,14 @@ impl Medium for SimMedium {
         let mut inner = self.disk.inner();
         inner.step(&self.name, Op::Read).1?;
         let end = offset.saturating_add(into.len() as u64);
-        let medium = inner.now.media.get(&self.id).map_or(&[][..], Vec::as_slice);
-        match medium.get(offset as usize..end as usize) {
-            Some(bytes) => {
-                into.copy_from_slice(bytes);
-                Ok(())
-            }
-            None => Err(MediumError::Short {
-                place: self.name.clone(),
-                end,
-            }),
+        let medium = inner.now.media.get(&self.id);
+        if medium.is_some_and(|medium| medium.read(offset as usize, into)) || into.is_empty() {
+            return Ok(());
         }
+        Err(MediumError::Short {
+            place: self.name.clone(),
+            end,
+        })
     }
 
     fn write(&self, offset: u64, bytes: &[u8]) -> Result<(), MediumError> {

@@ -1,5 +1,6 @@
 //! The contents of a simulated disk, and what a power cut does to a change of them.
 
+use super::bytes::Bytes;
 use crate::{BLOCK, SECTOR};
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -38,7 +39,7 @@ pub enum Fate {
 
 #[derive(Clone, Debug, Default)]
 pub(super) struct State {
-    pub media: BTreeMap<u64, Vec<u8>>,
+    pub media: BTreeMap<u64, Bytes>,
     pub names: BTreeMap<String, u64>,
     /// What space holds that was never written, by offset; zeros beyond.
     pub dirt: Arc<[u8]>,
@@ -75,11 +76,10 @@ impl State {
     fn resize(&mut self, id: u64, len: usize) {
         let medium = self.media.entry(id).or_default();
         let from = medium.len();
-        medium.resize(len, 0);
-        let dirt = self.dirt.get(from..).unwrap_or_default();
-        if let Some(new) = medium.get_mut(from..) {
-            let n = new.len().min(dirt.len());
-            new[..n].copy_from_slice(&dirt[..n]);
+        medium.resize(len);
+        if from < len {
+            let dirt = self.dirt.get(from..len.min(self.dirt.len()));
+            medium.put(from, dirt.unwrap_or_default());
         }
     }
 
@@ -89,7 +89,7 @@ impl State {
             self.resize(id, end);
         }
         if let Some(medium) = self.media.get_mut(&id) {
-            medium[at..end].copy_from_slice(bytes);
+            medium.put(at, bytes);
         }
     }
 
@@ -116,15 +116,17 @@ impl State {
 
     /// What was there before a write, as far as there was anything: what is found if it is lost.
     pub fn before(&self, id: u64, offset: u64, len: usize) -> Vec<u8> {
-        let medium = self.media.get(&id).map_or(&[][..], Vec::as_slice);
-        let mut bytes = medium.get(offset as usize..).unwrap_or_default().to_vec();
-        bytes.resize(len, 0);
+        let mut bytes = vec![0; len];
+        if let Some(medium) = self.media.get(&id) {
+            let there = medium.len().saturating_sub(offset as usize).min(len);
+            medium.read(offset as usize, &mut bytes[..there]);
+        }
         bytes
     }
 
     /// Bytes from another place, or from the same place of another medium; repeated as needed.
     fn stale(&self, choice: u64, offset: usize, len: usize) -> Vec<u8> {
-        let media: Vec<&Vec<u8>> = self.media.values().filter(|m| m.len() >= BLOCK).collect();
+        let media: Vec<&Bytes> = self.media.values().filter(|m| m.len() >= BLOCK).collect();
         let chosen = choice.checked_rem(media.len() as u64);
         let Some(medium) = chosen.and_then(|i| media.get(i as usize)) else {
             return vec![0; len];
@@ -133,7 +135,9 @@ impl State {
         let elsewhere = (choice >> 8) as usize % blocks * BLOCK;
         let same = choice & 0x80 == 0 && offset < blocks * BLOCK;
         let from = if same { offset } else { elsewhere };
-        medium[from..].iter().cycle().take(len).copied().collect()
+        let mut bytes = vec![0; (medium.len() - from).min(len)];
+        medium.read(from, &mut bytes);
+        bytes.iter().cycle().take(len).copied().collect()
     }
 }
 
