@@ -105,7 +105,11 @@ fn epoch(
                     writer.absent(run)?;
                 }
             }
-            Kind::Zero => from.runs()?.into_iter().for_each(|run| writer.zero(run)),
+            Kind::Zero => {
+                for run in from.runs()? {
+                    writer.zero(run)?;
+                }
+            }
             Kind::Pages => {
                 let (run, bytes) = from.pages()?;
                 writer.put(run, bytes)?;

@@ -230,7 +230,9 @@ fn assemble(manifest: &Manifest, spool: &Path, store: &mut Store) -> Result<(), 
             rest = others;
         }
     }
-    manifest.zero.iter().for_each(|run| writer.zero(*run));
+    for run in &manifest.zero {
+        writer.zero(*run)?;
+    }
     writer.commit(manifest.facts)?;
     Ok(())
 }

@@ -75,7 +75,7 @@ pub(crate) fn write(
                 let bytes = vec![*byte; *count as usize * PAGE_SIZE];
                 writer.put(run, &bytes).unwrap();
             }
-            Does::Zero => writer.zero(run),
+            Does::Zero => writer.zero(run).unwrap(),
             Does::Absent => writer.absent(run).unwrap(),
         }
     }

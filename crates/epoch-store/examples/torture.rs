@@ -91,5 +91,9 @@ fn report(tally: &Tally, violations: usize) {
     );
     println!("{} lies of the medium", tally.lies);
     println!("{} changed bits, sectors and blocks", tally.flips);
+    println!(
+        "{} of all these were alike to one before, and not compared again",
+        tally.alike
+    );
     println!("{} states tried, {violations} violations", tally.states());
 }

@@ -339,7 +339,7 @@ impl Beside {
             }
         }
         let (left, zero) = reader.parts();
-        zero.into_iter().for_each(|run| writer.zero(run));
+        zero.into_iter().try_for_each(|run| writer.zero(run))?;
         part.copying = Some(Copying {
             reader,
             left: left.into(),
@@ -441,10 +441,7 @@ fn copy_pages(reader: &Reader, wanted: &[Run], writer: &mut Writer<'_>) -> Resul
     let (mut written, mut failed) = (0, None);
     let walked = reader.pages_in(wanted, Order::Fastest, &mut |run, content| {
         let put = match content {
-            Content::Zero => {
-                writer.zero(run);
-                Ok(())
-            }
+            Content::Zero => writer.zero(run),
             Content::Bytes(bytes) => writer.put(run, bytes),
         };
         written += run.count() * PAGE_SIZE as u64;

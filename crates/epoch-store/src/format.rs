@@ -28,15 +28,15 @@ pub const SLOT_AT: [[u64; 2]; 2] = [
     [BLOCK_LEN, SECOND + BLOCK_LEN],
     [2 * BLOCK_LEN, SECOND + 2 * BLOCK_LEN],
 ];
-/// Where the copy of the newest acknowledged commit record stands.
-pub const SEAL_AT: u64 = 3 * BLOCK_LEN;
+/// Where the two copies of the seal stand: what is acknowledged, and which commit may follow.
+pub const SEAL_AT: [u64; 2] = [3 * BLOCK_LEN, SECOND + 3 * BLOCK_LEN];
 /// Where the log begins.
-pub const LOG_AT: u64 = SECOND + 3 * BLOCK_LEN;
+pub const LOG_AT: u64 = SECOND + 4 * BLOCK_LEN;
 /// The longest name of a group, in bytes.
 pub const NAME_MAX: usize = 1024;
 
 const SUPERBLOCK_MAGIC: &[u8; 8] = b"OUTLIVES";
-const RECORD_MAGIC: &[u8; 8] = b"OLCOMMIT";
+const STAMP_MAGIC: &[u8; 8] = b"OLCOMMIT";
 const TRAILER_MAGIC: &[u8; 8] = b"OLTRAILR";
 /// Bytes of one index entry.
 const ENTRY_LEN: usize = 32;
@@ -49,7 +49,7 @@ pub enum Kind {
     Groups = 3,
     Index = 4,
     Trailer = 5,
-    Record = 6,
+    Stamp = 6,
     Parity = 7,
 }
 
@@ -200,101 +200,122 @@ impl Superblock {
     }
 }
 
-/// The commit record: which epoch is the newest, and where it ends.
+/// The commit record: an epoch, and where its trailer stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Record {
     pub epoch: u64,
-    pub trailer_at: u64,
-    /// Where the second copy of the trailer stands, which is the last block of the epoch.
-    pub copy_at: u64,
+    pub trailer: Twice,
     /// From the beginning of the epoch to its acknowledgement; 0 where not known (always in a
     /// slot, which is written before).
     pub durable_us: u64,
 }
 
-/// What is found in the block of a commit record.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct RecordRead {
-    /// The newest record of which any copy is good.
-    pub record: Option<Record>,
-    /// How many of the copies say so.
-    pub copies: usize,
-    /// Whether all of the block is zeros, as it is before its first use.
-    pub blank: bool,
-}
-
-/// Copies of the record in its block: one in each sector.
-pub const RECORD_COPIES: usize = BLOCK / SECTOR;
-
 impl Record {
     /// One past the last byte of the epoch.
     pub fn log_end(&self) -> u64 {
-        self.copy_at.saturating_add(BLOCK_LEN)
+        self.trailer.copy_at.saturating_add(BLOCK_LEN)
     }
 
-    /// The two places of the trailer.
-    pub fn trailer(&self) -> Twice {
-        Twice {
-            at: self.trailer_at,
-            copy_at: self.copy_at,
+    /// Nothing where the numbers are those of no epoch; `None` where they are in no order.
+    fn take(take: &mut Take<'_>) -> Option<Option<Self>> {
+        let record = Self {
+            epoch: take.u64()?,
+            trailer: Twice::take(take)?,
+            durable_us: take.u64()?,
+        };
+        let nothing = record.epoch == 0 && record.trailer == Twice::NONE;
+        match record.epoch > 0 && record.trailer.is_placed() {
+            true => Some(Some(record)),
+            false => nothing.then_some(None),
         }
     }
 
-    /// A block that holds the record once in each sector, each bound to its place.
+    fn numbers(record: Option<Self>) -> [u64; 5] {
+        let none = Self {
+            epoch: 0,
+            trailer: Twice::NONE,
+            durable_us: 0,
+        };
+        let record = record.unwrap_or(none);
+        let [at, copy_at, crc] = record.trailer.numbers();
+        [record.epoch, at, copy_at, crc, record.durable_us]
+    }
+}
+
+/// What a block of the header says of epochs: that of a slot names the newest one, or none before
+/// its first use; that of the seal also names the one whose commit may follow.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Stamp {
+    pub newest: Option<Record>,
+    pub coming: Option<Record>,
+}
+
+/// Copies of a stamp in its block: one in each sector.
+pub const STAMP_COPIES: usize = BLOCK / SECTOR;
+
+impl Stamp {
+    /// No epoch above this one was committed while this was what the seal said.
+    pub fn limit(&self) -> u64 {
+        let epoch = |record: Option<Record>| record.map_or(0, |record| record.epoch);
+        epoch(self.newest).max(epoch(self.coming))
+    }
+
+    /// A block that holds the stamp once in each sector, each bound to its place.
     pub fn encode(&self, key: Key, offset: u64) -> Vec<u8> {
         let mut out = Vec::with_capacity(BLOCK);
-        for i in 0..RECORD_COPIES {
-            let mut sector = RECORD_MAGIC.to_vec();
-            let numbers = [self.epoch, self.trailer_at, self.copy_at, self.durable_us];
-            put_numbers(&mut sector, &numbers);
+        for i in 0..STAMP_COPIES {
+            let mut sector = STAMP_MAGIC.to_vec();
+            put_numbers(&mut sector, &Record::numbers(self.newest));
+            put_numbers(&mut sector, &Record::numbers(self.coming));
             sector.resize(SECTOR, 0);
-            key.of(Kind::Record, 0)
+            key.of(Kind::Stamp, 0)
                 .seal(offset + (i * SECTOR) as u64, &mut sector);
             out.append(&mut sector);
         }
         out
     }
 
-    pub fn decode(key: Key, offset: u64, block: &[u8]) -> RecordRead {
-        let seed = key.of(Kind::Record, 0);
+    /// All that the good sectors of a block say, one for each.
+    pub fn decode(key: Key, offset: u64, block: &[u8]) -> Vec<Self> {
+        let seed = key.of(Kind::Stamp, 0);
         let good = block.chunks(SECTOR).enumerate().filter_map(|(i, sector)| {
             let intact = seed.is_sealed(offset + (i * SECTOR) as u64, sector);
             intact.then(|| Self::fields(sector)).flatten()
         });
-        let good: Vec<Self> = good.collect();
-        let record = good.iter().copied().max_by_key(|r| r.epoch);
-        RecordRead {
-            record,
-            copies: good.iter().filter(|r| Some(**r) == record).count(),
-            blank: block.iter().all(|b| *b == 0),
-        }
+        good.collect()
     }
 
     fn fields(sector: &[u8]) -> Option<Self> {
         let mut take = Take(sector);
-        if take.bytes(8)? != RECORD_MAGIC {
+        if take.bytes(8)? != STAMP_MAGIC {
             return None;
         }
-        let record = Self {
-            epoch: take.u64()?,
-            trailer_at: take.u64()?,
-            copy_at: take.u64()?,
-            durable_us: take.u64()?,
+        let stamp = Self {
+            newest: Record::take(&mut take)?,
+            coming: Record::take(&mut take)?,
         };
-        (record.epoch > 0 && record.trailer().is_placed()).then_some(record)
+        let follows = |next: Record| stamp.newest.is_none_or(|newest| newest.epoch < next.epoch);
+        stamp.coming.is_none_or(follows).then_some(stamp)
     }
 }
 
-/// The two places of a trailer; the bytes are the same.
+/// The two places of a trailer, where the bytes are the same, and the checksum that it must have: so
+/// what leads to a trailer leads to exactly this one, and not to that of another attempt which stood
+/// at the same place.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Twice {
     pub at: u64,
     pub copy_at: u64,
+    pub crc: u32,
 }
 
 impl Twice {
     /// Of the epoch before the first one.
-    pub const NONE: Self = Self { at: 0, copy_at: 0 };
+    pub const NONE: Self = Self {
+        at: 0,
+        copy_at: 0,
+        crc: 0,
+    };
 
     /// In the log, the copy so far behind that no damage of a repairable length harms both.
     fn is_placed(self) -> bool {
@@ -306,9 +327,16 @@ impl Twice {
             && apart.is_some_and(|apart| apart >= WIDTH * BLOCK_LEN)
     }
 
-    /// How far behind its first copy the second one stands; that is so for all tables of the epoch.
-    pub fn apart(self) -> u64 {
-        self.copy_at.saturating_sub(self.at)
+    fn numbers(self) -> [u64; 3] {
+        [self.at, self.copy_at, u64::from(self.crc)]
+    }
+
+    fn take(take: &mut Take<'_>) -> Option<Self> {
+        Some(Self {
+            at: take.u64()?,
+            copy_at: take.u64()?,
+            crc: u32::try_from(take.u64()?).ok()?,
+        })
     }
 }
 
@@ -351,11 +379,8 @@ impl Trailer {
     pub fn encode(&self, key: Key, at: u64) -> Vec<u8> {
         let mut out = TRAILER_MAGIC.to_vec();
         let section = |s: &Section| [s.at, s.len, u64::from(s.crc)];
-        let Twice {
-            at: previous,
-            copy_at,
-        } = self.previous;
-        put_numbers(&mut out, &[self.epoch, previous, copy_at]);
+        put_numbers(&mut out, &[self.epoch]);
+        put_numbers(&mut out, &self.previous.numbers());
         put_numbers(&mut out, &[self.copy_at, self.start, self.parity_at]);
         put_numbers(&mut out, &section(&self.groups));
         put_numbers(&mut out, &section(&self.index));
@@ -373,9 +398,18 @@ impl Trailer {
         out
     }
 
-    /// `epoch` is the one that the reference to this trailer names.
-    pub fn decode(key: Key, at: u64, epoch: u64, block: &[u8]) -> Option<Self> {
-        if !key.of(Kind::Trailer, epoch).is_sealed(at, block) {
+    /// The checksum of an encoded trailer. It covers those of the tables and of the trailer before, and
+    /// so all that the epoch consists of.
+    pub fn crc(block: &[u8]) -> Option<u32> {
+        let (_, crc) = block.split_last_chunk()?;
+        Some(u32::from_le_bytes(*crc))
+    }
+
+    /// `epoch` and the checksum are those that the reference to this trailer names.
+    pub fn decode(key: Key, epoch: u64, place: Twice, block: &[u8]) -> Option<Self> {
+        let at = place.at;
+        let this_one = Self::crc(block) == Some(place.crc) || bug("trailers not told apart");
+        if !this_one || !key.of(Kind::Trailer, epoch).is_sealed(at, block) {
             return None;
         }
         let mut take = Take(block);
@@ -392,10 +426,7 @@ impl Trailer {
         };
         let trailer = Self {
             epoch: take.u64()?,
-            previous: Twice {
-                at: take.u64()?,
-                copy_at: take.u64()?,
-            },
+            previous: Twice::take(&mut take)?,
             copy_at: take.u64()?,
             start: take.u64()?,
             parity_at: take.u64()?,
@@ -411,7 +442,8 @@ impl Trailer {
             previous_durable_us: take.u64()?,
             skipped: take.u64()?,
         };
-        (trailer.epoch == epoch && trailer.is_sane(at)).then_some(trailer)
+        let named = trailer.epoch == epoch && trailer.copy_at == place.copy_at;
+        (named && trailer.is_sane(at)).then_some(trailer)
     }
 
     /// The number of the epoch before it in this file; `None` for the first one.
@@ -420,12 +452,10 @@ impl Trailer {
         (self.previous != Twice::NONE).then_some(before)
     }
 
-    /// Its two places; the first is `at`.
-    pub fn twice(&self, at: u64) -> Twice {
-        Twice {
-            at,
-            copy_at: self.copy_at,
-        }
+    /// How far behind its first copy, which stands at `at`, the second one stands; that is so for all
+    /// tables of the epoch.
+    pub fn apart(&self, at: u64) -> u64 {
+        self.copy_at.saturating_sub(at)
     }
 
     /// Where the pages of this epoch stand.
@@ -442,7 +472,11 @@ impl Trailer {
     /// Everything lies in order: previous trailer, start, pages, groups, index, this trailer,
     /// parity, copy of the tables.
     fn is_sane(&self, at: u64) -> bool {
-        let twice = self.twice(at);
+        let twice = Twice {
+            at,
+            copy_at: self.copy_at,
+            crc: 0,
+        };
         let previous_end = match self.previous {
             Twice::NONE => Some(LOG_AT),
             previous if previous.is_placed() => previous.at.checked_add(BLOCK_LEN),
@@ -465,11 +499,11 @@ impl Trailer {
             && twice.is_placed()
             && self.start.is_multiple_of(BLOCK_LEN)
             && tables_at <= self.groups.at
-            && groups_end.is_some_and(|end| end <= self.index.at)
-            && index_end.is_some_and(|end| end <= at)
+            && groups_end == Some(self.index.at)
+            && index_end.and_then(|end| end.checked_next_multiple_of(BLOCK_LEN)) == Some(at)
             && entries_len.is_some_and(|len| len <= self.index.len)
             && parity_end.is_none_or(|_| self.parity_at > at)
-            && parity_end.unwrap_or(at + BLOCK_LEN) <= tables_at + twice.apart()
+            && parity_end.unwrap_or(at + BLOCK_LEN) <= tables_at + self.apart(at)
     }
 }
 
@@ -498,6 +532,7 @@ pub fn encode_group(out: &mut Vec<u8>, name: &str, place: &TreePlace) {
 }
 
 /// Reads a group table whose trees, with their copies, lie before `end`; `None` where it is not in order.
+/// No byte belongs to two trees: so all of them together are no longer than the file.
 pub fn decode_groups(bytes: &[u8], epoch: u64, end: u64) -> Option<Vec<(String, TreePlace)>> {
     let mut take = Take(bytes);
     let mut groups: Vec<(String, TreePlace)> = Vec::new();
@@ -528,7 +563,16 @@ pub fn decode_groups(bytes: &[u8], epoch: u64, end: u64) -> Option<Vec<(String, 
             },
         ));
     }
-    Some(groups)
+    is_apart(groups.iter().map(|(_, place)| place.section)).then_some(groups)
+}
+
+/// Whether no two of these overlap.
+fn is_apart(sections: impl Iterator<Item = Section>) -> bool {
+    let mut ranges: Vec<_> = sections
+        .map(|s| (s.at, s.at.saturating_add(s.len)))
+        .collect();
+    ranges.sort_unstable();
+    ranges.is_sorted_by(|before, next| before.1 <= next.0)
 }
 
 /// What an epoch says of a run of pages.
@@ -600,18 +644,19 @@ impl Index {
             .for_each(|crc| out.extend_from_slice(&crc.to_le_bytes()));
     }
 
-    /// Which page of a space is the `i`-th one that is stored.
-    pub fn run_of(&self, i: u64) -> Option<Run> {
-        let mut left = i;
-        for Entry { run, says } in &self.entries {
-            if matches!(says, Says::Data(_)) {
-                if left < run.count() {
-                    return Run::new(run.space(), run.first() + left, 1);
-                }
-                left -= run.count();
-            }
-        }
-        None
+    /// The runs that are stored, each with the number of stored pages before it.
+    pub fn stored(&self) -> Vec<(u64, Run)> {
+        let data = self
+            .entries
+            .iter()
+            .filter(|e| matches!(e.says, Says::Data(_)));
+        let mut before = 0;
+        let stored = data.map(|Entry { run, .. }| {
+            let first = before;
+            before += run.count();
+            (first, *run)
+        });
+        stored.collect()
     }
 
     /// Reads an index whose pages have this layout; `None` where it is not in order.

@@ -25,7 +25,29 @@ fn twice(at: u64) -> Twice {
     Twice {
         at,
         copy_at: at + WIDTH * BLOCK_LEN,
+        crc: 0x8765_4321,
     }
+}
+
+fn record(epoch: u64) -> Record {
+    Record {
+        epoch,
+        trailer: twice(LOG_AT + epoch * BLOCK_LEN),
+        durable_us: 12,
+    }
+}
+
+fn stamp(newest: u64, coming: Option<u64>) -> Stamp {
+    Stamp {
+        newest: Some(record(newest)),
+        coming: coming.map(record),
+    }
+}
+
+/// Decodes a trailer by the reference that leads to these bytes.
+fn decode(at: u64, epoch: u64, copy_at: u64, block: &[u8]) -> Option<Trailer> {
+    let crc = Trailer::crc(block).unwrap();
+    Trailer::decode(key(), epoch, Twice { at, copy_at, crc }, block)
 }
 
 fn trailer() -> Trailer {
@@ -63,31 +85,35 @@ fn records_come_back_and_are_bound_to_their_place() {
     );
     assert_eq!(Superblock::decode(8192, &block), SuperblockRead::Bad);
 
-    let record = Record {
-        epoch: 4,
-        trailer_at: LOG_AT,
-        copy_at: LOG_AT + 20 * BLOCK_LEN,
-        durable_us: 12,
-    };
-    let block = record.encode(key(), SLOT_AT[0][0]);
-    let read = Record::decode(key(), SLOT_AT[0][0], &block);
-    assert_eq!(
-        (read.record, read.copies, read.blank),
-        (Some(record), RECORD_COPIES, false)
-    );
-    assert_eq!(Record::decode(key(), SLOT_AT[0][1], &block).record, None);
     let other = Superblock {
         generation: 4,
         ..superblock
     }
     .key();
-    assert_eq!(Record::decode(other, SLOT_AT[0][0], &block).record, None);
+    for stamp in [Stamp::default(), stamp(4, None), stamp(4, Some(5))] {
+        let block = stamp.encode(key(), SLOT_AT[0][0]);
+        let read = Stamp::decode(key(), SLOT_AT[0][0], &block);
+        assert_eq!(read, [stamp; STAMP_COPIES]);
+        assert_eq!(Stamp::decode(key(), SLOT_AT[0][1], &block), []);
+        assert_eq!(Stamp::decode(other, SLOT_AT[0][0], &block), []);
+    }
 
     let at = AT;
     let block = trailer().encode(key(), at);
-    assert_eq!(Trailer::decode(key(), at, 9, &block), Some(trailer()));
-    assert_eq!(Trailer::decode(key(), at, 8, &block), None);
-    assert_eq!(Trailer::decode(key(), at + BLOCK_LEN, 9, &block), None);
+    let copy_at = trailer().copy_at;
+    assert_eq!(decode(at, 9, copy_at, &block), Some(trailer()));
+    assert_eq!(decode(at, 8, copy_at, &block), None);
+    assert_eq!(decode(at + BLOCK_LEN, 9, copy_at, &block), None);
+    assert_eq!(decode(at, 9, copy_at + BLOCK_LEN, &block), None);
+    // Another attempt at the same epoch, at the same place.
+    let another = Trailer {
+        pages: 0,
+        parity_at: 0,
+        ..trailer()
+    };
+    let crc = Trailer::crc(&another.encode(key(), at)).unwrap();
+    let place = Twice { at, copy_at, crc };
+    assert_eq!(Trailer::decode(key(), 9, place, &block), None);
 }
 
 #[test]
@@ -108,29 +134,27 @@ fn a_newer_version_is_named() {
 }
 
 #[test]
-fn one_good_sector_is_enough_for_a_commit_record() {
-    let old = Record {
-        epoch: 2,
-        trailer_at: LOG_AT,
-        copy_at: LOG_AT + 20 * BLOCK_LEN,
-        durable_us: 0,
-    };
-    let new = Record {
-        epoch: 4,
-        trailer_at: LOG_AT + BLOCK_LEN,
-        copy_at: LOG_AT + 20 * BLOCK_LEN,
-        durable_us: 0,
-    };
-    let mut block = old.encode(key(), SLOT_AT[0][0]);
-    block[1024..1536].copy_from_slice(&new.encode(key(), SLOT_AT[0][0])[1024..1536]);
-    let read = Record::decode(key(), SLOT_AT[0][0], &block);
-    assert_eq!((read.record, read.copies), (Some(new), 1));
+fn a_sector_says_all_that_its_block_says() {
+    let (old, new) = (stamp(2, None), stamp(4, Some(5)));
+    let at = SEAL_AT[1];
+    let mut block = old.encode(key(), at);
+    block[1024..1536].copy_from_slice(&new.encode(key(), at)[1024..1536]);
+    block[0] ^= 1;
+    let read = Stamp::decode(key(), at, &block);
+    assert_eq!(read, [old, new, old, old, old, old, old]);
+    assert_eq!(
+        (old.limit(), new.limit(), Stamp::default().limit()),
+        (2, 5, 0)
+    );
+    // What may follow is newer than what is there.
+    let backwards = stamp(4, Some(4)).encode(key(), at);
+    assert_eq!(Stamp::decode(key(), at, &backwards), []);
 }
 
 #[test]
 fn a_trailer_out_of_order_is_refused_even_with_its_checksum() {
     let at = AT;
-    let bad: [fn(&mut Trailer); 19] = [
+    let bad: [fn(&mut Trailer); 21] = [
         |t| t.previous.at = 1,
         |t| t.previous = twice(LOG_AT + BLOCK_LEN),
         |t| t.previous.at = u64::MAX - 4095,
@@ -144,7 +168,9 @@ fn a_trailer_out_of_order_is_refused_even_with_its_checksum() {
         |t| t.parity_at = u64::MAX - 4095,
         |t| t.groups = section(LOG_AT, 100),
         |t| t.groups = section(LOG_AT + 3 * BLOCK_LEN, u64::MAX - 50),
-        |t| t.index = section(LOG_AT + 3 * BLOCK_LEN, 68),
+        |t| t.groups = section(LOG_AT + 3 * BLOCK_LEN, 99),
+        |t| t.index = section(LOG_AT + 3 * BLOCK_LEN, 172),
+        |t| t.index.len += BLOCK_LEN,
         |t| t.index = section(LOG_AT + 3 * BLOCK_LEN + 100, u64::MAX - 50),
         |t| t.entries = u64::MAX,
         |t| t.entries = 3,
@@ -155,8 +181,29 @@ fn a_trailer_out_of_order_is_refused_even_with_its_checksum() {
         let mut trailer = trailer();
         change(&mut trailer);
         let block = trailer.encode(key(), at);
-        assert_eq!(Trailer::decode(key(), at, 9, &block), None, "{trailer:?}");
+        assert_eq!(decode(at, 9, trailer.copy_at, &block), None, "{trailer:?}");
     }
+}
+
+#[test]
+fn trees_that_overlap_are_refused() {
+    let table = |sections: [(u64, u64); 3]| {
+        let mut bytes = Vec::new();
+        for (name, (at, len)) in ["a", "b", "c"].into_iter().zip(sections) {
+            let place = TreePlace {
+                epoch: 1,
+                section: section(LOG_AT + at, len),
+                copy_at: LOG_AT + at + 500,
+            };
+            encode_group(&mut bytes, name, &place);
+        }
+        decode_groups(&bytes, 1, LOG_AT + 1000).is_some()
+    };
+    assert!(table([(20, 10), (0, 20), (30, 0)]));
+    assert!(!table([(20, 10), (0, 21), (30, 0)]));
+    // One large tree under many names would cost its length for each of them.
+    assert!(!table([(0, 200), (0, 200), (0, 200)]));
+    assert!(!table([(0, 200), (200, 10), (100, 1)]));
 }
 
 proptest! {
@@ -183,10 +230,11 @@ proptest! {
         prop_assert_eq!(bytes.len(), index.encoded_len());
         let entries = index.entries.len() as u64;
         prop_assert_eq!(Index::decode(&bytes, entries, &layout), Some(index.clone()));
-        for i in 0..pages {
-            prop_assert!(index.run_of(i).is_some());
-        }
-        prop_assert_eq!(index.run_of(pages), None);
+        let stored = index.stored();
+        let ends: Vec<u64> = stored.iter().map(|(before, run)| before + run.count()).collect();
+        let begins: Vec<u64> = stored.iter().map(|(before, _)| *before).collect();
+        prop_assert_eq!(begins.get(1..).unwrap_or_default(), &ends[..ends.len().saturating_sub(1)]);
+        prop_assert_eq!(ends.last().copied().unwrap_or(0), pages);
         let longer = Layout::new(LOG_AT, pages + 1, 1 << 30).or_else(|| Layout::new(LOG_AT, pages + 1, Layout::place_parity(LOG_AT, pages + 1, 1 << 30))).unwrap();
         prop_assert_eq!(Index::decode(&bytes, entries, &longer), None);
         if pages > 0 {
@@ -202,7 +250,7 @@ proptest! {
         let mut bytes = Vec::new();
         let mut groups = Vec::new();
         for (i, name) in names.into_iter().enumerate() {
-            let place = TreePlace { epoch: 1, section: section(LOG_AT + i as u64, 10), copy_at: LOG_AT + 500 };
+            let place = TreePlace { epoch: 1, section: section(LOG_AT + 10 * i as u64, 10), copy_at: LOG_AT + 500 };
             let before = bytes.len();
             encode_group(&mut bytes, &name, &place);
             prop_assert_eq!(bytes.len() - before, group_len(&name));
@@ -224,8 +272,8 @@ proptest! {
             let _ = Index::decode(&bytes, n % 20, &layout);
             let _ = Index::decode(&bytes, n, &layout);
         }
-        let _ = Record::decode(key(), 0, &bytes);
-        let _ = Trailer::decode(key(), n, n, &bytes);
+        let _ = Stamp::decode(key(), 0, &bytes);
+        let _ = Trailer::decode(key(), n, twice(n % (1 << 60)), &bytes);
         let _ = Superblock::decode(n, &bytes);
     }
 }

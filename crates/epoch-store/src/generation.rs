@@ -7,10 +7,10 @@
 
 use crate::damage::{self, Damage, Met, Outcome, Part, Trouble};
 use crate::format::{
-    self, BLOCK_LEN, Index, Key, Kind, LOG_AT, RECORD_COPIES, Record, RecordRead, SEAL_AT, SLOT_AT,
-    SUPERBLOCK_AT, Section, Superblock, SuperblockRead, Trailer, TreePlace, Twice, VERSION,
+    self, BLOCK_LEN, Index, Key, Kind, LOG_AT, Record, Section, Superblock, Trailer, TreePlace,
+    Twice,
 };
-use crate::planted::bug;
+use crate::head::{self, Head};
 use outlive_epoch::{EpochId, StoreError};
 use outlive_media::{Access, Directory, Medium, MediumError};
 use std::collections::BTreeMap;
@@ -50,19 +50,6 @@ pub(crate) struct Generation {
 /// Sections up to this length are read without asking whether the file is so long.
 const SMALL: u64 = 1 << 16;
 
-/// What the head of a file says.
-#[derive(Debug)]
-pub(crate) struct Head {
-    /// The newest commit record.
-    pub record: Record,
-    /// Whether the newest record stands whole in both copies of its slot.
-    pub slot_intact: bool,
-    /// Whether the copy beside the slots is of the newest record.
-    pub sealed: bool,
-    /// Damage that does no harm, because of the copies.
-    pub harmless: Vec<Damage>,
-}
-
 impl Generation {
     /// Makes a new file, called by its `fresh` number, with an empty log. Nothing of it is durable yet.
     pub fn create(
@@ -78,13 +65,7 @@ impl Generation {
             generation: number,
             first_epoch,
         };
-        let mut header = vec![0; LOG_AT as usize];
-        for at in SUPERBLOCK_AT
-            .into_iter()
-            .take(if bug("one superblock") { 1 } else { 2 })
-        {
-            header[at as usize..][..BLOCK_LEN as usize].copy_from_slice(&superblock.encode(at));
-        }
+        let header = head::fresh(&superblock);
         medium.write(0, &header).map_err(damage::medium)?;
         let place = format!("{}/{}", dir.place(), committed_name(number));
         Ok(Self {
@@ -114,9 +95,9 @@ impl Generation {
                 damaged(&place, len, None, Part::End, &what).into(),
             ));
         }
-        let header = header(&*medium).map_err(OpenError::Medium)?;
+        let header = head::header(&*medium).map_err(OpenError::Medium)?;
         let mut harmless = Vec::new();
-        let superblock = superblock(&place, &header, &mut harmless)?;
+        let superblock = head::superblock(&place, &header, &mut harmless)?;
         let key = superblock.key();
         let generation = Self {
             place,
@@ -129,72 +110,6 @@ impl Generation {
         };
         let head = generation.head(&header, len, harmless)?;
         Ok((generation, head))
-    }
-
-    /// Chooses the newest commit record.
-    fn head(&self, header: &[u8], len: u64, harmless: Vec<Damage>) -> Result<Head, Trouble> {
-        let read = |at: u64| Record::decode(self.key, at, block(header, at));
-        let slots = SLOT_AT.map(|copies| copies.map(read));
-        let seal = read(SEAL_AT);
-        let records = slots.iter().flatten().chain([&seal]);
-        let records = records.filter_map(|r| r.record);
-        let Some(record) = records.max_by_key(|r| {
-            if bug("older record counts") {
-                (!r.epoch, 0)
-            } else {
-                (r.epoch, r.durable_us)
-            }
-        }) else {
-            let what = "no copy of a commit record is intact";
-            return Err(self
-                .damaged(SLOT_AT[0][0], None, Part::CommitRecord, what)
-                .into());
-        };
-        let own_slot = &slots[(record.epoch % 2) as usize];
-        let same = |r: &RecordRead| r.record.is_some_and(|r| r.epoch == record.epoch);
-        let whole = |r: &RecordRead| same(r) && r.copies == RECORD_COPIES;
-        let mut head = Head {
-            record,
-            slot_intact: own_slot.iter().all(whole),
-            sealed: whole(&seal),
-            harmless,
-        };
-        let places = SLOT_AT.iter().flatten().zip(slots.iter().flatten());
-        for (at, slot) in places.chain([(&SEAL_AT, &seal)]) {
-            let agrees = slot
-                .record
-                .is_none_or(|r| r.epoch != record.epoch || r.trailer() == record.trailer());
-            if record.epoch < self.superblock.first_epoch || !agrees {
-                let what = "the commit records contradict each other";
-                return Err(self.damaged(*at, None, Part::CommitRecord, what).into());
-            }
-            // Before a second epoch was begun, the other slot and the copy are unused.
-            let unused = slot.blank && record.epoch == self.superblock.first_epoch;
-            if slot.copies < RECORD_COPIES && !unused {
-                let epoch = slot.record.map(|r| r.epoch);
-                let what = format!("only {} of {RECORD_COPIES} copies are intact", slot.copies);
-                let damage = self.damaged(*at, epoch, Part::CommitRecord, &what);
-                head.harmless.push(damage.with(Outcome::Repairable));
-            }
-        }
-        let other_slot = ((record.epoch % 2) ^ 1) as usize;
-        let other = &slots[other_slot];
-        let first = record.epoch == self.superblock.first_epoch;
-        let unused = first && other.iter().any(|r| r.blank);
-        if other.iter().all(|r| r.record.is_none()) && !unused && seal.record.is_none() {
-            // A commit that was cut short leaves a good seal.
-            let what = "neither copy is intact, nor is the seal: a newer epoch may be lost";
-            let at = SLOT_AT[other_slot][0];
-            let damage = self.damaged(at, None, Part::CommitRecord, what);
-            head.harmless.push(damage);
-        }
-        if len < record.log_end() {
-            let end = record.log_end();
-            let what = format!("the file ends at {len}, its committed epochs at {end}");
-            let damage = self.damaged(len, Some(record.epoch), Part::End, &what);
-            head.harmless.push(damage.with(Outcome::Repairable));
-        }
-        Ok(head)
     }
 
     pub fn damaged(&self, offset: u64, epoch: Option<u64>, part: Part, what: &str) -> Damage {
@@ -277,22 +192,22 @@ impl Generation {
     /// Reads the trailer of an epoch from the place `from`.
     pub fn trailer_from(&self, twice: Twice, from: u64, epoch: u64) -> Result<Trailer, Trouble> {
         let block = self.read(from, BLOCK_LEN)?;
-        let trailer = Trailer::decode(self.key, twice.at, epoch, &block);
+        let trailer = Trailer::decode(self.key, epoch, twice, &block);
         let first = self.superblock.first_epoch;
         // Only the first epoch of the file has none before it.
         let linked = |t: &Trailer| match t.previous_epoch() {
             None => epoch == first,
             Some(before) => before >= first,
         };
-        let trailer = trailer.filter(|t| t.copy_at == twice.copy_at && linked(t));
-        let what = "it does not have its checksum, or is not in order";
+        let trailer = trailer.filter(linked);
+        let what = "it is not the one that was committed, or is not in order";
         trailer.ok_or_else(|| self.damaged(from, Some(epoch), Part::Trailer, what).into())
     }
 
     /// All epochs from the oldest to the newest, each with the place of its trailer.
     pub fn chain(&self, record: &Record) -> Result<Vec<(u64, Trailer)>, Trouble> {
         let mut chain = Vec::new();
-        let (mut twice, mut epoch) = (record.trailer(), record.epoch);
+        let (mut twice, mut epoch) = (record.trailer, record.epoch);
         loop {
             let trailer = self.trailer(twice, epoch)?;
             chain.push((twice.at, trailer));
@@ -352,7 +267,7 @@ impl Generation {
         trailer: &Trailer,
     ) -> Result<BTreeMap<String, TreePlace>, Trouble> {
         let Trailer { epoch, groups, .. } = trailer;
-        let copy_at = groups.at + trailer.twice(at).apart();
+        let copy_at = groups.at + trailer.apart(at);
         let bytes = self.section(Kind::Groups, *epoch, groups, copy_at, &Part::Groups)?;
         let decoded = format::decode_groups(&bytes, *epoch, trailer.copy_at);
         let what = "it is not in order";
@@ -364,7 +279,7 @@ impl Generation {
     /// The page index of an epoch.
     pub fn index(&self, at: u64, trailer: &Trailer) -> Result<Index, Trouble> {
         let Trailer { epoch, index, .. } = trailer;
-        let copy_at = index.at + trailer.twice(at).apart();
+        let copy_at = index.at + trailer.apart(at);
         let bytes = self.section(Kind::Index, *epoch, index, copy_at, &Part::Index)?;
         let layout = trailer.layout();
         let decoded = layout.and_then(|l| Index::decode(&bytes, trailer.entries, &l));
@@ -410,7 +325,13 @@ impl From<OpenError> for Trouble {
     }
 }
 
-fn damaged(place: &str, offset: u64, epoch: Option<u64>, part: Part, what: &str) -> Damage {
+pub(crate) fn damaged(
+    place: &str,
+    offset: u64,
+    epoch: Option<u64>,
+    part: Part,
+    what: &str,
+) -> Damage {
     Damage {
         file: place.to_owned(),
         offset,
@@ -419,62 +340,4 @@ fn damaged(place: &str, offset: u64, epoch: Option<u64>, part: Part, what: &str)
         what: what.to_owned(),
         outcome: Outcome::Lost,
     }
-}
-
-/// Reads the header; blocks that the medium does not give are zeros, like damaged ones.
-fn header(medium: &dyn Medium) -> Result<Vec<u8>, MediumError> {
-    let mut header = vec![0; LOG_AT as usize];
-    if medium.read(0, &mut header).is_err() {
-        let mut failed = None;
-        let mut good = 0;
-        for (i, block) in header.chunks_mut(BLOCK_LEN as usize).enumerate() {
-            match medium.read(i as u64 * BLOCK_LEN, block) {
-                Ok(()) => good += 1,
-                Err(e) => {
-                    block.fill(0);
-                    failed.get_or_insert(e);
-                }
-            }
-        }
-        if let (Some(e), 0) = (failed, good) {
-            return Err(e);
-        }
-    }
-    Ok(header)
-}
-
-fn block(header: &[u8], at: u64) -> &[u8] {
-    header
-        .get(at as usize..(at + BLOCK_LEN) as usize)
-        .unwrap_or_default()
-}
-
-/// The superblock, from either copy.
-fn superblock(
-    place: &str,
-    header: &[u8],
-    harmless: &mut Vec<Damage>,
-) -> Result<Superblock, Trouble> {
-    let mut good = None;
-    for at in SUPERBLOCK_AT {
-        match Superblock::decode(at, block(header, at)) {
-            SuperblockRead::Good(superblock) => good = Some(superblock),
-            SuperblockRead::Newer(found) => {
-                let place = place.to_owned();
-                return Err(StoreError::Newer {
-                    place,
-                    found,
-                    supported: VERSION,
-                }
-                .into());
-            }
-            SuperblockRead::Bad => {
-                let what = "this copy does not have its checksum";
-                let damage = damaged(place, at, None, Part::Superblock, what);
-                harmless.push(damage.with(Outcome::Repairable));
-            }
-        }
-    }
-    let what = "neither copy has its checksum, or this is not an image";
-    good.ok_or_else(|| damaged(place, 0, None, Part::Superblock, what).into())
 }

@@ -4,8 +4,8 @@
 //! refused as damage.
 
 use crate::format::{
-    BLOCK_LEN, Index, Kind, LOG_AT, Record, SEAL_AT, SLOT_AT, Superblock, SuperblockRead, Trailer,
-    Twice,
+    BLOCK_LEN, Index, Kind, LOG_AT, Record, SEAL_AT, SLOT_AT, Stamp, Superblock, SuperblockRead,
+    Trailer, Twice,
 };
 use crate::stripe::Layout;
 use crate::{Access, Store, SystemHost, repair_in, verify_in};
@@ -70,21 +70,19 @@ impl Forge {
     }
 
     fn record(&self) -> Record {
-        let key = self.superblock.key();
-        Record::decode(key, SEAL_AT, self.block(SEAL_AT))
-            .record
-            .unwrap()
+        let at = SEAL_AT[0];
+        let stamps = Stamp::decode(self.superblock.key(), at, self.block(at));
+        stamps[0].newest.unwrap()
     }
 
     /// Trailers, newest first.
     fn trailers(&self) -> Vec<(u64, Trailer)> {
         let record = self.record();
-        let (mut twice, mut epoch, mut all) = (record.trailer(), record.epoch, Vec::new());
+        let (mut twice, mut epoch, mut all) = (record.trailer, record.epoch, Vec::new());
         while twice != Twice::NONE {
-            let at = twice.at;
-            let trailer =
-                Trailer::decode(self.superblock.key(), at, epoch, self.block(at)).unwrap();
-            all.push((at, trailer));
+            let block = self.block(twice.at);
+            let trailer = Trailer::decode(self.superblock.key(), epoch, twice, block).unwrap();
+            all.push((twice.at, trailer));
             (twice, epoch) = (trailer.previous, epoch - 1);
         }
         all
@@ -92,16 +90,34 @@ impl Forge {
 
     fn put_record(&mut self, record: Record) {
         let key = self.superblock.key();
-        for at in SLOT_AT.into_iter().flatten().chain([SEAL_AT]) {
-            self.put(at, &record.encode(key, at));
+        let newest = Some(record);
+        let coming = None;
+        for at in SLOT_AT.into_iter().flatten().chain(SEAL_AT) {
+            self.put(at, &Stamp { newest, coming }.encode(key, at));
         }
     }
 
-    /// Both copies; `copy_at` is where the second one really stands.
+    /// Both copies; `copy_at` is where the second one really stands. What leads there, leads to these
+    /// bytes afterwards.
     fn put_trailer(&mut self, at: u64, copy_at: u64, trailer: &Trailer) {
+        let newer: Vec<_> = self.trailers();
+        let newer = newer.into_iter().take_while(|(newer, _)| *newer != at);
+        let newer: Vec<_> = newer.collect();
+        let mut crc = self.put_both(at, copy_at, trailer);
+        for (at, mut trailer) in newer.into_iter().rev() {
+            trailer.previous.crc = crc;
+            crc = self.put_both(at, trailer.copy_at, &trailer);
+        }
+        let mut record = self.record();
+        record.trailer.crc = crc;
+        self.put_record(record);
+    }
+
+    fn put_both(&mut self, at: u64, copy_at: u64, trailer: &Trailer) -> u32 {
         let block = trailer.encode(self.superblock.key(), at);
         self.put(at, &block);
         self.put(copy_at, &block);
+        Trailer::crc(&block).unwrap()
     }
 
     /// Makes the checksum of a section right after its bytes were changed.
@@ -251,8 +267,8 @@ proptest! {
         let mut forge = Forge::new();
         let mut record = forge.record();
         if own[0] { record.epoch = epoch; }
-        if own[1] { record.trailer_at = trailer_at; }
-        if own[2] { record.copy_at = copy_at; }
+        if own[1] { record.trailer.at = trailer_at; }
+        if own[2] { record.trailer.copy_at = copy_at; }
         forge.put_record(record);
         forge.use_all();
     }
@@ -280,7 +296,7 @@ proptest! {
             let bytes = n.to_le_bytes();
             let room = bytes.len().min((section.at + section.len - from) as usize);
             forge.put(from, &bytes[..room]);
-            forge.put(from + trailer.twice(at).apart(), &bytes[..room]);
+            forge.put(from + trailer.apart(at), &bytes[..room]);
         }
         forge.reseal(at, trailer);
         forge.use_all();

@@ -25,6 +25,7 @@ mod beside;
 mod damage;
 mod format;
 mod generation;
+mod head;
 mod host;
 #[cfg(test)]
 mod hostile_tests;

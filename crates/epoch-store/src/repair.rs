@@ -5,9 +5,10 @@
 //!   harmed or whole, and what makes up for it is untouched.
 //! - What is lost stays as it is.
 
-use crate::damage::{self, Outcome, Part, Trouble};
-use crate::format::{BLOCK_LEN, Record, SEAL_AT, SLOT_AT};
-use crate::generation::{Generation, Head};
+use crate::damage::{self, Damage, Outcome, Part, Trouble};
+use crate::format::SEAL_AT;
+use crate::generation::Generation;
+use crate::head::Head;
 use crate::older;
 use crate::store::{Live, open_newest};
 use crate::tables::Fix;
@@ -72,24 +73,13 @@ pub(crate) fn write(generation: &Generation, fixes: &[Fix]) -> Result<(), Medium
 
 /// Writes superblocks, slots and seal again.
 fn mend_header(mut live: Live, head: &Head, report: &mut Report) -> Result<(), MediumError> {
-    live.sealed = head.sealed;
     live.repair(head)?;
-    let medium = &live.generation.medium;
-    // The newest slot is whole in both places now, and durable: nothing depends on the others.
-    let older = SLOT_AT[((head.record.epoch % 2) ^ 1) as usize];
-    let before = live.before();
-    for damage in &head.harmless {
-        if older.contains(&damage.offset) {
-            let key = live.generation.key;
-            let block = before.map_or_else(
-                || vec![0; BLOCK_LEN as usize],
-                |record: Record| record.encode(key, damage.offset),
-            );
-            medium.write(damage.offset, &block)?;
-        } else if damage.offset == SEAL_AT {
-            live.write_record(SEAL_AT)?;
-        }
+    // The newest slot is whole in both places now, and durable: nothing depends on the seal.
+    let sealed = |damage: &Damage| SEAL_AT.contains(&damage.offset);
+    if head.harmless.iter().any(sealed) {
+        live.write_seal(None)?;
     }
+    let medium = &live.generation.medium;
     let whole = medium.geometry()?.len >= head.record.log_end();
     for damage in &mut report.damages {
         let part = &damage.part;

@@ -4,12 +4,12 @@
 //! - A call reads [`PIECE`] bytes, or one stripe or the tables of one epoch where that is more, so that nobody waits for it for
 //!   long; when which piece is due is up to the caller.
 //! - What is harmed is written again at once, and flushed.
-//! - A pass goes over the tables and pages of all epochs, oldest first; those that are committed
-//!   meanwhile are part of it. A new base begins another pass. The header is not read: its newest part
-//!   is written with each epoch.
+//! - A pass goes over the header, and over the tables and pages of all epochs, oldest first; those that
+//!   are committed meanwhile are part of it. A new base begins another pass.
+//! - What the header must be is known to the writer, so that it is mended whatever is left of it.
 
 use crate::damage::{self, Damage, Outcome, Trouble};
-use crate::format::BLOCK_LEN;
+use crate::format::{BLOCK_LEN, LOG_AT};
 use crate::generation::Generation;
 use crate::repair;
 use crate::store::Store;
@@ -62,18 +62,22 @@ impl Store {
     fn scrub_part(&mut self, done: &mut Scrubbed) -> Result<(), StoreError> {
         let mut cursor = std::mem::take(&mut self.scrubbing);
         let writes = self.access() == Access::Write && self.is_settled();
-        let Some(live) = self.current.as_ref().filter(|_| writes) else {
+        let Some(live) = self.current.as_mut().filter(|_| writes) else {
             done.finished = true;
             return Ok(());
         };
-        let generation = &live.generation;
-        if cursor.generation != generation.number {
-            cursor = Cursor {
-                generation: generation.number,
-                epoch: generation.superblock.first_epoch,
-                ..Cursor::default()
+        if cursor.generation != live.generation.number {
+            self.scrubbing = Cursor {
+                generation: live.generation.number,
+                epoch: live.generation.superblock.first_epoch,
+                pages: None,
+                spare: cursor.spare,
             };
+            done.bytes += LOG_AT + SEEK;
+            done.damages.append(&mut live.mend_header()?);
+            return Ok(());
         }
+        let generation = &live.generation;
         let of_epoch = live.chain.iter().find(|(_, t)| t.epoch >= cursor.epoch);
         let Some((at, trailer)) = of_epoch else {
             done.finished = true;

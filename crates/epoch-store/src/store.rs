@@ -9,9 +9,10 @@
 //! - `older` generations are never written; see [`crate::older`].
 
 use crate::beside::Beside;
-use crate::damage::{self, Damage};
-use crate::format::{Record, SEAL_AT, SLOT_AT, SUPERBLOCK_AT, Trailer, TreePlace};
-use crate::generation::{Generation, Head, OpenError, committed_name, fresh_name, number_of};
+use crate::damage::{self, Damage, Trouble};
+use crate::format::{Record, Trailer, TreePlace};
+use crate::generation::{Generation, OpenError, committed_name, fresh_name, number_of};
+use crate::head::Head;
 use crate::host::{Host, SystemHost};
 use crate::map::PageMap;
 use crate::older;
@@ -99,7 +100,7 @@ pub(crate) struct Live {
     pub trees: Option<BTreeMap<String, Held>>,
     /// The commit record stands in its slot.
     pub in_slot: bool,
-    /// A copy of it stands beside the slots.
+    /// The seal says in both places that it is acknowledged, and that nothing may follow.
     pub sealed: bool,
     /// The file has its final name.
     pub named: bool,
@@ -159,33 +160,6 @@ impl Live {
         Ok(())
     }
 
-    /// Writes the commit record at `at`; it is durable after a flush.
-    pub fn write_record(&self, at: u64) -> Result<(), MediumError> {
-        let record = if at == SEAL_AT {
-            self.record
-        } else {
-            Record {
-                durable_us: 0,
-                ..self.record
-            }
-        };
-        self.generation
-            .medium
-            .write(at, &record.encode(self.generation.key, at))
-    }
-
-    /// Writes both copies of the slot.
-    fn write_slot(&self) -> Result<(), MediumError> {
-        if self.copied && !bug("other slot left as it is") {
-            // Its epochs need not be neighbours: what is in the other slot may be anything.
-            let all = SLOT_AT.as_flattened().iter().chain([&SEAL_AT]);
-            return all.copied().try_for_each(|at| self.write_record(at));
-        }
-        let slot = SLOT_AT
-            [(self.record.epoch % 2) as usize * usize::from(!bug("one slot for all epochs"))];
-        slot.into_iter().try_for_each(|at| self.write_record(at))
-    }
-
     /// The last step of a commit, which can be repeated.
     pub fn publish(&mut self, dir: &dyn Directory) -> Result<(), MediumError> {
         if !self.in_slot {
@@ -216,43 +190,6 @@ impl Live {
             self.named = true;
         }
         Ok(())
-    }
-
-    /// The commit record of the epoch before the newest one.
-    pub fn before(&self) -> Option<Record> {
-        let (_, newest) = self.chain.last()?;
-        newest.previous_epoch().map(|before| Record {
-            epoch: before,
-            trailer_at: newest.previous.at,
-            copy_at: newest.previous.copy_at,
-            durable_us: 0,
-        })
-    }
-
-    /// Writes again what is harmed of the header, but for what the next commit writes anyway.
-    pub fn repair(&mut self, head: &Head) -> Result<(), MediumError> {
-        let medium = &self.generation.medium;
-        for damage in &head.harmless {
-            if SUPERBLOCK_AT.contains(&damage.offset) && !bug("superblock not mended") {
-                medium.write(
-                    damage.offset,
-                    &self.generation.superblock.encode(damage.offset),
-                )?;
-            }
-        }
-        if !head.slot_intact {
-            // Not even a power cut now may take away the record that was just found.
-            if !self.sealed && !bug("slot mended before it is sealed") {
-                self.write_record(SEAL_AT)?;
-                medium.flush()?;
-                self.sealed = true;
-            }
-            self.write_slot()?;
-        }
-        if bug("found but not flushed") {
-            return Ok(());
-        }
-        medium.flush()
     }
 }
 
@@ -327,6 +264,9 @@ impl Store {
             store.remove_leftovers().map_err(damage::medium)?;
             return Ok(store);
         };
+        if let Some(doubt) = head.doubt {
+            return Err(Trouble::from(doubt).into());
+        }
         let chain = generation.chain(&head.record)?;
         let mut live = Live::new(generation, head.record, chain);
         live.sealed = head.sealed;
@@ -648,7 +588,7 @@ impl Store {
             medium.truncate(live.record.log_end() - short * 40 * BLOCK as u64)?;
         }
         if !live.sealed && !bug("closed without a seal") {
-            live.write_record(SEAL_AT)?;
+            live.write_seal(None)?;
         }
         if beyond || !live.sealed {
             medium.flush()?;
@@ -706,7 +646,7 @@ fn missing_directory(path: &Path, error: MediumError) -> StoreError {
 pub(crate) fn open_newest(
     dir: &dyn Directory,
     access: Access,
-) -> Result<Option<(Generation, Head)>, crate::damage::Trouble> {
+) -> Result<Option<(Generation, Head)>, Trouble> {
     let mut tries = 0;
     loop {
         let names = dir.list().map_err(damage::medium)?;

@@ -126,27 +126,24 @@ impl Loaded {
         &self.bytes[block as usize * PAGE_SIZE..][..PAGE_SIZE]
     }
 
-    /// What is harmed in it; `index` is that of its epoch.
-    pub fn damages(&self, generation: &Generation, epoch: u64, index: &Index) -> Vec<Damage> {
+    /// What is harmed in it; `places` are those of its epoch.
+    pub fn damages<'a>(
+        &self,
+        generation: &Generation,
+        epoch: u64,
+        places: &dyn Fn() -> &'a Places,
+    ) -> Vec<Damage> {
         let mut damages = Vec::new();
         let harmed = (0..).zip(&self.states).filter(|(_, s)| **s != State::Good);
-        let mut needed: Option<PageMap> = None;
         for (block, state) in harmed {
             let page = (block < self.stripe.pages).then_some(self.stripe.first + block);
-            let run = page.and_then(|page| index.run_of(page));
+            let run = page.and_then(|page| places().run_of(page));
             let part = run.map_or(Part::Parity, Part::Pages);
             let what = "its bytes do not have their checksum";
             let at = self.stripe.block_at(block);
             let damage = generation.damaged(at, Some(epoch), part, what);
             let outcome = match (state, run, page) {
-                (State::Lost, Some(run), Some(page)) => {
-                    let map = needed.get_or_insert_with(|| {
-                        let mut map = PageMap::default();
-                        map.apply(index, 0);
-                        map
-                    });
-                    lost_or_unneeded(map, run, page)
-                }
+                (State::Lost, Some(run), Some(page)) => places().lost_or_unneeded(run, page),
                 // The pages are there, or are listed as lost themselves.
                 (State::Lost, ..) => Outcome::Unneeded,
                 _ => Outcome::Repairable,
@@ -157,14 +154,34 @@ impl Loaded {
     }
 }
 
-/// A page that the same epoch stores once more is needed by nobody.
-fn lost_or_unneeded(map: &PageMap, run: Run, page: u64) -> Outcome {
-    let needed = map
-        .within(run)
-        .any(|(_, place)| matches!(place, Where::Data { crc, .. } if crc as u64 == page));
-    if needed {
-        Outcome::Lost
-    } else {
-        Outcome::Unneeded
+/// Which pages the stored ones of an epoch are.
+pub(crate) struct Places {
+    stored: Vec<(u64, Run)>,
+    map: PageMap,
+}
+
+impl Places {
+    pub fn of(index: &Index) -> Self {
+        let mut map = PageMap::default();
+        map.apply(index, 0);
+        let stored = index.stored();
+        Self { stored, map }
+    }
+
+    /// Which page of a space is the `i`-th one that is stored.
+    fn run_of(&self, i: u64) -> Option<Run> {
+        let behind = self.stored.partition_point(|(before, _)| *before <= i);
+        let (before, run) = self.stored.get(behind.checked_sub(1)?)?;
+        let within = (i - before < run.count()).then_some(i - before)?;
+        Run::new(run.space(), run.first() + within, 1)
+    }
+
+    /// A page that the same epoch stores once more is needed by nobody.
+    fn lost_or_unneeded(&self, run: Run, page: u64) -> Outcome {
+        let is_it = |(_, place)| matches!(place, Where::Data { crc, .. } if crc as u64 == page);
+        match self.map.within(run).any(is_it) {
+            true => Outcome::Lost,
+            false => Outcome::Unneeded,
+        }
     }
 }

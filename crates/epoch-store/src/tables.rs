@@ -46,7 +46,7 @@ pub(crate) fn examine(
     trailer: &Trailer,
 ) -> Result<Found, Trouble> {
     let tables_at = trailer.tables_at();
-    let apart = trailer.twice(at).apart();
+    let apart = trailer.apart(at);
     let len = at + BLOCK_LEN - tables_at;
     let end = generation
         .medium
@@ -101,6 +101,8 @@ impl Tables<'_> {
                 }
             }
         }
+        self.parts
+            .sort_unstable_by_key(|(range, _)| (range.start, range.end));
         for copy in 0..2 {
             self.compare(copy);
         }
@@ -148,7 +150,11 @@ impl Tables<'_> {
             let first = read.iter().zip(right).position(|(a, b)| a != b);
             let at = base + i as u64 * BLOCK_LEN;
             let byte = i * PAGE_SIZE + first.unwrap_or(0);
-            let named = self.parts.iter().find(|(range, _)| range.contains(&byte));
+            // They do not overlap.
+            let behind = self.parts.partition_point(|(range, _)| range.start <= byte);
+            let named = self.parts[..behind]
+                .last()
+                .filter(|(range, _)| range.contains(&byte));
             let part = named.map_or(Part::Padding, |(_, part)| part.clone());
             let what = match copy {
                 0 => "its first copy is not what it must be",

@@ -9,16 +9,18 @@
 //! gathered, and mended if that was asked for, by the one that called.
 
 use crate::damage::{Damage, Outcome, Part, Trouble};
-use crate::format::{BLOCK_LEN, Index, LOG_AT, Record, SLOT_AT, Trailer, Twice};
-use crate::generation::{Generation, Head};
+use crate::format::{BLOCK_LEN, Index, LOG_AT, Record, Trailer, Twice};
+use crate::generation::Generation;
+use crate::head::Head;
 use crate::older;
 use crate::store::open_newest;
-use crate::stored::{Loaded, State, Stored};
+use crate::stored::{Loaded, Places, State, Stored};
 use crate::tables::{self, Fix, Found};
 use outlive_epoch::{EpochId, StoreError};
 use outlive_media::{Access, Buffer, Directory};
+use std::collections::HashSet;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::mpsc;
+use std::sync::{OnceLock, mpsc};
 
 /// Told how many bytes are checked, and of how many.
 pub type Progress<'a> = &'a mut dyn FnMut(u64, u64);
@@ -84,15 +86,6 @@ impl Report {
     }
 
     pub(crate) fn add(&mut self, damage: Damage) {
-        let same = |known: &Damage| {
-            Damage {
-                outcome: known.outcome,
-                ..damage.clone()
-            } == *known
-        };
-        if self.damages.iter().any(same) {
-            return;
-        }
         if self.damages.len() < LISTED {
             self.damages.push(damage);
         } else {
@@ -138,6 +131,8 @@ pub(crate) type Mender<'a> = &'a mut dyn FnMut(&[Fix]) -> bool;
 pub(crate) struct Walk<'a> {
     generation: &'a Generation,
     report: Report,
+    /// What is listed, whatever becomes of it.
+    listed: HashSet<(u64, Option<EpochId>, Part, String)>,
     progress: Progress<'a>,
     mender: Option<Mender<'a>>,
     done: u64,
@@ -146,8 +141,10 @@ pub(crate) struct Walk<'a> {
 
 /// An epoch whose pages are to be checked.
 pub(crate) struct Pages {
-    pub index: Index,
+    index: Index,
     pub stored: Stored,
+    /// Made when the first damage is found.
+    places: OnceLock<Places>,
 }
 
 impl Pages {
@@ -160,7 +157,12 @@ impl Pages {
             generation.damaged(at, Some(trailer.epoch), Part::Trailer, what)
         })?;
         let stored = Stored::new(generation.key, trailer.epoch, layout, index.clone());
-        Ok(Self { index, stored })
+        let places = OnceLock::new();
+        Ok(Self {
+            index,
+            stored,
+            places,
+        })
     }
 
     /// Checks one stripe; `spare` is memory that is used for it, and given back.
@@ -173,7 +175,9 @@ impl Pages {
         let medium = &*generation.medium;
         let loaded = self.stored.load(medium, stripe, spare.take())?;
         let found = Found {
-            damages: loaded.damages(generation, self.stored.epoch, &self.index),
+            damages: loaded.damages(generation, self.stored.epoch, &|| {
+                self.places.get_or_init(|| Places::of(&self.index))
+            }),
             fixes: fixes(&loaded),
         };
         *spare = Some(loaded.into_buffer());
@@ -209,6 +213,7 @@ impl<'a> Walk<'a> {
         Self {
             generation,
             report: Report::default(),
+            listed: HashSet::new(),
             progress,
             mender,
             done: 0,
@@ -218,8 +223,8 @@ impl<'a> Walk<'a> {
 
     /// Checks everything that is committed.
     pub fn all(mut self, head: &Head) -> Report {
-        let header = head.harmless.iter().cloned();
-        header.for_each(|damage| self.report.add(damage));
+        let header = head.harmless.iter().chain(&head.doubt).cloned();
+        header.for_each(|damage| self.list(damage));
         let chain = self.chain(&head.record);
         self.total = head.record.log_end() - LOG_AT;
         let mut pages = Vec::new();
@@ -243,6 +248,19 @@ impl<'a> Walk<'a> {
             Trouble::Damage(damage) => *damage,
             Trouble::Store(error) => self.generation.damaged(at, None, part, &error.to_string()),
         };
+        self.list(damage);
+    }
+
+    /// Takes damage into the report, once.
+    fn list(&mut self, damage: Damage) {
+        let Damage { offset, epoch, .. } = damage;
+        let key = (offset, epoch, damage.part.clone(), damage.what.clone());
+        if self.listed.contains(&key) {
+            return;
+        }
+        if self.listed.len() < LISTED {
+            self.listed.insert(key);
+        }
         self.report.add(damage);
     }
 
@@ -260,7 +278,7 @@ impl<'a> Walk<'a> {
             } else {
                 damage.outcome
             };
-            self.report.add(damage.with(outcome));
+            self.list(damage.with(outcome));
         }
     }
 
@@ -271,10 +289,10 @@ impl<'a> Walk<'a> {
     }
 
     /// Follows the trailers from the newest to the oldest. One that is lost hides those before it,
-    /// unless the other commit slot leads around it.
+    /// unless the header leads around it.
     fn chain(&mut self, newest: &Record) -> Vec<(u64, Trailer)> {
         let mut chain = Vec::new();
-        let mut next = Some((newest.trailer(), newest.epoch));
+        let mut next = Some((newest.trailer, newest.epoch));
         while let Some((twice, epoch)) = next {
             next = match self.generation.trailer(twice, epoch) {
                 Ok(trailer) => {
@@ -284,24 +302,18 @@ impl<'a> Walk<'a> {
                 }
                 Err(trouble) => {
                     self.trouble(trouble, twice.at, Part::Trailer);
-                    self.other_slot(epoch)
-                        .filter(|(other, _)| other.at < twice.at)
+                    self.before(epoch).filter(|(other, _)| other.at < twice.at)
                 }
             };
         }
         chain
     }
 
-    /// Where the other commit slot says that an epoch before this one ends.
-    fn other_slot(&self, epoch: u64) -> Option<(Twice, u64)> {
-        let slot = SLOT_AT[((epoch % 2) ^ 1) as usize];
-        let records = slot.into_iter().filter_map(|at| {
-            let block = self.generation.read(at, BLOCK_LEN).ok()?;
-            Record::decode(self.generation.key, at, &block).record
-        });
-        let record = records.max_by_key(|record| record.epoch)?;
-        (record.epoch < epoch && record.epoch >= self.generation.superblock.first_epoch)
-            .then_some((record.trailer(), record.epoch))
+    /// Where the header says that an epoch before this one ends.
+    fn before(&self, epoch: u64) -> Option<(Twice, u64)> {
+        let record = self.generation.record_before(epoch)?;
+        (record.epoch >= self.generation.superblock.first_epoch)
+            .then_some((record.trailer, record.epoch))
     }
 
     fn tables(&mut self, at: u64, trailer: &Trailer) {

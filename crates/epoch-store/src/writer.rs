@@ -54,7 +54,7 @@ struct Tables {
     /// Trees, groups, index, padding, trailer.
     bytes: Vec<u8>,
     trailer: Trailer,
-    trailer_at: u64,
+    trailer_place: Twice,
     /// Of the last stripe, if that is not full.
     parity: Vec<u8>,
     parity_at: u64,
@@ -101,11 +101,6 @@ impl<'a> Writer<'a> {
     #[must_use]
     pub fn is_base(&self) -> bool {
         self.base
-    }
-
-    /// States that these pages are zero, however many they are.
-    pub fn zero(&mut self, run: Run) {
-        self.index.push(run, Says::Zero);
     }
 
     /// Stores pages of which none is zero.
@@ -266,7 +261,7 @@ impl<'a> Writer<'a> {
         let trailer_at = at + out.len() as u64;
         let trailer = Trailer {
             epoch: self.id,
-            previous: previous.map_or(Twice::NONE, |record| record.trailer()),
+            previous: previous.map_or(Twice::NONE, |record| record.trailer),
             copy_at: trailer_at + apart,
             start: self.start,
             parity_at: if open { parity_at } else { 0 },
@@ -275,19 +270,25 @@ impl<'a> Writer<'a> {
             entries: self.index.entries.len() as u64,
             facts,
             pages,
-            // With the copies of the tables, the commit record in both places, and its seal.
-            bytes_written: (at - self.start) + parity.len() as u64 + 2 * len + 3 * BLOCK_LEN,
+            // With the copies of the tables, slot and seal, each in both places.
+            bytes_written: (at - self.start) + parity.len() as u64 + 2 * len + 4 * BLOCK_LEN,
             previous_durable_us: previous.map_or(0, |record| record.durable_us),
             skipped: match previous {
                 Some(record) if !bug("gap not noted") => self.id - 1 - record.epoch,
                 _ => 0,
             },
         };
-        out.extend_from_slice(&trailer.encode(key, trailer_at));
+        let block = trailer.encode(key, trailer_at);
+        out.extend_from_slice(&block);
+        let trailer_place = Twice {
+            at: trailer_at,
+            copy_at: trailer.copy_at,
+            crc: Trailer::crc(&block).unwrap_or_default(),
+        };
         Tables {
             bytes: out,
             trailer,
-            trailer_at,
+            trailer_place,
             parity,
             parity_at,
             copy_at: at + apart,
@@ -312,33 +313,31 @@ impl<'a> Writer<'a> {
             self.write(tables.parity_at, &tables.parity)?;
         }
         self.write(tables.copy_at, &tables.bytes)?;
-        let (medium, failed) = (&self.generation.medium, |e| self.generation.failed(e));
-        let current = self
-            .store
-            .current
-            .as_ref()
-            .filter(|live| !self.base && !live.sealed);
-        if let Some(live) = current {
-            // The flush below makes this durable before the other slot is touched.
-            live.write_record(format::SEAL_AT).map_err(failed)?;
-        }
-        if !bug("data not flushed") {
-            medium.flush().map_err(failed)?;
-        }
         let Tables {
             trailer,
-            trailer_at,
+            trailer_place,
             held,
             ..
         } = tables;
-        let chain = vec![(trailer_at, trailer)];
+        let chain = vec![(trailer_place.at, trailer)];
         let record = Record {
             epoch: self.id,
-            trailer_at,
-            copy_at: trailer.copy_at,
+            trailer: trailer_place,
             durable_us: 0,
         };
         let mut live = Live::new(self.generation.clone(), record, chain);
+        let below = self.store.current.as_mut().filter(|_| !self.base);
+        let failed = |e| self.generation.failed(e);
+        // The flush below makes the seal durable before the slot is touched.
+        if let Some(below) = below {
+            below.sealed = false;
+            below.write_seal(Some(record)).map_err(failed)?;
+        } else {
+            live.announce().map_err(failed)?;
+        }
+        if !bug("data not flushed") {
+            live.generation.medium.flush().map_err(failed)?;
+        }
         live.trees = Some(held);
         live.in_slot = false;
         live.named = !self.base;
@@ -472,6 +471,11 @@ impl EpochWriter for Writer<'_> {
             None => Tree::New(fdt.into()),
         };
         self.trees.insert(group.to_owned(), tree);
+        Ok(())
+    }
+
+    fn zero(&mut self, run: Run) -> Result<(), StoreError> {
+        self.index.push(run, Says::Zero);
         Ok(())
     }
 

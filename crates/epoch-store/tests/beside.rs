@@ -351,8 +351,8 @@ pub(crate) fn what_is_lost_is_not_carried_over() {
     let image = disk.contents("epochs.1").unwrap();
     // The four pages of the base, and their parity.
     let mut harmed = image.clone();
-    harmed[23 * 4096..27 * 4096].fill(0x55);
-    harmed[40 * 4096..44 * 4096].fill(0x55);
+    harmed[24 * 4096..28 * 4096].fill(0x55);
+    harmed[41 * 4096..45 * 4096].fill(0x55);
     disk.set_contents("epochs.1", harmed);
     let mut store = open(&disk, Access::Write).unwrap();
     store.begin_flattening().unwrap();

@@ -11,7 +11,7 @@ mod common;
 use common::{Model, Script, Step, create, history, models, open, read_back};
 use outlive_epoch::{EpochFacts, EpochReader, EpochWriter, StoreError};
 use outlive_epoch_store::{Access, REPAIRABLE, Store, repair_in, verify_in};
-use outlive_media::{Fate, Fault, Op, Pending, SimDisk, power_off};
+use outlive_media::{Fate, Fault, Lie, Op, Pending, SimDisk, power_off};
 use std::io;
 
 /// The larger part of the subsets is taken exhaustively up to this many pending changes.
@@ -201,7 +201,9 @@ fn recover(disk: &SimDisk, found: u64, models: &[Model], rest: &[Script]) -> u64
         again.fault(cut_at(at));
         let cut_short = open(&again, Access::Write).is_err();
         assert!(cut_short || at >= trace.len() as u64);
-        for cut in cuts(&again.pending(), 0) {
+        // Others of them after another cut: the recovery is always much the same.
+        let all = cuts(&again.pending(), 0);
+        for cut in all.iter().skip((found + at) as usize % 11).step_by(11) {
             let after = again.power_cut(&mut |i, _| cut[i]);
             assert_eq!(
                 find(&after, models),
@@ -229,7 +231,7 @@ pub(crate) fn a_repair_that_is_cut_short_does_no_harm() {
     // Both parts of the header, then all over the log: pages, tables, parity, copies.
     let places = [0, 20 * 4096]
         .into_iter()
-        .chain((23 * 4096..image.len()).step_by(7 * 4096));
+        .chain((24 * 4096..image.len()).step_by(7 * 4096));
     for from in places {
         let to = image.len().min(from + REPAIRABLE as usize);
         let mut bytes = image.clone();
@@ -447,6 +449,81 @@ pub(crate) fn an_attempt_after_a_failed_one_harms_neither() {
         let states = fail_then_cut(&script(first, 40), &script(second, 50));
         assert!(states > 1000, "{states} states");
     }
+}
+
+/// Makes the n-th flush from now on fail.
+fn fail_flush(disk: &SimDisk, history: &[Script], n: usize) {
+    let clean = SimDisk::new();
+    let mut store = create(&clean).unwrap();
+    write_two(&mut store);
+    let start = clean.trace().len();
+    assert_eq!(start, disk.trace().len());
+    history[0].write(&mut store).unwrap();
+    let trace = clean.trace();
+    let mut flushes = (start..trace.len()).filter(|at| trace[*at] == Op::Flush);
+    disk.fault(Some(Fault {
+        at: flushes.nth(n).unwrap() as u64,
+        lasting: false,
+        error: io::ErrorKind::Other,
+        applied: false,
+    }));
+}
+
+#[test]
+pub(crate) fn a_trailer_of_a_failed_attempt_is_not_taken_for_that_of_the_next() {
+    let script = |seed| Script {
+        base: false,
+        steps: vec![Step::Put(1, 11, vec![5; 2])],
+        trees: vec![("root", vec![seed; 30])],
+    };
+    let (first, second) = (script(40), script(50));
+    let wanted = second.apply(&models(&history())[1]);
+    let (mut lost, mut at) = (0, 0);
+    loop {
+        let disk = SimDisk::new();
+        let mut store = create(&disk).unwrap();
+        write_two(&mut store);
+        fail_flush(&disk, std::slice::from_ref(&first), 0);
+        first.write(&mut store).unwrap_err();
+        let began = disk.trace().len();
+        // The medium forgets one write of the second attempt: the first one's bytes stay there.
+        disk.lie((began + at) as u64, Lie::Lost);
+        assert_eq!(second.write(&mut store).unwrap().0, 3);
+        let trace = disk.trace();
+        store.close().unwrap();
+        let Some(op) = trace.get(began + at) else {
+            break;
+        };
+        lost += u32::from(*op == Op::Write);
+        at += 1;
+        let store = open(&disk, Access::Read).unwrap();
+        let found = read_back(&store.epoch(None).unwrap()).unwrap();
+        assert_eq!(found, wanted, "operation {at} was lost");
+        assert!(!store.verify(&mut |_, _| {}).unwrap().is_lossy());
+    }
+    assert!(lost >= 7, "{lost} writes");
+}
+
+#[test]
+pub(crate) fn a_record_that_a_failed_flush_forgot_is_written_again_by_the_next_writer() {
+    let disk = SimDisk::new();
+    let mut store = create(&disk).unwrap();
+    write_two(&mut store);
+    disk.forget_on_failed_flush(true);
+    fail_flush(&disk, &history()[2..3], 1);
+    history()[2].write(&mut store).unwrap_err();
+    // The writer is killed: it cannot repeat the step.
+    disk.fault(cut_at(disk.trace().len() as u64));
+    drop(store);
+    disk.fault(None);
+    let models = models(&history());
+    assert_eq!(find(&disk, &models), 3, "it can be read");
+    let dropped = disk.power_cut(&mut |_, _| Fate::Drop);
+    assert_eq!(find(&dropped, &models), 2, "but it is not there");
+    let store = open(&disk, Access::Write).unwrap();
+    assert_eq!(store.newest().unwrap().0, 3);
+    let dropped = disk.power_cut(&mut |_, _| Fate::Drop);
+    assert_eq!(find(&dropped, &models), 3);
 }
 
 #[test]

@@ -262,7 +262,7 @@ pub(crate) fn a_large_epoch_in_files_comes_back_in_large_runs() {
     };
     big.write(&mut store).unwrap();
     let pages = seeds.len() as u64 * 4096;
-    let beside = store.log_bytes() - 23 * 4096 - pages;
+    let beside = store.log_bytes() - 24 * 4096 - pages;
     assert!(
         beside * 50 <= pages,
         "{beside} bytes of parity and tables, more than 2 %"

@@ -52,7 +52,10 @@ const PLANTED: &[Planted] = planted![
     "found but not flushed": torture::lives_survive_killed_writers,
     "found but not synced": torture::lives_survive_killed_writers,
     "unpublished file kept": torture::lives_survive_killed_writers,
-    "slot mended before it is sealed": torture::lives_survive_power_cuts,
+    "slot mended before it is sealed": crash::a_power_cut_in_recovery_loses_nothing_that_was_found,
+    "what may follow is left to the seal": crash::a_power_cut_in_recovery_loses_nothing_that_was_found,
+    "slot mended before the seal is durable": crash::a_power_cut_in_recovery_loses_nothing_that_was_found,
+    "found slot not written": crash::a_record_that_a_failed_flush_forgot_is_written_again_by_the_next_writer,
     "superblock not mended": damage::a_writer_mends_the_header,
     "numbers begin again": crash::a_full_medium_keeps_what_is_there_and_works_again_when_there_is_space,
     // Failures and what follows them.
@@ -71,7 +74,6 @@ const PLANTED: &[Planted] = planted![
     "what is gone is not carried": beside::a_flattened_store_holds_what_it_held,
     "switched before all is carried": beside::a_power_cut_anywhere_in_growth_leaves_the_last_or_the_next_epoch,
     "durable time of the copy": beside::a_flattened_store_holds_what_it_held,
-    "other slot left as it is": beside::what_is_left_out_leaves_the_others_as_they_were,
     "older files removed at opening": beside::what_is_left_out_leaves_the_others_as_they_were,
     "replaced although it is kept": beside::a_power_cut_anywhere_in_growth_leaves_the_last_or_the_next_epoch,
     // What an epoch holds.
@@ -88,6 +90,8 @@ const PLANTED: &[Planted] = planted![
     "files not told apart": damage::a_block_of_another_image_is_found,
     "places not told apart": damage::blocks_in_wrong_places_are_found,
     "records not checked": damage::every_changed_byte_is_reported,
+    "trailers not told apart": crash::a_trailer_of_a_failed_attempt_is_not_taken_for_that_of_the_next,
+    "doubt not seen": damage::whatever_is_left_of_the_header_the_newest_epoch_is_found_or_missed_by_name,
     "newer version read": damage::a_newer_version_is_refused_by_name,
     "one superblock": damage::a_writer_mends_the_header,
 ];

@@ -55,7 +55,7 @@ fn what_is_harmed_is_written_again_while_epochs_go_on() {
     }
     let (damages, calls) = pass(&mut store);
     assert!(damages.is_empty() && calls > 2, "{damages:?} in {calls}");
-    let log = 23 * 4096;
+    let log = 24 * 4096;
     for from in [log, log + 1100 * 4096, log + 1541 * 4096] {
         harm(&disk, "epochs.1", from, REPAIRABLE as usize);
     }
@@ -81,11 +81,34 @@ fn what_is_harmed_is_written_again_while_epochs_go_on() {
 }
 
 #[test]
+fn the_header_is_written_again_whatever_is_left_of_it() {
+    let disk = SimDisk::new();
+    let mut store = create(&disk).unwrap();
+    let scripts = &history()[..3];
+    for (n, script) in scripts.iter().enumerate() {
+        script.write(&mut store).unwrap();
+        for (from, len) in [(0, 24 * 4096), (3 * 4096 + 512, 1), (23 * 4096, 4096)] {
+            harm(&disk, "epochs.1", from, len);
+            let (damages, _) = pass(&mut store);
+            let blocks = if len > 24 * 4096 - 1 { 8 } else { 1 };
+            assert_eq!(damages.len(), blocks, "{damages:?}");
+            assert!(damages.iter().all(|d| d.outcome == Outcome::Repaired));
+            assert_eq!(pass(&mut store).0, []);
+            // It counts at once.
+            let copy = disk.power_cut(&mut |_, _| outlive_media::Fate::Drop);
+            let reading = open(&copy, Access::Read).unwrap();
+            assert_eq!(reading.newest().unwrap().0, n as u64 + 1);
+            assert!(reading.verify(&mut |_, _| {}).unwrap().is_clean());
+        }
+    }
+}
+
+#[test]
 fn what_is_lost_is_told_and_left() {
     let disk = SimDisk::new();
     let mut store = create(&disk).unwrap();
     large().write(&mut store).unwrap();
-    let log = 23 * 4096;
+    let log = 24 * 4096;
     harm(&disk, "epochs.1", log, 2 * REPAIRABLE as usize);
     let before = disk.contents("epochs.1");
     let (damages, _) = pass(&mut store);

@@ -74,6 +74,9 @@ pub trait EpochWriter: PageSink {
     /// epoch holds exactly the groups that were written to it.
     fn tree(&mut self, group: &str, fdt: &[u8]) -> Result<(), StoreError>;
 
+    /// States that these pages are zero, however many they are: that costs the same for each run.
+    fn zero(&mut self, run: Run) -> Result<(), StoreError>;
+
     /// Makes the epoch durable and publishes it. When this returns `Ok`, it survives a power cut.
     fn commit(self: Box<Self>, facts: EpochFacts) -> Result<Acked, StoreError>;
 }

@@ -252,6 +252,10 @@ impl EpochWriter for FakeWriter<'_> {
         EpochId(self.log.committed + 1)
     }
 
+    fn zero(&mut self, _: Run) -> Result<(), StoreError> {
+        Ok(())
+    }
+
     fn tree(&mut self, _: &str, _: &[u8]) -> Result<(), StoreError> {
         Ok(())
     }

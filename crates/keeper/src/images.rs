@@ -7,11 +7,13 @@ use crate::KeeperError;
 use crate::epoch::EpochLog;
 use crate::ownership::Own;
 use outlive_epoch::{
-    Acked, Content, EpochFacts, EpochId, EpochReader, EpochWriter, PAGE_SIZE, Run, StoreError,
-    VisitError,
+    Acked, Content, EpochFacts, EpochId, EpochReader, EpochWriter, StoreError, VisitError,
 };
 pub use outlive_epoch_store::Outcome;
-use outlive_epoch_store::{Access, Ahead, CommitTimes, Report, Scrubbed, Store};
+use outlive_epoch_store::{Access, Ahead, CommitTimes, Part, Report, Scrubbed, Store};
+pub use outlive_process::holders::Holder;
+use outlive_process::holders::Holders;
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -42,6 +44,10 @@ pub struct Damage {
     pub what: String,
     /// What becomes of it.
     pub outcome: Outcome,
+    /// Whose it is, as far as that can be told.
+    pub holders: Vec<Holder>,
+    /// The file whose contents it is.
+    pub contents_of: Option<String>,
 }
 
 /// What a check of every byte found.
@@ -60,6 +66,9 @@ pub struct Verified {
     /// Whether something is lost.
     pub lossy: bool,
 }
+
+/// Epochs whose trees are asked for names, at most.
+const ASKED: usize = 64;
 
 /// How often a store that seems damaged is opened.
 const OPEN_TRIES: u32 = 4;
@@ -188,7 +197,7 @@ fn open(dir: &Path) -> Result<Store, StoreError> {
 /// # Errors
 /// Only where it cannot be read at all; damage is a finding.
 pub fn verify(dir: &Path, progress: &mut dyn FnMut(u64, u64)) -> Result<Verified, StoreError> {
-    Ok(outlive_epoch_store::verify(dir, progress)?.into())
+    Ok(told(dir, outlive_epoch_store::verify(dir, progress)?))
 }
 
 /// The same, and what is damaged is written again from its other copy or the parity, where that can
@@ -197,18 +206,59 @@ pub fn verify(dir: &Path, progress: &mut dyn FnMut(u64, u64)) -> Result<Verified
 /// # Errors
 /// As for [`verify`]; and where a keeper is writing it.
 pub fn repair(dir: &Path, progress: &mut dyn FnMut(u64, u64)) -> Result<Verified, StoreError> {
-    Ok(outlive_epoch_store::repair(dir, progress)?.into())
+    Ok(told(dir, outlive_epoch_store::repair(dir, progress)?))
 }
 
-impl From<Report> for Verified {
-    fn from(report: Report) -> Self {
-        Self {
-            epochs: report.epochs.len() as u64,
-            pages: report.pages,
-            bytes: report.bytes,
-            damages: report.damages.iter().map(Damage::from).collect(),
-            more: report.more,
-            lossy: report.is_lossy(),
+/// A report with the names of those whose pages and trees are damaged.
+fn told(dir: &Path, report: Report) -> Verified {
+    let mut damages: Vec<Damage> = report.damages.iter().map(Damage::from).collect();
+    if report
+        .damages
+        .iter()
+        .any(|damage| is_of_somebody(&damage.part))
+    {
+        name(dir, &report, &mut damages);
+    }
+    Verified {
+        epochs: report.epochs.len() as u64,
+        pages: report.pages,
+        bytes: report.bytes,
+        damages,
+        more: report.more,
+        lossy: report.is_lossy(),
+    }
+}
+
+fn is_of_somebody(part: &Part) -> bool {
+    matches!(part, Part::Pages(_) | Part::Tree(_))
+}
+
+/// Says of pages and trees whose they are, by the trees of the epoch that stored them.
+fn name(dir: &Path, report: &Report, damages: &mut [Damage]) {
+    let Ok(store) = Store::open(dir, Access::Read) else {
+        return;
+    };
+    let mut known = BTreeMap::new();
+    for (found, damage) in report.damages.iter().zip(damages) {
+        let Some(epoch) = found.epoch.filter(|_| is_of_somebody(&found.part)) else {
+            continue;
+        };
+        if known.len() == ASKED && !known.contains_key(&epoch) {
+            continue;
+        }
+        let holders = known.entry(epoch).or_insert_with(|| {
+            let reader = store.epoch(Some(epoch)).ok();
+            reader
+                .map(|reader| Holders::of(&reader))
+                .unwrap_or_default()
+        });
+        match &found.part {
+            Part::Pages(run) => {
+                damage.holders = holders.of_pages(*run);
+                damage.contents_of = holders.file(*run).map(str::to_owned);
+            }
+            Part::Tree(group) => damage.holders.extend(holders.of_group(group)),
+            _ => {}
         }
     }
 }
@@ -219,6 +269,8 @@ impl From<&outlive_epoch_store::Damage> for Damage {
             place: format!("{} at offset {}", damage.file, damage.offset),
             what: damage.to_string(),
             outcome: damage.outcome,
+            holders: Vec::new(),
+            contents_of: None,
         }
     }
 }
@@ -247,9 +299,6 @@ impl Log {
     }
 }
 
-/// Pages of zeros handed over at a time.
-const ZEROS: u64 = 256;
-
 /// Copies one epoch, whole, as the next one of a log that has none.
 ///
 /// # Errors
@@ -264,12 +313,11 @@ pub fn copy(
             to.tree(&group, &tree)?;
         }
     }
-    let zeros = vec![0; PAGE_SIZE * usize::try_from(ZEROS).unwrap_or(1)];
     let mut failed = None;
     let walked = from.pages(&mut |run, content| {
         let put = match content {
             Content::Bytes(bytes) => to.put(run, bytes),
-            Content::Zero => put_zeros(&mut *to, run, &zeros),
+            Content::Zero => to.zero(run),
         };
         put.map_err(|error| {
             failed = Some(error);
@@ -281,20 +329,6 @@ pub fn copy(
         (None, Err(VisitError::Visitor(error))) => Err(StoreError::Misuse(error.to_string())),
         (None, Ok(())) => to.commit(facts),
     }
-}
-
-fn put_zeros(to: &mut dyn EpochWriter, run: Run, zeros: &[u8]) -> Result<(), StoreError> {
-    let mut first = run.first();
-    while first < run.end() {
-        let count = ZEROS.min(run.end() - first);
-        let Some(part) = Run::new(run.space(), first, count) else {
-            return Err(StoreError::Misuse("a run of no pages".into()));
-        };
-        let bytes = usize::try_from(part.bytes()).unwrap_or(usize::MAX);
-        to.put(part, &zeros[..bytes.min(zeros.len())])?;
-        first += count;
-    }
-    Ok(())
 }
 
 impl EpochLog for Log {
@@ -350,7 +384,7 @@ impl EpochLog for Log {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use outlive_epoch::SpaceId;
+    use outlive_epoch::{PAGE_SIZE, Run, SpaceId};
 
     fn pages(image: &Image) -> Vec<(Run, Option<Vec<u8>>)> {
         let mut pages = Vec::new();
@@ -383,6 +417,8 @@ mod tests {
         writer.tree("a", b"first").unwrap();
         writer.put(run(0, 2), &[1; 2 * PAGE_SIZE]).unwrap();
         writer.put(run(9, 600), &vec![0; 600 * PAGE_SIZE]).unwrap();
+        // More than could be handed over as bytes in a life.
+        writer.zero(run(1 << 40, 1 << 50)).unwrap();
         writer.commit(EpochFacts::default()).unwrap();
         let mut writer = log.begin().unwrap();
         writer.tree("a", b"second").unwrap();

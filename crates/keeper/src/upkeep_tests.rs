@@ -219,7 +219,7 @@ fn what_is_lost_is_said_and_asks_for_a_full_epoch() {
     store.close().unwrap();
     let file = dir.path().join("s/epochs.1");
     let mut bytes = std::fs::read(&file).unwrap();
-    bytes[23 * 4096..70 * 4096].fill(7);
+    bytes[24 * 4096..70 * 4096].fill(7);
     std::fs::write(&file, bytes).unwrap();
     let mut store = Store::open(dir.path().join("s"), outlive_epoch_store::Access::Write).unwrap();
     let mut upkeep = Upkeep::new(Policy::default());

@@ -166,6 +166,10 @@ impl EpochWriter for Counted<'_> {
         self.writer.tree(group, fdt)
     }
 
+    fn zero(&mut self, run: Run) -> Result<(), StoreError> {
+        self.writer.zero(run)
+    }
+
     fn commit(self: Box<Self>, facts: EpochFacts) -> Result<Acked, StoreError> {
         let Self {
             writer, progress, ..

@@ -21,6 +21,7 @@ mod family;
 mod flags;
 mod freeze;
 mod guard;
+pub mod holders;
 pub mod image;
 mod interval;
 mod laps;

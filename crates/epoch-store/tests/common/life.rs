@@ -9,8 +9,9 @@ use super::{Model, Script, SimHost, Step, read_back};
 use outlive_epoch::{EpochReader, StoreError};
 use outlive_epoch_store::{Access, Host, Store};
 use outlive_media::{SimDisk, power_off};
-use std::cell::{Cell, RefCell};
+use std::cell::{Cell, OnceCell, RefCell};
 use std::collections::BTreeMap;
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::Arc;
 
 /// Numbers that look random; the same seed gives the same (SplitMix64, Steele and others 2014).
@@ -177,6 +178,21 @@ pub struct Truth {
     ever: BTreeMap<u64, Vec<Model>>,
     /// Errors that were met.
     pub failures: u64,
+    /// A number that stands for all of this, once it is asked for, which is after the life.
+    key: OnceCell<u64>,
+}
+
+/// What was found on a disk: an epoch, and a number that stands for what it holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Found {
+    pub id: u64,
+    contents: u64,
+}
+
+fn hash_of(of: &impl Hash) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    of.hash(&mut hasher);
+    hasher.finish()
 }
 
 impl Default for Truth {
@@ -186,6 +202,7 @@ impl Default for Truth {
             maybe: Vec::new(),
             ever: BTreeMap::new(),
             failures: 0,
+            key: OnceCell::new(),
         }
     }
 }
@@ -194,6 +211,13 @@ impl Truth {
     /// The newest acknowledged epoch.
     pub fn acked(&self) -> u64 {
         self.acked.0
+    }
+
+    /// The same for two lives after which the same may be found.
+    pub fn key(&self) -> u64 {
+        *self
+            .key
+            .get_or_init(|| hash_of(&(&self.acked, &self.maybe, &self.ever)))
     }
 
     /// An attempt begins.
@@ -236,7 +260,13 @@ impl Truth {
     }
 
     /// Compares everything on a disk; gives the newest epoch, or the damage that was named.
-    pub fn check(&self, disk: &SimDisk) -> Result<(u64, Model), StoreError> {
+    pub fn check(&self, disk: &SimDisk) -> Result<Found, StoreError> {
+        let (id, model) = self.compare(disk)?;
+        let contents = hash_of(&model);
+        Ok(Found { id, contents })
+    }
+
+    fn compare(&self, disk: &SimDisk) -> Result<(u64, Model), StoreError> {
         let store = match open(disk, Access::Read) {
             Ok(store) => store,
             Err(StoreError::Missing { .. }) => {

@@ -32,7 +32,7 @@ impl Host for SimHost {
 }
 
 /// The contents of an epoch: trees by group, and pages (by space and index) as their seeds.
-#[derive(Clone, Default, PartialEq, Eq)]
+#[derive(Clone, Default, PartialEq, Eq, Hash)]
 pub struct Model {
     pub trees: BTreeMap<String, Vec<u8>>,
     pub pages: BTreeMap<(u32, u64), u8>,

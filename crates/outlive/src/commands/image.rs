@@ -3,7 +3,7 @@
 use crate::out;
 use crate::progress::Progress;
 use outlive_keeper::KeeperError;
-use outlive_keeper::images::{self, Damage, Outcome, Verified};
+use outlive_keeper::images::{self, Damage, Holder, Outcome, Verified};
 use outlive_keeper::subject::Root;
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
@@ -74,13 +74,41 @@ fn line(damage: &Damage) -> String {
         Outcome::Unneeded => "nobody needs it",
         Outcome::Lost => "lost",
     };
-    format!("{place} is damaged: {what}; {outcome}")
+    let whose = whose(damage);
+    format!("{place} is damaged: {what}{whose}; {outcome}")
+}
+
+/// Which processes it is of, and at which address.
+fn whose(damage: &Damage) -> String {
+    let one = |holder: &Holder| {
+        let (pid, program) = (holder.pid, out::tame(&holder.program));
+        let place = holder
+            .address
+            .map_or_else(String::new, |a| format!(" at {a:#x}"));
+        format!("process {pid} ({program}){place}")
+    };
+    let file = damage.contents_of.as_ref();
+    let file = file.map(|path| format!("the file {}", out::tame(path)));
+    let all: Vec<String> = damage.holders.iter().map(one).chain(file).collect();
+    match all.is_empty() {
+        true => String::new(),
+        false => format!(" (it is of {})", all.join(", ")),
+    }
 }
 
 fn as_json(found: &Verified) -> Value {
     let damage = |d: &Damage| {
         let (place, what) = (&d.place, &d.what);
-        json!({ "place": place, "what": what, "outcome": d.outcome.word() })
+        let holder =
+            |h: &Holder| json!({ "pid": h.pid, "program": h.program, "address": h.address });
+        let holders: Vec<Value> = d.holders.iter().map(holder).collect();
+        json!({
+            "place": place,
+            "what": what,
+            "outcome": d.outcome.word(),
+            "processes": holders,
+            "file": d.contents_of,
+        })
     };
     let damages: Vec<Value> = found.damages.iter().map(damage).collect();
     json!({

@@ -29,7 +29,7 @@ fn comes_back(place: &Place, pid: u32, told: &str) -> bool {
 }
 
 /// Where the log begins: behind both parts of the header.
-const LOG: usize = 23 * 4096;
+const LOG: usize = 24 * 4096;
 
 #[test]
 fn a_run_of_damage_costs_nothing_and_can_be_repaired() {
@@ -80,6 +80,18 @@ fn what_is_lost_is_named_with_its_place() {
         let done = place.call(&[command, "./image"]);
         done.fails(4, &["epochs.", "offset", "; lost"]);
     }
+    // Pages with others of their classes, but neither trees nor tables: it is told whose they were.
+    let mut bad = good.clone();
+    bad[LOG..][..20 * 4096].fill(0x5a);
+    fs::write(&path, &bad).unwrap();
+    let whose = format!("(it is of process {pid} (sleep) at 0x");
+    let done = place.call(&["verify", "./image"]);
+    done.fails(4, &[&whose, "; lost"]);
+    let done = place.call(&["verify", "./image", "--json"]);
+    let found: serde_json::Value = serde_json::from_str(&done.out).unwrap();
+    let of = &found["damages"][0]["processes"][0];
+    assert_eq!((&of["pid"], &of["program"]), (&pid.into(), &"sleep".into()));
+    assert!(of["address"].as_u64().is_some_and(|at| at > 0), "{of}");
     // A warning tells whoever restores it of what was made up for.
     let mut bad = good;
     bad[LOG..][..4096].fill(0);

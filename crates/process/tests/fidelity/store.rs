@@ -106,6 +106,11 @@ impl EpochWriter for Writer<'_> {
         EpochId(self.epoch.id)
     }
 
+    fn zero(&mut self, run: Run) -> Result<(), StoreError> {
+        let zeros = vec![0; PAGE_SIZE * run.count() as usize];
+        self.put(run, &zeros)
+    }
+
     fn tree(&mut self, group: &str, fdt: &[u8]) -> Result<(), StoreError> {
         let before = self.epoch.trees.insert(group.into(), fdt.to_vec());
         assert!(before.is_none(), "the group {group} was written twice");
