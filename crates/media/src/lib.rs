@@ -2,7 +2,8 @@
 //!
 //! A [`Medium`] is a growing array of bytes that keeps what was flushed through a power cut; a
 //! [`Directory`] is a set of named media. [`FileMedium`] and [`FileDirectory`] keep them in files;
-//! [`BlockMedium`] is a whole block device, [`MemoryMedium`] memory of the kernel's;
+//! [`BlockMedium`] is a whole block device, [`MemoryMedium`] memory of the kernel's,
+//! [`DaxMedium`] a mapping of memory that keeps its bytes;
 //! a [`Volume`] keeps them inside one medium that has no names. [`SimDisk`] keeps them in memory and loses, tears or trashes what was not flushed, as a test
 //! chooses. [`LineMemory`] simulates memory that keeps its bytes, behind caches that do not.
 //!
@@ -19,6 +20,7 @@
 
 mod block;
 mod buffer;
+mod dax;
 mod directory;
 mod file;
 mod lines;
@@ -29,6 +31,7 @@ mod volume;
 
 pub use block::{BlockMedium, is_block_device};
 pub use buffer::Buffer;
+pub use dax::DaxMedium;
 pub use directory::FileDirectory;
 pub use file::FileMedium;
 pub use lines::{Crashes, LINE, LineMemory};

@@ -209,7 +209,8 @@ pub struct AttachArgs {
 #[derive(Debug, Args)]
 pub struct Device {
     /// Block device that holds nothing but the epochs of this subject, instead of files in the store:
-    /// best a name of it that stays, as those in /dev/disk/by-id
+    /// best a name of it that stays, as those in /dev/disk/by-id. Or a file that has all of its space,
+    /// which is mapped: for persistent memory, on a file system mounted with -o dax
     #[arg(long, value_name = "DEVICE", conflicts_with = "hold_up")]
     pub medium: Option<PathBuf>,
     /// Use the device although it holds something else, all of which is lost

@@ -18,7 +18,7 @@ const SUFFIX: &str = "-cloud-amd64";
 const KEYS: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
 /// Modules that bring the disk and its file system, in the order in which they are loaded; a kernel may have some of
 /// them built in.
-const MODULES: [&str; 16] = [
+const MODULES: [&str; 20] = [
     "virtio",
     "virtio_ring",
     "virtio_pci_legacy_dev",
@@ -35,6 +35,10 @@ const MODULES: [&str; 16] = [
     "xor",
     "raid6_pq",
     "btrfs",
+    "libnvdimm",
+    "nd_btt",
+    "nd_pmem",
+    "nfit",
 ];
 
 /// A kernel.

@@ -20,6 +20,8 @@ use std::{
 const PATIENCE: Duration = Duration::from_secs(120);
 /// Bytes of the disk.
 const DISK: u64 = 1 << 30;
+/// Bytes of persistent memory, where there is some.
+const MEMORY: u64 = 128 << 20;
 
 /// Everything that machines are made of.
 pub struct Lab {
@@ -84,7 +86,33 @@ impl Lab {
         self.switch_on(kernel, processor, &disk)
     }
 
+    /// The same as [`Lab::boot`] once, with persistent memory in a slot, which the host keeps in a file.
+    pub fn boot_with_memory(&self, kernel: &Kernel, processor: &str) -> Result<Machine> {
+        let path = self.folder.join("memory");
+        if !path.exists() {
+            fs::File::create(&path)?.set_len(MEMORY)?;
+        }
+        let of = format!("id=kept,share=on,size={MEMORY},mem-path={}", path.display());
+        let disk = format!("file={}", self.disk().display());
+        self.switch_on_with(kernel, processor, &disk, |qemu| {
+            qemu.args(["-machine", "pc,nvdimm=on", "-m", "512,slots=2,maxmem=2G"])
+                .arg("-object")
+                .arg(format!("memory-backend-file,{of}"))
+                .args(["-device", "nvdimm,id=slot,memdev=kept"]);
+        })
+    }
+
     fn switch_on(&self, kernel: &Kernel, processor: &str, disk: &str) -> Result<Machine> {
+        self.switch_on_with(kernel, processor, disk, |_| ())
+    }
+
+    fn switch_on_with(
+        &self,
+        kernel: &Kernel,
+        processor: &str,
+        disk: &str,
+        more: impl FnOnce(&mut Command),
+    ) -> Result<Machine> {
         let archive = self
             .archives
             .get(&kernel.release)
@@ -111,6 +139,7 @@ impl Lab {
             .arg("-serial")
             .arg(format!("file:{}", log.display()))
             .args(["-serial", "stdio"]);
+        more(&mut qemu);
         let mut child = qemu
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())

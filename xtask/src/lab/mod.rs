@@ -23,6 +23,7 @@ mod kernels;
 mod lossy;
 mod machine;
 mod nbd;
+mod pmem;
 mod record;
 mod soft_dirty;
 
@@ -57,6 +58,9 @@ pub struct Options {
     /// Only power cuts of a disk that loses what was not flushed: so many, on each file system.
     #[arg(long, conflicts_with_all = ["short", "soft_dirty"])]
     cuts: Option<u32>,
+    /// Only epochs in persistent memory.
+    #[arg(long, conflicts_with_all = ["short", "soft_dirty", "cuts"])]
+    memory: bool,
     /// Where the dice begin that say what the disk loses; without it, anywhere. It is printed.
     #[arg(long)]
     seed: Option<u64>,
@@ -71,7 +75,7 @@ pub fn run(options: &Options) -> Result<()> {
     workspace::need_space(&folder, 1_000_000_000)?;
     let wanted: &[&str] = if options.soft_dirty {
         &["bookworm"]
-    } else if options.cuts.is_some() {
+    } else if options.cuts.is_some() || options.memory {
         &["trixie"]
     } else if options.short {
         &["trixie", "trixie-backports"]
@@ -103,6 +107,11 @@ pub fn run(options: &Options) -> Result<()> {
         println!("lab: all is well after {} s", begun.elapsed().as_secs());
         return Ok(());
     }
+    if options.memory {
+        pmem::run(&lab, new)?;
+        println!("lab: all is well after {} s", begun.elapsed().as_secs());
+        return Ok(());
+    }
     let newest = find("trixie-backports")?;
     if options.short {
         power_cuts(&lab, &[new, newest, new])?;
@@ -115,6 +124,7 @@ pub fn run(options: &Options) -> Result<()> {
         power_cuts(&lab, &[new, newest, new, old, newest, old])?;
         power_cuts(&lab, &[old, new])?;
         soft_dirty::run(&lab, old)?;
+        pmem::run(&lab, new)?;
         least_processor(&lab, new)?;
     }
     println!("lab: all is well after {} s", begun.elapsed().as_secs());
@@ -192,13 +202,18 @@ fn boot<'a>(lab: &'a Lab, kernel: &'a Kernel, processor: &str) -> Result<Machine
 
 /// The program's errors go to a file of its own; what Outlive says goes to another.
 fn begin(machine: &Machine) -> Result<()> {
+    begin_on(machine, "")
+}
+
+/// The same, with more to say about how it is kept.
+fn begin_on(machine: &Machine, how: &str) -> Result<()> {
     // Two processes: the shell waits for it.
     let program = "exec 2>>/disk/wrong; clocks realtime; exit $?";
     machine.must(": >/disk/record; : >/disk/wrong")?;
     // So high that no process of a machine that has just booted has the number.
     machine.must("echo 3000 >/proc/sys/kernel/ns_last_pid")?;
     machine.must(&format!(
-        "outlive run --name clocks --every 200ms -- /bin/sh -c '{program}' \
+        "outlive run --name clocks --every 200ms {how} -- /bin/sh -c '{program}' \
          >>/disk/record 2>/tmp/said </dev/null & keeper=$!"
     ))?;
     Ok(())

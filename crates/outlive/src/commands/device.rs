@@ -1,4 +1,4 @@
-//! A block device for the epochs of a subject.
+//! A block device, or a file, for the epochs of a subject.
 //!
 //! The subject's directory has a symbolic link to the device where otherwise the directory of its epochs
 //! is; so whoever opens the one opens the other.
@@ -19,8 +19,10 @@ pub fn choose(subject: &Subject, chosen: &Device) -> Result<(), KeeperError> {
     };
     let shown = given.display();
     let found = fs::metadata(given).map_err(KeeperError::io(format!("look at {shown}")))?;
-    if !found.file_type().is_block_device() {
-        return Err(KeeperError::Usage(format!("{shown} is no block device")));
+    if !found.file_type().is_block_device() && !found.is_file() {
+        return Err(KeeperError::Usage(format!(
+            "{shown} is neither a block device nor a file"
+        )));
     }
     outlive_epoch_store::format(given, chosen.format).map_err(|error| match error {
         StoreError::Misuse(what) => KeeperError::Refused(format!(

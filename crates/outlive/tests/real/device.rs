@@ -66,10 +66,10 @@ fn a_program_lives_on_a_block_device() {
             .iter()
             .all(|byte| *byte == 7)
     );
-    let file = place.text("disk");
+    let here = place.text(".");
     place
-        .call(&["run", "--name", "a", "--medium", &file, "--", "true"])
-        .fails(2, &["no block device"]);
+        .call(&["run", "--name", "a", "--medium", &here, "--", "true"])
+        .fails(2, &["neither a block device nor a file"]);
 
     let words = begin("a", &["--format"]);
     let mut kept = place.start(&words.iter().map(String::as_str).collect::<Vec<_>>());
@@ -102,4 +102,31 @@ fn a_program_lives_on_a_block_device() {
     until("the keeper lets it go", || {
         place.call(&["verify", "b"]).code == 0
     });
+}
+
+/// As on persistent memory; where the kernel gives no such mapping, `msync(2)` is what makes it durable.
+#[test]
+fn a_program_lives_in_a_mapped_file() {
+    if !may_run("a_program_lives_in_a_mapped_file") {
+        return;
+    }
+    let (_alone, place) = (alone(), Place::new());
+    let file = place.text("memory");
+    fs::write(&file, vec![0; 48 << 20]).unwrap();
+    let start = ["run", "--name", "a", "--every", "50ms", "--medium", &file];
+    let crowd = test_program("crowd");
+    let mut kept = place.start(&[&start[..], &["--", &crowd, "--memory", "8"]].concat());
+    assert!(kept.line().starts_with("ready"));
+    place.epoch_after("a", place.epoch_after("a", 0));
+    let members = family(kept.pid()).split_off(1);
+    kept.kill();
+    members.into_iter().for_each(end);
+    let epoch = place.newest("a");
+    place.call(&["verify", "a"]).succeeds();
+    let mut kept = place.start(&["restore", "a"]);
+    place.epoch_after("a", epoch);
+    assert!(lives(family(kept.pid())[1]));
+    place.call(&["stop", "a"]).succeeds();
+    kept.code();
+    place.call(&["forget", "a"]).succeeds();
 }
