@@ -158,6 +158,7 @@ pub(crate) fn what_is_left_out_leaves_the_others_as_they_were() {
         [2, 5, 7, 8],
         "opening removes nothing"
     );
+    assert_eq!(find(&disk, &models), [2, 5, 7, 8], "nor from the disk");
     history[8].write(&mut store).unwrap();
     for id in [EpochId(5), EpochId(8)] {
         assert!(store.begin_thinning(77, &[id]).is_err());
