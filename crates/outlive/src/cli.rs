@@ -122,6 +122,9 @@ pub enum Command {
     /// Power events
     #[command(subcommand)]
     Power(PowerCommand),
+    /// Resilient heaps (files in which Rust programs keep data), without their programs
+    #[command(subcommand)]
+    Heap(HeapCommand),
     /// Watch a counter be killed together with its keeper, and count on
     Demo,
     /// Measure, on this machine, what keeping and restoring costs
@@ -156,6 +159,26 @@ pub enum PowerCommand {
         /// A hold-up budget to judge; one that cannot be kept is refused with the least that can
         #[arg(long, value_name = "TIME", value_parser = parse_duration)]
         hold_up: Option<Duration>,
+    },
+}
+
+/// Resilient heaps.
+#[derive(Debug, Subcommand)]
+pub enum HeapCommand {
+    /// Show size, state and types of a heap; the file stays as it is
+    Inspect {
+        /// The heap
+        file: PathBuf,
+    },
+    /// Read every line of a heap and check it; the file stays as it is; exit code 4 if data is lost
+    Verify {
+        /// The heap
+        file: PathBuf,
+    },
+    /// Bring unfinished commits home and repair what can be repaired; exit code 4 if data is lost
+    Repair {
+        /// The heap
+        file: PathBuf,
     },
 }
 

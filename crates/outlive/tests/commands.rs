@@ -224,3 +224,45 @@ fn a_program_without_a_keeper_is_neither_stopped_nor_forgotten() {
     let group = rustix::process::Pid::from_child(&kept.keeper);
     rustix::process::kill_process_group(group, rustix::process::Signal::KILL).unwrap();
 }
+
+#[test]
+fn a_heap_is_looked_at_and_repaired_without_its_program() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("numbers.heap");
+    let memory = resilient_heap::FileMemory::open(&path).unwrap();
+    let heap = resilient_heap::Options::default()
+        .zone_pages(16)
+        .log_pages(1)
+        .open::<u64>(memory, |_| Ok(7))
+        .unwrap();
+    heap.close().unwrap();
+    let file = path.to_str().unwrap();
+    let (code, out, err) = call(dir.path(), &["heap", "inspect", file]);
+    assert_eq!((code, err.as_str()), (0, ""));
+    assert!(
+        out.contains("closed") && out.contains("root u64 8"),
+        "{out}"
+    );
+    let mut bytes = std::fs::read(&path).unwrap();
+    let data = 8 * 4096;
+    bytes[data + 20] ^= 1;
+    std::fs::write(&path, &bytes).unwrap();
+    let (code, _, err) = call(dir.path(), &["heap", "verify", file]);
+    assert!(code == 0 && err.contains("(data)"), "{code} {err}");
+    assert_eq!(std::fs::read(&path).unwrap(), bytes, "the file was changed");
+    let (code, _, err) = call(dir.path(), &["heap", "repair", file]);
+    assert!(code == 0 && err.contains("repaired"), "{code} {err}");
+    let (code, _, err) = call(dir.path(), &["heap", "verify", file]);
+    assert_eq!((code, err.as_str()), (0, ""));
+    // Two lines of one column: nothing brings them back.
+    bytes[data..data + 64].fill(9);
+    bytes[data + 4096..data + 4160].fill(9);
+    std::fs::write(&path, &bytes).unwrap();
+    let (code, out, _) = call(dir.path(), &["heap", "repair", file, "--json"]);
+    let found: Value = serde_json::from_str(&out).unwrap();
+    assert_eq!(code, 4, "{found}");
+    assert_eq!(found["lost"][0]["at"], data);
+    std::fs::write(&path, [7; 8192]).unwrap();
+    let (code, _, err) = call(dir.path(), &["heap", "verify", file]);
+    assert!(code == 1 && err.contains("no resilient heap"), "{err}");
+}

@@ -85,8 +85,6 @@ pub mod memory;
 mod persist;
 mod rc;
 mod reading;
-#[cfg(doctest)]
-pub mod refused;
 mod rows;
 mod space;
 mod superblock;

@@ -9,6 +9,7 @@ mod demo;
 mod device;
 mod dts;
 mod end;
+mod heap;
 mod image;
 mod inspect;
 mod list;
@@ -59,6 +60,7 @@ pub fn run(cli: &Cli) -> Result<u8, KeeperError> {
         Command::Import(args) => carry::import(&root, args, json),
         Command::Push(args) => shelf::push(&root, args, json),
         Command::Pull(args) => shelf::pull(&root, args, json),
+        Command::Heap(command) => heap::heap(command, json),
         Command::Demo => demo::demo(json),
         Command::Bench(args) => bench::bench(args, json),
     }

@@ -1,0 +1,23 @@
+//! A change through a readers reference.
+
+use resilient_heap::memory::Volatile;
+use resilient_heap::{Heap, PBox, PVec, Persist};
+
+#[derive(Persist)]
+#[repr(C)]
+struct Root<'h> {
+    list: PVec<'h, PBox<'h, u64>>,
+}
+
+fn heap() -> Heap<Root<'static>> {
+    Heap::open(Volatile::new(1 << 24).unwrap(), |_| Ok(Root { list: PVec::new() })).unwrap()
+}
+
+fn main() {
+    heap()
+        .read(|root, _| {
+            root.list = PVec::new();
+            Ok(())
+        })
+        .unwrap();
+}

@@ -1,0 +1,11 @@
+//! A file.
+
+use resilient_heap::Persist;
+
+#[derive(Persist)]
+#[repr(C)]
+struct Stored {
+    field: std::fs::File,
+}
+
+fn main() {}

@@ -1,0 +1,24 @@
+//! A second pointer to an owned value.
+
+use resilient_heap::memory::Volatile;
+use resilient_heap::{Heap, PBox, PVec, Persist};
+
+#[derive(Persist)]
+#[repr(C)]
+struct Root<'h> {
+    list: PVec<'h, PBox<'h, u64>>,
+}
+
+fn heap() -> Heap<Root<'static>> {
+    Heap::open(Volatile::new(1 << 24).unwrap(), |_| Ok(Root { list: PVec::new() })).unwrap()
+}
+
+fn main() {
+    heap()
+        .write(|root, tx| {
+            let pointer = PBox::new(tx, 1)?;
+            root.list.push(tx, pointer)?;
+            root.list.push(tx, pointer)
+        })
+        .unwrap();
+}

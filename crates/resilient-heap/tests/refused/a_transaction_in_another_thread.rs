@@ -1,0 +1,25 @@
+//! A transaction in another thread.
+
+use resilient_heap::memory::Volatile;
+use resilient_heap::{Heap, PBox, PVec, Persist};
+
+#[derive(Persist)]
+#[repr(C)]
+struct Root<'h> {
+    list: PVec<'h, PBox<'h, u64>>,
+}
+
+fn heap() -> Heap<Root<'static>> {
+    Heap::open(Volatile::new(1 << 24).unwrap(), |_| Ok(Root { list: PVec::new() })).unwrap()
+}
+
+fn main() {
+    heap()
+        .write(|_, tx| {
+            std::thread::scope(|scope| {
+                scope.spawn(|| PBox::new(tx, 1).map(drop));
+            });
+            Ok(())
+        })
+        .unwrap();
+}

@@ -1,0 +1,25 @@
+//! Two references for changing.
+
+use resilient_heap::memory::Volatile;
+use resilient_heap::{Heap, PBox, PVec, Persist};
+
+#[derive(Persist)]
+#[repr(C)]
+struct Root<'h> {
+    list: PVec<'h, PBox<'h, u64>>,
+}
+
+fn heap() -> Heap<Root<'static>> {
+    Heap::open(Volatile::new(1 << 24).unwrap(), |_| Ok(Root { list: PVec::new() })).unwrap()
+}
+
+fn main() {
+    heap()
+        .write(|root, tx| {
+            let one = root.list.get_mut(tx, 0)?;
+            let other = root.list.get_mut(tx, 0)?;
+            drop((one, other));
+            Ok(())
+        })
+        .unwrap();
+}
