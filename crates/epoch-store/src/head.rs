@@ -298,12 +298,8 @@ impl Live {
         if !bug("slot mended before the seal is durable") {
             medium.flush()?;
         }
-        if !bug("found slot not written") {
-            self.write_slot()?;
-        }
-        if !bug("found but not flushed") {
-            medium.flush()?;
-        }
+        self.write_slot()?;
+        medium.flush()?;
         let older = slot_at(other_slot(self.record.epoch));
         if harmed.any(|at| older.contains(&at)) {
             // While nothing can be read of this slot, what the seal says may follow would count.

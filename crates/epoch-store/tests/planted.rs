@@ -49,13 +49,11 @@ const PLANTED: &[Planted] = planted![
     "one slot for all epochs": golden::the_present_version_writes_its_golden_image,
     "older record counts": crash::a_power_cut_anywhere_leaves_the_last_or_the_next_epoch,
     // Recovery.
-    "found but not flushed": torture::lives_survive_killed_writers,
     "found but not synced": torture::lives_survive_killed_writers,
     "unpublished file kept": torture::lives_survive_killed_writers,
     "slot mended before it is sealed": crash::a_power_cut_in_recovery_loses_nothing_that_was_found,
     "what may follow is left to the seal": crash::a_power_cut_in_recovery_loses_nothing_that_was_found,
     "slot mended before the seal is durable": crash::a_power_cut_in_recovery_loses_nothing_that_was_found,
-    "found slot not written": crash::a_record_that_a_failed_flush_forgot_is_written_again_by_the_next_writer,
     "superblock not mended": damage::a_writer_mends_the_header,
     "numbers begin again": crash::a_full_medium_keeps_what_is_there_and_works_again_when_there_is_space,
     // Failures and what follows them.
