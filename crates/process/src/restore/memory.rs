@@ -1,6 +1,5 @@
 //! Making all address spaces: mappings, contents, and what is done when these are in place.
 
-use super::filler::{self, Filler};
 use super::heirs::Heirs;
 use super::lazy::Later;
 use super::saved::{Files, Saved, SavedProcess};
@@ -10,7 +9,7 @@ use super::{leave, space, tree, vdso};
 use crate::ProcessError;
 use crate::resources::shared::{self, FileContents, Memories};
 use outlive_epoch::EpochReader;
-use outlive_linux::remote::{Batch, InFlight};
+use outlive_linux::remote::Batch;
 use std::collections::HashMap;
 
 /// What the address spaces are made from.
@@ -40,27 +39,17 @@ pub fn give(
     if !from.heirs.gives(stub.target.id) {
         return Ok(());
     }
-    let (populating, filler) = mappings(stub, saved, files, shared, from)?;
+    let populating = mappings(stub, saved, files, shared, from)?;
     let flight = stub.begin(populating)?;
-    let space = space_of(stub, saved, filler.as_ref(), from)?;
+    let space = space_of(stub, saved, from)?;
     let filled = space::fill(&[space], &Memories::new(), &mut HashMap::new(), from.reader);
-    finish_filling(stub, flight, filler)?;
-    filled
-}
-
-fn finish_filling(
-    stub: &mut Stub,
-    flight: InFlight,
-    filler: Option<Filler>,
-) -> Result<(), ProcessError> {
     stub.finish(flight)?;
-    filler.map_or(Ok(()), |filler| filler.end(stub))
+    filled
 }
 
 fn space_of<'a>(
     stub: &'a Stub,
     saved: &'a SavedProcess,
-    filler: Option<&'a Filler>,
     from: &'a Contents<'_>,
 ) -> Result<space::Space<'a>, ProcessError> {
     let open = |_| std::fs::File::open(format!("/proc/{}/mem", stub.target.pid));
@@ -70,34 +59,26 @@ fn space_of<'a>(
         state: &saved.memory,
         inherited: inherited.map_err(|e| stub.target.kernel("opening its memory", e))?,
         later: from.later(stub),
-        filler,
     })
 }
 
-/// Makes the mappings of one process; returns what makes filling them faster.
+/// Makes the mappings of one process.
 fn mappings(
     stub: &mut Stub,
     saved: &SavedProcess,
     files: &Files,
     shared: &Memories,
     from: &Contents<'_>,
-) -> Result<(Batch, Option<Filler>), ProcessError> {
+) -> Result<Batch, ProcessError> {
     let heritage = from.heirs.of(stub.target.id);
     space::clear(stub, &saved.memory, heritage)?;
     let runs = space::runs_of(stub.target.id, &saved.memory, from.reader);
-    let later = from.later(stub);
-    let filled = match (heritage, later) {
-        (None, []) => filler::choose(&saved.memory, &runs),
-        _ => Vec::new(),
-    };
-    let apart = if later.is_empty() { &filled } else { later };
-    let runs = (runs, apart);
+    let runs = (runs, from.later(stub));
     let populating = space::map(stub, &saved.memory, &files.mapped, shared, heritage, runs)?;
     if let Some(code) = &saved.old_code {
         vdso::write(stub, code)?;
     }
-    let filler = Filler::begin(stub, filled)?;
-    Ok((populating, filler))
+    Ok(populating)
 }
 
 /// Makes all address spaces, with their contents.
@@ -117,21 +98,20 @@ pub fn make(
         if !saved.has_memory() {
             continue;
         }
-        let (populating, filler) = if from.heirs.gives(stub.target.id) {
-            (Batch::new(), None)
+        let populating = if from.heirs.gives(stub.target.id) {
+            Batch::new()
         } else {
             mappings(stub, saved, files, shared, from)?
         };
         let (arena, length) = stub.arena.range();
         objects.attach(stub, &saved.memory, arena + length + tree::ASIDE)?;
-        flights.push((stub.begin(populating)?, filler));
+        flights.push(stub.begin(populating)?);
     }
     let filled = {
         let spaces = stubs.iter().zip(&saved.processes);
-        let spaces = spaces.filter(|(_, p)| p.has_memory()).zip(&flights);
         let spaces: Result<Vec<_>, _> = spaces
-            .filter(|((stub, _), _)| !from.heirs.gives(stub.target.id))
-            .map(|((stub, p), (_, filler))| space_of(stub, p, filler.as_ref(), from))
+            .filter(|(stub, p)| p.has_memory() && !from.heirs.gives(stub.target.id))
+            .map(|(stub, p)| space_of(stub, p, from))
             .collect();
         spaces.and_then(|spaces| space::fill(&spaces, shared, contents, from.reader))
     };
@@ -139,8 +119,8 @@ pub fn make(
         .iter_mut()
         .zip(&saved.processes)
         .filter(|(_, p)| p.has_memory());
-    for ((stub, _), (flight, filler)) in with_memory.zip(flights) {
-        finish_filling(stub, flight, filler)?;
+    for ((stub, _), flight) in with_memory.zip(flights) {
+        stub.finish(flight)?;
     }
     filled
 }

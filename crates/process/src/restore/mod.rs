@@ -14,7 +14,6 @@
 //! [`RestoreOptions::new_pid_ns`] all processes are made in a PID namespace of their own
 //! ([`outlive_linux::pid_namespace`]), where every ID is free; the caller is the parent all the same.
 
-mod filler;
 mod going_on;
 mod heirs;
 mod late;

@@ -1,6 +1,5 @@
 //! Making the address space: mappings first, then contents, then protections, seals and locks.
 
-use super::filler::Filler;
 use super::heirs::{Heritage, first_protection};
 use super::lazy::at_once;
 use super::stub::{Step, Stub, step};
@@ -486,8 +485,6 @@ pub struct Space<'a> {
     pub inherited: Option<File>,
     /// What is not written now.
     pub later: &'a [(u64, u64)],
-    /// Fills large areas.
-    pub filler: Option<&'a Filler>,
 }
 
 impl Space<'_> {
@@ -501,12 +498,6 @@ impl Space<'_> {
             }
         }
         for (start, end) in different(&now, bytes) {
-            let part = &bytes[start..end];
-            let filler = self.filler.map(|f| f.fill(at + start as u64, part));
-            let start = end - filler.unwrap_or(part.len());
-            if start == end {
-                continue;
-            }
             write(self.target, at + start as u64, &bytes[start..end])?;
         }
         Ok(())

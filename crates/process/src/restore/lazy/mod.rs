@@ -114,7 +114,7 @@ fn is_plain(area: &Area) -> bool {
 }
 
 /// Bytes that an epoch holds of an area.
-pub(super) fn held(area: &Area, runs: &[(u64, u64)]) -> u64 {
+fn held(area: &Area, runs: &[(u64, u64)]) -> u64 {
     let first = runs.partition_point(|r| r.1 <= area.start);
     let within = runs[first..].iter().take_while(|r| r.0 < area.end);
     within
