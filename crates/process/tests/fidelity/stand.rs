@@ -19,6 +19,14 @@ pub struct Thread {
     pub mask: u64,
 }
 
+impl Thread {
+    /// Whether it waits for a futex.
+    pub fn is_at_futex(&self) -> bool {
+        // `orig_rax` of `struct user_regs_struct`.
+        self.registers[15] == libc::SYS_futex as u64
+    }
+}
+
 fn ptrace(request: libc::c_uint, tid: u32, address: usize, data: usize) -> i64 {
     // SAFETY: see the module heading.
     unsafe { libc::ptrace(request, tid as i32, address as *mut u8, data as *mut u8) }

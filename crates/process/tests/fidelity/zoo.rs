@@ -121,8 +121,15 @@ fn sleeping_threads_keep_registers_and_masks() {
         return;
     }
     let mut program = zoo();
-    let before = stand::look(&program, "parked");
-    assert_eq!(before.len(), 4);
+    // They have their names before they sleep.
+    let before = loop {
+        let found = stand::look(&program, "parked");
+        if found.len() == 4 && found.values().all(stand::Thread::is_at_futex) {
+            break found;
+        }
+        program.must_be_well();
+        std::thread::sleep(std::time::Duration::from_millis(1));
+    };
     let mut store = Store::default();
     let tracked = track(&program);
     let seen = last_epoch(&mut program, tracked, &mut store);
