@@ -20,10 +20,22 @@ pub struct Thread {
 }
 
 impl Thread {
-    /// Whether it waits for a futex.
-    pub fn is_at_futex(&self) -> bool {
-        // `orig_rax` of `struct user_regs_struct`.
-        self.registers[15] == libc::SYS_futex as u64
+    /// Whether it was waiting for a futex, and not on its way there.
+    fn is_at_futex(&self) -> bool {
+        // `orig_rax` and `rax` of `struct user_regs_struct`; the kernel's `ERESTARTSYS`.
+        self.registers[15] == libc::SYS_futex as u64 && self.registers[10] == (-512_i64) as u64
+    }
+}
+
+/// The same as [`look`], once so many threads wait for a futex.
+pub fn look_asleep(program: &Program, name: &str, threads: usize) -> BTreeMap<u32, Thread> {
+    loop {
+        let found = look(program, name);
+        if found.len() == threads && found.values().all(Thread::is_at_futex) {
+            return found;
+        }
+        program.must_be_well();
+        std::thread::sleep(std::time::Duration::from_millis(1));
     }
 }
 

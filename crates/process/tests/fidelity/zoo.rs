@@ -121,21 +121,14 @@ fn sleeping_threads_keep_registers_and_masks() {
         return;
     }
     let mut program = zoo();
-    // They have their names before they sleep.
-    let before = loop {
-        let found = stand::look(&program, "parked");
-        if found.len() == 4 && found.values().all(stand::Thread::is_at_futex) {
-            break found;
-        }
-        program.must_be_well();
-        std::thread::sleep(std::time::Duration::from_millis(1));
-    };
+    // They have their names before they sleep, and are on their way there when they come back.
+    let before = stand::look_asleep(&program, "parked", 4);
     let mut store = Store::default();
     let tracked = track(&program);
     let seen = last_epoch(&mut program, tracked, &mut store);
     bring_back(&mut program, store.newest(), &seen);
     program.must_be_well();
-    let after = stand::look(&program, "parked");
+    let after = stand::look_asleep(&program, "parked", 4);
     for (tid, thread) in &before {
         assert_eq!(Some(thread), after.get(tid), "thread {tid}");
     }
