@@ -104,6 +104,20 @@ pub enum Reply {
     },
 }
 
+impl Reply {
+    /// What this is to who asked for something else: the failure that it tells of, or no answer at all.
+    #[must_use]
+    pub fn into_error(self) -> KeeperError {
+        match self {
+            Self::Failed { error, exit } => KeeperError::Told {
+                message: error,
+                exit,
+            },
+            _ => KeeperError::Other("the keeper answered rubbish".into()),
+        }
+    }
+}
+
 /// How things stand with a subject that is kept.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Status {

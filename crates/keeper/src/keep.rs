@@ -198,7 +198,7 @@ impl<'a, P: Program> Keeper<'a, P> {
             bytes_per_day: None,
             max_wear: settings.max_wear,
         };
-        let settings_policy = settings.policy;
+        let upkeep = Upkeep::new(settings.policy);
         if let Some(store) = log.store() {
             store.keep_older(settings.policy.keep.is_some());
         }
@@ -212,7 +212,7 @@ impl<'a, P: Program> Keeper<'a, P> {
             watch,
             readying: false,
             scrub: Scrub::new(0, hold_up.is_none()),
-            upkeep: Upkeep::new(settings_policy),
+            upkeep,
             last_bytes: 0,
             counts: false,
             awaited: None,

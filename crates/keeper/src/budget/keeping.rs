@@ -13,9 +13,6 @@ use serde::{Deserialize, Serialize};
 /// system's journal is a small part.
 const MOST_READY: u64 = 32 << 20;
 
-/// Epochs during which a program is held that mapped more anew than could be bounded.
-const WILD: u32 = 16;
-
 /// A hold-up budget, as it is asked for and remembered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct HoldUp {
@@ -194,8 +191,7 @@ impl Watch {
     /// other half of the bound is. What failed epochs had taken leaves less room.
     #[must_use]
     pub fn limit(&self) -> Option<u64> {
-        let left = |b: Bound| b.limit.saturating_sub(self.owed).min(b.hold_at);
-        self.bound.map(left)
+        self.bound.map(|bound| bound.holds_at(self.owed))
     }
 
     /// Strict: so many bytes may have been written since the last stop at some instant since this was
@@ -207,10 +203,10 @@ impl Watch {
             return;
         };
         if let Some(bound) = self.bound {
-            if most <= bound.flush_at && most.saturating_add(self.owed) <= bound.limit {
+            if bound.covers(most, self.owed) {
                 return;
             }
-            self.wild = WILD;
+            self.wild = strict::WILD;
         }
         pacing.exceeded();
     }
@@ -436,7 +432,7 @@ mod tests {
             watch.taken(&taken(1), when(now), 0);
             now += 100 * MS;
         }
-        assert_eq!(now, (200 + 100 * u64::from(WILD)) * MS);
+        assert_eq!(now, (200 + 100 * u64::from(strict::WILD)) * MS);
     }
 
     #[test]

@@ -355,8 +355,7 @@ impl Simulation {
         let share = u128::from(bytes) * u128::from(clean) / u128::from(load.working_set.max(1));
         let mut new = u64::try_from(share).unwrap_or(u64::MAX);
         if let Some(bound) = self.bound {
-            let most = bound.hold_at.min(bound.limit.saturating_sub(self.owed));
-            new = new.min(most.saturating_sub(self.unsaved()));
+            new = new.min(bound.holds_at(self.owed).saturating_sub(self.unsaved()));
         }
         self.dirty += new;
         let (one_in, most) = self.scene.load.maps;
@@ -386,10 +385,10 @@ impl Simulation {
     fn look(&mut self) {
         let most = self.unsaved();
         if let Some(bound) = self.bound {
-            if most <= bound.flush_at && most + self.owed <= bound.limit {
+            if bound.covers(most, self.owed) {
                 return;
             }
-            self.wild = 16;
+            self.wild = strict::WILD;
         }
         self.pacing.exceeded();
     }

@@ -32,6 +32,23 @@ pub struct Bound {
     pub held: bool,
 }
 
+impl Bound {
+    /// At how many bytes writers are held where failed epochs owe so many to the next one.
+    #[must_use]
+    pub fn holds_at(&self, owed: u64) -> u64 {
+        self.limit.saturating_sub(owed).min(self.hold_at)
+    }
+
+    /// Whether so many bytes may be written between two stops, with what is owed.
+    #[must_use]
+    pub fn covers(&self, bytes: u64, owed: u64) -> bool {
+        bytes <= self.flush_at && bytes.saturating_add(owed) <= self.limit
+    }
+}
+
+/// Epochs during which a program is held that mapped more anew than could be bounded.
+pub const WILD: u32 = 16;
+
 /// The least limit that is of any use, bytes.
 pub const LEAST_LIMIT: u64 = 64 << 10;
 

@@ -59,13 +59,7 @@ fn through_keeper(
 ) -> Result<Option<(Pids, Taken)>, KeeperError> {
     match ask(subject.dir(), request, patience)? {
         Some(Reply::Taken { epoch, pids, .. }) => Ok(Some((pids, epoch))),
-        Some(Reply::Failed { error, exit }) => Err(KeeperError::Told {
-            message: error,
-            exit,
-        }),
-        Some(Reply::Status(_) | Reply::Heard | Reply::Pruned(_)) => Err(KeeperError::Other(
-            format!("the keeper of {} answered rubbish", subject.name()),
-        )),
+        Some(other) => Err(other.into_error()),
         None => Ok(None),
     }
 }

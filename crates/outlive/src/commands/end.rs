@@ -149,15 +149,7 @@ fn end(subject: &Subject, request: Request) -> Result<Option<End>, KeeperError> 
     let (taken, pids, power) = match ask(subject.dir(), request, None)? {
         None => return Ok(None),
         Some(Reply::Taken { epoch, pids, power }) => (epoch, pids, power),
-        Some(Reply::Failed { error, exit }) => {
-            return Err(KeeperError::Told {
-                message: error,
-                exit,
-            });
-        }
-        Some(Reply::Status(_) | Reply::Heard | Reply::Pruned(_)) => {
-            return Err(KeeperError::Other("the keeper answered rubbish".into()));
-        }
+        Some(other) => return Err(other.into_error()),
     };
     let event_us = micros(started.elapsed());
     let socket = subject.dir().join("control");

@@ -26,7 +26,7 @@ pub fn back(root: &Root, name: &str, json: bool) -> Result<u8, KeeperError> {
             }
             Ok(0)
         }
-        Some(_) => Err(KeeperError::Other("the keeper answered rubbish".into())),
+        Some(other) => Err(other.into_error()),
         None => Err(KeeperError::Refused(format!("{name} is not kept"))),
     }
 }

@@ -26,16 +26,7 @@ pub fn prune(root: &Root, args: &PruneArgs, json: bool) -> Result<u8, KeeperErro
     }
     let pruned = match ask(subject.dir(), Request::Prune { keep: Some(keep) }, None)? {
         Some(Reply::Pruned(pruned)) => pruned,
-        Some(Reply::Failed { error, exit }) => {
-            return Err(KeeperError::Told {
-                message: error,
-                exit,
-            });
-        }
-        Some(_) => {
-            let what = format!("the keeper of {name} answered something else");
-            return Err(KeeperError::Other(what));
-        }
+        Some(other) => return Err(other.into_error()),
         None => alone(&subject, keep, card.max_size)?,
     };
     if json {

@@ -73,9 +73,8 @@ impl PageTracker {
             ..UNWRITTEN
         };
         let mut spans: Vec<Span> = Vec::new();
-        for (area, quiet) in group.iter().zip(&*quiet) {
-            let held = self.held_above_a_file(area);
-            for span in held.into_iter().filter(|_| *quiet) {
+        for (area, _) in group.iter().zip(&*quiet).filter(|(_, quiet)| **quiet) {
+            for span in self.held_above_a_file(area) {
                 match spans.last_mut() {
                     Some(last) if span.0 - last.1 <= CLUSTER => last.1 = span.1,
                     _ => spans.push(span),

@@ -539,13 +539,7 @@ impl<'s> Keeper<'s> {
         self.session.goes_on()?;
         match self.ask(Request::Checkpoint)? {
             Reply::Taken { epoch, .. } => Ok(epoch),
-            Reply::Failed { error, exit } => Err(KeeperError::Told {
-                message: error,
-                exit,
-            }),
-            Reply::Status(_) | Reply::Heard | Reply::Pruned(_) => {
-                Err(KeeperError::Other("the keeper answered rubbish".into()))
-            }
+            other => Err(other.into_error()),
         }
     }
 
@@ -556,7 +550,7 @@ impl<'s> Keeper<'s> {
     pub fn status(&self) -> Result<Status, KeeperError> {
         match self.ask(Request::Status)? {
             Reply::Status(status) => Ok(*status),
-            _ => Err(KeeperError::Other("the keeper answered rubbish".into())),
+            other => Err(other.into_error()),
         }
     }
 
