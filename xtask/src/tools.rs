@@ -176,6 +176,22 @@ pub fn ensure(programs: &[&str]) -> Result<()> {
     }
 }
 
+/// Makes sure that a library can be compiled against: that its header is where such are.
+pub fn ensure_header(header: &str, package: &'static str) -> Result<()> {
+    let there = || Path::new("/usr/include").join(header).is_file();
+    if !there() {
+        install(&[&Tool {
+            program: "",
+            package,
+            service: None,
+        }])?;
+    }
+    if !there() {
+        bail!("the package {package} is installed, but {header} is not in /usr/include");
+    }
+    Ok(())
+}
+
 /// Makes sure that everything in [`ALL`] can be called.
 pub fn ensure_all() -> Result<()> {
     let programs: Vec<&str> = ALL.iter().map(|tool| tool.program).collect();

@@ -1,5 +1,6 @@
 //! `cargo xtask bench`: measurements side by side with what they are compared to, in one run.
 
+mod heap;
 mod power;
 mod programs;
 mod redis;
@@ -15,6 +16,8 @@ pub enum Command {
     Redis(redis::Options),
     /// Stop times, epochs a second and restores of programs of all sorts.
     Programs(programs::Options),
+    /// The resilient heap beside libpmemobj and the collections of `std`.
+    Heap(heap::Options),
     /// Power events of a Redis under write load, against its hold-up budget.
     Power(power::Options),
     /// Stops, traffic and throughput of every strategy, on a writer and a Redis.
@@ -26,6 +29,7 @@ pub fn run(command: &Command) -> Result<()> {
     match command {
         Command::Redis(options) => redis::run(options),
         Command::Programs(options) => programs::run(options),
+        Command::Heap(options) => heap::run(options),
         Command::Power(options) => power::run(options),
         Command::Strategies(options) => strategies::run(options),
     }
