@@ -16,6 +16,7 @@ pub mod descriptors;
 pub mod inherited;
 pub mod inotify;
 pub mod kcmp;
+pub mod keys;
 pub mod maps;
 pub mod memory;
 pub mod mounts;

@@ -15,7 +15,7 @@ use crate::residue::Residue;
 use crate::resources::semaphore_undo::{self, UndoState};
 use crate::resources::shared::{self, SharedObjects};
 use crate::resources::system_v::SemaphoresState;
-use crate::resources::{attributes, memory, signals, thread, timers};
+use crate::resources::{attributes, keyrings, memory, signals, thread, timers};
 use crate::target::{Status, Target};
 use crate::track::{Limit, TrackOptions, Tracking};
 use crate::{ProcessError, Refusal, namespaces, preflight, sharing};
@@ -99,6 +99,7 @@ pub struct MemberState {
 
 struct Asked {
     threads: Vec<thread::Asked>,
+    keyrings: Vec<keyrings::Asked>,
     process: attributes::Asked,
     signals: Vec<CallId>,
     memory: CallId,
@@ -514,7 +515,8 @@ impl Member {
     ) -> Result<MemberState, ProcessError> {
         let mut laps = Laps::new();
         let leader_status = seen[0].0.status.clone();
-        let (asked, answers) = self.ask(threads)?;
+        let (asked, answers) = self.ask(threads, &seen)?;
+        self.refuse_keys(threads, &seen, (&asked.keyrings, &answers))?;
         limit.check()?;
         laps.lap("remote");
         let (memory, residue) = match self.describe(&asked, &answers[0], shared, limit)? {
@@ -606,15 +608,7 @@ impl Member {
             return Ok(Vec::new());
         };
         let mut found = Vec::new();
-        let mut run = |batch: Batch| {
-            let mut batch = Some(batch);
-            let answers = run_all(&self.arena, leader, |_| batch.take().unwrap_or_default());
-            let mut answers = answers.map_err(|e| remote_failed(&self.target, e))?;
-            answers.pop().ok_or_else(|| ProcessError::Gone {
-                pid: self.target.pid,
-                what: "its leading thread has ended".into(),
-            })
-        };
+        let mut run = |batch| self.run(&mut *leader, batch);
         for set in sets {
             found.extend(semaphore_undo::collect(self.target.id, set, &mut run)?);
         }
@@ -625,13 +619,55 @@ impl Member {
         Ok(found)
     }
 
+    /// Refuses a process of which a thread has keys of its own.
+    fn refuse_keys(
+        &self,
+        threads: &mut [Held],
+        seen: &[Seen],
+        (asked, answers): (&[keyrings::Asked], &[Results]),
+    ) -> Result<(), ProcessError> {
+        let of_each = seen.iter().zip(asked).zip(answers).enumerate();
+        for (at, (((sight, _), asked), answers)) in of_each {
+            let one = &mut threads[at..=at];
+            let thread = keyrings::Thread {
+                target: &self.target,
+                tid: one[0].tid,
+                user: sight.status.uid[0],
+            };
+            let mut run = |batch| self.run(&mut *one, batch);
+            if let Some(found) = keyrings::refusal(&thread, *asked, answers, &mut run)? {
+                return Err(ProcessError::Refused(vec![found]));
+            }
+        }
+        Ok(())
+    }
+
+    /// Has one thread make calls.
+    fn run(&self, one: &mut [Held], batch: Batch) -> Result<Results, ProcessError> {
+        let mut batch = Some(batch);
+        let answers = run_all(&self.arena, one, |_| batch.take().unwrap_or_default());
+        let mut answers = answers.map_err(|e| remote_failed(&self.target, e))?;
+        answers.pop().ok_or_else(|| ProcessError::Gone {
+            pid: self.target.pid,
+            what: "a thread has ended".into(),
+        })
+    }
+
     /// Has every thread answer its own questions, the leading one also those for the process.
-    fn ask(&self, threads: &mut [Held]) -> Result<(Asked, Vec<Results>), ProcessError> {
+    fn ask(
+        &self,
+        threads: &mut [Held],
+        seen: &[Seen],
+    ) -> Result<(Asked, Vec<Results>), ProcessError> {
         let mut asked = Vec::with_capacity(threads.len());
+        let mut keyrings = Vec::with_capacity(threads.len());
         let mut of_leader = None;
+        let mut users = seen.iter().map(|(sight, _)| sight.status.uid[0]);
         let answers = run_all(&self.arena, threads, |held| {
             let mut batch = Batch::new();
             asked.push(thread::ask(&mut batch));
+            let user = users.next().unwrap_or_default();
+            keyrings.push(keyrings::ask(&mut batch, user));
             if held.tid == self.target.pid {
                 of_leader = Some((
                     attributes::ask(&mut batch),
@@ -649,6 +685,7 @@ impl Member {
         Ok((
             Asked {
                 threads: asked,
+                keyrings,
                 process,
                 signals,
                 memory,

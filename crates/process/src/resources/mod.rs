@@ -3,6 +3,7 @@
 pub mod attributes;
 pub mod credentials;
 pub mod descriptors;
+pub mod keyrings;
 mod landlock;
 pub mod machine;
 pub mod memory;

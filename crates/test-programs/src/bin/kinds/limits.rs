@@ -69,6 +69,11 @@ pub(crate) const KINDS: &[Kind] = &[
     ("system-call-filter-strict", strict),
     ("landlock-restricted", landlock),
     ("session-keyring", keyring),
+    ("session-keyring-empty", empty_keyring),
+    ("session-keyring-of-service", service_keyring),
+    ("session-keyring-of-a-thread", keyring_of_thread),
+    ("process-keyring", |_| own_keyring(-2)),
+    ("thread-keyring", |_| own_keyring(-1)),
     ("membarrier", membarrier),
     ("out-of-memory-score", |_| {
         written("/proc/self/oom_score_adj", "345\n")
@@ -501,6 +506,107 @@ fn keyring(_: &Path) -> Result<Check, Absent> {
             same("the key", found, key);
         })
     }
+}
+
+/// Asks `keyctl(2)` with two numbers.
+fn keyctl(operation: i32, first: i64, second: i64) -> i64 {
+    // SAFETY: only numbers are passed: none of these operations takes a text there but for a null
+    // pointer.
+    unsafe { libc::syscall(libc::SYS_keyctl, operation, first, second) }
+}
+
+/// `KEYCTL_JOIN_SESSION_KEYRING` without a name: a new one.
+fn join_new() -> Result<i64, Absent> {
+    offered("keyctl", keyctl(1, 0, 0))
+}
+
+fn key_in(ring: i32, description: &std::ffi::CStr) -> Result<i64, Absent> {
+    // SAFETY: the texts live until the call returns, the contents are as long as is said.
+    let key = unsafe {
+        let (sort, contents) = (c"user".as_ptr(), c"secret".as_ptr());
+        libc::syscall(
+            libc::SYS_add_key,
+            sort,
+            description.as_ptr(),
+            contents,
+            6,
+            ring,
+        )
+    };
+    offered("add_key", key)
+}
+
+/// What is in the keyring of the user is found.
+fn user_keyring_is_found() -> Result<Check, Absent> {
+    // In the keyring of the user.
+    let key = key_in(-4, c"outlive-test-of-user")?;
+    look(move || {
+        let name = c"outlive-test-of-user".as_ptr();
+        // SAFETY: the texts are literals.
+        let found = unsafe {
+            libc::syscall(
+                libc::SYS_request_key,
+                c"user".as_ptr(),
+                name,
+                std::ptr::null::<u8>(),
+                0,
+            )
+        };
+        same("the user's key", found, key);
+        // KEYCTL_UNLINK
+        must("unlink", keyctl(9, key, -4));
+    })
+}
+
+fn empty_keyring(_: &Path) -> Result<Check, Absent> {
+    join_new()?;
+    look(must_have_session_keyring)
+}
+
+fn must_have_session_keyring() {
+    must("its session keyring", keyctl(0, -3, 0));
+}
+
+/// As systemd makes it: with the keyring of the user, and a number.
+fn service_keyring(_: &Path) -> Result<Check, Absent> {
+    join_new()?;
+    // KEYCTL_LINK
+    offered("link", keyctl(8, -4, -3))?;
+    key_in(-3, c"invocation_id")?;
+    user_keyring_is_found()
+}
+
+fn keyring_of_thread(_: &Path) -> Result<Check, Absent> {
+    let (tell, told) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        let key = join_new().and_then(|_| key_in(-3, c"outlive-test"));
+        let _ = tell.send(key.map(|_| ()));
+        loop {
+            std::thread::park();
+        }
+    });
+    told.recv()
+        .unwrap_or_else(|e| outlive_test_programs::fail(&e.to_string()))?;
+    look(must_have_session_keyring)
+}
+
+/// A key in a keyring of a thread or a process, which the kernel makes then.
+fn own_keyring(which: i32) -> Result<Check, Absent> {
+    let key = key_in(which, c"outlive-test")?;
+    look(move || {
+        let name = c"outlive-test".as_ptr();
+        // SAFETY: the texts are literals.
+        let found = unsafe {
+            libc::syscall(
+                libc::SYS_request_key,
+                c"user".as_ptr(),
+                name,
+                std::ptr::null::<u8>(),
+                0,
+            )
+        };
+        same("the key", found, key);
+    })
 }
 
 fn membarrier(_: &Path) -> Result<Check, Absent> {
