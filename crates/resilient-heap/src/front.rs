@@ -8,6 +8,8 @@
 //! - A line is read or written by this module only when no reference for changing lies in it: on the
 //!   first look (it is not valid yet, so nobody has a reference), on the first change within a level (so
 //!   nobody has a reference for changing yet: nested levels end all of them), and at the end of a level.
+//! - A line that waits to be made durable is remembered with what is right at home, unless it was corrected
+//!   there or never read: then the commit reads it.
 //!
 //! # Safety
 //! Pointers are made in [`Front::at`] alone, which checks the bounds of the zone.
@@ -15,12 +17,12 @@
 
 use crate::code::{LINE, Line};
 use crate::error::Error;
-use crate::home::Home;
+use crate::home::{Change, Home};
 use crate::layout::{Geometry, PAGE};
 use alloc::alloc::{Layout, alloc_zeroed, dealloc};
-use alloc::collections::{BTreeMap, BTreeSet};
 use alloc::vec;
 use alloc::vec::Vec;
+use core::ops::Range;
 use core::ptr::NonNull;
 
 /// The line is not here.
@@ -35,16 +37,32 @@ const LEVELS: usize = 200;
 
 /// A line before a level changed it.
 #[derive(Clone, Debug)]
-struct Before {
-    at: usize,
+pub struct Before {
+    /// Its place.
+    pub at: usize,
+    /// What it was.
+    pub line: Line,
     state: u8,
-    line: Line,
+    zone: usize,
+    index: usize,
+}
+
+/// A line that waits to be made durable.
+#[derive(Clone, Copy, Debug)]
+struct Waiting {
+    at: usize,
+    /// What is right at home, where that is known.
+    old: Option<Line>,
+    zone: usize,
+    index: usize,
 }
 
 struct Zone {
     base: NonNull<u8>,
     layout: Layout,
     state: Vec<u8>,
+    /// Whether the line waits.
+    waits: Vec<bool>,
 }
 
 /// See the module.
@@ -52,8 +70,10 @@ pub struct Front {
     geometry: Geometry,
     zones: Vec<Zone>,
     levels: Vec<Vec<Before>>,
-    /// Lines that committed transactions changed, and that are not durable yet.
-    pending: BTreeSet<usize>,
+    /// Lists of levels that ended, to be used again.
+    spare: Vec<Vec<Before>>,
+    /// Lines that committed transactions changed, and that are not durable yet; each once.
+    pending: Vec<Waiting>,
 }
 
 // SAFETY: the pointers are owned; nobody else has them.
@@ -73,7 +93,8 @@ impl Front {
             geometry,
             zones: Vec::new(),
             levels: Vec::new(),
-            pending: BTreeSet::new(),
+            spare: Vec::new(),
+            pending: Vec::new(),
         }
     }
 
@@ -88,6 +109,7 @@ impl Front {
             base,
             layout,
             state: vec![ABSENT; len / LINE],
+            waits: vec![false; len / LINE],
         });
         Ok(())
     }
@@ -97,8 +119,9 @@ impl Front {
         self.zones.len()
     }
 
-    /// The zone and the lines of a range, or an error if it is not within one zone.
-    fn lines(&self, at: usize, len: usize) -> Result<(usize, core::ops::Range<usize>), Error> {
+    /// The zone of a range, its place there, and its lines; or an error if it is not within one zone.
+    #[inline]
+    fn lines(&self, at: usize, len: usize) -> Result<(usize, usize, Range<usize>), Error> {
         let inside = self.geometry.data(at).filter(|(zone, within)| {
             let end = within.checked_add(len);
             *zone < self.zones.len() && end.is_some_and(|end| end <= self.geometry.zone_data())
@@ -107,7 +130,7 @@ impl Front {
             what: "a pointer leads out of the data",
             at,
         })?;
-        Ok((zone, within / LINE..(within + len).div_ceil(LINE)))
+        Ok((zone, within, within / LINE..(within + len).div_ceil(LINE)))
     }
 
     /// Where the working copy of a place is; the line may be absent.
@@ -134,58 +157,85 @@ impl Front {
 
     /// Makes a range readable; where it is.
     pub fn look(&mut self, home: &Home, at: usize, len: usize) -> Result<*mut u8, Error> {
-        let (zone, lines) = self.lines(at, len)?;
-        for line in lines {
-            if self.zones[zone].state[line] == ABSENT {
-                let (bytes, corrected) = if zone < home.zones() {
-                    home.read(zone, line * LINE)?
-                } else {
-                    ([0; LINE], false)
-                };
-                self.put(zone, line, &bytes);
-                self.zones[zone].state[line] = HERE;
-                if corrected {
-                    // Written back with the next commit.
-                    self.pending
-                        .insert(self.geometry.zone_at(zone) + line * LINE);
+        let (zone, within, lines) = self.lines(at, len)?;
+        self.bring(home, zone, lines)?;
+        Ok(self.at(zone, within))
+    }
+
+    /// Brings those lines here that are not.
+    #[inline]
+    fn bring(&mut self, home: &Home, zone: usize, lines: Range<usize>) -> Result<(), Error> {
+        if self.zones[zone].state[lines.clone()].contains(&ABSENT) {
+            for index in lines {
+                if self.zones[zone].state[index] == ABSENT {
+                    self.fetch(home, zone, index)?;
                 }
             }
         }
-        Ok(self.at(zone, at - self.geometry.zone_at(zone)))
+        Ok(())
+    }
+
+    fn fetch(&mut self, home: &Home, zone: usize, index: usize) -> Result<(), Error> {
+        let (bytes, corrected) = if zone < home.zones() {
+            home.read(zone, index * LINE)?
+        } else {
+            ([0; LINE], false)
+        };
+        self.put(zone, index, &bytes);
+        self.zones[zone].state[index] = HERE;
+        if corrected {
+            // Written back with the next commit.
+            self.wait(zone, index, None);
+        }
+        Ok(())
+    }
+
+    /// A line shall be made durable; what is right at home.
+    fn wait(&mut self, zone: usize, index: usize, old: Option<Line>) {
+        if !core::mem::replace(&mut self.zones[zone].waits[index], true) {
+            let at = self.geometry.zone_at(zone) + index * LINE;
+            self.pending.push(Waiting {
+                at,
+                old,
+                zone,
+                index,
+            });
+        }
     }
 
     /// Makes a range writable; where it is.
     pub fn change(&mut self, home: &Home, at: usize, len: usize) -> Result<*mut u8, Error> {
-        let place = self.look(home, at, len)?;
-        let (zone, lines) = self.lines(at, len)?;
+        let (zone, within, lines) = self.lines(at, len)?;
+        self.bring(home, zone, lines.clone())?;
         let level = self.levels.len().saturating_sub(1);
         let changed = CHANGED + level as u8;
-        for line in lines {
-            let state = self.zones[zone].state[line];
+        for index in lines {
+            let state = self.zones[zone].state[index];
             if state != changed {
-                self.note(zone, line, state, changed);
+                self.note(zone, index, state, changed);
             }
         }
-        Ok(place)
+        Ok(self.at(zone, within))
     }
 
-    fn note(&mut self, zone: usize, line: usize, state: u8, changed: u8) {
+    fn note(&mut self, zone: usize, index: usize, state: u8, changed: u8) {
         let before = Before {
-            at: self.geometry.zone_at(zone) + line * LINE,
+            at: self.geometry.zone_at(zone) + index * LINE,
+            line: self.get(zone, index),
             state,
-            line: self.get(zone, line),
+            zone,
+            index,
         };
         if let Some(level) = self.levels.last_mut() {
             level.push(before);
         }
-        self.zones[zone].state[line] = changed;
+        self.zones[zone].state[index] = changed;
     }
 
     /// Makes a range writable whose contents nobody needs: lines that lie wholly in it are not read
     /// from home, so that they may be lost there.
     pub fn renew(&mut self, home: &Home, at: usize, len: usize) -> Result<*mut u8, Error> {
-        let (zone, lines) = self.lines(at, len)?;
-        let within = at - self.geometry.zone_at(zone);
+        let (zone, within, lines) = self.lines(at, len)?;
         for line in lines {
             let whole = line * LINE >= within && (line + 1) * LINE <= within + len;
             if whole && self.zones[zone].state[line] == ABSENT {
@@ -202,42 +252,40 @@ impl Front {
         if self.levels.len() >= LEVELS {
             return Err(Error::TooDeep);
         }
-        self.levels.push(Vec::new());
+        self.levels.push(self.spare.pop().unwrap_or_default());
         Ok(())
     }
 
-    fn place(&self, at: usize) -> Option<(usize, usize)> {
-        let (zone, within) = self.geometry.data(at)?;
-        (zone < self.zones.len()).then_some((zone, within / LINE))
+    fn end(&mut self) -> Vec<Before> {
+        self.levels.pop().unwrap_or_default()
     }
 
     /// Takes back what the innermost level changed, and ends it.
     pub fn abort(&mut self) {
-        for before in self.levels.pop().unwrap_or_default().into_iter().rev() {
-            if let Some((zone, line)) = self.place(before.at) {
-                self.put(zone, line, &before.line);
-                self.zones[zone].state[line] = before.state;
-            }
+        let mut level = self.end();
+        for before in level.drain(..) {
+            self.put(before.zone, before.index, &before.line);
+            self.zones[before.zone].state[before.index] = before.state;
         }
+        self.spare.push(level);
     }
 
     /// Ends the innermost level and leaves its changes to the one around it, or, if there is none, to
     /// the next time that changes are made durable.
     pub fn merge(&mut self) {
-        let inner = self.levels.pop().unwrap_or_default();
+        let mut inner = self.end();
         let outer = self.levels.len().checked_sub(1);
-        for before in inner {
-            let Some((zone, line)) = self.place(before.at) else {
-                continue;
-            };
+        for before in inner.drain(..) {
+            let (zone, index) = (before.zone, before.index);
             match outer {
                 None => {
-                    self.pending.insert(before.at);
-                    self.zones[zone].state[line] = HERE;
+                    self.zones[zone].state[index] = HERE;
+                    let old = (before.state != ABSENT).then_some(before.line);
+                    self.wait(zone, index, old);
                 }
                 Some(level) => {
                     let changed = CHANGED + level as u8;
-                    self.zones[zone].state[line] = changed;
+                    self.zones[zone].state[index] = changed;
                     if before.state != changed
                         && let Some(outer) = self.levels.last_mut()
                     {
@@ -246,16 +294,26 @@ impl Front {
                 }
             }
         }
+        self.spare.push(inner);
     }
 
-    /// The lines that the outermost level changed, as they were before. Only while no other level is
-    /// open.
-    pub fn before(&self) -> BTreeMap<usize, Line> {
-        let level = self.levels.first().into_iter().flatten();
-        level.map(|before| (before.at, before.line)).collect()
+    /// The lines that the outermost level changed, as they were before, in order; to be given back. Only
+    /// while no other level is open, and nothing may be changed meanwhile.
+    pub fn take_before(&mut self) -> Vec<Before> {
+        let level = self.levels.first_mut();
+        let mut before = level.map(core::mem::take).unwrap_or_default();
+        before.sort_unstable_by_key(|before| before.at);
+        before
     }
 
-    /// Lines that would be made durable now: places.
+    /// See [`Front::take_before`].
+    pub fn give_before(&mut self, before: Vec<Before>) {
+        if let Some(level) = self.levels.first_mut() {
+            *level = before;
+        }
+    }
+
+    /// How many lines would be made durable now.
     pub fn pending(&self) -> usize {
         self.pending.len()
     }
@@ -263,26 +321,29 @@ impl Front {
     /// How many lines would be pending if the outermost level were merged.
     pub fn would_be_pending(&self) -> usize {
         let level = self.levels.first().into_iter().flatten();
-        let more = level.filter(|before| !self.pending.contains(&before.at));
+        let more = level.filter(|before| !self.zones[before.zone].waits[before.index]);
         self.pending.len() + more.count()
     }
 
-    /// Lines to be made durable, with their contents, where they differ from home.
-    pub fn changes(&self, home: &Home) -> BTreeMap<usize, Line> {
-        let mut changes = BTreeMap::new();
-        for at in &self.pending {
-            if let Some((zone, line)) = self.place(*at) {
-                let bytes = self.get(zone, line);
-                let same = match home.data(*at) {
-                    Some((zone, within)) => {
-                        matches!(home.read(zone, within), Ok((old, false)) if old == bytes)
-                    }
+    /// Lines to be made durable, with their contents, where they differ from home; in order.
+    pub fn changes(&mut self, home: &Home) -> Vec<Change> {
+        self.pending.sort_unstable_by_key(|waiting| waiting.at);
+        let mut changes = Vec::with_capacity(self.pending.len());
+        for waiting in &self.pending {
+            let new = self.get(waiting.zone, waiting.index);
+            let old = waiting.old.or_else(|| {
+                if waiting.zone >= home.zones() {
                     // A zone that is taken into use by this very commit begins with zeros.
-                    None => bytes == [0; LINE],
-                };
-                if !same {
-                    changes.insert(*at, bytes);
+                    return Some([0; LINE]);
                 }
+                match home.read(waiting.zone, waiting.index * LINE) {
+                    Ok((old, false)) => Some(old),
+                    _ => None,
+                }
+            });
+            if old != Some(new) {
+                let at = waiting.at;
+                changes.push(Change { at, old, new });
             }
         }
         changes
@@ -290,6 +351,8 @@ impl Front {
 
     /// Everything that was pending is at home.
     pub fn settled(&mut self) {
-        self.pending.clear();
+        for waiting in self.pending.drain(..) {
+            self.zones[waiting.zone].waits[waiting.index] = false;
+        }
     }
 }

@@ -4,11 +4,14 @@
 //! - Data lines, their words and parity lines change only in [`Home::apply`] (a commit), in
 //!   [`Home::replay`] (recovery) and when damage is repaired; in all three nobody else is inside.
 //! - A reader holds [`Home::lock`] shared, or is the one writer.
+//! - The writer keeps what it read, verified, in its working copy; what a commit writes over is taken from
+//!   there and not read again. What flipped at home meanwhile is written over with the line and its word, and
+//!   the parity changes by what differs between two lines that were right: it stays the sum of what is right.
 //! - Nothing is shown that does not fit its word. A reader that meets a flipped bit gets a corrected
 //!   copy; the place itself is repaired by the next commit that writes there, or by a scrub.
 //!
 //! # Safety
-//! Reads through the memory's pointer are bounded by its length, in [`Home::line`] and
+//! Reads through the memory's pointer are bounded by its length, in [`Home::bytes`] and
 //! [`Home::view`]; stores, in [`Home::store`].
 #![allow(unsafe_code)]
 
@@ -21,7 +24,7 @@ use crate::memory::Memory;
 use alloc::boxed::Box;
 use alloc::collections::{BTreeMap, BTreeSet};
 use alloc::vec::Vec;
-use core::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use core::sync::atomic::{AtomicPtr, AtomicU64, AtomicUsize, Ordering};
 
 /// The bytes of a line, at an address that fits any value.
 #[derive(Clone, Copy, Debug)]
@@ -56,9 +59,23 @@ pub enum View {
     Copy(Box<[Aligned]>),
 }
 
+/// A line that a commit writes.
+#[derive(Clone, Debug)]
+pub struct Change {
+    /// Its place.
+    pub at: usize,
+    /// What is right at home, if that is known: it was read, and needed no correction.
+    pub old: Option<Line>,
+    /// What shall be there.
+    pub new: Line,
+}
+
 /// See the module.
 pub struct Home {
     memory: Box<dyn Memory>,
+    /// Where the memory is, and how long; asked for again whenever it grew.
+    base: AtomicPtr<u8>,
+    len: AtomicUsize,
     /// Sizes.
     pub geometry: Geometry,
     /// The heap's identity.
@@ -74,6 +91,8 @@ impl Home {
     /// A home whose superblock said so.
     pub fn new(memory: Box<dyn Memory>, geometry: Geometry, id: u64, zones: usize) -> Self {
         Self {
+            base: AtomicPtr::new(memory.base().as_ptr()),
+            len: AtomicUsize::new(memory.len()),
             memory,
             geometry,
             id,
@@ -109,25 +128,34 @@ impl Home {
 
     /// Bytes of the memory.
     pub fn len(&self) -> usize {
-        self.memory.len()
+        self.len.load(Ordering::Acquire)
     }
 
     /// Makes the memory longer.
     pub fn grow(&self, len: usize) -> Result<(), Error> {
-        self.memory.grow(len)
+        let grown = self.memory.grow(len);
+        self.base
+            .store(self.memory.base().as_ptr(), Ordering::Release);
+        self.len.store(self.memory.len(), Ordering::Release);
+        grown
+    }
+
+    /// The bytes at a place, as they are; zeros beyond the end.
+    fn bytes<const N: usize>(&self, at: usize) -> [u8; N] {
+        let mut bytes = [0; N];
+        if at.checked_add(N).is_some_and(|end| end <= self.len()) {
+            // SAFETY: the range was found to be inside; readers exclude the writer by the lock.
+            unsafe {
+                let from = self.base.load(Ordering::Acquire).add(at);
+                core::ptr::copy_nonoverlapping(from, bytes.as_mut_ptr(), N);
+            }
+        }
+        bytes
     }
 
     /// A line as it is; zeros beyond the end.
     pub fn line(&self, at: usize) -> Line {
-        let mut line = [0; LINE];
-        if at.checked_add(LINE).is_some_and(|end| end <= self.len()) {
-            // SAFETY: the range was found to be inside; readers exclude the writer by the lock.
-            unsafe {
-                let from = self.memory.base().as_ptr().add(at);
-                core::ptr::copy_nonoverlapping(from, line.as_mut_ptr(), LINE);
-            }
-        }
-        line
+        self.bytes(at)
     }
 
     /// Stores bytes; beyond the end nothing happens. Nobody may hold a reference to them.
@@ -162,10 +190,7 @@ impl Home {
     /// The word of a line, without its seed.
     fn word(&self, zone: usize, within: usize) -> u32 {
         let at = self.geometry.word_at(zone, within);
-        let line = self.line(at / LINE * LINE);
-        let mut word = [0; 4];
-        word.copy_from_slice(&line[at % LINE..][..4]);
-        u32::from_le_bytes(word) ^ self.seed(zone, within)
+        u32::from_le_bytes(self.bytes(at)) ^ self.seed(zone, within)
     }
 
     fn seed(&self, zone: usize, within: usize) -> u32 {
@@ -228,7 +253,7 @@ impl Home {
         let first = within / LINE * LINE;
         let lines = (first..end).step_by(LINE);
         if lines.clone().all(|within| self.member(zone, within).fits()) {
-            let base = self.memory.base().as_ptr();
+            let base = self.base.load(Ordering::Acquire);
             // SAFETY: `at` lies in a zone in use, which the memory's length contains.
             return Ok(View::Place(unsafe { base.add(at) }));
         }
@@ -262,31 +287,35 @@ impl Home {
 
     /// Writes the lines of a commit whose log is durable: data, words and parity. Nobody else is
     /// inside. Flushed, not fenced.
-    pub fn apply(&self, lines: &BTreeMap<usize, Line>) {
-        let mut flush = BTreeSet::new();
-        for (at, line) in lines {
-            let Some((zone, within)) = self.data(*at) else {
+    pub fn apply(&self, changes: &[Change]) {
+        let mut flush = Vec::with_capacity(2 * changes.len());
+        for change in changes {
+            let Some((zone, within)) = self.data(change.at) else {
                 continue;
             };
-            if !self.member(zone, within).fits() {
-                self.repair(self.geometry.column(zone, within), &mut Scrubbed::default());
-            }
-            let healthy = self.member(zone, within).fits();
-            let old = self.line(*at);
-            self.store(*at, line);
-            self.store_word(zone, within, code::crc(line));
             let column = self.geometry.column(zone, within);
             let parity_at = self.geometry.parity_at(column);
-            let parity = if healthy {
-                column::add(&self.line(parity_at), &column::add(&old, line))
-            } else {
-                column::sum(self.members(column).iter().map(|m| &m.line))
+            let old = change.old.or_else(|| {
+                // Never read, or not right then: what is there is repaired first.
+                if !self.member(zone, within).fits() {
+                    self.repair(column, &mut Scrubbed::default());
+                }
+                let member = self.member(zone, within);
+                member.fits().then_some(member.line)
+            });
+            self.store(change.at, &change.new);
+            self.store_word(zone, within, code::crc(&change.new));
+            let parity = match old {
+                Some(old) => column::add(&self.line(parity_at), &column::add(&old, &change.new)),
+                None => column::sum(self.members(column).iter().map(|m| &m.line)),
             };
             self.store(parity_at, &parity);
-            self.flush(*at, LINE);
-            flush.insert(self.geometry.word_at(zone, within) / LINE * LINE);
-            flush.insert(parity_at);
+            self.flush(change.at, LINE);
+            flush.push(self.geometry.word_at(zone, within) / LINE * LINE);
+            flush.push(parity_at);
         }
+        flush.sort_unstable();
+        flush.dedup();
         for at in flush {
             self.flush(at, LINE);
         }

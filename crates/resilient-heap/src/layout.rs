@@ -115,7 +115,13 @@ impl Geometry {
     #[must_use]
     pub fn data(&self, at: usize) -> Option<(usize, usize)> {
         let at = at.checked_sub(self.zone_at(0))?;
-        let (zone, within) = (at / self.zone_len(), at % self.zone_len());
+        let len = self.zone_len();
+        // Dividing takes longer than all else here.
+        let (zone, within) = if at < len {
+            (0, at)
+        } else {
+            (at / len, at % len)
+        };
         (within < self.zone_data()).then_some((zone, within))
     }
 

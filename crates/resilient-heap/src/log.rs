@@ -20,7 +20,7 @@
 
 use crate::code::{self, LINE, Line};
 use crate::error::Error;
-use crate::home::Home;
+use crate::home::{Change, Home};
 use crate::layout::{self, CARRIED};
 use alloc::collections::BTreeMap;
 use alloc::vec::Vec;
@@ -75,23 +75,23 @@ fn head(home: &Home, half: usize, number: u64, entries: usize, checksum: u32) ->
 }
 
 /// Makes a commit durable, but for its place at home.
-pub fn write(home: &Home, number: u64, lines: &BTreeMap<usize, Line>) -> Result<(), Error> {
+pub fn write(home: &Home, number: u64, changes: &[Change]) -> Result<(), Error> {
     let half = (number % 2) as usize;
     let begin = home.geometry.log_at(half);
-    let mut stream = Vec::with_capacity(lines.len() * ENTRY);
-    for (at, line) in lines {
-        stream.extend_from_slice(&(*at as u64).to_le_bytes());
-        stream.extend_from_slice(line);
+    let mut stream = Vec::with_capacity(changes.len() * ENTRY);
+    for change in changes {
+        stream.extend_from_slice(&(change.at as u64).to_le_bytes());
+        stream.extend_from_slice(&change.new);
     }
-    for (i, carried) in stream.chunks(CARRIED).enumerate() {
-        let at = begin + (i + 1) * LINE;
-        home.store(at, &layout::seal(carried, line_seed(home, at, number)));
+    let mut lines = Vec::with_capacity((1 + stream.len().div_ceil(CARRIED)) * LINE);
+    let checksum = code::crc(&stream);
+    lines.extend_from_slice(&head(home, half, number, changes.len(), checksum));
+    for carried in stream.chunks(CARRIED) {
+        let seed = line_seed(home, begin + lines.len(), number);
+        lines.extend_from_slice(&layout::seal(carried, seed));
     }
-    home.store(
-        begin,
-        &head(home, half, number, lines.len(), code::crc(&stream)),
-    );
-    home.flush(begin, (1 + stream.len().div_ceil(CARRIED)) * LINE);
+    home.store(begin, &lines);
+    home.flush(begin, lines.len());
     home.fence()
 }
 

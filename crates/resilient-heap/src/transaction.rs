@@ -52,7 +52,58 @@ pub(crate) struct Writer {
     order: Vec<usize>,
     marks: Vec<usize>,
     /// Blocks whose values, or the number of them, may have changed.
-    pub touched: BTreeMap<usize, &'static Kind>,
+    pub touched: Touched,
+}
+
+/// Blocks by place, with the kind of their values.
+#[derive(Default)]
+pub(crate) struct Touched {
+    /// May have a block several times, up to where it was last put in order.
+    blocks: Vec<(usize, &'static Kind)>,
+    ordered: usize,
+}
+
+impl Touched {
+    /// Notes a block.
+    pub fn add(&mut self, at: usize, kind: &'static Kind) {
+        if self.blocks.last().is_some_and(|(last, _)| *last == at) {
+            return;
+        }
+        if self.blocks.len() >= 64.max(2 * self.ordered) {
+            self.order();
+        }
+        self.blocks.push((at, kind));
+    }
+
+    fn order(&mut self) {
+        self.blocks.sort_unstable_by_key(|(at, _)| *at);
+        self.blocks.dedup_by_key(|(at, _)| *at);
+        self.ordered = self.blocks.len();
+    }
+
+    /// Forgets blocks that are no more; their places in order.
+    fn remove(&mut self, gone: &[usize]) {
+        if !gone.is_empty() {
+            self.blocks
+                .retain(|(at, _)| gone.binary_search(at).is_err());
+        }
+    }
+
+    fn clear(&mut self) {
+        self.blocks.clear();
+        self.ordered = 0;
+    }
+
+    /// All of them, each once and in order; to be given back.
+    pub fn take(&mut self) -> Vec<(usize, &'static Kind)> {
+        self.order();
+        core::mem::take(&mut self.blocks)
+    }
+
+    /// See [`Touched::take`].
+    pub fn give(&mut self, blocks: Vec<(usize, &'static Kind)>) {
+        self.blocks = blocks;
+    }
 }
 
 impl Writer {
@@ -69,7 +120,7 @@ impl Writer {
             born: BTreeMap::new(),
             order: Vec::new(),
             marks: Vec::new(),
-            touched: BTreeMap::new(),
+            touched: Touched::default(),
         }
     }
 
@@ -92,12 +143,14 @@ impl Writer {
         self.front.abort();
         self.spoiled = false;
         let mark = self.marks.pop().unwrap_or(0);
-        for at in self.order.split_off(mark.min(self.order.len())) {
-            if let Some((len, _)) = self.born.remove(&at) {
-                self.space.give(at, len);
+        let mut gone = self.order.split_off(mark.min(self.order.len()));
+        for at in &gone {
+            if let Some((len, _)) = self.born.remove(at) {
+                self.space.give(*at, len);
             }
-            self.touched.remove(&at);
         }
+        gone.sort_unstable();
+        self.touched.remove(&gone);
         if self.marks.is_empty() {
             self.touched.clear();
         }
@@ -223,7 +276,7 @@ impl Tx<'_> {
 
     pub(crate) fn touch(&self, at: usize, kind: &'static Kind) {
         if kind.pointers {
-            self.writer.borrow_mut().touched.insert(at, kind);
+            self.writer.borrow_mut().touched.add(at, kind);
         }
     }
 
