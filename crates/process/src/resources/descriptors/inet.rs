@@ -234,7 +234,8 @@ pub(crate) fn refuse_busy(
     )
 }
 
-/// Who holds a port, as far as it can be found.
+/// Who holds a port, as far as it can be found. A process that holds a port which is not listened on
+/// is not listed.
 fn holder_of(transport: Transport, port: u16) -> Option<(u32, String)> {
     let mut inodes = Vec::new();
     for table in transport.tables() {
@@ -245,7 +246,14 @@ fn holder_of(transport: Transport, port: u16) -> Option<(u32, String)> {
                 .filter_map(|line| socket_on(line, port)),
         );
     }
-    // A process that holds a port which is not listened on is not listed.
+    holder_of_sockets(&inodes)
+}
+
+/// The first process that has one of these sockets open, and its name.
+pub(crate) fn holder_of_sockets(inodes: &[u64]) -> Option<(u32, String)> {
+    if inodes.is_empty() {
+        return None;
+    }
     let links: Vec<String> = inodes
         .iter()
         .map(|inode| format!("socket:[{inode}]"))

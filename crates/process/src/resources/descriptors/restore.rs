@@ -282,7 +282,7 @@ fn open_in(
 ///
 /// # Errors
 /// The first one that could not be made; nothing stays of the others.
-pub fn recreate_table(table: &FdTable, checked: Checked) -> Result<Made, ProcessError> {
+pub fn recreate_table(table: &FdTable, mut checked: Checked) -> Result<Made, ProcessError> {
     let pid = checked.pid;
     let mut made = Made {
         pid,
@@ -301,7 +301,7 @@ pub fn recreate_table(table: &FdTable, checked: Checked) -> Result<Made, Process
     }
     let mut notices = Vec::new();
     let named = unix_accepted::make(table, &checked.held, &mut notices);
-    let pairs = unix_pair::make(table, pid, named, &mut made.created)?;
+    let pairs = unix_pair::make(table, pid, named, &mut checked.held, &mut made.created)?;
     let ptys = pty::make(table, pid, &mut notices)?;
     let mut cx = RecreateContext {
         pid,

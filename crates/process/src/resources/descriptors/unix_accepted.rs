@@ -5,7 +5,8 @@
 //!
 //! # Rules
 //! - An abstract name is that of a listening socket of the subject, which has it already: it
-//!   listens early, and whoever else connects before our end does is turned away.
+//!   listens early, and whoever else connects before our end does is turned away. Where several ends
+//!   have the name of a socket that is there no more, the one that stands for it meanwhile listens.
 //! - A path is bound, as it was given, in a root directory of our own ([`in_private_root`]): the
 //!   file that is there outside is not touched, and a path of an image leads nowhere else.
 //! - A path whose file is gone, or somebody else's now, is given to a connecting end the same way.
@@ -15,7 +16,8 @@ use super::context::About;
 use super::probe::show;
 use super::table::FdTable;
 use super::unix_fresh::UnixKind;
-use super::unix_pair::{PairSide, UnixPairEndState, ends, listening};
+use super::unix_name::UnixName;
+use super::unix_pair::{Listening, PairSide, UnixPairEndState, ends, listening};
 use outlive_linux::private_root::{PrivateRoot, in_private_root};
 use rustix::fs::{Mode, OFlags, fcntl_setfl};
 use rustix::io::Errno;
@@ -180,11 +182,32 @@ pub(crate) fn make(
     named
 }
 
+/// Abstract names that several streams of one kind have, of which no socket of the table listens on
+/// them: all but one at most were accepted. With the place of the first.
+fn orphaned(table: &FdTable, listening: &Listening) -> HashMap<(UnixKind, Vec<u8>), usize> {
+    let mut found: HashMap<(UnixKind, Vec<u8>), (usize, usize)> = HashMap::new();
+    for (about, end) in ends(table).filter(|(_, end)| end.kind != UnixKind::Datagram) {
+        if let Some(name) = end.lone_name(listening) {
+            let first = found.entry((end.kind, name.key().1));
+            first.or_insert((about.index, 0)).1 += 1;
+        }
+    }
+    let several = found.into_iter().filter(|(_, (_, count))| *count > 1);
+    several.map(|(name, (first, _))| (name, first)).collect()
+}
+
 fn plans<'a>(table: &'a FdTable, held: &'a HashMap<usize, OwnedFd>) -> Vec<Plan<'a>> {
     let listening = listening(table);
+    let orphaned = orphaned(table, &listening);
+    let orphaned = |end: &UnixPairEndState, name: &UnixName| {
+        orphaned
+            .get(&(end.kind, name.key().1))
+            .filter(|_| name.abstract_name.is_some())
+    };
     // Whether it surely was accepted, or has a path that cannot be bound outside.
     let rank = |end: &UnixPairEndState| match &end.bound {
         Some(name) if listening.contains_key(&name.key()) => 2,
+        Some(name) if orphaned(end, name).is_some() => 2,
         Some(name) if name.is_taken(end.kind).is_ok_and(|taken| !taken) => 0,
         _ => u8::from(end.path.is_some()),
     };
@@ -207,7 +230,9 @@ fn plans<'a>(table: &'a FdTable, held: &'a HashMap<usize, OwnedFd>) -> Vec<Plan<
         let name = match (abstract_name, &end.path) {
             _ if rank == 0 => continue,
             (Some(name), _) => {
+                let own = end.bound.as_ref();
                 let listener = listening.get(&(true, name.to_vec()));
+                let listener = listener.or_else(|| orphaned(end, own?));
                 let Some(socket) = listener.and_then(|index| held.get(index)) else {
                     continue;
                 };

@@ -120,7 +120,11 @@ impl Descriptor for UnixDatagramState {
             if name.is_taken(KIND)? {
                 return Err(cx.refuse(
                     about,
-                    format!("somebody else has unix socket {}", name.shown()),
+                    format!(
+                        "somebody else has unix socket {}{}",
+                        name.shown(),
+                        name.holder()
+                    ),
                     "end the program that has it, then restore again",
                 ));
             }

@@ -13,7 +13,7 @@ use rustix::net::{
 use std::os::fd::OwnedFd;
 
 /// What sort of connection a unix socket makes.
-#[derive(StateValue, Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(StateValue, Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum UnixKind {
     /// `SOCK_STREAM`
     Stream,

@@ -1,6 +1,12 @@
 //! Names of unix sockets other than listening ones: an abstract name, or a file.
+//!
+//! An abstract name of a connection whose listening socket is not in the subject is taken while all is
+//! checked, by a socket that stands for it until the connection is made ([`UnixName::reserve`]): where
+//! somebody else has it, the restore is refused.
 
-use super::probe::Probe;
+use super::context::{About, CheckContext};
+use super::inet::holder_of_sockets;
+use super::probe::{Probe, failed};
 use super::unix_fresh::{UnixKind, name};
 use super::unix_listen::{SocketFile, file_type, own, socket_file};
 use crate::ProcessError;
@@ -74,6 +80,46 @@ impl UnixName {
         format!("{mark}{}", super::probe::show(&bytes))
     }
 
+    /// Who has the name now, as far as it can be found; to be appended to what is said of it.
+    pub(crate) fn holder(&self) -> String {
+        let table = std::fs::read("/proc/net/unix").unwrap_or_default();
+        let (is_abstract, name) = self.key();
+        let inodes: Vec<u64> = table
+            .split(|byte| *byte == b'\n')
+            .filter_map(|line| socket_named(line, is_abstract, &name))
+            .collect();
+        let holder = holder_of_sockets(&inodes);
+        holder.map_or_else(String::new, |(pid, comm)| {
+            format!(": process {pid} ({comm})")
+        })
+    }
+
+    /// Takes an abstract name for one end of a connection, or refuses if somebody else has it.
+    pub(crate) fn reserve(
+        &self,
+        about: &About,
+        kind: UnixKind,
+        cx: &mut CheckContext<'_>,
+    ) -> Result<(), ProcessError> {
+        let what = || format!("take the name {} of fd {}", self.shown(), about.number);
+        let fail = |errno| failed(cx.request.pid, what(), errno);
+        let address = self.address()?;
+        let socket = kind.socket().map_err(fail)?;
+        match bind(&socket, &address) {
+            Ok(()) => cx.hold(about, socket),
+            Err(Errno::ADDRINUSE) => {
+                let (shown, holder) = (self.shown(), self.holder());
+                return Err(cx.refuse(
+                    about,
+                    format!("somebody else has the name {shown} of this unix socket{holder}"),
+                    "end the program that has it, then restore again",
+                ));
+            }
+            Err(errno) => return Err(fail(errno)),
+        }
+        Ok(())
+    }
+
     /// Whether somebody else has the name, or something else lies in the place of the file.
     pub(crate) fn is_taken(&self, kind: UnixKind) -> Result<bool, ProcessError> {
         let address = self.address()?;
@@ -115,7 +161,7 @@ impl UnixName {
         own(file).map_err(fail)
     }
 
-    /// Binds a socket to it where nobody else has it; otherwise the socket stays without a name.
+    /// Binds a socket to its file where nobody else has that; otherwise the socket stays without a name.
     pub(crate) fn bind_if_free(
         &self,
         socket: &OwnedFd,
@@ -125,6 +171,54 @@ impl UnixName {
         if self.is_taken(kind).is_ok_and(|taken| !taken) {
             // The connection works without its name.
             let _ = self.bind(socket, created);
+        }
+    }
+}
+
+/// The inode of the socket in a line of `/proc/net/unix`, if it is bound to this name. Zeros of an
+/// abstract name are shown as `@`.
+fn socket_named(line: &[u8], is_abstract: bool, name: &[u8]) -> Option<u64> {
+    let mut rest = line;
+    let mut word = || {
+        rest = rest.trim_ascii_start();
+        let end = rest.iter().position(|b| *b == b' ').unwrap_or(rest.len());
+        let (word, after) = rest.split_at(end);
+        rest = after;
+        word
+    };
+    // Address, references, protocol, flags, type, state.
+    for _ in 0..6 {
+        word();
+    }
+    let inode = std::str::from_utf8(word()).ok()?.parse().ok()?;
+    let shown = rest.strip_prefix(b" ")?;
+    let same = match is_abstract {
+        true => shown.strip_prefix(b"@").is_some_and(|shown| {
+            let byte = |b: &u8| if *b == 0 { b'@' } else { *b };
+            shown.iter().copied().eq(name.iter().map(byte))
+        }),
+        false => shown == name,
+    };
+    same.then_some(inode)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_found_in_the_table_of_the_kernel() {
+        let line = b"00000000d5b6a1c4: 00000002 00000000 00010000 0001 01   4711 @a name@with";
+        assert_eq!(socket_named(line, true, b"a name\0with"), Some(4711));
+        assert_eq!(socket_named(line, false, b"@a name@with"), Some(4711));
+        assert_eq!(socket_named(line, true, b"a name"), None);
+        for bad in [
+            &b""[..],
+            b"Num RefCount Protocol",
+            b"0: 1 2 3 4 5 6",
+            b"0: 1 2 3 4 5 x @a",
+        ] {
+            assert_eq!(socket_named(bad, true, b"a"), None);
         }
     }
 }

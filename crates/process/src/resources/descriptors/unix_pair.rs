@@ -5,8 +5,11 @@
 //! for the sake of their names, by accepting one ([`super::unix_accepted`]).
 //!
 //! # What differs afterwards
-//! `SO_PEERCRED` tells of the restorer. The name of an end that was bound itself is kept if it is
-//! free; so is an abstract name whose listening socket is not in the subject.
+//! `SO_PEERCRED` tells of the restorer.
+//!
+//! # What it refuses
+//! An abstract name whose listening socket is not in the subject, at a restore where somebody else has
+//! it ([`super::unix_name`]).
 
 use super::Descriptor;
 use super::context::{About, Around, CheckContext, CollectContext, RecreateContext};
@@ -106,7 +109,12 @@ impl Descriptor for UnixPairEndState {
         })
     }
 
-    fn check(&self, about: &About, _: &mut CheckContext<'_>) -> Result<(), ProcessError> {
+    fn check(&self, about: &About, cx: &mut CheckContext<'_>) -> Result<(), ProcessError> {
+        if let Some(name) = self.lone_name(&listening(cx.table))
+            && first_of(cx.table, self.kind, name) == Some(about.index)
+        {
+            name.reserve(about, self.kind, cx)?;
+        }
         if let Some(path) = &self.path
             && (path.is_empty() || SocketAddrUnix::new(&path[..]).is_err())
         {
@@ -121,6 +129,21 @@ impl Descriptor for UnixPairEndState {
             ProcessError::Image(format!("fd {} is an end of no connection", about.number))
         })
     }
+}
+
+impl UnixPairEndState {
+    /// Its abstract name, if no socket of the subject listens on that.
+    pub(crate) fn lone_name(&self, listening: &Listening) -> Option<&UnixName> {
+        let name = self.bound.as_ref().filter(|n| n.abstract_name.is_some())?;
+        (!listening.contains_key(&name.key())).then_some(name)
+    }
+}
+
+/// The place of the first end of this kind that has a name.
+fn first_of(table: &FdTable, kind: UnixKind, name: &UnixName) -> Option<usize> {
+    let has = |end: &UnixPairEndState| end.kind == kind && end.bound.as_ref() == Some(name);
+    let mut ends = ends(table);
+    ends.find(|(_, end)| has(end)).map(|(about, _)| about.index)
 }
 
 /// The path that a socket is bound to, if it can be bound to it again.
@@ -172,10 +195,12 @@ pub(crate) fn validate(table: &FdTable) -> Result<(), ProcessError> {
 }
 
 /// Makes all connections of a table, by number and end; some of them are made and named already.
+/// `held` are sockets that were bound to names.
 pub(crate) fn make(
     table: &FdTable,
     pid: u32,
     named: Named,
+    held: &mut HashMap<usize, OwnedFd>,
     created: &mut Vec<PathBuf>,
 ) -> Result<HashMap<(u32, PairSide), OwnedFd>, ProcessError> {
     let mut made = named.ends;
@@ -190,6 +215,10 @@ pub(crate) fn make(
         made.insert((end.pair, end.side.other()), two);
     }
     let listening = listening(table);
+    for (about, _) in ends(table) {
+        // It stood for this name until now.
+        held.remove(&about.index);
+    }
     for (about, end) in ends(table) {
         let fd = made_end(&made, end.pair, end.side)?;
         let set = end.options.apply_before_bind(fd);
@@ -199,7 +228,10 @@ pub(crate) fn make(
             && !listening.contains_key(&name.key())
             && !named.settled.contains(&(end.pair, end.side))
         {
-            name.bind_if_free(fd, end.kind, created);
+            match name.abstract_name {
+                Some(_) => name.bind(fd, created)?,
+                None => name.bind_if_free(fd, end.kind, created),
+            }
         }
     }
     for (about, end) in ends(table) {
@@ -233,7 +265,10 @@ fn made_end(
 }
 
 /// The names of listening sockets, and the places of these in the table.
-pub(crate) fn listening(table: &FdTable) -> HashMap<(bool, Vec<u8>), usize> {
+pub(crate) type Listening = HashMap<(bool, Vec<u8>), usize>;
+
+/// See [`Listening`].
+pub(crate) fn listening(table: &FdTable) -> Listening {
     let named = |(index, d)| Some((listens_as(d)?, index));
     table
         .descriptions

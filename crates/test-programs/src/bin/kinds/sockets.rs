@@ -33,6 +33,7 @@ pub(crate) const KINDS: &[Kind] = &[
     ("unix-not-accepted", unix_not_accepted),
     ("unix-connected", unix_connected),
     ("unix-connected-abstract", unix_connected_abstract),
+    ("unix-connected-abstract-closed", unix_connected_closed),
     ("unix-connected-unlinked", unix_connected_unlinked),
     ("socket-filter", socket_filter),
     ("socket-kernel-tls", kernel_tls),
@@ -529,6 +530,27 @@ fn unix_connected_abstract(_: &Path) -> Result<Check, Absent> {
         }
         let (mut client, mut server) = connect();
         talk(&mut client, &mut server);
+    })
+}
+
+/// What accepted them is closed already.
+fn unix_connected_closed(_: &Path) -> Result<Check, Absent> {
+    let name = format!("outlive-test-closed-{}", std::process::id());
+    let address = io("name", UnixAddress::from_abstract_name(&name));
+    let listener = io("bind", UnixListener::bind_addr(&address));
+    let connect = |_| {
+        let client = io("connect", UnixStream::connect_addr(&address));
+        (client, io("accept", listener.accept()).0)
+    };
+    let mut pairs = [0, 1].map(connect);
+    drop(listener);
+    look(move || {
+        for (client, server) in &mut pairs {
+            talk(client, server);
+            for seen in unix_names(server, client) {
+                same("its name", seen.as_abstract_name(), Some(name.as_bytes()));
+            }
+        }
     })
 }
 

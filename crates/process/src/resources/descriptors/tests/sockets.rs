@@ -5,7 +5,7 @@ use outlive_linux::sockopt;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{OFlags, fcntl_getfl};
 use rustix::io::Errno;
-use rustix::net::{AddressFamily, SocketType, bind, getsockname, listen, socket};
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketType, bind, getsockname, listen, socket};
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::unix::fs::PermissionsExt;
@@ -221,7 +221,6 @@ fn a_unix_listener_replaces_the_file_that_was_left_behind() {
 #[test]
 fn abstract_names_are_taken_again() {
     let _quiet = no_child_starts();
-    use rustix::net::SocketAddrUnix;
     let name = format!("outlive-test-{}\0with a zero", std::process::id());
     let address = SocketAddrUnix::new_abstract_name(name.as_bytes()).unwrap();
     let listener = socket(AddressFamily::UNIX, SocketType::SEQPACKET, None).unwrap();
@@ -233,6 +232,65 @@ fn abstract_names_are_taken_again() {
     let _made = recreate(&table);
     let client = socket(AddressFamily::UNIX, SocketType::SEQPACKET, None).unwrap();
     rustix::net::connect(&client, &address).unwrap();
+}
+
+/// A listening socket with an abstract name, and connections that it accepted: both ends of each.
+fn accepted_by_name(label: &str, count: usize) -> (OwnedFd, SocketAddrUnix, Vec<[OwnedFd; 2]>) {
+    let name = format!("outlive-test-{label}-{}", std::process::id());
+    let address = SocketAddrUnix::new_abstract_name(name.as_bytes()).unwrap();
+    let new = || socket(AddressFamily::UNIX, SocketType::STREAM, None).unwrap();
+    let listener = new();
+    bind(&listener, &address).unwrap();
+    listen(&listener, 4).unwrap();
+    let connect = || {
+        let client = new();
+        rustix::net::connect(&client, &address).unwrap();
+        [rustix::net::accept(&listener).unwrap(), client]
+    };
+    let made = (0..count).map(|_| connect()).collect();
+    (listener, address, made)
+}
+
+fn unix_name_of(fd: &OwnedFd) -> SocketAddrUnix {
+    SocketAddrUnix::try_from(getsockname(fd).unwrap()).unwrap()
+}
+
+#[test]
+fn an_abstract_name_whose_listener_is_another_s_is_kept_or_refused() {
+    let _quiet = no_child_starts();
+    let (listener, address, ends) = accepted_by_name("another", 1);
+    let numbers: Vec<u32> = ends.iter().flatten().map(number).collect();
+    let table = collect(&numbers);
+    let refusals = check_refused(&table);
+    let me = format!("process {} ", std::process::id());
+    assert_eq!(refusals.len(), 1);
+    let what = &refusals[0].what;
+    assert!(
+        what.contains("somebody else has the name") && what.contains(&me),
+        "{what}"
+    );
+    drop((listener, ends));
+    let made = recreate(&table);
+    assert_eq!(unix_name_of(&made_for(&made, numbers[0])), address);
+}
+
+#[test]
+fn connections_keep_the_abstract_name_of_a_listener_that_is_gone() {
+    let _quiet = no_child_starts();
+    let (listener, address, ends) = accepted_by_name("gone", 3);
+    drop(listener);
+    let numbers: Vec<u32> = ends.iter().flatten().map(number).collect();
+    let table = collect(&numbers);
+    drop(ends);
+    let made = recreate(&table);
+    for ends in numbers.chunks(2) {
+        let [accepted, client] = [0, 1].map(|end| made_for(&made, ends[end]));
+        assert_eq!(unix_name_of(&accepted), address);
+        rustix::io::write(&client, b"x").unwrap();
+        assert_eq!(rustix::io::read(&accepted, &mut [0; 8]), Ok(1));
+    }
+    let another = socket(AddressFamily::UNIX, SocketType::STREAM, None).unwrap();
+    bind(&another, &address).expect("nobody has the name itself");
 }
 
 #[test]
