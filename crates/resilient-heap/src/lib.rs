@@ -71,7 +71,6 @@ mod error;
 mod examine;
 #[cfg(feature = "std")]
 mod file;
-#[cfg(feature = "std")]
 mod flush;
 mod front;
 mod hash_map;

@@ -2,7 +2,8 @@
 //!
 //! # Safety
 //! [`Memory`] is an unsafe trait: the heap reads through the pointer that it gives. [`Volatile`]
-//! implements it with memory that it owns and never moves.
+//! implements it with memory that it owns and never moves, [`Mapped`] with memory of which its maker
+//! says the same.
 #![allow(unsafe_code)]
 
 use crate::error::Error;
@@ -58,6 +59,71 @@ pub unsafe trait Memory: Send + Sync {
     /// [`Error::Memory`]: nobody knows what is durable.
     fn fence(&self) -> Result<(), Error>;
 }
+
+/// Persistent memory that is mapped already: what kernels and firmware have. Its lines are made durable by
+/// instructions of the processor. x86-64 only, so far.
+#[derive(Debug)]
+pub struct Mapped {
+    base: NonNull<u8>,
+    len: usize,
+}
+
+impl Mapped {
+    /// The memory at `base`, all of it; zeros, or what a heap left there.
+    ///
+    /// # Errors
+    /// [`Error::Memory`]: this processor cannot make lines durable, or `base` is not aligned to 4096 bytes.
+    ///
+    /// # Safety
+    /// `len` bytes at `base` are readable and writable until the value is dropped, and nobody else writes
+    /// to them.
+    pub unsafe fn new(base: NonNull<u8>, len: usize) -> Result<Self, Error> {
+        let refused = |what| Err(Error::Memory { what, code: 0 });
+        if !crate::flush::offered() {
+            return refused("this processor cannot make lines durable");
+        }
+        if !base.as_ptr().addr().is_multiple_of(PAGE) {
+            return refused("persistent memory begins at a page");
+        }
+        Ok(Self { base, len })
+    }
+}
+
+// SAFETY: `new`'s caller says that the bytes stay and that nobody else writes to them; the alignment was
+// checked there; the length never changes, and no method but `store` writes.
+unsafe impl Memory for Mapped {
+    fn base(&self) -> NonNull<u8> {
+        self.base
+    }
+
+    fn len(&self) -> usize {
+        self.len
+    }
+
+    fn grow(&self, len: usize) -> Result<(), Error> {
+        if len > self.len {
+            return Err(Error::Full { wanted: len });
+        }
+        Ok(())
+    }
+
+    fn flush(&self, at: usize, len: usize) {
+        if len > 0 && at.checked_add(len).is_some_and(|end| end <= self.len) {
+            // SAFETY: the range was found to be inside, and is mapped.
+            unsafe { crate::flush::flush(self.base.as_ptr().wrapping_add(at), len) };
+        }
+    }
+
+    fn fence(&self) -> Result<(), Error> {
+        crate::flush::fence();
+        Ok(())
+    }
+}
+
+// SAFETY: nothing but `store` writes through the pointer, and its caller excludes all others.
+unsafe impl Send for Mapped {}
+// SAFETY: as for `Send`.
+unsafe impl Sync for Mapped {}
 
 /// Ordinary memory, for tests and for heaps whose whole process is kept by other means.
 #[derive(Debug)]
@@ -127,5 +193,36 @@ impl Drop for Volatile {
             // SAFETY: allocated by `new` with this layout (the capacity is a multiple of a page).
             unsafe { dealloc(self.base.as_ptr(), layout) };
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Heap;
+
+    /// A heap in memory that somebody else has mapped goes on after it was only dropped, and begins at a
+    /// page only.
+    #[test]
+    fn mapped_memory_keeps_a_heap() {
+        let owner = Volatile::new(8 << 20).unwrap();
+        let open = |base: NonNull<u8>| {
+            // SAFETY: `owner` has as many bytes, and uses none of them.
+            let memory = unsafe { Mapped::new(base, 8 << 20) }?;
+            Heap::<u64>::open(memory, |_| Ok(0))
+        };
+        for turn in 1..4 {
+            let mut heap = open(owner.base()).unwrap();
+            assert_eq!(heap.opened().created, turn == 1);
+            heap.write(|count, _| {
+                *count += 1;
+                Ok(())
+            })
+            .unwrap();
+            assert_eq!(heap.read(|count, _| Ok(*count)), Ok(turn));
+        }
+        // SAFETY: still within the owner's bytes; nothing is ever read or written there.
+        let askew = unsafe { Mapped::new(owner.base().add(64), 4096) };
+        assert!(matches!(askew, Err(Error::Memory { .. })));
     }
 }

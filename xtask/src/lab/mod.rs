@@ -15,6 +15,7 @@
 //!   program is unharmed.
 //! - A disk that loses what was not flushed ([`cuts`]) takes nothing of an acknowledged epoch, nor of
 //!   the files that go with it.
+//! - The restartable kernel of the examples goes on after each reset ([`restartable`]).
 //! - Under the oldest kernel, writes are found by soft-dirty bits ([`soft_dirty`]).
 
 mod cuts;
@@ -25,11 +26,12 @@ mod machine;
 mod nbd;
 mod pmem;
 mod record;
+mod restartable;
 mod soft_dirty;
 
 use crate::{cleanup, tools, workspace};
 use anyhow::{Context, Result, bail, ensure};
-use clap::Args;
+use clap::{Args, Subcommand};
 use kernels::Kernel;
 use machine::{Lab, Machine};
 use record::Record;
@@ -48,7 +50,10 @@ const PATIENCE: Duration = Duration::from_secs(120);
 
 /// What the lab can be asked for.
 #[derive(Args, Clone, Debug)]
+#[command(args_conflicts_with_subcommands = true)]
 pub struct Options {
+    #[command(subcommand)]
+    only: Option<Only>,
     /// Two kernels, there and back, and one refusal, instead of three kernels.
     #[arg(long)]
     short: bool,
@@ -66,9 +71,21 @@ pub struct Options {
     seed: Option<u64>,
 }
 
+/// Parts of the lab that stand alone.
+#[derive(Subcommand, Clone, Debug)]
+enum Only {
+    /// Only the restartable kernel, an example of the resilient heap: resets, power cuts, flipped bits.
+    Kernel(restartable::Options),
+}
+
 /// Runs the command.
 pub fn run(options: &Options) -> Result<()> {
     let begun = Instant::now();
+    if let Some(Only::Kernel(only)) = &options.only {
+        restartable::run(only)?;
+        println!("lab: all is well after {} s", begun.elapsed().as_secs());
+        return Ok(());
+    }
     tools::ensure(&["qemu-system-x86_64", "xz", "busybox", "strip", "sqlite3"])?;
     tools::ensure(&["mkfs.ext4", "mkfs.xfs", "mkfs.btrfs"])?;
     let folder = cleanup::folder(&workspace::scratch()?)?;
@@ -116,7 +133,9 @@ pub fn run(options: &Options) -> Result<()> {
     if options.short {
         power_cuts(&lab, &[new, newest, new])?;
         cuts::run(&lab, new, plan("ext4", 1, 1))?;
+        restartable::short(options.seed)?;
     } else {
+        restartable::long(options.seed)?;
         for kind in ["ext4", "xfs", "btrfs"] {
             cuts::run(&lab, new, plan(kind, 3, 2))?;
         }
