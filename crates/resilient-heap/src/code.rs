@@ -70,6 +70,18 @@ pub fn crc(bytes: &[u8]) -> u32 {
     portable(bytes)
 }
 
+/// The same of a line.
+#[must_use]
+#[inline]
+pub fn line_crc(line: &Line) -> u32 {
+    #[cfg(target_arch = "x86_64")]
+    if hardware::offered() {
+        // SAFETY: `offered` asked the processor for SSE 4.2.
+        return unsafe { hardware::line_crc(line) };
+    }
+    portable(line)
+}
+
 /// The same on any processor, eight bytes at a time.
 fn portable(bytes: &[u8]) -> u32 {
     let mut crc = 0u32;
@@ -94,17 +106,31 @@ mod hardware {
     static ASKED: AtomicU8 = AtomicU8::new(0);
 
     /// Whether the processor has SSE 4.2.
+    #[inline]
     pub fn offered() -> bool {
         match ASKED.load(Ordering::Relaxed) {
-            0 => {
-                #[allow(unused_unsafe, reason = "safe in newer compilers")]
-                // SAFETY: every x86-64 processor has `cpuid`, and leaf 1.
-                let yes = unsafe { __cpuid(1) }.ecx >> 20 & 1 == 1;
-                ASKED.store(1 + u8::from(yes), Ordering::Relaxed);
-                yes
-            }
+            0 => ask(),
             answer => answer == 2,
         }
+    }
+
+    #[cold]
+    fn ask() -> bool {
+        #[allow(unused_unsafe, reason = "safe in newer compilers")]
+        // SAFETY: every x86-64 processor has `cpuid`, and leaf 1.
+        let yes = unsafe { __cpuid(1) }.ecx >> 20 & 1 == 1;
+        ASKED.store(1 + u8::from(yes), Ordering::Relaxed);
+        yes
+    }
+
+    /// # Safety
+    /// The processor must have SSE 4.2.
+    #[target_feature(enable = "sse4.2")]
+    pub unsafe fn line_crc(line: &super::Line) -> u32 {
+        let (words, _) = line.as_chunks::<8>();
+        words
+            .iter()
+            .fold(0, |crc, word| _mm_crc32_u64(crc, u64::from_le_bytes(*word))) as u32
     }
 
     /// # Safety
@@ -123,6 +149,7 @@ mod hardware {
 
 /// A number that depends on all bits of both.
 #[must_use]
+#[inline]
 pub fn mix(a: u64, b: u64) -> u64 {
     let mut x = a ^ b.wrapping_mul(0x9e37_79b9_7f4a_7c15);
     for factor in [0xbf58_476d_1ce4_e5b9, 0x94d0_49bb_1331_11eb] {
@@ -219,6 +246,9 @@ mod tests {
         for len in 0..100 {
             let bytes: Vec<u8> = (0..len).map(|i| (i * 7 + 3) as u8).collect();
             assert_eq!(crc(&bytes), portable(&bytes));
+            if let Some(line) = bytes.first_chunk() {
+                assert_eq!(line_crc(line), portable(line));
+            }
         }
         // The published check value of CRC-32C for "123456789" is 0xe3069283, with inversions: those
         // amount to a different first state, that is, to a change of the first four bytes.

@@ -28,7 +28,7 @@ impl Member {
     /// Whether the word fits.
     #[must_use]
     pub fn fits(&self) -> bool {
-        code::crc(&self.line) == self.word
+        code::line_crc(&self.line) == self.word
     }
 }
 

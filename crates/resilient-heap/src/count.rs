@@ -38,6 +38,14 @@ impl Deltas {
         self.listed.push((edge.at as usize, (sign, edge.kind)));
     }
 
+    /// Forgets two parts of the list if they are the same pointers: then none of them changed.
+    fn drop_equal(&mut self, first: usize, half: usize) {
+        let (old, new) = (&self.listed[first..half], &self.listed[half..]);
+        if old.len() == new.len() && old.iter().zip(new).all(|(old, new)| old.0 == new.0) {
+            self.listed.truncate(first);
+        }
+    }
+
     fn add(&mut self, edge: Edge, sign: i64) {
         let entry = self.by_block.entry(edge.at as usize);
         entry.or_insert((0, edge.kind)).0 += sign;
@@ -115,13 +123,14 @@ fn compare_all(
 ) -> Result<(), Error> {
     let mut past = Past {
         before,
-        image: Vec::new(),
+        image: core::mem::take(&mut writer.image),
     };
     let touched = writer.touched.take();
     let compared = touched
         .iter()
         .try_for_each(|block| compare(writer, home, &mut past, *block, deltas));
     writer.touched.give(touched);
+    writer.image = past.image;
     compared
 }
 
@@ -159,12 +168,13 @@ fn compare(
             let bytes = |from| unsafe { core::slice::from_raw_parts(from, kind.size) };
             let (old_bytes, new_bytes): (&[u8], &[u8]) = (bytes(old), bytes(new));
             if old_bytes != new_bytes {
-                // SAFETY: a committed value, at an address as aligned as its place is; and a value of
-                // this kind: its index is below the block's number of values.
-                unsafe {
-                    (kind.edges)(old, &mut |edge| deltas.list(edge, -1));
-                    (kind.edges)(new, &mut |edge| deltas.list(edge, 1));
-                }
+                let first = deltas.listed.len();
+                // SAFETY: a committed value, at an address as aligned as its place is.
+                unsafe { (kind.edges)(old, &mut |edge| deltas.list(edge, -1)) };
+                let half = deltas.listed.len();
+                // SAFETY: a value of this kind: its index is below the block's number of values.
+                unsafe { (kind.edges)(new, &mut |edge| deltas.list(edge, 1)) };
+                deltas.drop_equal(first, half);
             }
         }
         next = next.max(last + 1);

@@ -49,10 +49,11 @@ mod instructions {
     /// # Safety
     /// The range is mapped.
     pub unsafe fn flush(at: *const u8, len: usize) {
-        let first = at.addr() / LINE * LINE;
+        let (mut next, end) = (at.addr() / LINE * LINE, at.addr() + len);
         let best = best();
-        for line in (first..at.addr() + len).step_by(LINE) {
-            let line = at.with_addr(line);
+        while next < end {
+            let line = at.with_addr(next);
+            next += LINE;
             // SAFETY: the line is mapped, since a part of it is; `best` asked for the instruction.
             unsafe {
                 match best {

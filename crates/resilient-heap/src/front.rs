@@ -156,6 +156,7 @@ impl Front {
     }
 
     /// Makes a range readable; where it is.
+    #[inline]
     pub fn look(&mut self, home: &Home, at: usize, len: usize) -> Result<*mut u8, Error> {
         let (zone, within, lines) = self.lines(at, len)?;
         self.bring(home, zone, lines)?;
@@ -165,16 +166,15 @@ impl Front {
     /// Brings those lines here that are not.
     #[inline]
     fn bring(&mut self, home: &Home, zone: usize, lines: Range<usize>) -> Result<(), Error> {
-        if self.zones[zone].state[lines.clone()].contains(&ABSENT) {
-            for index in lines {
-                if self.zones[zone].state[index] == ABSENT {
-                    self.fetch(home, zone, index)?;
-                }
+        for index in lines {
+            if self.zones[zone].state[index] == ABSENT {
+                self.fetch(home, zone, index)?;
             }
         }
         Ok(())
     }
 
+    #[cold]
     fn fetch(&mut self, home: &Home, zone: usize, index: usize) -> Result<(), Error> {
         let (bytes, corrected) = if zone < home.zones() {
             home.read(zone, index * LINE)?
@@ -326,9 +326,8 @@ impl Front {
     }
 
     /// Lines to be made durable, with their contents, where they differ from home; in order.
-    pub fn changes(&mut self, home: &Home) -> Vec<Change> {
+    pub fn changes(&mut self, home: &Home, changes: &mut Vec<Change>) {
         self.pending.sort_unstable_by_key(|waiting| waiting.at);
-        let mut changes = Vec::with_capacity(self.pending.len());
         for waiting in &self.pending {
             let new = self.get(waiting.zone, waiting.index);
             let old = waiting.old.or_else(|| {
@@ -346,7 +345,6 @@ impl Front {
                 changes.push(Change { at, old, new });
             }
         }
-        changes
     }
 
     /// Everything that was pending is at home.

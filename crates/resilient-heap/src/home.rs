@@ -76,6 +76,8 @@ pub struct Home {
     /// Where the memory is, and how long; asked for again whenever it grew.
     base: AtomicPtr<u8>,
     len: AtomicUsize,
+    /// How long the memory was before this run.
+    found: usize,
     /// Sizes.
     pub geometry: Geometry,
     /// The heap's identity.
@@ -93,6 +95,7 @@ impl Home {
         Self {
             base: AtomicPtr::new(memory.base().as_ptr()),
             len: AtomicUsize::new(memory.len()),
+            found: memory.len(),
             memory,
             geometry,
             id,
@@ -141,6 +144,7 @@ impl Home {
     }
 
     /// The bytes at a place, as they are; zeros beyond the end.
+    #[inline]
     fn bytes<const N: usize>(&self, at: usize) -> [u8; N] {
         let mut bytes = [0; N];
         if at.checked_add(N).is_some_and(|end| end <= self.len()) {
@@ -239,6 +243,21 @@ impl Home {
         }
     }
 
+    /// Whether all lines of a range fit their words.
+    fn fit(&self, zone: usize, first: usize, end: usize) -> bool {
+        let begin = self.geometry.zone_at(zone);
+        let mut word_at = self.geometry.word_at(zone, first);
+        let mut at = begin + first;
+        while at < begin + end {
+            let word = u32::from_le_bytes(self.bytes(word_at)) ^ code::seed(self.id, at as u64);
+            if code::line_crc(&self.bytes(at)) != word {
+                return false;
+            }
+            (at, word_at) = (at + LINE, word_at + 4);
+        }
+        true
+    }
+
     /// The bytes of a range, all verified. The caller holds the lock, or is the writer.
     pub fn view(&self, at: usize, len: usize) -> Result<View, Error> {
         let outside = Error::Invalid {
@@ -252,7 +271,7 @@ impl Home {
             .ok_or(outside)?;
         let first = within / LINE * LINE;
         let lines = (first..end).step_by(LINE);
-        if lines.clone().all(|within| self.member(zone, within).fits()) {
+        if self.fit(zone, first, end) {
             let base = self.base.load(Ordering::Acquire);
             // SAFETY: `at` lies in a zone in use, which the memory's length contains.
             return Ok(View::Place(unsafe { base.add(at) }));
@@ -263,32 +282,42 @@ impl Home {
         Ok(View::Copy(copy?.into_boxed_slice()))
     }
 
-    /// Makes a new zone of zeros readable: words and parity. Nobody looks at it yet.
+    /// Makes a new zone of zeros readable: words and parity. Nobody looks at it yet. Where the memory grew in
+    /// this run, its zeros are durable already; elsewhere an earlier run may have cleared what was there, and
+    /// ended before that was durable.
     pub fn prepare_zone(&self, zone: usize) {
         let begin = self.geometry.zone_at(zone);
-        for first in (0..self.geometry.zone_data()).step_by(LINE * 16) {
+        let (data, end) = (self.geometry.zone_data(), begin + self.geometry.zone_len());
+        let clear = |at: usize| {
+            if self.line(at) != [0; LINE] {
+                self.store(at, &[0; LINE]);
+                self.flush(at, LINE);
+            }
+        };
+        for first in (0..data).step_by(LINE * 16) {
             let mut words = [0; LINE];
             for (i, word) in words.chunks_exact_mut(4).enumerate() {
                 let within = first + i * LINE;
-                if self.line(begin + within) != [0; LINE] {
-                    self.store(begin + within, &[0; LINE]);
-                }
-                let stored = code::crc(&[0; LINE]) ^ self.seed(zone, within);
+                clear(begin + within);
+                let stored = code::line_crc(&[0; LINE]) ^ self.seed(zone, within);
                 word.copy_from_slice(&stored.to_le_bytes());
             }
-            self.store(self.geometry.word_at(zone, first), &words);
+            let at = self.geometry.word_at(zone, first);
+            self.store(at, &words);
+            self.flush(at, LINE);
         }
-        for column in self.geometry.columns(zone) {
-            let sum = column::sum(self.members(column).iter().map(|m| &m.line));
-            self.store(self.geometry.parity_at(column), &sum);
+        // Each column is the sum of zeros.
+        (begin + data + data / 16..end)
+            .step_by(LINE)
+            .for_each(clear);
+        if begin < self.found {
+            self.flush(begin, end - begin);
         }
-        self.flush(begin, self.geometry.zone_len());
     }
 
     /// Writes the lines of a commit whose log is durable: data, words and parity. Nobody else is
-    /// inside. Flushed, not fenced.
-    pub fn apply(&self, changes: &[Change]) {
-        let mut flush = Vec::with_capacity(2 * changes.len());
+    /// inside. Flushed, not fenced. The list is empty, and used to collect what is flushed last.
+    pub fn apply(&self, changes: &[Change], flush: &mut Vec<usize>) {
         for change in changes {
             let Some((zone, within)) = self.data(change.at) else {
                 continue;
@@ -304,7 +333,7 @@ impl Home {
                 member.fits().then_some(member.line)
             });
             self.store(change.at, &change.new);
-            self.store_word(zone, within, code::crc(&change.new));
+            self.store_word(zone, within, code::line_crc(&change.new));
             let parity = match old {
                 Some(old) => column::add(&self.line(parity_at), &column::add(&old, &change.new)),
                 None => column::sum(self.members(column).iter().map(|m| &m.line)),
@@ -316,7 +345,7 @@ impl Home {
         }
         flush.sort_unstable();
         flush.dedup();
-        for at in flush {
+        for at in flush.drain(..) {
             self.flush(at, LINE);
         }
     }

@@ -44,6 +44,10 @@ pub struct Geometry {
     zone: usize,
     /// Pages of one half of the log.
     log: usize,
+    /// Where the first zone begins, and bytes of a zone with all that belongs to it: asked for with every
+    /// look at a value.
+    begin: usize,
+    zone_len: usize,
 }
 
 impl Geometry {
@@ -53,9 +57,16 @@ impl Geometry {
         let fits = zone.is_power_of_two()
             && (16..=1 << 19).contains(&zone)
             && (1..=1 << 19).contains(&log);
-        fits.then_some(Self {
-            zone: zone as usize,
-            log: log as usize,
+        if !fits {
+            return None;
+        }
+        let (zone, log) = (zone as usize, log as usize);
+        let parities = (zone / 64).max(1);
+        Some(Self {
+            zone,
+            log,
+            begin: (LOG + 2 * log) * PAGE,
+            zone_len: (zone + zone / 16 + parities) * PAGE,
         })
     }
 
@@ -84,7 +95,7 @@ impl Geometry {
     /// Bytes of a zone with all that belongs to it.
     #[must_use]
     pub fn zone_len(&self) -> usize {
-        (self.zone + self.words() + self.parities()) * PAGE
+        self.zone_len
     }
 
     /// Where a half of the log begins.
@@ -102,7 +113,7 @@ impl Geometry {
     /// Where a zone begins.
     #[must_use]
     pub fn zone_at(&self, zone: usize) -> usize {
-        (LOG + 2 * self.log) * PAGE + zone * self.zone_len()
+        self.begin + zone * self.zone_len
     }
 
     /// Bytes of a heap with so many zones.
@@ -113,9 +124,10 @@ impl Geometry {
 
     /// Zone and place in the zone's data, of a place in the heap; nothing where no data is.
     #[must_use]
+    #[inline]
     pub fn data(&self, at: usize) -> Option<(usize, usize)> {
-        let at = at.checked_sub(self.zone_at(0))?;
-        let len = self.zone_len();
+        let at = at.checked_sub(self.begin)?;
+        let len = self.zone_len;
         // Dividing takes longer than all else here.
         let (zone, within) = if at < len {
             (0, at)

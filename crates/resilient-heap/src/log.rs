@@ -39,6 +39,13 @@ pub struct Recovered {
     pub next: u64,
 }
 
+/// What a commit is written from; kept, so that it need not be allocated each time.
+#[derive(Debug, Default)]
+pub struct Buffers {
+    stream: Vec<u8>,
+    lines: Vec<u8>,
+}
+
 /// A half of the log.
 #[derive(Debug)]
 enum Half {
@@ -75,22 +82,28 @@ fn head(home: &Home, half: usize, number: u64, entries: usize, checksum: u32) ->
 }
 
 /// Makes a commit durable, but for its place at home.
-pub fn write(home: &Home, number: u64, changes: &[Change]) -> Result<(), Error> {
+pub fn write(
+    home: &Home,
+    number: u64,
+    changes: &[Change],
+    buffers: &mut Buffers,
+) -> Result<(), Error> {
     let half = (number % 2) as usize;
     let begin = home.geometry.log_at(half);
-    let mut stream = Vec::with_capacity(changes.len() * ENTRY);
+    let Buffers { stream, lines } = buffers;
+    stream.clear();
+    lines.clear();
     for change in changes {
         stream.extend_from_slice(&(change.at as u64).to_le_bytes());
         stream.extend_from_slice(&change.new);
     }
-    let mut lines = Vec::with_capacity((1 + stream.len().div_ceil(CARRIED)) * LINE);
-    let checksum = code::crc(&stream);
+    let checksum = code::crc(stream);
     lines.extend_from_slice(&head(home, half, number, changes.len(), checksum));
     for carried in stream.chunks(CARRIED) {
         let seed = line_seed(home, begin + lines.len(), number);
         lines.extend_from_slice(&layout::seal(carried, seed));
     }
-    home.store(begin, &lines);
+    home.store(begin, lines);
     home.flush(begin, lines.len());
     home.fence()
 }
