@@ -8,7 +8,8 @@ use core::fmt;
 /// # Who is to blame
 /// The caller: `NotAHeap`, `Layout`, `Full`, `TooLarge`, `TransactionTooLarge`, `TooDeep`, `Aborted`,
 /// `WithinReading`.
-/// The medium: `Memory`, `Damaged`, `Lost`, `Halted`. Whoever wrote the bytes: `Invalid`.
+/// The medium: `Memory`, `Damaged`, `Lost`, `Halted`, `File`. Whoever wrote the bytes: `Invalid`; whoever changed a
+/// file: `Replaced`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Error {
     /// The memory answered with an error.
@@ -71,6 +72,22 @@ pub enum Error {
     Aborted(&'static str),
     /// A thread would write to a heap that it is reading: the commit would wait for ever.
     WithinReading,
+    /// The system refused something with a file that the heap refers to.
+    File {
+        /// The file.
+        path: String,
+        /// What was refused.
+        what: &'static str,
+        /// The error number of the system.
+        code: i32,
+    },
+    /// A file that the heap refers to is not as it was left. Nothing was changed.
+    Replaced {
+        /// The file.
+        path: String,
+        /// What is wrong with it.
+        why: &'static str,
+    },
     /// An earlier commit failed half-way in the memory, so that nobody knows what is durable. Open
     /// the heap again.
     Halted,
@@ -107,6 +124,11 @@ impl fmt::Display for Error {
             Self::Aborted(why) => write!(f, "transaction given up: {why}"),
             Self::WithinReading => f.write_str(
                 "a thread that reads the heap cannot write to it; end the reading first",
+            ),
+            Self::File { path, what, code } => write!(f, "{path}: {what} failed (error {code})"),
+            Self::Replaced { path, why } => write!(
+                f,
+                "{path}: {why}; put the file back as it was, or open another one"
             ),
             Self::Halted => f.write_str("an earlier commit failed; open the heap again"),
         }

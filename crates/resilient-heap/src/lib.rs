@@ -44,7 +44,8 @@
 //! # What is there
 //! Transactions (nested, abortable), readers in other threads while one writes, correction of flipped bits
 //! and of lost lines with a scrub, growth, maps by hash and by order ([`PHashMap`], [`PBTreeMap`]), upgrades from
-//! older types ([`Upgrades`]), heaps in files ([`FileMemory`], with the feature `std`) or in any
+//! older types ([`Upgrades`]), open files that a restart opens again ([`PFile`]), output that appears in a file
+//! exactly once ([`POutput`]), heaps in files ([`FileMemory`], with the feature `std`) or in any
 //! [`memory::Memory`]. Without `std` the crate needs `core` and `alloc`.
 //!
 //! # What is not there yet
@@ -67,6 +68,8 @@ mod btree_map;
 mod code;
 mod column;
 mod count;
+#[cfg(feature = "std")]
+mod descriptor;
 mod error;
 mod examine;
 #[cfg(feature = "std")]
@@ -81,6 +84,8 @@ mod layout;
 mod lock;
 mod log;
 pub mod memory;
+#[cfg(feature = "std")]
+mod output;
 mod persist;
 mod rc;
 mod reading;
@@ -97,6 +102,8 @@ mod walk;
 pub use block::Access;
 pub use boxed::PBox;
 pub use btree_map::{PBTreeMap, TreeIter};
+#[cfg(feature = "std")]
+pub use descriptor::PFile;
 pub use error::Error;
 pub use examine::{Report, examine, what_is_at};
 #[cfg(feature = "std")]
@@ -105,6 +112,8 @@ pub use hash_map::{HashIter, PHashMap};
 pub use heap::{Durability, Heap, Opened, Options, Reader, Snapshot};
 pub use home::{Health, Scrubbed};
 pub use key::{Hashed, Key, KeyHasher};
+#[cfg(feature = "std")]
+pub use output::{POutput, Sink};
 pub use persist::{Edge, Family, Kind, Persist, Schema};
 pub use rc::PRc;
 pub use resilient_heap_derive::Persist;
