@@ -36,6 +36,7 @@ pub mod tcp;
 pub mod terminal;
 pub mod thread;
 pub mod userfault;
+pub mod witness;
 
 pub use rustix::io::Errno;
 

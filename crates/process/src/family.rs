@@ -1,6 +1,7 @@
 //! Who belongs to a subject: a process and everything that descends from it.
 
 use crate::procfs;
+use crate::resources::landlock::is_witness;
 use crate::target::Status;
 use outlive_linux::kcmp;
 use std::time::{Duration, Instant};
@@ -32,7 +33,8 @@ pub fn list_by(root: u32, adopters: &[u32], children: &mut dyn FnMut(u32) -> Vec
     }];
     for &adopter in adopters {
         let adopted = children(adopter).into_iter();
-        let strays = adopted.filter(|p| *p != root && !adopters.contains(p) && !has_ended(*p));
+        let is_other = |p: &u32| *p == root || adopters.contains(p) || is_witness(*p);
+        let strays = adopted.filter(|p| !is_other(p) && !has_ended(*p));
         all.extend(strays.map(|pid| Kin {
             pid,
             parent: 0,

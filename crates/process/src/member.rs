@@ -15,7 +15,7 @@ use crate::residue::Residue;
 use crate::resources::semaphore_undo::{self, UndoState};
 use crate::resources::shared::{self, SharedObjects};
 use crate::resources::system_v::SemaphoresState;
-use crate::resources::{attributes, keyrings, memory, signals, thread, timers};
+use crate::resources::{attributes, keyrings, landlock, memory, signals, thread, timers};
 use crate::target::{Status, Target};
 use crate::track::{Limit, TrackOptions, Tracking};
 use crate::{ProcessError, Refusal, namespaces, preflight, sharing};
@@ -99,11 +99,14 @@ pub struct MemberState {
 
 struct Asked {
     threads: Vec<thread::Asked>,
-    keyrings: Vec<keyrings::Asked>,
+    confined: Vec<Confined>,
     process: attributes::Asked,
     signals: Vec<CallId>,
     memory: CallId,
 }
+
+/// Questions to a thread about keys of its own and rules in force.
+type Confined = (keyrings::Asked, Option<CallId>);
 
 /// Looks at all threads of a stopped process, and prepares each to go on with an interrupted call.
 /// This comes before anything else can fail.
@@ -516,7 +519,7 @@ impl Member {
         let mut laps = Laps::new();
         let leader_status = seen[0].0.status.clone();
         let (asked, answers) = self.ask(threads, &seen)?;
-        self.refuse_keys(threads, &seen, (&asked.keyrings, &answers))?;
+        self.refuse_confined(threads, &seen, (&asked.confined, &answers))?;
         limit.check()?;
         laps.lap("remote");
         let (memory, residue) = match self.describe(&asked, &answers[0], shared, limit)? {
@@ -619,23 +622,29 @@ impl Member {
         Ok(found)
     }
 
-    /// Refuses a process of which a thread has keys of its own.
-    fn refuse_keys(
+    /// Refuses a process of which a thread has keys of its own, or is restricted by rules.
+    fn refuse_confined(
         &self,
         threads: &mut [Held],
         seen: &[Seen],
-        (asked, answers): (&[keyrings::Asked], &[Results]),
+        (asked, answers): (&[Confined], &[Results]),
     ) -> Result<(), ProcessError> {
         let of_each = seen.iter().zip(asked).zip(answers).enumerate();
-        for (at, (((sight, _), asked), answers)) in of_each {
+        for (at, (((sight, _), (keys, rules)), answers)) in of_each {
             let one = &mut threads[at..=at];
+            if let Some(id) = rules {
+                let found = landlock::refusal(&self.target, one[0].tid, answers.value(*id))?;
+                if let Some(found) = found {
+                    return Err(ProcessError::Refused(vec![found]));
+                }
+            }
             let thread = keyrings::Thread {
                 target: &self.target,
                 tid: one[0].tid,
                 user: sight.status.uid[0],
             };
             let mut run = |batch| self.run(&mut *one, batch);
-            if let Some(found) = keyrings::refusal(&thread, *asked, answers, &mut run)? {
+            if let Some(found) = keyrings::refusal(&thread, *keys, answers, &mut run)? {
                 return Err(ProcessError::Refused(vec![found]));
             }
         }
@@ -660,14 +669,17 @@ impl Member {
         seen: &[Seen],
     ) -> Result<(Asked, Vec<Results>), ProcessError> {
         let mut asked = Vec::with_capacity(threads.len());
-        let mut keyrings = Vec::with_capacity(threads.len());
+        let mut confined = Vec::with_capacity(threads.len());
+        let mut rules = landlock::Question::new(&self.target);
         let mut of_leader = None;
-        let mut users = seen.iter().map(|(sight, _)| sight.status.uid[0]);
+        let mut seen = seen.iter().map(|(sight, _)| &sight.status);
         let answers = run_all(&self.arena, threads, |held| {
             let mut batch = Batch::new();
             asked.push(thread::ask(&mut batch));
-            let user = users.next().unwrap_or_default();
-            keyrings.push(keyrings::ask(&mut batch, user));
+            if let Some(status) = seen.next() {
+                let keys = keyrings::ask(&mut batch, status.uid[0]);
+                confined.push((keys, rules.ask(&mut batch, status)));
+            }
             if held.tid == self.target.pid {
                 of_leader = Some((
                     attributes::ask(&mut batch),
@@ -685,7 +697,7 @@ impl Member {
         Ok((
             Asked {
                 threads: asked,
-                keyrings,
+                confined,
                 process,
                 signals,
                 memory,

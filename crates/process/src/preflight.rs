@@ -3,6 +3,7 @@
 use crate::family;
 use crate::member;
 use crate::namespaces;
+use crate::resources::landlock::Question;
 use crate::resources::{descriptors, timers};
 use crate::sharing::outside::Outside;
 use crate::target::{Status, Target};
@@ -123,8 +124,10 @@ pub fn of_process(target: &Target, root: u32) -> Result<Vec<Refusal>, ProcessErr
 /// Refusals that concern timers and threads of a process that runs.
 pub fn of_threads(target: &Target) -> Result<Vec<Refusal>, ProcessError> {
     let mut found = timers::refusals(target)?;
+    let mut landlock = Question::new(target);
     for tid in target.threads()? {
         if let Ok(status) = Status::read(target.pid, tid) {
+            landlock.prepare(&status);
             found.extend(of_thread(target, tid, &status));
         }
     }

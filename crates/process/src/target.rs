@@ -244,6 +244,12 @@ impl Status {
         (self.pending | self.shared_pending) & !self.blocked & !nothing
     }
 
+    /// The status of PID 1 of the PID namespace in which a process lives, as its `/proc` shows it.
+    pub fn of_init(pid: u32) -> io::Result<Self> {
+        let text = procfs::read(&format!("/proc/{pid}/root/proc/1/status"))?;
+        Ok(Self::parse(&text))
+    }
+
     /// Reads the status of a thread.
     pub fn read(pid: u32, tid: u32) -> io::Result<Self> {
         Self::of(

@@ -3,7 +3,7 @@
 
 use crate::ProcessError;
 use crate::births::Kind;
-use crate::resources::{landlock, protection_keys};
+use crate::resources::protection_keys;
 use crate::target::{Stat, Status, Target};
 use outlive_linux::remote::{Arg, Batch, CallId, Results};
 use outlive_state_tree::StateNode;
@@ -140,7 +140,6 @@ struct RefusedIfSet {
     core_scheduling: CallId,
     processor_id: CallId,
     local_descriptors: CallId,
-    landlock: CallId,
 }
 
 impl RefusedIfSet {
@@ -158,13 +157,12 @@ impl RefusedIfSet {
                 [v(PR_SCHED_CORE), zero(), zero(), zero(), Arg::Out(8)],
             ),
             processor_id: batch.push(libc::SYS_arch_prctl, [v(ARCH_GET_CPUID), zero()]),
-            landlock: landlock::ask(batch),
             local_descriptors: batch.push(libc::SYS_modify_ldt, [zero(), Arg::Out(16), v(16)]),
         }
     }
 
     /// What is set of these. A question that is not understood is about something that is not there.
-    fn found(&self, target: &Target, status: &Status, answers: &Results) -> Vec<&'static str> {
+    fn found(&self, answers: &Results) -> Vec<&'static str> {
         let nonzero = |id| answers.value(id).is_ok_and(|v| v != 0);
         let written = |id, arg: usize| {
             answers.value(id).is_ok() && answers.out(id, arg).iter().any(|&b| b != 0)
@@ -172,9 +170,7 @@ impl RefusedIfSet {
         let off = answers.value(self.time_stamp_counter).is_ok()
             && answers.out(self.time_stamp_counter, 1).first()
                 == Some(&(libc::PR_TSC_SIGSEGV as u8));
-        let restricted = landlock::is_in_force(target, status, answers.value(self.landlock));
         let list = [
-            (restricted, "Landlock rules in force"),
             (
                 nonzero(self.write_or_execute),
                 "memory that may not become executable (PR_SET_MDWE)",
@@ -258,7 +254,7 @@ pub fn collect(
     asked: &Asked,
     answers: &Results,
 ) -> Result<ProcessState, ProcessError> {
-    refuse(target, asked.refused.found(target, status, answers))?;
+    refuse(target, asked.refused.found(answers))?;
     let optional = asked.optional.map(|id| answers.value(id).unwrap_or(0));
     let stat = Stat::read(target.pid).map_err(|e| target.kernel("reading its stat", e))?;
     let mut interval_timers = Vec::with_capacity(12);

@@ -4,7 +4,7 @@ pub mod attributes;
 pub mod credentials;
 pub mod descriptors;
 pub mod keyrings;
-mod landlock;
+pub mod landlock;
 pub mod machine;
 pub mod memory;
 mod protection_keys;

@@ -41,6 +41,12 @@ const REFUSED: &[(&str, &str)] = &[
     ("bpf-program", "BPF object"),
     ("landlock-rules", "Landlock rules under construction"),
     ("landlock-restricted", "Landlock rules in force"),
+    ("landlock-restricted-user", "Landlock rules in force"),
+    (
+        "landlock-restricted-capabilities",
+        "Landlock rules in force",
+    ),
+    ("landlock-restricted-thread", "Landlock rules in force"),
     ("namespace-network", "network namespace"),
     ("namespace-mount", "mount namespace"),
     ("namespace-user", "user namespace"),

@@ -68,6 +68,9 @@ pub(crate) const KINDS: &[Kind] = &[
     ("system-call-filter", filter),
     ("system-call-filter-strict", strict),
     ("landlock-restricted", landlock),
+    ("landlock-restricted-user", landlock_of_user),
+    ("landlock-restricted-capabilities", landlock_of_weaker),
+    ("landlock-restricted-thread", landlock_of_thread),
     ("session-keyring", keyring),
     ("session-keyring-empty", empty_keyring),
     ("session-keyring-of-service", service_keyring),
@@ -455,6 +458,60 @@ fn strict(_: &Path) -> Result<Check, Absent> {
 }
 
 fn landlock(_: &Path) -> Result<Check, Absent> {
+    restrict()?;
+    look(|| {
+        same(
+            "writing",
+            std::fs::OpenOptions::new()
+                .write(true)
+                .open("/dev/null")
+                .is_err(),
+            true,
+        )
+    })
+}
+
+/// Another user, without capabilities.
+fn become_other() -> Result<(), Absent> {
+    // SAFETY: only numbers are passed.
+    unsafe {
+        offered("setresgid", libc::setresgid(65533, 65533, 65533).into())?;
+        must("setresuid", libc::setresuid(65534, 65534, 65534));
+    }
+    Ok(())
+}
+
+fn landlock_of_user(path: &Path) -> Result<Check, Absent> {
+    become_other()?;
+    landlock(path)
+}
+
+/// The same user with fewer capabilities.
+fn landlock_of_weaker(path: &Path) -> Result<Check, Absent> {
+    // SAFETY: header and sets are live and of the kernel's layout.
+    unsafe {
+        let header = [0x2008_0522u32, 0];
+        let sets = [[1u32 << 7, 1 << 7, 0], [0; 3]];
+        let set = libc::syscall(libc::SYS_capset, header.as_ptr(), sets.as_ptr());
+        offered("capset", set)?;
+    }
+    landlock(path)
+}
+
+fn landlock_of_thread(_: &Path) -> Result<Check, Absent> {
+    let (tell, told) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        let _ = tell.send(restrict());
+        loop {
+            std::thread::park();
+        }
+    });
+    told.recv()
+        .unwrap_or_else(|e| outlive_test_programs::fail(&e.to_string()))?;
+    look(|| ())
+}
+
+fn restrict() -> Result<(), Absent> {
     // SAFETY: the structure is live and as long as is said: no file may be written.
     unsafe {
         let handled = 2u64;
@@ -466,16 +523,7 @@ fn landlock(_: &Path) -> Result<Check, Absent> {
         offered("landlock_restrict_self", libc::syscall(446, fd, 0))?;
         must("close", libc::close(fd as i32));
     }
-    look(|| {
-        same(
-            "writing",
-            std::fs::OpenOptions::new()
-                .write(true)
-                .open("/dev/null")
-                .is_err(),
-            true,
-        )
-    })
+    Ok(())
 }
 
 fn keyring(_: &Path) -> Result<Check, Absent> {
