@@ -45,8 +45,10 @@ fn step(
     name: &'static str,
 ) -> Result<(), ProcessError> {
     trace.borrow_mut().push(name);
-    if name == "write" && *fail.borrow() == Some("behind") {
+    let behind = *fail.borrow();
+    if name == "write" && matches!(behind, Some("behind" | "behind once")) {
         let (pid, address) = (1, 4096);
+        fail.replace(behind.filter(|how| *how == "behind"));
         return Err(ProcessError::GivenBack { pid, address });
     }
     if *fail.borrow() == Some(name) {

@@ -204,6 +204,28 @@ fn failures_are_counted_said_once_and_never_end_the_program() {
 }
 
 #[test]
+fn memory_given_back_costs_an_epoch_but_not_who_asks_for_one() {
+    for (how, abandoned, committed) in [("behind once", 1, 1), ("behind", 2, 0)] {
+        let script = move |dir: &Path| {
+            let first = ask(dir, Request::Checkpoint, None).unwrap();
+            let status = status(dir);
+            let pid = Pid::from_raw(i32::try_from(status.pids.pid).unwrap()).unwrap();
+            rustix::process::kill_process(pid, Signal::KILL).unwrap();
+            (first, status)
+        };
+        let (outcome, (first, status)) = keep(child("exec sleep 1000"), NEVER, Some(how), script);
+        match first {
+            Some(Reply::Taken { .. }) => assert_eq!(committed, 1, "{how}"),
+            Some(Reply::Failed { .. }) => assert_eq!(committed, 0, "{how}"),
+            other => panic!("{how}: {other:?}"),
+        }
+        assert_eq!((status.abandoned, status.failures), (abandoned, 0), "{how}");
+        assert_eq!(outcome.log.committed, committed, "{how}");
+        assert!(!outcome.trace.contains(&"forget"), "{how}: nothing is lost");
+    }
+}
+
+#[test]
 fn a_tracker_that_takes_the_place_of_another_begins_with_everything() {
     for (failures, bases) in [(1, 0), (REATTACH_AFTER, 1)] {
         let script = move |dir: &Path| {

@@ -2,12 +2,14 @@
 
 use super::{Ending, Keeper};
 use crate::KeeperError;
+use crate::budget::keeping::Watch;
 use crate::budget::pacing::Step;
 use crate::control::{Asker, Reply, Request, Status, failed};
-use crate::epoch::{Fate, Manner, Program};
+use crate::epoch::{Fate, Manner, Program, Taken};
 use crate::power::{Ears, Event, Heard};
 use outlive_epoch::PAGE_SIZE;
 use outlive_linux::signals::Received;
+use outlive_process::ProcessError;
 use rustix::process::Signal;
 
 impl<P: Program> Keeper<'_, P> {
@@ -56,11 +58,10 @@ impl<P: Program> Keeper<'_, P> {
                 self.prune(keep, asker);
                 return None;
             }
-            Request::Checkpoint if self.watch.pressed() == Step::Held => Manner::Held,
             Request::Checkpoint => Manner::Running,
             Request::Stop => Manner::Ending,
         };
-        match self.take(manner, None, ears) {
+        match self.take_asked(manner, ears) {
             Ok((taken, fate)) => {
                 asker.answer(&Reply::Taken {
                     epoch: taken.clone(),
@@ -74,6 +75,23 @@ impl<P: Program> Keeper<'_, P> {
                 asker.answer(&failed(error.to_string(), error.exit_code()));
                 None
             }
+        }
+    }
+
+    /// Takes an epoch for somebody who waits for it. One that came to nothing because the program gave
+    /// memory back is tried again at once: the next stop leaves nothing behind.
+    fn take_asked(
+        &mut self,
+        manner: Manner,
+        ears: &mut Ears<'_>,
+    ) -> Result<(Taken, Fate), ProcessError> {
+        let held = |watch: &Watch| match watch.pressed() {
+            Step::Held if manner == Manner::Running => Manner::Held,
+            _ => manner,
+        };
+        match self.take(held(&self.watch), None, ears) {
+            Err(ProcessError::GivenBack { .. }) => self.take(held(&self.watch), None, ears),
+            done => done,
         }
     }
 
