@@ -99,10 +99,12 @@ fn show(name: Option<&str>, kept: bool, figures: &Figures, budgets: &[u64]) {
     };
     out::line(&format!("a power event ({whose}; 99.9th percentiles)"));
     let rate = format!("{}/s", out::bytes(per_second(figures)));
+    let all = figures.fixed().saturating_sub(figures.commit());
     let rows = [
         ("threads stopped", time(figures.freeze_ns)),
         ("state read, pages found", time(figures.scan_ns)),
         ("the program's own files", time(figures.files_ns)),
+        ("all three in one event", time(all)),
         ("one flush", time(figures.flush_ns)),
         ("flushes", figures.flushes.to_string()),
         ("copying and writing", rate),
