@@ -1,9 +1,13 @@
 //! The mappings of a process: `/proc/PID/maps` and `/proc/PID/smaps` (`proc_pid_maps(5)`).
 //!
 //! `maps` alone costs about a tenth of `smaps`, which walks page tables: the flags of mappings are
-//! read apart.
+//! read apart. Whoever reads `maps` again and again has a [`Reader`]: mostly nothing changed.
 
+use crate::Errno;
+use rustix::fd::OwnedFd;
+use rustix::fs::{Mode, OFlags};
 use std::io;
+use std::sync::Arc;
 
 /// One line of `maps`.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -128,6 +132,62 @@ impl VmFlags {
 pub fn read(pid: u32) -> io::Result<Vec<Mapping>> {
     let text = std::fs::read(format!("/proc/{pid}/maps"))?;
     parse(&text)
+}
+
+/// Reads the mappings of one address space again and again.
+///
+/// The file stays open, and stands for the address space that the process had when it was opened: of one
+/// that is no more there are no mappings. A text that is byte for byte the last one is not taken apart
+/// again.
+#[derive(Debug)]
+pub struct Reader {
+    file: OwnedFd,
+    text: Vec<u8>,
+    /// The text that was taken apart last, and what it says.
+    known: Vec<u8>,
+    mappings: Arc<[Mapping]>,
+}
+
+impl Reader {
+    /// Opens the file.
+    pub fn open(pid: u32) -> Result<Self, Errno> {
+        let flags = OFlags::RDONLY | OFlags::CLOEXEC;
+        let file = rustix::fs::open(format!("/proc/{pid}/maps"), flags, Mode::empty())?;
+        Ok(Self {
+            file,
+            text: Vec::new(),
+            known: Vec::new(),
+            mappings: Arc::new([]),
+        })
+    }
+
+    /// The mappings, in address order, without `[vsyscall]`: the same value as last time, where nothing
+    /// changed.
+    pub fn read(&mut self) -> io::Result<Arc<[Mapping]>> {
+        /// The kernel gives no more than a page at a time.
+        const PAGE: usize = 4096;
+        let mut length = 0;
+        loop {
+            if self.text.len() < length + PAGE {
+                self.text.resize((length + PAGE).next_power_of_two(), 0);
+            }
+            // A gap in what the kernel says would be one in the mappings: it has a place by addresses,
+            // so that nothing comes twice, whatever changes meanwhile.
+            match rustix::io::pread(&self.file, &mut self.text[length..], length as u64) {
+                Ok(0) => break,
+                Ok(n) => length += n,
+                Err(Errno::INTR) => {}
+                Err(errno) => return Err(errno.into()),
+            }
+        }
+        let text = &self.text[..length];
+        if text != self.known {
+            self.mappings = parse(text)?.into();
+            self.known.clear();
+            self.known.extend_from_slice(text);
+        }
+        Ok(Arc::clone(&self.mappings))
+    }
 }
 
 /// The mappings of a process with their flags.
@@ -289,6 +349,37 @@ mod tests {
         ] {
             assert!(parse(bad).is_err());
         }
+    }
+
+    #[test]
+    fn a_reader_gives_the_same_value_where_nothing_changed_and_none_of_who_has_ended() {
+        let mut cat = std::process::Command::new("cat");
+        cat.stdin(std::process::Stdio::piped());
+        cat.stdout(std::process::Stdio::piped());
+        let mut child = cat.spawn().unwrap();
+        // It answers once it is loaded, and waits then.
+        io::Write::write_all(child.stdin.as_mut().unwrap(), b"x").unwrap();
+        io::Read::read_exact(child.stdout.as_mut().unwrap(), &mut [0]).unwrap();
+        let mut reader = Reader::open(child.id()).unwrap();
+        let first = reader.read().unwrap();
+        assert_eq!(*first, *read(child.id()).unwrap());
+        assert!(Arc::ptr_eq(&first, &reader.read().unwrap()));
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert!(reader.read().is_err(), "it has no address space");
+    }
+
+    #[test]
+    fn a_reader_sees_what_comes_and_what_changes() {
+        let mut reader = Reader::open(std::process::id()).unwrap();
+        let before = reader.read().unwrap();
+        // More than a page of text.
+        let areas: Vec<_> = (0..300)
+            .map(|n| crate::area::Area::new(4096 * (n + 1)).unwrap())
+            .collect();
+        let after = reader.read().unwrap();
+        assert!(after.len() >= before.len() + areas.len());
+        assert!(after.windows(2).all(|two| two[0].end <= two[1].start));
     }
 
     #[test]

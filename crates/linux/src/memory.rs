@@ -85,6 +85,31 @@ pub fn write(pid: u32, address: u64, bytes: &[u8]) -> Result<(), Errno> {
     Ok(())
 }
 
+/// Writes to two places of the memory of another process, the first one first.
+///
+/// # Errors
+/// See [`write`].
+pub fn write_both(pid: u32, first: (u64, &[u8]), second: (u64, &[u8])) -> Result<(), Errno> {
+    let all = [first, second];
+    let local = all.map(|(_, bytes)| libc::iovec {
+        iov_base: bytes.as_ptr().cast_mut().cast(),
+        iov_len: bytes.len(),
+    });
+    let remote = all.map(|(address, bytes)| libc::iovec {
+        iov_base: address as *mut libc::c_void,
+        iov_len: bytes.len(),
+    });
+    // SAFETY: local describes the borrowed slices, which the kernel only reads; both arrays have two.
+    let n =
+        unsafe { libc::process_vm_writev(pid as i32, local.as_ptr(), 2, remote.as_ptr(), 2, 0) };
+    if n >= 0 && n as usize == first.1.len() + second.1.len() {
+        return Ok(());
+    }
+    // A part of it at most: each on its own, which tells what is wrong.
+    write(pid, first.0, first.1)?;
+    write(pid, second.0, second.1)
+}
+
 /// Whether the kernel can seal memory (`mseal(2)`, Linux 6.10).
 #[must_use]
 pub fn can_seal() -> bool {

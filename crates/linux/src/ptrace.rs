@@ -26,6 +26,8 @@ pub type Registers = libc::user_regs_struct;
 /// Largest extended state that is read, bytes. An AVX-512 machine needs 2.7 KiB, one with AMX
 /// 11 KiB.
 const XSTATE_MAX: usize = 16 * 1024;
+/// … and room for it on most.
+const XSTATE_MOSTLY: usize = 4 * 1024;
 const NT_X86_XSTATE: usize = 0x202;
 const PTRACE_GET_RSEQ_CONFIGURATION: libc::c_uint = 0x420f;
 const PTRACE_PEEKSIGINFO_SHARED: u32 = 1;
@@ -322,20 +324,27 @@ impl Halted {
 
     /// Extended state (x87, SSE, AVX, AVX-512, PKRU …) in the processor's standard XSAVE format.
     pub fn xstate(&self) -> Result<Vec<u8>, Errno> {
-        let mut buffer = vec![0u8; XSTATE_MAX];
-        let mut iov = libc::iovec {
-            iov_base: buffer.as_mut_ptr().cast(),
-            iov_len: buffer.len(),
-        };
-        request(
-            libc::PTRACE_GETREGSET,
-            self.tid,
-            NT_X86_XSTATE,
-            &raw mut iov as usize,
-        )?;
-        let len = iov.iov_len.min(buffer.len());
-        buffer.truncate(len);
-        Ok(buffer)
+        let mut room = XSTATE_MOSTLY;
+        loop {
+            let mut buffer = vec![0u8; room];
+            let mut iov = libc::iovec {
+                iov_base: buffer.as_mut_ptr().cast(),
+                iov_len: buffer.len(),
+            };
+            request(
+                libc::PTRACE_GETREGSET,
+                self.tid,
+                NT_X86_XSTATE,
+                &raw mut iov as usize,
+            )?;
+            let len = iov.iov_len.min(buffer.len());
+            if len < room || room >= XSTATE_MAX {
+                buffer.truncate(len);
+                return Ok(buffer);
+            }
+            // It may be longer: the kernel gives as much as there is room for.
+            room = XSTATE_MAX;
+        }
     }
 
     /// Sets the extended state. The kernel checks it and refuses what the processor lacks.
@@ -416,7 +425,8 @@ impl Halted {
     /// Whether the thread may access I/O ports (`ioperm(2)`).
     pub fn accesses_ports(&self) -> Result<bool, Errno> {
         const NT_386_IOPERM: usize = 0x201;
-        let mut bitmap = [0u8; 8192];
+        // A word of the bitmap: whether there is one is what is asked.
+        let mut bitmap = [0u8; 8];
         let mut room = libc::iovec {
             iov_base: bitmap.as_mut_ptr().cast(),
             iov_len: bitmap.len(),

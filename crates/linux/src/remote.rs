@@ -441,11 +441,15 @@ impl Arena {
         }
         let list = self.base + PAGE + slot as u64 * self.slot;
         let header = list + self.slot - HEADER;
-        memory::write(self.pid, list, &batch.image(list)).map_err(kernel("writing the batch"))?;
         let end = list + (batch.calls.len() * CALL) as u64;
         let raw = header_image(list, end, rescue);
-        memory::write(self.pid, header, &raw).map_err(kernel("writing the header"))?;
-        let mut regs = thread.registers().map_err(kernel("reading registers"))?;
+        memory::write_both(self.pid, (list, &batch.image(list)), (header, &raw))
+            .map_err(kernel("writing the batch"))?;
+        // Whoever is to be put back has these but for where it is.
+        let mut regs = match rescue {
+            Some(rescue) => rescue.registers,
+            None => thread.registers().map_err(kernel("reading registers"))?,
+        };
         regs.rip = self.base;
         regs.rbx = header;
         regs.rsp = header - 128;

@@ -16,7 +16,7 @@ use outlive_linux::Errno;
 use outlive_linux::cachestat;
 use outlive_linux::clock::{TimeOffsets, host_clocks, realtime_ns};
 use std::collections::BTreeSet;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 
 /// Buffers of earlier stops, to be used again: fresh memory is faulted in at the stop.
@@ -52,6 +52,24 @@ impl Spare {
     }
 }
 
+/// By how much clocks are shifted for a program and for us (`time_namespaces(7)`). Who goes to another
+/// namespace is refused before a stop, so that this is read before it, too.
+pub(crate) struct ClockZones {
+    theirs: TimeOffsets,
+    ours: TimeOffsets,
+}
+
+impl ClockZones {
+    pub(crate) fn of(target: &Target) -> Result<Self, ProcessError> {
+        let offsets =
+            |pid| TimeOffsets::of(pid).map_err(|e| target.kernel("reading its clocks", e));
+        Ok(Self {
+            theirs: offsets(target.pid)?,
+            ours: offsets(std::process::id())?,
+        })
+    }
+}
+
 /// The time of a stop.
 pub(crate) struct Clocks {
     pub(crate) realtime_ns: u64,
@@ -60,17 +78,16 @@ pub(crate) struct Clocks {
 }
 
 impl Clocks {
-    pub(crate) fn of(target: &Target) -> Result<Self, ProcessError> {
-        let offsets =
-            |pid| TimeOffsets::of(pid).map_err(|e| target.kernel("reading its clocks", e));
-        let (theirs, ours) = (offsets(target.pid)?, offsets(std::process::id())?);
-        let host = host_clocks(&ours);
+    /// What they show now.
+    pub(crate) fn now(zones: &ClockZones) -> Self {
+        let ClockZones { theirs, ours } = zones;
+        let host = host_clocks(ours);
         let seen = |host: i64, theirs: i64| u64::try_from(host.saturating_add(theirs)).unwrap_or(0);
-        Ok(Self {
+        Self {
             realtime_ns: realtime_ns(),
             monotonic_ns: seen(host.monotonic_ns, theirs.monotonic_ns),
             boottime_ns: seen(host.boottime_ns, theirs.boottime_ns),
-        })
+        }
     }
 
     pub(crate) fn subject(
@@ -79,11 +96,7 @@ impl Clocks {
         zombies: Vec<ZombieState>,
         threads: u32,
     ) -> SubjectState {
-        let text = |path: &str| {
-            std::fs::read_to_string(path)
-                .map(|t| t.trim().to_owned())
-                .unwrap_or_default()
-        };
+        let (kernel, boot_id) = kernel_and_boot();
         let processes: Vec<u32> = states.iter().map(|s| s.process.pid).collect();
         SubjectState {
             root_process: processes.first().copied().unwrap_or(0),
@@ -96,11 +109,28 @@ impl Clocks {
             realtime_ns: self.realtime_ns,
             monotonic_ns: self.monotonic_ns,
             boottime_ns: self.boottime_ns,
-            kernel: text("/proc/sys/kernel/osrelease"),
-            boot_id: text("/proc/sys/kernel/random/boot_id"),
+            kernel,
+            boot_id,
             zombies,
         }
     }
+}
+
+/// Release of the kernel and identity of the boot, which are the same as long as this process is there.
+fn kernel_and_boot() -> (String, String) {
+    static KNOWN: OnceLock<(String, String)> = OnceLock::new();
+    let text = |path: &str| {
+        std::fs::read_to_string(path)
+            .map(|t| t.trim().to_owned())
+            .unwrap_or_default()
+    };
+    let read = || {
+        (
+            text("/proc/sys/kernel/osrelease"),
+            text("/proc/sys/kernel/random/boot_id"),
+        )
+    };
+    KNOWN.get_or_init(read).clone()
 }
 
 /// What the time of a stop went to.

@@ -90,8 +90,10 @@ pub fn children(pid: u32) -> Vec<u32> {
     };
     let mut all = Vec::new();
     for task in tasks.flatten() {
-        let text = std::fs::read_to_string(task.path().join("children")).unwrap_or_default();
-        all.extend(procfs::children_in(&text));
+        let tid = task.file_name();
+        let path = format!("/proc/{pid}/task/{}/children", tid.to_string_lossy());
+        let text = procfs::read_short(&path).unwrap_or_default();
+        all.extend(procfs::children_in(&String::from_utf8_lossy(&text)));
     }
     all.sort_unstable();
     all

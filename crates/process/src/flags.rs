@@ -10,7 +10,7 @@
 
 use crate::ProcessError;
 use crate::target::Target;
-use outlive_linux::maps::{self, Mapping, VmFlags};
+use outlive_linux::maps::{self, Mapping, Reader, VmFlags};
 use std::time::{Duration, Instant};
 
 /// Flags are read again after this time in any case.
@@ -25,24 +25,36 @@ pub struct FlagsCache {
     known: Vec<(Mapping, VmFlags)>,
     read_at: Option<Instant>,
     unsettled: u8,
+    /// Counts how often other flags were read than before.
+    version: u64,
 }
 
 impl FlagsCache {
     /// Reads the flags again if that is called for. The program runs.
-    pub fn refresh(&mut self, target: &Target) -> Result<(), ProcessError> {
+    pub fn refresh(&mut self, target: &Target, maps: &mut Reader) -> Result<(), ProcessError> {
         let failed = |e| target.kernel("reading its mappings", e);
         let old = self.read_at.is_none_or(|at| at.elapsed() > MAX_AGE);
         if !old && self.unsettled == 0 {
-            let now = maps::read(target.pid).map_err(failed)?;
+            let now = maps.read().map_err(failed)?;
             if now.iter().eq(self.known.iter().map(|(m, _)| m)) {
                 return Ok(());
             }
             self.unsettled = SETTLE + 1;
         }
         self.unsettled = self.unsettled.saturating_sub(1);
-        self.known = maps::read_with_flags(target.pid).map_err(failed)?;
+        let known = maps::read_with_flags(target.pid).map_err(failed)?;
+        if known != self.known {
+            self.known = known;
+            self.version += 1;
+        }
         self.read_at = Some(Instant::now());
         Ok(())
+    }
+
+    /// As long as this is the same, the same mappings are given the same flags.
+    #[must_use]
+    pub fn version(&self) -> u64 {
+        self.version
     }
 
     /// The flags of the mapping at an address, as they were read last.
@@ -62,7 +74,10 @@ impl FlagsCache {
 
     /// Gives flags to the mappings found at the stop: those of the mapping that lay there when the
     /// flags were read, which is the same one or one that it was split from or grew out of.
-    pub fn assign(&mut self, now: Vec<Mapping>) -> Vec<(Mapping, VmFlags)> {
+    pub fn assign<'a>(
+        &mut self,
+        now: impl IntoIterator<Item = &'a Mapping>,
+    ) -> Vec<(Mapping, VmFlags)> {
         let known = &self.known;
         let mut changed = false;
         let flags_of = |m: &Mapping, changed: &mut bool| {
@@ -80,10 +95,7 @@ impl FlagsCache {
         };
         let assigned = now
             .into_iter()
-            .map(|m| {
-                let flags = flags_of(&m, &mut changed);
-                (m, flags)
-            })
+            .map(|m| (m.clone(), flags_of(m, &mut changed)))
             .collect();
         if changed {
             self.unsettled = SETTLE;
@@ -120,7 +132,7 @@ mod tests {
             ..FlagsCache::default()
         };
         let flags: Vec<bool> = cache
-            .assign(vec![mapping(10, 14), mapping(14, 20), mapping(30, 40)])
+            .assign(&[mapping(10, 14), mapping(14, 20), mapping(30, 40)])
             .into_iter()
             .map(|(_, f)| f.has(VmFlags::HUGEPAGE))
             .collect();

@@ -187,14 +187,28 @@ impl Drop for Held {
 pub fn run_all(
     arena: &Arena,
     threads: &mut [Held],
+    batch_of: impl FnMut(&Held) -> Batch,
+) -> Result<Vec<Results>, RemoteError> {
+    run_all_while(arena, threads, batch_of, || {})
+}
+
+/// The same, and does something while the first of them are at it.
+pub fn run_all_while(
+    arena: &Arena,
+    threads: &mut [Held],
     mut batch_of: impl FnMut(&Held) -> Batch,
+    meanwhile: impl FnOnce(),
 ) -> Result<Vec<Results>, RemoteError> {
     let mut all = Vec::with_capacity(threads.len());
+    let mut meanwhile = Some(meanwhile);
     for group in threads.chunks_mut(arena.slots()) {
         let mut flights = Vec::with_capacity(group.len());
         for (slot, held) in group.iter_mut().enumerate() {
             let (batch, rescue) = (batch_of(held), held.rescue());
             flights.push(arena.begin(held.take()?, slot, batch, Some(&rescue))?);
+        }
+        if let Some(meanwhile) = meanwhile.take() {
+            meanwhile();
         }
         // Every thread is brought back before an error is passed on.
         let mut failed = None;

@@ -25,6 +25,7 @@ pub mod holders;
 pub mod image;
 mod interval;
 mod laps;
+mod layout;
 mod member;
 mod namespaces;
 mod pages;

@@ -4,11 +4,12 @@
 use crate::bootstrap::{self, Plan, Wanted};
 use crate::captured::Spare;
 use crate::flags::FlagsCache;
-use crate::freeze::{Held, freeze, remote_failed, run_all};
+use crate::freeze::{Held, freeze, remote_failed, run_all, run_all_while};
 use crate::guard::Guard;
 use crate::image::ThreadsState;
 use crate::laps::Laps;
-use crate::pages::{Means, PageTracker, PrivateArea, World};
+use crate::layout::{Layout, private_areas};
+use crate::pages::{Changes, Means, PageTracker, World};
 use crate::procfs::ThreadFiles;
 use crate::reentry::{Sleepers, WaitBook};
 use crate::residue::Residue;
@@ -55,6 +56,7 @@ struct HeldSpace {
     pages: PageTracker,
     build_ids: memory::BuildIds,
     flags: FlagsCache,
+    layout: Layout,
     /// How the program locks memory that it will map, once that was looked at.
     lock_future: Option<u32>,
 }
@@ -213,6 +215,7 @@ impl Member {
                 pages,
                 build_ids: memory::BuildIds::default(),
                 flags: FlagsCache::default(),
+                layout: Layout::default(),
                 lock_future: None,
             })),
             waits,
@@ -264,7 +267,8 @@ impl Member {
         let mappings = bootstrap::mappings_without(&self.target, Some(self.arena.range()))?;
         let old = held
             .pages
-            .move_to(&self.target, &private_areas(&mappings))?;
+            .move_to(&self.target, &private_areas(&mappings, None))?;
+        held.layout = Layout::default();
         std::mem::swap(&mut self.space, &mut from.space);
         Ok(old)
     }
@@ -280,13 +284,22 @@ impl Member {
         let Space::Held(space) = &mut self.space else {
             return Ok(0);
         };
-        let mappings = bootstrap::mappings_without(&self.target, Some(self.arena.range()))?;
-        for m in mappings.iter().filter(|m| shared::Sort::of(m).is_some()) {
+        let HeldSpace {
+            layout,
+            flags,
+            pages,
+            ..
+        } = &mut **space;
+        layout.read(&self.target, self.arena.range(), flags)?;
+        for (m, _) in layout
+            .mappings()
+            .iter()
+            .filter(|(m, _)| shared::Sort::of(m).is_some())
+        {
             // What goes away meanwhile, or is to be refused, is left to the stop.
             let _ = shared.space_of(&self.target, m, VmFlags::MAY_WRITE);
         }
-        let areas = private_areas(&mappings);
-        let changes = space.pages.pass(&self.target, &areas, World::Runs)?;
+        let changes = pages.pass(&self.target, layout.areas(), World::Runs)?;
         space.pages.copy(&changes, sink, hurry)?;
         Ok(changes.bytes())
     }
@@ -364,7 +377,8 @@ impl Member {
             guard.open(true);
         }
         if let Space::Held(space) = &mut self.space {
-            space.flags.refresh(&self.target)?;
+            let reader = space.layout.reader(&self.target)?;
+            space.flags.refresh(&self.target, reader)?;
             if space.lock_future.is_none() {
                 let ours = space.flags.at(self.arena.range().0);
                 space.lock_future = Some(future_locking(ours));
@@ -474,7 +488,7 @@ impl Member {
             return;
         };
         match bootstrap::mappings_without(&self.target, Some(self.arena.range())) {
-            Ok(mappings) => space.pages.forget(&private_areas(&mappings)),
+            Ok(mappings) => space.pages.forget(&private_areas(&mappings, None)),
             Err(_) => space.pages.forget_later(),
         }
     }
@@ -518,12 +532,10 @@ impl Member {
     ) -> Result<MemberState, ProcessError> {
         let mut laps = Laps::new();
         let leader_status = seen[0].0.status.clone();
-        let (asked, answers) = self.ask(threads, &seen)?;
-        self.refuse_confined(threads, &seen, (&asked.confined, &answers))?;
-        limit.check()?;
+        let (asked, answers, changes) = self.ask_and_scan(threads, &seen, limit)?;
         laps.lap("remote");
-        let (memory, residue) = match self.describe(&asked, &answers[0], shared, limit)? {
-            Some(taken) => taken,
+        let (memory, residue) = match changes {
+            Some(changes) => self.describe(changes, &asked, &answers[0], shared, limit)?,
             None => (memory::MemoryState::of_another(), Residue::default()),
         };
         laps.lap("memory");
@@ -558,26 +570,72 @@ impl Member {
         })
     }
 
-    /// Takes the address space, where this process stands for it.
+    /// Has all threads answer their questions, and looks for written pages meanwhile, where this process
+    /// stands for its address space. What threads do then is to ask the kernel; it writes nothing of
+    /// theirs but what it writes whenever a thread goes on (`rseq(2)`). Where writers to protected pages
+    /// wait for us, or threads would wait so long that they help themselves, one comes after the other.
+    fn ask_and_scan(
+        &mut self,
+        threads: &mut [Held],
+        seen: &[Seen],
+        limit: &Limit,
+    ) -> Result<(Asked, Vec<Results>, Option<Changes>), ProcessError> {
+        let Self {
+            target,
+            arena,
+            space,
+            ..
+        } = self;
+        let mut space = match space {
+            Space::Held(space) => Some(space),
+            Space::Of(_) => None,
+        };
+        let brief = |s: &&mut Box<HeldSpace>| {
+            s.pages.guard().is_none() && s.layout.private_bytes() <= BRIEF
+        };
+        let meanwhile = space.as_ref().is_some_and(brief);
+        let mut scanned = None;
+        let mut scan = || scanned = space.as_mut().map(|s| s.scan(target, arena.range()));
+        let mut nothing = || {};
+        let asked = match meanwhile {
+            true => ask((target, arena), threads, seen, &mut scan),
+            false => ask((target, arena), threads, seen, &mut nothing),
+        };
+        let asked = asked.and_then(|asked| limit.check().map(|()| asked));
+        if !meanwhile && asked.is_ok() {
+            scan();
+        }
+        let changes = scanned.transpose();
+        let asked = asked.and_then(|(asked, answers)| {
+            self.refuse_confined(threads, seen, (&asked.confined, &answers))?;
+            Ok((asked, answers))
+        });
+        match (asked, changes) {
+            (Ok((asked, answers)), Ok(changes)) => Ok((asked, answers, changes)),
+            (Err(e), Ok(Some(changes))) => {
+                if let Space::Held(space) = &mut self.space {
+                    space.pages.owe_changes(&changes);
+                }
+                Err(e)
+            }
+            (Err(e), _) | (_, Err(e)) => Err(e),
+        }
+    }
+
+    /// Takes the address space, in which this changed.
     fn describe(
         &mut self,
+        changes: Changes,
         asked: &Asked,
         answers: &Results,
         shared: &mut SharedObjects,
         limit: &Limit,
-    ) -> Result<Option<(memory::MemoryState, Residue)>, ProcessError> {
+    ) -> Result<(memory::MemoryState, Residue), ProcessError> {
         let Space::Held(space) = &mut self.space else {
-            return Ok(None);
+            return Ok((memory::MemoryState::of_another(), Residue::default()));
         };
         let mut laps = Laps::new();
-        let now = bootstrap::mappings_without(&self.target, Some(self.arena.range()))?;
-        let mappings = space.flags.assign(now);
-        laps.lap("mappings");
-        let plain: Vec<Mapping> = mappings.iter().map(|(m, _)| m.clone()).collect();
-        let areas = private_areas(&plain);
-        let changes = space.pages.pass(&self.target, &areas, World::Stopped)?;
         let guards = changes.guards.clone();
-        laps.lap("scan");
         if let Err(e) = limit.check_copy(changes.bytes_now()) {
             space.pages.owe_changes(&changes);
             return Err(e);
@@ -588,7 +646,7 @@ impl Member {
         laps.lap("copy");
         let mut memory = memory::collect(
             &self.target,
-            &mappings,
+            space.layout.mappings(),
             &guards,
             &mut space.build_ids,
             shared,
@@ -598,7 +656,7 @@ impl Member {
         memory.lock_future = space.lock_future.unwrap_or(0);
         laps.lap("describe");
         laps.tell("stop of an address space");
-        Ok(Some((memory, residue)))
+        Ok((memory, residue))
     }
 
     /// What the process is to undo in semaphores when it ends; it stands still.
@@ -661,50 +719,66 @@ impl Member {
             what: "a thread has ended".into(),
         })
     }
+}
 
-    /// Has every thread answer its own questions, the leading one also those for the process.
-    fn ask(
-        &self,
-        threads: &mut [Held],
-        seen: &[Seen],
-    ) -> Result<(Asked, Vec<Results>), ProcessError> {
-        let mut asked = Vec::with_capacity(threads.len());
-        let mut confined = Vec::with_capacity(threads.len());
-        let mut rules = landlock::Question::new(&self.target);
-        let mut of_leader = None;
-        let mut seen = seen.iter().map(|(sight, _)| &sight.status);
-        let answers = run_all(&self.arena, threads, |held| {
-            let mut batch = Batch::new();
-            asked.push(thread::ask(&mut batch));
-            if let Some(status) = seen.next() {
-                let keys = keyrings::ask(&mut batch, status.uid[0]);
-                confined.push((keys, rules.ask(&mut batch, status)));
-            }
-            if held.tid == self.target.pid {
-                of_leader = Some((
-                    attributes::ask(&mut batch),
-                    signals::ask(&mut batch),
-                    memory::ask(&mut batch),
-                ));
-            }
-            batch
-        });
-        let answers = answers.map_err(|e| remote_failed(&self.target, e))?;
-        let (process, signals, memory) = of_leader.ok_or_else(|| ProcessError::Gone {
-            pid: self.target.pid,
-            what: "its leading thread has ended".into(),
-        })?;
-        Ok((
-            Asked {
-                threads: asked,
-                confined,
-                process,
-                signals,
-                memory,
-            },
-            answers,
-        ))
+impl HeldSpace {
+    /// Finds what changed; the program stands still.
+    fn scan(&mut self, target: &Target, arena: (u64, u64)) -> Result<Changes, ProcessError> {
+        let mut laps = Laps::new();
+        self.layout.read(target, arena, &mut self.flags)?;
+        laps.lap("mappings");
+        let changes = self
+            .pages
+            .pass(target, self.layout.areas(), World::Stopped)?;
+        laps.lap("pages");
+        laps.tell("stop: scan of an address space");
+        Ok(changes)
     }
+}
+
+/// Has every thread answer its own questions, the leading one also those for the process, and does
+/// something meanwhile.
+fn ask(
+    (target, arena): (&Target, &Arena),
+    threads: &mut [Held],
+    seen: &[Seen],
+    meanwhile: &mut dyn FnMut(),
+) -> Result<(Asked, Vec<Results>), ProcessError> {
+    let mut asked = Vec::with_capacity(threads.len());
+    let mut confined = Vec::with_capacity(threads.len());
+    let mut rules = landlock::Question::new(target);
+    let mut of_leader = None;
+    let mut seen = seen.iter().map(|(sight, _)| &sight.status);
+    let batch = |held: &Held| {
+        let mut batch = Batch::new();
+        asked.push(thread::ask(&mut batch));
+        if let Some(status) = seen.next() {
+            let keys = keyrings::ask(&mut batch, status.uid[0]);
+            confined.push((keys, rules.ask(&mut batch, status)));
+        }
+        if held.tid == target.pid {
+            of_leader = Some((
+                attributes::ask(&mut batch),
+                signals::ask(&mut batch),
+                memory::ask(&mut batch),
+            ));
+        }
+        batch
+    };
+    let answers = run_all_while(arena, threads, batch, meanwhile);
+    let answers = answers.map_err(|e| remote_failed(target, e))?;
+    let (process, signals, memory) = of_leader.ok_or_else(|| ProcessError::Gone {
+        pid: target.pid,
+        what: "its leading thread has ended".into(),
+    })?;
+    let asked = Asked {
+        threads: asked,
+        confined,
+        process,
+        signals,
+        memory,
+    };
+    Ok((asked, answers))
 }
 
 /// The flags of `mlockall(2)` by which new memory is locked. Nothing tells of them but new memory
@@ -734,6 +808,10 @@ fn refuse_policies(target: &Target, refusals: &mut Vec<Refusal>) {
         }
     }
 }
+
+/// So much private memory is surely looked at in a small part of the time after which a thread helps
+/// itself, bytes.
+const BRIEF: u64 = 16 << 30;
 
 type Foothold = (Arena, Site, Result<Means, String>);
 
@@ -820,18 +898,4 @@ pub fn refusals(target: &Target, root: u32) -> Result<Vec<Refusal>, ProcessError
     }
     refuse_policies(target, &mut refusals);
     Ok(refusals)
-}
-
-/// The private mappings, whose pages belong into epochs.
-pub fn private_areas(mappings: &[Mapping]) -> Vec<PrivateArea> {
-    mappings
-        .iter()
-        .filter(|m| !m.shared && !m.name.starts_with(b"[v"))
-        .map(|m| PrivateArea {
-            span: (m.start, m.end),
-            readable: m.prot & 1 != 0,
-            anonymous: m.inode == 0,
-            writable: m.prot & 2 != 0,
-        })
-        .collect()
 }

@@ -47,8 +47,12 @@ const DENSE_HOLES: u64 = 64 << 20;
 /// … and they may be at most this part of the area: the arena that the C library reserves for a
 /// thread has 64 MiB, almost all of it holes.
 const DENSE_SHARE: u64 = 8;
-/// Holes of areas up to this are protected, bytes.
+/// Holes of areas up to this are protected, bytes …
 const SMALL_AREA: u64 = 4 << 20;
+/// … and of those up to this, such as stacks of threads …
+const MIDDLE_AREA: u64 = 16 << 20;
+/// … of so many bytes in all: they cost page tables of 1/512 of this.
+const MIDDLE_AREAS: u64 = 256 << 20;
 /// Stops whose pages are not copied behind after the program gave back what was to be copied.
 const MOST_REST: u32 = 63;
 /// Stops at which nothing is left behind of a process that may end before it is copied.
@@ -91,6 +95,8 @@ pub struct PrivateArea {
     pub anonymous: bool,
     /// Whether it may be written to now.
     pub writable: bool,
+    /// Whether no other mapping lies between it and the area before it.
+    pub beside: bool,
 }
 
 /// What one pass found.
@@ -166,6 +172,8 @@ pub struct PageTracker {
     /// What this pass protected, and whether the program stands meanwhile.
     protected: Vec<Span>,
     stopped: bool,
+    /// Holes of middle-sized areas are protected below this address.
+    middle_end: u64,
     /// Page indexes whose contents the epochs so far (and the one being written) hold.
     stored: IntervalSet,
     /// Areas without large holes and guards, which the quick scan serves.
@@ -236,6 +244,7 @@ impl PageTracker {
             hurries: false,
             protected: Vec::new(),
             stopped: false,
+            middle_end: 0,
             stored: IntervalSet::default(),
             dense: HashSet::new(),
             guarded: BTreeSet::new(),
@@ -438,6 +447,7 @@ impl PageTracker {
         let mut guarding = shared.as_ref().map(|s| s.lock());
         self.protected.clear();
         self.stopped = world == World::Stopped;
+        self.middle_end = middle_end(areas);
         self.begin_soft_dirty()
             .map_err(|e| target.kernel("clearing soft-dirty bits", e))?;
         let mut changes = Changes::default();
@@ -777,14 +787,14 @@ impl PageTracker {
         changes: &mut Changes,
         tracked: bool,
     ) -> Result<u64, Errno> {
+        if tracked && self.protects_holes(area) {
+            return self.scan_sorts_at_once(span, area, changes);
+        }
         let written = if tracked { pagemap::WRITTEN } else { 0 };
-        // Before any of them is protected, which may reach across a hole. Holes are protected too
-        // where that is cheap, so that the quick scan does not find them again and again; only at a
-        // stop, since the kernel looks at a large hole first and protects what is there then.
+        // Before any of them is protected, which may reach across a hole.
         let holes = Query {
             all_of: pagemap::PRESENT | pagemap::SWAPPED | written,
             inverted: pagemap::PRESENT | pagemap::SWAPPED,
-            protect: tracked && self.protects_holes(area),
             ..Query::default()
         };
         let mut bytes = 0;
@@ -817,13 +827,52 @@ impl PageTracker {
         Ok(bytes)
     }
 
+    /// The same where holes are protected too, so that the quick scan does not find them again and again;
+    /// only at a stop, since the kernel looks at a large hole first and protects what is there then.
+    fn scan_sorts_at_once(
+        &mut self,
+        span: Span,
+        area: &PrivateArea,
+        changes: &mut Changes,
+    ) -> Result<u64, Errno> {
+        let all = Query {
+            all_of: pagemap::WRITTEN,
+            report: pagemap::PRESENT
+                | pagemap::SWAPPED
+                | pagemap::FILE
+                | pagemap::ZERO
+                | pagemap::GUARD,
+            protect: true,
+            ..Query::default()
+        };
+        let mut holes = 0;
+        self.scan_protecting(span, all, |this, r| {
+            let span = (r.start, r.end);
+            let is = |sort| r.categories & sort != 0;
+            if is(pagemap::GUARD) {
+                this.guarded.insert(r.start);
+            } else if !is(pagemap::PRESENT | pagemap::SWAPPED) {
+                holes += r.end - r.start;
+            }
+            let own = is(pagemap::PRESENT | pagemap::SWAPPED)
+                && !is(pagemap::FILE | pagemap::ZERO | pagemap::GUARD);
+            if own {
+                push_span(changes.list(area), span);
+            } else {
+                // A hole, a guard, a page of the file below, the zero page: no contents of its own.
+                drop_stored(&mut this.stored, span, changes);
+            }
+        })?;
+        Ok(holes)
+    }
+
     /// Protected holes cost page tables; a small area has them in any case.
     fn protects_holes(&self, area: &PrivateArea) -> bool {
         let asynchronous = self.tracker.as_ref().is_some_and(|t| !t.is_synchronous());
-        let most = if area.anonymous {
-            SMALL_AREA
-        } else {
-            DENSE_HOLES
+        let most = match area.anonymous {
+            true if area.span.1 <= self.middle_end => MIDDLE_AREA,
+            true => SMALL_AREA,
+            false => DENSE_HOLES,
         };
         self.stopped && asynchronous && area.span.1 - area.span.0 <= most
     }
@@ -836,6 +885,20 @@ impl PageTracker {
         Run::new(self.space, span.0 / PAGE, (span.1 - span.0) / PAGE)
             .ok_or_else(|| ProcessError::Image(format!("pages {:x}-{:x}", span.0, span.1)))
     }
+}
+
+/// Up to which address holes of middle-sized areas are protected.
+fn middle_end(areas: &[PrivateArea]) -> u64 {
+    let mut left = MIDDLE_AREAS;
+    let is_middle = |a: &&PrivateArea| {
+        a.anonymous && (SMALL_AREA + 1..=MIDDLE_AREA).contains(&(a.span.1 - a.span.0))
+    };
+    let beyond = areas.iter().filter(is_middle).find(|a| {
+        let taken = left.checked_sub(a.span.1 - a.span.0);
+        left = taken.unwrap_or(0);
+        taken.is_none()
+    });
+    beyond.map_or(u64::MAX, |a| a.span.0)
 }
 
 /// Pages of this span hold nothing of their own any more.

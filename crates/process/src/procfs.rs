@@ -63,15 +63,29 @@ impl Drop for Kept {
     }
 }
 
+/// What the kernel gives at least at a time of a file of short records of which there is more: it fills
+/// a page with whole ones.
+const AT_ONCE: usize = 2048;
+
+/// Whether the end of a file has been read.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum End {
+    /// Where nothing comes any more.
+    Nothing,
+    /// Where so little came that it was all: of files with records that are shorter than [`AT_ONCE`].
+    Short,
+}
+
 /// Reads all of a file from its beginning into a buffer, which grows as it must; returns the length.
-fn read_whole(file: &OwnedFd, buffer: &mut Vec<u8>) -> Result<usize, Errno> {
+fn read_whole(file: &OwnedFd, end: End, buffer: &mut Vec<u8>) -> Result<usize, Errno> {
     let mut length = 0;
     loop {
-        if buffer.len() - length < 1024 {
-            buffer.resize(buffer.len() + 4096, 0);
+        if buffer.len() - length < 2 * AT_ONCE {
+            buffer.resize(buffer.len() + 4 * AT_ONCE, 0);
         }
         match rustix::io::pread(file, &mut buffer[length..], length as u64) {
             Ok(0) => return Ok(length),
+            Ok(n) if end == End::Short && n < AT_ONCE => return Ok(length + n),
             Ok(n) => length += n,
             Err(Errno::INTR) => {}
             Err(errno) => return Err(errno),
@@ -85,8 +99,17 @@ fn open(path: &str) -> Result<OwnedFd, Errno> {
 
 /// The contents of a small file.
 pub fn read(path: &str) -> io::Result<Vec<u8>> {
+    read_until(path, End::Nothing)
+}
+
+/// The contents of a file of short records, or of one that is a single record.
+pub fn read_short(path: &str) -> io::Result<Vec<u8>> {
+    read_until(path, End::Short)
+}
+
+fn read_until(path: &str, end: End) -> io::Result<Vec<u8>> {
     let mut buffer = Vec::new();
-    let length = read_whole(&open(path)?, &mut buffer)?;
+    let length = read_whole(&open(path)?, end, &mut buffer)?;
     buffer.truncate(length);
     Ok(buffer)
 }
@@ -189,12 +212,13 @@ fn read_status(
     buffer: &mut Vec<u8>,
 ) -> (Option<Files>, Result<usize, Errno>) {
     if let Some(files) = files
-        && let Ok(length) = read_whole(&files.status.0, buffer)
+        && let Ok(length) = read_whole(&files.status.0, End::Short, buffer)
     {
         return (Some(files), Ok(length));
     }
     let opened = open(&format!("/proc/{pid}/task/{tid}/status"));
-    match opened.and_then(|file| read_whole(&file, buffer).map(|length| (file, length))) {
+    match opened.and_then(|file| read_whole(&file, End::Short, buffer).map(|length| (file, length)))
+    {
         Ok((file, length)) => {
             let children = None;
             let files = Kept::new(file).map(|status| Files { status, children });
@@ -212,11 +236,12 @@ fn read_children(
     buffer: &mut Vec<u8>,
 ) -> (Option<Kept>, Result<usize, Errno>) {
     if let Some(kept) = kept {
-        let length = read_whole(&kept.0, buffer);
+        let length = read_whole(&kept.0, End::Short, buffer);
         return (Some(kept), length);
     }
     let opened = open(&format!("/proc/{pid}/task/{tid}/children"));
-    match opened.and_then(|file| read_whole(&file, buffer).map(|length| (file, length))) {
+    match opened.and_then(|file| read_whole(&file, End::Short, buffer).map(|length| (file, length)))
+    {
         Ok((file, length)) => (Kept::new(file), Ok(length)),
         Err(errno) => (None, Err(errno)),
     }
@@ -312,7 +337,7 @@ mod tests {
         let mut other = files.open.remove(&tid).unwrap();
         end();
         // The kernel takes it off its lists a moment later.
-        while read_whole(&other.status.0, &mut Vec::new()).is_ok() {
+        while read_whole(&other.status.0, End::Short, &mut Vec::new()).is_ok() {
             std::thread::yield_now();
         }
         // As if the next thread had its number.

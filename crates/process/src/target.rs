@@ -130,6 +130,12 @@ impl Target {
         procfs::read(&path).map_err(|e| self.kernel(format!("reading {path}"), e))
     }
 
+    /// The same of a file that is one record, or has short ones.
+    pub fn proc_record(&self, name: &str) -> Result<Vec<u8>, ProcessError> {
+        let path = format!("/proc/{}/{name}", self.pid);
+        procfs::read_short(&path).map_err(|e| self.kernel(format!("reading {path}"), e))
+    }
+
     /// Where a link below `/proc/PID` points.
     pub fn proc_link(&self, name: &str) -> Result<Vec<u8>, ProcessError> {
         let path = format!("/proc/{}/{name}", self.pid);
@@ -255,7 +261,7 @@ impl Status {
         Self::of(
             pid,
             tid,
-            &procfs::read(&format!("/proc/{pid}/task/{tid}/status"))?,
+            &procfs::read_short(&format!("/proc/{pid}/task/{tid}/status"))?,
         )
     }
 
@@ -372,7 +378,7 @@ pub struct Stat {
 impl Stat {
     /// Reads the stat line of a process.
     pub fn read(pid: u32) -> io::Result<Self> {
-        let text = procfs::read(&format!("/proc/{pid}/stat"))?;
+        let text = procfs::read_short(&format!("/proc/{pid}/stat"))?;
         Self::parse(&text)
             .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "unexpected form of stat"))
     }

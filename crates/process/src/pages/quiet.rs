@@ -1,18 +1,18 @@
 //! Areas in which a pass has nothing to do.
 //!
 //! A program has a hundred mappings and more, most of them parts of libraries that nobody writes to. To
-//! ask the kernel about each takes 2 µs a question, and three questions. So neighbours are asked about
-//! together: whether anything was written since it was protected, and whether anything that the epochs
-//! hold above a file gave way to it ([`super::below`]).
+//! ask the kernel about each takes 2 µs a question, and three questions. So those between which nothing
+//! else is mapped are asked about together: whether anything was written since it was protected, and
+//! whether anything that the epochs hold above a file gave way to it ([`super::below`]).
 //!
 //! # Rules
 //! - An area is quiet only if all of it is registered; where the kernel says that something in a group is
-//!   not, each of the group is looked at alone.
+//!   not, each half of the group is asked about, and so on.
 //! - An area with anything owed, in doubt, or guarded is not quiet.
 //! - The second question comes after the first: what is protected by then stays so.
 
 use super::below::UNWRITTEN;
-use super::{CLUSTER, PAGE, PageTracker, PrivateArea, SMALL_AREA, Span, WRITTEN_ONLY};
+use super::{CLUSTER, MIDDLE_AREA, PAGE, PageTracker, PrivateArea, Span, WRITTEN_ONLY};
 use outlive_linux::Errno;
 use outlive_linux::pagemap::{self, Query};
 
@@ -20,34 +20,49 @@ impl PageTracker {
     /// Which of the areas need no look of their own.
     pub(super) fn quiet(&mut self, areas: &[PrivateArea]) -> Vec<bool> {
         let mut quiet = vec![false; areas.len()];
+        if self.stored.is_empty() {
+            // Nothing is registered, or next to nothing.
+            return quiet;
+        }
         let asynchronous = self.tracker.as_ref().is_some_and(|t| !t.is_synchronous());
         let mut at = 0;
         while asynchronous && at < areas.len() {
             let rest = areas.get(at..).unwrap_or_default();
             let group = rest.get(..self.group(rest)).unwrap_or_default();
             let answers = quiet.get_mut(at..at + group.len()).unwrap_or_default();
-            if self.ask_together(group, answers).is_err() {
-                answers.fill(false);
-            }
+            self.ask_halves(group, answers);
             at += group.len().max(1);
         }
         quiet
     }
 
-    /// How many areas from the first on lie side by side and may be quiet.
+    /// How many areas from the first on have nothing else between them and may be quiet.
     fn group(&self, areas: &[PrivateArea]) -> usize {
-        let mut end = areas.first().map_or(0, |a| a.span.0);
+        let mut first = true;
         let together = areas.iter().take_while(|area| {
-            let beside = area.span.0 == std::mem::replace(&mut end, area.span.1);
-            beside && self.may_be_quiet(area)
+            (std::mem::take(&mut first) || area.beside) && self.may_be_quiet(area)
         });
         together.count()
+    }
+
+    /// Asks about a group; where that fails, about each half of it.
+    fn ask_halves(&mut self, group: &[PrivateArea], quiet: &mut [bool]) {
+        if self.ask_together(group, quiet).is_ok() {
+            return;
+        }
+        quiet.fill(false);
+        if group.len() > 1 {
+            let (left, right) = group.split_at(group.len() / 2);
+            let (left_quiet, right_quiet) = quiet.split_at_mut(left.len());
+            self.ask_halves(left, left_quiet);
+            self.ask_halves(right, right_quiet);
+        }
     }
 
     fn may_be_quiet(&self, area: &PrivateArea) -> bool {
         let (start, end) = area.span;
         // Scanned once, and not asked about before.
-        let large = end - start > SMALL_AREA && self.dense.contains(&area.span);
+        let large = end - start > MIDDLE_AREA && self.dense.contains(&area.span);
         let owed = self.owed.within(start / PAGE, end / PAGE).next().is_some();
         let doubtful = self.doubtful.iter().any(|at| (start..end).contains(at));
         // What is half made must be looked for.

@@ -295,9 +295,9 @@ pub fn collect(
         working_directory: directory(target, "cwd", "working directory")?,
         root_directory: directory(target, "root", "root directory")?,
         umask: status.umask,
-        limits: parse_limits(&target.proc_file("limits")?),
+        limits: parse_limits(&target.proc_record("limits")?),
         interval_timers,
-        personality: number(&target.proc_file("personality")?, 16) as u32,
+        personality: number(&target.proc_record("personality")?, 16) as u32,
         dumpable: values[0],
         parent_death_signal: words[0],
         keep_caps: values[1],
@@ -311,9 +311,9 @@ pub fn collect(
         timer_slack_ns: values[4],
         // Kernels before 6.3 cannot tell; programs there register again at their next use or not.
         membarrier: answers.value(asked.membarrier).unwrap_or(0),
-        oom_score_adj: number(&target.proc_file("oom_score_adj")?, 10) as i32,
+        oom_score_adj: number(&target.proc_record("oom_score_adj")?, 10) as i32,
         coredump_filter: target
-            .proc_file("coredump_filter")
+            .proc_record("coredump_filter")
             .map_or(0x33, |t| number(&t, 16) as u64),
         session_nice: session_nice(target, status),
         protection_keys: protection_keys::taken(asked.keys.as_ref(), answers),

@@ -319,7 +319,7 @@ impl Files<'_> {
         if let Some(at) = self
             .list
             .iter()
-            .position(|f| f.path == m.name && f.inode == m.inode)
+            .position(|f| f.inode == m.inode && f.path == m.name)
         {
             self.list[at].writable |= writable;
             self.keep_contents(at, m, shared)?;

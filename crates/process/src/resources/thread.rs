@@ -246,9 +246,12 @@ pub fn look(
     let xstate = halted
         .xstate()
         .map_err(|e| kernel("reading extended registers", e))?;
-    let pending = halted
-        .queued_signals(false)
-        .map_err(|e| kernel("reading signals", e))?;
+    let pending = match status.pending {
+        0 => Vec::new(),
+        _ => halted
+            .queued_signals(false)
+            .map_err(|e| kernel("reading signals", e))?,
+    };
     let rseq = halted.rseq().map_err(|e| kernel("reading rseq", e))?;
     if let Some(rseq) = &rseq
         && let Some(abort) = rseq_abort(target.pid, rseq.address, held.registers.rip)

@@ -114,7 +114,7 @@ fn parse(text: &str) -> Option<Vec<TimerState>> {
 }
 
 fn listed(target: &Target) -> Result<Vec<TimerState>, ProcessError> {
-    let text = target.proc_file("timers")?;
+    let text = target.proc_record("timers")?;
     if text.is_empty() {
         return Ok(Vec::new());
     }

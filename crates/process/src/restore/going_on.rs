@@ -17,7 +17,8 @@ use super::space::runs_of;
 use super::stub::Stub;
 use crate::ProcessError;
 use crate::bootstrap::{self, Wanted};
-use crate::member::{Member, private_areas};
+use crate::layout::private_areas;
+use crate::member::Member;
 use crate::pages::{PageTracker, Span};
 use crate::reentry::WaitBook;
 use crate::target::Target;
@@ -128,7 +129,7 @@ fn track(
     PageTracker::going_on(
         target,
         (means, options.granularity),
-        &private_areas(&mappings),
+        &private_areas(&mappings, None),
         held,
     )
 }

@@ -10,7 +10,7 @@
 
 use super::limit::{Limit, Notes};
 use super::{Tracked, Tracking, cause};
-use crate::captured::{Captured, Clocks, FilesToSync, StopTimes};
+use crate::captured::{Captured, ClockZones, Clocks, FilesToSync, StopTimes};
 use crate::family::{self, Kin};
 use crate::freeze::{Held, freeze};
 use crate::image::ZombieState;
@@ -75,6 +75,7 @@ struct Standing {
     zombies: Vec<Kin>,
     /// Descriptors are being looked at, and nothing of memory was.
     at_descriptors: bool,
+    zones: ClockZones,
 }
 
 /// Why a try came to nothing.
@@ -216,11 +217,13 @@ impl Tracked {
         }
         let mut sleepers = self.before_stop()?;
         let known = self.all_known();
+        let zones = ClockZones::of(&self.member(self.root)?.target)?;
         let mut standing = Standing {
             limit: Limit::begin(limit, self.experience),
             frozen: Vec::new(),
             zombies: Vec::new(),
             at_descriptors: false,
+            zones,
         };
         let frozen = self.freeze_all(known, &mut sleepers, &mut standing);
         let done = frozen.map_err(NoStop::Failed).and_then(|()| {
@@ -461,6 +464,7 @@ impl Tracked {
             frozen,
             zombies,
             at_descriptors,
+            zones,
         } = standing;
         let mut laps = Laps::new();
         self.adopt_strangers(frozen)?;
@@ -517,7 +521,7 @@ impl Tracked {
             .map(|kin| ZombieState::of(*kin, self.id_of(kin.parent)))
             .collect::<Result<_, _>>()?;
         // After everything that has time left: a timer may fire late by the clocks, never early.
-        let clocks = Clocks::of(&self.member(self.root)?.target)?;
+        let clocks = Clocks::now(zones);
         let threads = states.iter().map(|s| s.threads.threads.len() as u32).sum();
         let subject = clocks.subject(states, zombies, threads);
         laps.lap("processes");
