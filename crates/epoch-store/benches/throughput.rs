@@ -2,12 +2,13 @@
 //! page cache with nothing around them.
 //!
 //! `cargo bench -p outlive-epoch-store -- [DIRECTORY] [MIB]`. Raw and store take turns; the medians of
-//! five rounds are shown.
+//! five rounds are shown. The same then for pages that are packed, of three kinds of data: noise, numbers as a
+//! heap has them, and text; with the time that it takes to read all of it back, checked.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a measurement")]
 
-use outlive_epoch::{EpochFacts, EpochWriter, PAGE_SIZE, PageSink, Run, SpaceId};
-use outlive_epoch_store::Store;
+use outlive_epoch::{EpochFacts, EpochReader, EpochWriter, PAGE_SIZE, PageSink, Run, SpaceId};
+use outlive_epoch_store::{Codec, Store};
 use outlive_media::{Buffer, TRANSFER};
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -32,7 +33,7 @@ fn main() {
     let (mut raw, mut stored) = (Vec::new(), Vec::new());
     for _ in 0..ROUNDS {
         raw.push(write_raw(dir.path(), &pages, times));
-        stored.push(write_epoch(dir.path(), &pages, times));
+        stored.push(write_epoch(dir.path(), &pages, times, None).written);
     }
     let (raw, stored) = (median(raw), median(stored));
     println!("{mib} MiB of pages, durable, medians of {ROUNDS}");
@@ -42,6 +43,68 @@ fn main() {
         stored / 1e9
     );
     println!("{:.0} %", stored / raw * 100.0);
+    for (kind, fill) in KINDS {
+        fill(&mut pages);
+        for codec in [None, Some(Codec::Lz4), Some(Codec::Zstd)] {
+            let rounds = (0..ROUNDS).map(|_| write_epoch(dir.path(), &pages, times, codec));
+            let rounds: Vec<Figures> = rounds.collect();
+            let codec = codec.map_or("as they are".to_owned(), |codec| codec.to_string());
+            println!(
+                "{kind}, {codec}: written {:.2} GB/s, read {:.2} GB/s, {:.0} % of the space",
+                median(rounds.iter().map(|f| f.written).collect()) / 1e9,
+                median(rounds.iter().map(|f| f.read).collect()) / 1e9,
+                rounds[0].space * 100.0,
+            );
+        }
+    }
+}
+
+/// Fills memory with data of a kind.
+type Fill = fn(&mut [u8]);
+
+/// Kinds of data, by name.
+const KINDS: [(&str, Fill); 3] = [
+    ("noise", |bytes| fastrand::Rng::with_seed(1).fill(bytes)),
+    ("numbers", |bytes| {
+        let mut random = fastrand::Rng::with_seed(2);
+        for word in bytes.as_chunks_mut::<8>().0 {
+            // Addresses, small numbers, and nothing.
+            *word = match random.u8(..4) {
+                0 => 0x7f3a_0000_0000 | u64::from(random.u32(..1 << 24) & !7),
+                1 => random.u64(..1000),
+                2 => random.u64(..1 << 40),
+                _ => 0,
+            }
+            .to_le_bytes();
+        }
+    }),
+    ("text", |bytes| {
+        let mut random = fastrand::Rng::with_seed(3);
+        let mut word = || -> String {
+            let letters = random.usize(2..9);
+            (0..letters).map(|_| random.lowercase()).collect()
+        };
+        let words: Vec<String> = (0..2000).map(|_| word()).collect();
+        let mut at = 0;
+        while at < bytes.len() {
+            // Some words are more frequent than others.
+            let most = 1 + random.usize(..words.len());
+            let word = &words[random.usize(..most)];
+            let len = word.len().min(bytes.len() - at);
+            bytes[at..at + len].copy_from_slice(&word.as_bytes()[..len]);
+            if let Some(space) = bytes.get_mut(at + len) {
+                *space = b' ';
+            }
+            at += len + 1;
+        }
+    }),
+];
+
+/// Bytes of pages a second, and the part of their space that the log takes.
+struct Figures {
+    written: f64,
+    read: f64,
+    space: f64,
 }
 
 fn median(mut rates: Vec<f64>) -> f64 {
@@ -66,10 +129,10 @@ fn write_raw(dir: &Path, pages: &Buffer, times: usize) -> f64 {
     (times * TRANSFER) as f64 / took
 }
 
-/// Bytes of pages a second.
-fn write_epoch(dir: &Path, pages: &Buffer, times: usize) -> f64 {
+fn write_epoch(dir: &Path, pages: &Buffer, times: usize, codec: Option<Codec>) -> Figures {
     let path = dir.join("store");
     let mut store = Store::create(&path).unwrap();
+    store.pack(codec);
     let count = (TRANSFER / PAGE_SIZE) as u64;
     let began = Instant::now();
     let mut writer = store.begin().unwrap();
@@ -79,7 +142,22 @@ fn write_epoch(dir: &Path, pages: &Buffer, times: usize) -> f64 {
     }
     writer.commit(EpochFacts::default()).unwrap();
     let took = began.elapsed().as_secs_f64();
+    let all = (times * TRANSFER) as f64;
+    let space = store.log_bytes() as f64 / all;
+    let (began, mut bytes) = (Instant::now(), 0);
+    let reader = store.epoch(None).unwrap();
+    let walked = reader.pages(&mut |run, _| {
+        bytes += run.bytes();
+        Ok(())
+    });
+    walked.unwrap();
+    assert_eq!(bytes, (times * TRANSFER) as u64);
+    let read = all / began.elapsed().as_secs_f64();
     drop(store);
     std::fs::remove_dir_all(path).unwrap();
-    (times * TRANSFER) as f64 / took
+    Figures {
+        written: all / took,
+        read,
+        space,
+    }
 }

@@ -14,11 +14,13 @@
 //!   nothing was changed.
 
 use crate::damage::{self, Trouble};
-use crate::format::{BLOCK_LEN, Says};
+use crate::format::BLOCK_LEN;
 use crate::generation::fresh_name;
 use crate::host::Host;
+use crate::index::Says;
 use crate::map::PageMap;
 use crate::older;
+use crate::pack::Packer;
 use crate::planted::bug;
 use crate::reader::Reader;
 use crate::store::{Live, Store};
@@ -132,7 +134,8 @@ impl Store {
         let fresh = self.take_number()?;
         let newest = self.is_newest(source);
         let numbers = (if newest { fresh } else { source }, fresh);
-        let side = Self::nameless(Arc::clone(&self.dir), Arc::clone(&self.host));
+        let mut side = Self::nameless(Arc::clone(&self.dir), Arc::clone(&self.host));
+        side.pack(self.packer.as_ref().map(Packer::codec));
         self.beside = Some(Box::new(Beside {
             side,
             numbers,
@@ -313,7 +316,9 @@ impl Beside {
             .iter()
             .rev()
             .take_while(|(_, t)| t.epoch > carried);
-        let rest: u64 = behind.map(|(_, t)| t.pages * BLOCK_LEN).sum();
+        let rest: u64 = behind
+            .map(|(_, t)| t.blocks().unwrap_or(0) * BLOCK_LEN)
+            .sum();
         let enough = carried > 0 && (rest <= REST || self.rounds >= ROUNDS);
         if enough && !last {
             return None;

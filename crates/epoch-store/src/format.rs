@@ -9,9 +9,11 @@
 //!   so every number is checked against the bounds that hold at its place, and nothing is
 //!   allocated beyond the bytes that are there.
 
+use crate::index::Counts;
+use crate::pack::MOST;
 use crate::planted::bug;
 use crate::stripe::{Layout, WIDTH};
-use outlive_epoch::{EpochFacts, Run, SpaceId};
+use outlive_epoch::EpochFacts;
 use outlive_media::{BLOCK, SECTOR};
 
 /// The newest version of the format that this code reads, and the one that it writes.
@@ -39,7 +41,7 @@ const SUPERBLOCK_MAGIC: &[u8; 8] = b"OUTLIVES";
 const STAMP_MAGIC: &[u8; 8] = b"OLCOMMIT";
 const TRAILER_MAGIC: &[u8; 8] = b"OLTRAILR";
 /// Bytes of one index entry.
-const ENTRY_LEN: usize = 32;
+pub const ENTRY_LEN: usize = 32;
 
 /// What a checksum belongs to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -51,6 +53,8 @@ pub enum Kind {
     Trailer = 5,
     Stamp = 6,
     Parity = 7,
+    /// The pages that a cluster holds, as they were before they were packed.
+    Contents = 8,
 }
 
 /// The identity of a file, from which all its checksums start.
@@ -96,33 +100,33 @@ impl Seed {
 }
 
 /// Takes numbers off the front of bytes; `None` where there are too few.
-struct Take<'a>(&'a [u8]);
+pub struct Take<'a>(pub &'a [u8]);
 
 impl<'a> Take<'a> {
-    fn bytes(&mut self, n: usize) -> Option<&'a [u8]> {
+    pub fn bytes(&mut self, n: usize) -> Option<&'a [u8]> {
         let (taken, rest) = self.0.split_at_checked(n)?;
         self.0 = rest;
         Some(taken)
     }
 
-    fn array<const N: usize>(&mut self) -> Option<[u8; N]> {
+    pub fn array<const N: usize>(&mut self) -> Option<[u8; N]> {
         self.bytes(N)?.try_into().ok()
     }
 
-    fn u16(&mut self) -> Option<u16> {
+    pub fn u16(&mut self) -> Option<u16> {
         self.array().map(u16::from_le_bytes)
     }
 
-    fn u32(&mut self) -> Option<u32> {
+    pub fn u32(&mut self) -> Option<u32> {
         self.array().map(u32::from_le_bytes)
     }
 
-    fn u64(&mut self) -> Option<u64> {
+    pub fn u64(&mut self) -> Option<u64> {
         self.array().map(u64::from_le_bytes)
     }
 }
 
-fn put_numbers(out: &mut Vec<u8>, numbers: &[u64]) {
+pub fn put_numbers(out: &mut Vec<u8>, numbers: &[u64]) {
     numbers
         .iter()
         .for_each(|n| out.extend_from_slice(&n.to_le_bytes()));
@@ -367,6 +371,10 @@ pub struct Trailer {
     pub facts: EpochFacts,
     /// Pages stored.
     pub pages: u64,
+    /// Blocks that packing the pages saved: so many fewer than pages stand in the log.
+    pub saved: u64,
+    /// Clusters of packed pages.
+    pub clusters: u64,
     pub bytes_written: u64,
     /// What the epoch before took until it was acknowledged; 0 where not known.
     pub previous_durable_us: u64,
@@ -392,7 +400,7 @@ impl Trailer {
             &mut out,
             &[self.pages, self.bytes_written, self.previous_durable_us],
         );
-        put_numbers(&mut out, &[self.skipped]);
+        put_numbers(&mut out, &[self.skipped, self.saved, self.clusters]);
         out.resize(BLOCK, 0);
         key.of(Kind::Trailer, self.epoch).seal(at, &mut out);
         out
@@ -441,6 +449,8 @@ impl Trailer {
             bytes_written: take.u64()?,
             previous_durable_us: take.u64()?,
             skipped: take.u64()?,
+            saved: take.u64()?,
+            clusters: take.u64()?,
         };
         let named = trailer.epoch == epoch && trailer.copy_at == place.copy_at;
         (named && trailer.is_sane(at)).then_some(trailer)
@@ -458,9 +468,23 @@ impl Trailer {
         self.copy_at.saturating_sub(at)
     }
 
-    /// Where the pages of this epoch stand.
+    /// Blocks of the log that hold its pages; `None` where the numbers are in no order.
+    pub fn blocks(&self) -> Option<u64> {
+        self.pages.checked_sub(self.saved)
+    }
+
+    /// What its index holds.
+    pub fn counts(&self) -> Counts {
+        Counts {
+            entries: self.entries,
+            clusters: self.clusters,
+            pages: self.pages,
+        }
+    }
+
+    /// Where the blocks with the pages of this epoch stand.
     pub fn layout(&self) -> Option<Layout> {
-        Layout::new(self.start, self.pages, self.parity_at)
+        Layout::new(self.start, self.blocks()?, self.parity_at)
     }
 
     /// Where the tables begin, of which this trailer is the end: behind the pages.
@@ -490,11 +514,14 @@ impl Trailer {
         let entries_len = self.entries.checked_mul(ENTRY_LEN as u64);
         let tables_at = layout.pages_end();
         let parity_end = layout.parity_end();
+        // A cluster is no larger than this.
+        let most = layout.pages() * u64::from(MOST - 1);
         let numbered = match self.previous {
             Twice::NONE => self.skipped == 0,
             _ => self.previous_epoch().is_some_and(|before| before > 0),
         };
         numbered
+            && self.saved <= most
             && previous_end.is_some_and(|end| end <= self.start)
             && twice.is_placed()
             && self.start.is_multiple_of(BLOCK_LEN)
@@ -573,138 +600,6 @@ fn is_apart(sections: impl Iterator<Item = Section>) -> bool {
         .collect();
     ranges.sort_unstable();
     ranges.is_sorted_by(|before, next| before.1 <= next.0)
-}
-
-/// What an epoch says of a run of pages.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Says {
-    /// Their bytes stand at this offset, one after the other.
-    Data(u64),
-    Zero,
-    Absent,
-}
-
-/// One entry of a page index.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Entry {
-    pub run: Run,
-    pub says: Says,
-}
-
-/// The page index of one epoch: entries in the order of writing (later ones win), and the
-/// checksums of the pages of all `Data` entries, in the same order, which is that of the file.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Index {
-    pub entries: Vec<Entry>,
-    pub crcs: Vec<u32>,
-    /// The checksums of the parity blocks, in the order of the file.
-    pub parity: Vec<u32>,
-}
-
-impl Index {
-    /// Adds an entry, or makes the last one longer.
-    pub fn push(&mut self, run: Run, says: Says) {
-        if let Some(last) = self.entries.last_mut() {
-            let follows = match (last.says, says) {
-                (Says::Data(at), Says::Data(next)) => at + last.run.bytes() == next,
-                (a, b) => a == b,
-            };
-            let adjacent = last.run.space() == run.space() && last.run.end() == run.first();
-            if (follows || bug("runs joined over a gap")) && adjacent {
-                let count = last.run.count() + run.count();
-                if let Some(joined) = Run::new(run.space(), last.run.first(), count) {
-                    last.run = joined;
-                    return;
-                }
-            }
-        }
-        self.entries.push(Entry { run, says });
-    }
-
-    /// Bytes of the encoded index.
-    pub fn encoded_len(&self) -> usize {
-        self.entries.len() * ENTRY_LEN + (self.crcs.len() + self.parity.len()) * 4
-    }
-
-    pub fn encode(&self, out: &mut Vec<u8>) {
-        out.reserve(self.encoded_len());
-        for Entry { run, says } in &self.entries {
-            let (kind, at) = match says {
-                Says::Data(at) => (1u32, *at),
-                Says::Zero => (2, 0),
-                Says::Absent => (3, 0),
-            };
-            put_numbers(out, &[run.first(), run.count(), at]);
-            out.extend_from_slice(&run.space().0.to_le_bytes());
-            out.extend_from_slice(&kind.to_le_bytes());
-        }
-        self.crcs
-            .iter()
-            .chain(&self.parity)
-            .for_each(|crc| out.extend_from_slice(&crc.to_le_bytes()));
-    }
-
-    /// The runs that are stored, each with the number of stored pages before it.
-    pub fn stored(&self) -> Vec<(u64, Run)> {
-        let data = self
-            .entries
-            .iter()
-            .filter(|e| matches!(e.says, Says::Data(_)));
-        let mut before = 0;
-        let stored = data.map(|Entry { run, .. }| {
-            let first = before;
-            before += run.count();
-            (first, *run)
-        });
-        stored.collect()
-    }
-
-    /// Reads an index whose pages have this layout; `None` where it is not in order.
-    pub fn decode(bytes: &[u8], entries: u64, layout: &Layout) -> Option<Self> {
-        let entries_len = usize::try_from(entries).ok()?.checked_mul(ENTRY_LEN)?;
-        let (head, tail) = bytes.split_at_checked(entries_len)?;
-        let (crcs, rest) = tail.as_chunks::<4>();
-        let pages = usize::try_from(layout.pages()).ok()?;
-        let (crcs, parity) = crcs.split_at_checked(pages)?;
-        let mut stored = 0;
-        let decode = |chunk: &[u8; ENTRY_LEN]| Self::entry(chunk, &mut stored, layout);
-        let entries = head
-            .as_chunks::<ENTRY_LEN>()
-            .0
-            .iter()
-            .map(decode)
-            .collect::<Option<_>>()?;
-        let whole = stored == layout.pages()
-            && parity.len() as u64 == layout.parity_blocks()
-            && rest.is_empty();
-        let numbers = |crcs: &[[u8; 4]]| crcs.iter().map(|crc| u32::from_le_bytes(*crc)).collect();
-        whole.then(|| Self {
-            entries,
-            crcs: numbers(crcs),
-            parity: numbers(parity),
-        })
-    }
-
-    /// `stored` counts the pages of the entries before this one, which say where it stands.
-    fn entry(chunk: &[u8; ENTRY_LEN], stored: &mut u64, layout: &Layout) -> Option<Entry> {
-        let mut take = Take(chunk);
-        let (first, count, at) = (take.u64()?, take.u64()?, take.u64()?);
-        let (space, kind) = (take.u32()?, take.u32()?);
-        let run = Run::new(SpaceId(space), first, count)?;
-        let says = match kind {
-            1 => {
-                let left = layout.pages().checked_sub(*stored)?;
-                let fits = count <= left && count <= Layout::contiguous(*stored);
-                let placed = fits && at == layout.page_at(*stored);
-                *stored += count;
-                placed.then_some(Says::Data(at))?
-            }
-            2 => Says::Zero,
-            3 => Says::Absent,
-            _ => return None,
-        };
-        Some(Entry { run, says })
-    }
 }
 
 #[cfg(test)]

@@ -1,4 +1,7 @@
 use super::*;
+use crate::index::{Cluster, Index, Says};
+use crate::pack::Codec;
+use outlive_epoch::{Run, SpaceId};
 use proptest::prelude::*;
 
 fn key() -> Key {
@@ -68,6 +71,8 @@ fn trailer() -> Trailer {
         bytes_written: 8,
         previous_durable_us: 9,
         skipped: 3,
+        saved: 0,
+        clusters: 0,
     }
 }
 
@@ -206,43 +211,127 @@ fn trees_that_overlap_are_refused() {
     assert!(!table([(0, 200), (200, 10), (100, 1)]));
 }
 
+fn layout_of(start: u64, blocks: u64) -> Layout {
+    let parity_at = Layout::place_parity(start, blocks, 1 << 30);
+    Layout::new(start, blocks, parity_at).unwrap()
+}
+
+/// An index of parts: space, first page, pages, and what is said of them: stored as they are, zero, absent,
+/// or packed, two of them together.
+fn index_of(parts: &[(u32, u64, u64, u8)]) -> Index {
+    let (mut index, mut half) = (Index::default(), None);
+    for (space, first, count, kind) in parts.iter().copied() {
+        let stored = index.crcs.len() as u64;
+        let room = Layout::contiguous(stored);
+        let run = |first, count| Run::new(SpaceId(space), first, count).unwrap();
+        match kind {
+            1 => index.push(run(first, count), Says::Zero),
+            2 => index.push(run(first, count), Says::Absent),
+            3 if half.is_none() && room > 1 => {
+                let pages = 2 + count as u32 % 14;
+                let blocks = 1 + u64::from(pages) / 8;
+                index.clusters.push(Cluster {
+                    at: layout_of(LOG_AT, stored + 1).page_at(stored),
+                    first: stored,
+                    pages,
+                    len: (blocks * BLOCK_LEN) as u32 - 3,
+                    codec: [Codec::Lz4, Codec::Zstd][pages as usize % 2],
+                    crc: pages,
+                });
+                let cluster = index.clusters.len() as u32 - 1;
+                index.push(run(first, 1), Says::Packed { cluster, skip: 0 });
+                half = Some((cluster, run(first + 7, u64::from(pages) - 1)));
+            }
+            // Not inside of a cluster.
+            _ if half.is_none() => {
+                let run = run(first, count.min(room));
+                let at = layout_of(LOG_AT, stored + 1).page_at(stored);
+                index.push(run, Says::Data(at));
+                index
+                    .crcs
+                    .extend((0..run.count()).map(|i| (stored + i) as u32));
+            }
+            _ => {}
+        }
+        if let (Some((cluster, rest)), true) = (half, kind != 3) {
+            index.push(rest, Says::Packed { cluster, skip: 1 });
+            let blocks = index.clusters[cluster as usize].blocks();
+            index.crcs.extend((0..blocks).map(|i| i as u32));
+            half = None;
+        }
+    }
+    if let Some((cluster, rest)) = half {
+        index.push(rest, Says::Packed { cluster, skip: 1 });
+        let blocks = index.clusters[cluster as usize].blocks();
+        index.crcs.extend((0..blocks).map(|i| i as u32));
+    }
+    let layout = layout_of(LOG_AT, index.crcs.len() as u64);
+    index.parity = (0..layout.parity_blocks() as u32).collect();
+    index
+}
+
 proptest! {
     #[test]
-    fn an_index_comes_back(parts in prop::collection::vec((0u32..3, 0u64..1000, 1u64..50, 0u8..3), 0..40)) {
-        let mut index = Index::default();
-        let pages = parts.iter().filter(|part| part.3 == 0).map(|part| part.2).sum();
-        let layout = Layout::new(LOG_AT, pages, Layout::place_parity(LOG_AT, pages, 1 << 30)).unwrap();
-        for (space, first, count, kind) in parts {
-            let stored = index.crcs.len() as u64;
-            let count = if kind == 0 { count.min(Layout::contiguous(stored)) } else { count };
-            let run = Run::new(SpaceId(space), first, count).unwrap();
-            let says = [Says::Data(layout.page_at(stored)), Says::Zero, Says::Absent][usize::from(kind)];
-            if kind == 0 {
-                index.crcs.extend((0..count).map(|i| (stored + i) as u32));
-            }
-            index.push(run, says);
-        }
-        let pages = index.crcs.len() as u64;
-        let layout = Layout::new(LOG_AT, pages, Layout::place_parity(LOG_AT, pages, 1 << 30)).unwrap();
-        index.parity = (0..layout.parity_blocks() as u32).collect();
+    fn an_index_comes_back(parts in prop::collection::vec((0u32..3, 0u64..1000, 1u64..50, 0u8..4), 0..40)) {
+        let index = index_of(&parts);
+        let blocks = index.crcs.len() as u64;
+        let pages = blocks + index.saved();
+        let layout = layout_of(LOG_AT, blocks);
         let mut bytes = Vec::new();
         index.encode(&mut bytes);
         prop_assert_eq!(bytes.len(), index.encoded_len());
-        let entries = index.entries.len() as u64;
-        prop_assert_eq!(Index::decode(&bytes, entries, &layout), Some(index.clone()));
+        let counts = Counts { entries: index.entries.len() as u64, clusters: index.clusters.len() as u64, pages };
+        prop_assert_eq!(Index::decode(&bytes, counts, &layout), Some(index.clone()));
+        // Stretch follows stretch, and each page is in one of them.
         let stored = index.stored();
-        let ends: Vec<u64> = stored.iter().map(|(before, run)| before + run.count()).collect();
-        let begins: Vec<u64> = stored.iter().map(|(before, _)| *before).collect();
-        prop_assert_eq!(begins.get(1..).unwrap_or_default(), &ends[..ends.len().saturating_sub(1)]);
-        prop_assert_eq!(ends.last().copied().unwrap_or(0), pages);
-        let longer = Layout::new(LOG_AT, pages + 1, 1 << 30).or_else(|| Layout::new(LOG_AT, pages + 1, Layout::place_parity(LOG_AT, pages + 1, 1 << 30))).unwrap();
-        prop_assert_eq!(Index::decode(&bytes, entries, &longer), None);
-        if pages > 0 {
-            let elsewhere = Layout::new(LOG_AT + BLOCK_LEN, pages, Layout::place_parity(LOG_AT + BLOCK_LEN, pages, 1 << 30)).unwrap();
-            prop_assert_eq!(Index::decode(&bytes, entries, &elsewhere), None);
+        let mut next = 0;
+        for stretch in &stored {
+            prop_assert_eq!(stretch.first, next);
+            next += stretch.blocks;
+        }
+        prop_assert_eq!(next, blocks);
+        let held: u64 = stored.iter().flat_map(|stretch| &stretch.runs).map(Run::count).sum();
+        prop_assert_eq!(held, pages);
+        prop_assert_eq!(Index::decode(&bytes, counts, &layout_of(LOG_AT, blocks + 1)), None);
+        if blocks > 0 {
+            prop_assert_eq!(Index::decode(&bytes, counts, &layout_of(LOG_AT + BLOCK_LEN, blocks)), None);
+        }
+        for (more, fewer) in [
+            (Counts { pages: pages + 1, ..counts }, Counts { pages: pages.wrapping_sub(1), ..counts }),
+            (Counts { clusters: counts.clusters + 1, ..counts }, Counts { clusters: counts.clusters.wrapping_sub(1), ..counts }),
+            (Counts { entries: counts.entries + 1, ..counts }, Counts { entries: counts.entries.wrapping_sub(1), ..counts }),
+        ] {
+            prop_assert_eq!(Index::decode(&bytes, more, &layout), None);
+            prop_assert_eq!(Index::decode(&bytes, fewer, &layout), None);
         }
         bytes.push(0);
-        prop_assert_eq!(Index::decode(&bytes, entries, &layout), None);
+        prop_assert_eq!(Index::decode(&bytes, counts, &layout), None);
+    }
+
+    /// A cluster that says it holds more or fewer pages, or takes more or fewer blocks, fits nowhere.
+    #[test]
+    fn a_cluster_of_another_size_is_none(pages in 2u32..=16, blocks in 1u64..16, len in any::<u32>(), said in any::<u16>(), codec in any::<u16>()) {
+        let blocks = blocks.min(u64::from(pages) - 1);
+        let mut index = Index { crcs: vec![0; blocks as usize], ..Index::default() };
+        let good = Cluster { at: LOG_AT, first: 0, pages, len: blocks as u32 * 4096 - 7, codec: Codec::Lz4, crc: 1 };
+        index.clusters.push(good);
+        index.push(Run::new(SpaceId(1), 5, u64::from(pages)).unwrap(), Says::Packed { cluster: 0, skip: 0 });
+        let layout = layout_of(LOG_AT, blocks);
+        index.parity = vec![0; layout.parity_blocks() as usize];
+        let counts = Counts { entries: 1, clusters: 1, pages: u64::from(pages) };
+        let mut bytes = Vec::new();
+        index.encode(&mut bytes);
+        prop_assert_eq!(Index::decode(&bytes, counts, &layout), Some(index));
+        let from = bytes.len() - 12;
+        bytes[from..][..4].copy_from_slice(&len.to_le_bytes());
+        let same = u64::from(len).div_ceil(BLOCK_LEN) == blocks;
+        prop_assert_eq!(Index::decode(&bytes, counts, &layout).is_some(), same);
+        bytes[from..][..4].copy_from_slice(&good.len.to_le_bytes());
+        bytes[from + 4..][..2].copy_from_slice(&said.to_le_bytes());
+        prop_assert_eq!(Index::decode(&bytes, counts, &layout).is_some(), u32::from(said) == pages);
+        bytes[from + 4..][..2].copy_from_slice(&(pages as u16).to_le_bytes());
+        bytes[from + 6..][..2].copy_from_slice(&codec.to_le_bytes());
+        prop_assert_eq!(Index::decode(&bytes, counts, &layout).is_some(), codec == 1 || codec == 2);
     }
 
     #[test]
@@ -269,8 +358,9 @@ proptest! {
     fn decoding_never_panics(bytes in prop::collection::vec(any::<u8>(), 0..512), n in any::<u64>()) {
         let _ = decode_groups(&bytes, n, n);
         for layout in [Layout::new(LOG_AT, n % 20, 1 << 30), Layout::new(n, n, n)].into_iter().flatten() {
-            let _ = Index::decode(&bytes, n % 20, &layout);
-            let _ = Index::decode(&bytes, n, &layout);
+            for (entries, clusters) in [(n % 20, 0), (n, n), (n % 4, n % 3)] {
+                let _ = Index::decode(&bytes, Counts { entries, clusters, pages: n }, &layout);
+            }
         }
         let _ = Stamp::decode(key(), 0, &bytes);
         let _ = Trailer::decode(key(), n, twice(n % (1 << 60)), &bytes);

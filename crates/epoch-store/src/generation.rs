@@ -7,10 +7,10 @@
 
 use crate::damage::{self, Damage, Met, Outcome, Part, Trouble};
 use crate::format::{
-    self, BLOCK_LEN, Index, Key, Kind, LOG_AT, Record, Section, Superblock, Trailer, TreePlace,
-    Twice,
+    self, BLOCK_LEN, Key, Kind, LOG_AT, Record, Section, Superblock, Trailer, TreePlace, Twice,
 };
 use crate::head::{self, Head};
+use crate::index::Index;
 use outlive_epoch::{EpochId, StoreError};
 use outlive_media::{Access, Directory, Medium, MediumError};
 use std::collections::BTreeMap;
@@ -282,7 +282,7 @@ impl Generation {
         let copy_at = index.at + trailer.apart(at);
         let bytes = self.section(Kind::Index, *epoch, index, copy_at, &Part::Index)?;
         let layout = trailer.layout();
-        let decoded = layout.and_then(|l| Index::decode(&bytes, trailer.entries, &l));
+        let decoded = layout.and_then(|layout| Index::decode(&bytes, trailer.counts(), &layout));
         let what = "it is not in order";
         decoded.ok_or_else(|| {
             self.damaged(index.at, Some(*epoch), Part::Index, what)

@@ -4,11 +4,12 @@
 //! refused as damage.
 
 use crate::format::{
-    BLOCK_LEN, Index, Kind, LOG_AT, Record, SEAL_AT, SLOT_AT, Stamp, Superblock, SuperblockRead,
-    Trailer, Twice,
+    BLOCK_LEN, Kind, LOG_AT, Record, SEAL_AT, SLOT_AT, Stamp, Superblock, SuperblockRead, Trailer,
+    Twice,
 };
+use crate::index::Index;
 use crate::stripe::Layout;
-use crate::{Access, Store, SystemHost, repair_in, verify_in};
+use crate::{Access, Codec, Store, SystemHost, repair_in, verify_in};
 use outlive_epoch::{
     Content, EpochFacts, EpochReader, EpochWriter, PAGE_SIZE, PageSink, Run, SpaceId, StoreError,
     VisitError,
@@ -32,6 +33,8 @@ fn image() -> Vec<u8> {
     let disk = SimDisk::new();
     let mut store = open(&disk, Access::Write).unwrap();
     for epoch in 0..3u64 {
+        // Those of the first one stand as they are.
+        store.pack([None, Some(Codec::Lz4), Some(Codec::Zstd)][epoch as usize]);
         let mut writer = store.begin().unwrap();
         let run = |first, count| Run::new(SpaceId(1), first, count).unwrap();
         let bytes = [epoch as u8 + 1; 3 * PAGE_SIZE];
@@ -221,6 +224,8 @@ fn set(trailer: &mut Trailer, field: usize, n: u64) {
         0 => trailer.previous.at = n,
         11 => trailer.previous.copy_at = n,
         12 => trailer.copy_at = n,
+        14 => trailer.saved = n,
+        15 => trailer.clusters = n,
         13 => trailer.parity_at = n,
         1 => trailer.start = n,
         2 => trailer.groups.at = n,
@@ -251,12 +256,56 @@ fn an_index_may_not_lead_outside_its_epoch() {
     let (_, newest) = forge.trailers()[0];
     let bytes = &forge.bytes[newest.index.at as usize..][..newest.index.len as usize];
     let decode = |start| {
-        let parity_at = Layout::place_parity(start, newest.pages, newest.parity_at);
-        let layout = Layout::new(start, newest.pages, parity_at).unwrap();
-        Index::decode(bytes, newest.entries, &layout)
+        let blocks = newest.blocks().unwrap();
+        let parity_at = Layout::place_parity(start, blocks, newest.parity_at);
+        let layout = Layout::new(start, blocks, parity_at).unwrap();
+        Index::decode(bytes, newest.counts(), &layout)
     };
     assert!(decode(newest.start).is_some());
     assert_eq!(decode(newest.start + BLOCK_LEN), None);
+}
+
+#[test]
+fn what_does_not_unpack_to_its_pages_is_lost_by_name() {
+    for which in 0..2 {
+        let mut forge = Forge::new();
+        let (at, trailer) = forge.trailers()[which];
+        let bytes = &forge.bytes[trailer.index.at as usize..][..trailer.index.len as usize];
+        let index = Index::decode(bytes, trailer.counts(), &trailer.layout().unwrap());
+        let index = index.unwrap();
+        let cluster = index.clusters[0];
+        assert_eq!((cluster.pages, cluster.blocks()), (3, 1));
+        // Other bytes in the block, with the right checksum of the block.
+        let mut block = forge.block(cluster.at).to_vec();
+        let inside = cluster.len as usize - 1;
+        block[inside] ^= 0x41;
+        let crc = forge.superblock.key().of(Kind::Page, trailer.epoch);
+        let crc = crc.crc(cluster.at, &block).to_le_bytes();
+        forge.put(cluster.at, &block);
+        let crc_at = trailer.index.at + trailer.entries * 32;
+        forge.put(crc_at, &crc);
+        forge.put(crc_at + trailer.apart(at), &crc);
+        forge.reseal(at, trailer);
+        let disk = SimDisk::new();
+        disk.set_contents(FILE, forge.bytes);
+        let report = verify_in(&disk.directory(), &mut |_, _| {}).unwrap();
+        assert!(report.is_lossy(), "{report:?}");
+        assert!(
+            report
+                .damages
+                .iter()
+                .all(|damage| damage.offset == cluster.at)
+        );
+        let store = open(&disk, Access::Read).unwrap();
+        let reader = store
+            .epoch(Some(outlive_epoch::EpochId(trailer.epoch)))
+            .unwrap();
+        let walked = reader.pages(&mut |_, _| Ok(()));
+        let Err(VisitError::Store(StoreError::Damaged { place, .. })) = walked else {
+            panic!("{walked:?}");
+        };
+        assert!(place.contains(&format!("offset {}", cluster.at)), "{place}");
+    }
 }
 
 proptest! {
@@ -274,7 +323,7 @@ proptest! {
     }
 
     #[test]
-    fn forged_trailers_do_no_harm(which in 0usize..3, changes in prop::collection::vec((0usize..14, number()), 1..3)) {
+    fn forged_trailers_do_no_harm(which in 0usize..3, changes in prop::collection::vec((0usize..16, number()), 1..3)) {
         let mut forge = Forge::new();
         let (at, mut trailer) = forge.trailers()[which];
         let copy_at = trailer.copy_at;

@@ -24,13 +24,16 @@
 mod beside;
 mod damage;
 mod format;
+mod gather;
 mod generation;
 mod head;
 mod host;
 #[cfg(test)]
 mod hostile_tests;
+mod index;
 mod map;
 mod older;
+mod pack;
 mod place;
 #[cfg(feature = "planted")]
 pub mod planted;
@@ -57,6 +60,7 @@ pub use damage::{Damage, Outcome, Part};
 pub use host::{Host, SystemHost};
 pub use older::{GenerationSummary, Increment};
 pub use outlive_media::Access;
+pub use pack::{Codec, UnknownCodec};
 pub use place::{clear, format};
 pub use reader::Reader;
 pub use ready::{APART, Ahead};

@@ -1,8 +1,9 @@
 //! Which pages an epoch holds, after all epochs before it are taken into account.
 
-use crate::format::{BLOCK_LEN, Index, Says};
+use crate::format::BLOCK_LEN;
+use crate::index::{Index, Says};
 use crate::planted::bug;
-use outlive_epoch::{Run, SpaceId};
+use outlive_epoch::{PAGE_SIZE, Run, SpaceId};
 use std::collections::BTreeMap;
 
 /// Where the contents of a run of pages are.
@@ -17,6 +18,17 @@ pub enum Where {
         /// Position of the first checksum among those of that epoch.
         crc: usize,
     },
+    /// Packed, together with others.
+    Packed {
+        /// Which epoch of the chain stored it (a position in the chain).
+        epoch: usize,
+        /// Position of the cluster among those of that epoch.
+        cluster: usize,
+        /// Pages before the first one in it.
+        skip: usize,
+        /// Bytes that a page of it takes, by and large.
+        share: u32,
+    },
 }
 
 impl Where {
@@ -28,6 +40,26 @@ impl Where {
                 epoch,
                 crc: crc + pages as usize,
             },
+            Self::Packed {
+                epoch,
+                cluster,
+                skip,
+                share,
+            } => Self::Packed {
+                epoch,
+                cluster,
+                skip: skip + pages as usize,
+                share,
+            },
+        }
+    }
+
+    /// Bytes of the log that a page takes.
+    fn share(self) -> u64 {
+        match self {
+            Self::Zero => 0,
+            Self::Data { .. } => PAGE_SIZE as u64,
+            Self::Packed { share, .. } => u64::from(share),
         }
     }
 }
@@ -37,7 +69,8 @@ impl Where {
 pub struct PageMap {
     /// By space and first page: the page after the last one, and where they are.
     pieces: BTreeMap<(u32, u64), (u64, Where)>,
-    stored: u64,
+    /// Pages whose bytes are stored, and bytes of the log that they take.
+    stored: (u64, u64),
 }
 
 impl PageMap {
@@ -55,6 +88,20 @@ impl PageMap {
                     crc += run.count() as usize * usize::from(!bug("checksums of the first run"));
                     place
                 }
+                Says::Packed { cluster, skip } => {
+                    let Some(packed) = index.clusters.get(cluster as usize) else {
+                        continue;
+                    };
+                    if skip == 0 {
+                        crc += packed.blocks() as usize;
+                    }
+                    Where::Packed {
+                        epoch,
+                        cluster: cluster as usize,
+                        skip: skip as usize,
+                        share: packed.len.div_ceil(packed.pages.max(1)),
+                    }
+                }
             };
             self.insert(run.space().0, run.first(), run.end(), place);
         }
@@ -62,7 +109,12 @@ impl PageMap {
 
     /// Pages whose bytes are stored.
     pub fn stored(&self) -> u64 {
-        self.stored
+        self.stored.0
+    }
+
+    /// Bytes of the log that they take, by and large.
+    pub fn bytes(&self) -> u64 {
+        self.stored.1
     }
 
     /// All runs, in order.
@@ -113,16 +165,18 @@ impl PageMap {
     }
 
     fn insert(&mut self, space: u32, first: u64, end: u64, place: Where) {
-        if let Where::Data { .. } = place {
-            self.stored += end - first;
+        if place != Where::Zero {
+            self.stored.0 += end - first;
+            self.stored.1 += (end - first) * place.share();
         }
         self.pieces.insert((space, first), (end, place));
     }
 
     fn remove(&mut self, space: u32, first: u64) -> Option<(u64, Where)> {
         let (end, place) = self.pieces.remove(&(space, first))?;
-        if let Where::Data { .. } = place {
-            self.stored -= end - first;
+        if place != Where::Zero {
+            self.stored.0 -= end - first;
+            self.stored.1 -= (end - first) * place.share();
         }
         Some((end, place))
     }
@@ -161,24 +215,32 @@ impl PageMap {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::index::Cluster;
+    use crate::pack::Codec;
     use proptest::prelude::*;
 
     proptest! {
         /// Compares with a plain map of single pages.
         #[test]
-        fn later_entries_win(ops in prop::collection::vec((0u32..2, 0u64..40, 1u64..20, 0u8..3), 0..60)) {
+        fn later_entries_win(ops in prop::collection::vec((0u32..2, 0u64..40, 1u64..16, 0u8..4), 0..60)) {
             let (mut map, mut model) = (PageMap::default(), BTreeMap::new());
             for (epoch, (space, first, count, kind)) in ops.into_iter().enumerate() {
                 let run = Run::new(SpaceId(space), first, count).unwrap();
                 let at = (epoch as u64 + 100) * BLOCK_LEN * 64;
-                let says = [Says::Data(at), Says::Zero, Says::Absent][usize::from(kind)];
+                let packed = Says::Packed { cluster: 0, skip: 0 };
+                let says = [Says::Data(at), Says::Zero, Says::Absent, packed][usize::from(kind)];
                 let mut index = Index::default();
+                index.clusters.push(Cluster { at, first: 0, pages: 16, len: 16 * 100, codec: Codec::Lz4, crc: 0 });
                 index.push(run, says);
                 map.apply(&index, epoch);
                 for i in 0..count {
                     let key = (space, first + i);
                     match says {
                         Says::Absent => { model.remove(&key); }
+                        Says::Packed { .. } => {
+                            let place = Where::Packed { epoch, cluster: 0, skip: i as usize, share: 100 };
+                            model.insert(key, place);
+                        }
                         Says::Zero => { model.insert(key, Where::Zero); }
                         Says::Data(_) => { model.insert(key, Where::Data { at, epoch, crc: 0 }.skip(i)); }
                     }
@@ -191,8 +253,9 @@ mod tests {
                     prop_assert!(old.is_none());
                 }
             }
-            let stored = model.values().filter(|w| matches!(w, Where::Data { .. })).count();
-            prop_assert_eq!(map.stored(), stored as u64);
+            let stored = model.values().filter(|w| **w != Where::Zero);
+            prop_assert_eq!(map.stored(), stored.clone().count() as u64);
+            prop_assert_eq!(map.bytes(), stored.map(|w| w.share()).sum::<u64>());
             for (space, first, count) in [(0, 3, 9), (1, 0, 60), (0, 17, 1)] {
                 let wanted = Run::new(SpaceId(space), first, count).unwrap();
                 let mut part = BTreeMap::new();

@@ -8,8 +8,8 @@
 //! - An epoch may stand in two generations, with the same contents: the newer one is read.
 
 use crate::damage::{self, Part, Trouble};
-use crate::format::Says;
 use crate::generation::{Generation, OpenError, committed_name, number_of};
+use crate::index::Says;
 use crate::reader::Reader;
 use crate::store::{EpochSummary, Live, Store};
 use crate::verify::Report;

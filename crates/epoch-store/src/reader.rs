@@ -9,7 +9,7 @@ use crate::damage::{Damage, Outcome, Part, Trouble};
 use crate::format::{BLOCK_LEN, Trailer, TreePlace};
 use crate::generation::Generation;
 use crate::map::{PageMap, Where};
-use crate::stored::{Loaded, State, Stored};
+use crate::stored::{Loaded, NOT_ITS_PAGES, State, Stored, Unpacked};
 use crate::stripe::STRIPE;
 use outlive_epoch::{Content, EpochId, EpochReader, Order, PAGE_SIZE, Run, StoreError, VisitError};
 use outlive_media::{Buffer, TRANSFER};
@@ -31,13 +31,23 @@ pub struct Reader {
     stored: Vec<Stored>,
 }
 
-/// Pages that stand one after the other in the file and in their space.
+/// Pages that stand one after the other in the file and in their space, or in a cluster.
 #[derive(Clone, Copy, Debug)]
 struct Piece {
     run: Run,
     at: u64,
+    /// Blocks that must be read for it.
+    blocks: u64,
     epoch: usize,
     crc: usize,
+    /// The cluster that they are in, and how many pages are before them there.
+    packed: Option<(usize, usize)>,
+}
+
+impl Piece {
+    fn len(&self) -> u64 {
+        self.blocks * BLOCK_LEN
+    }
 }
 
 /// Pieces that are read together.
@@ -91,7 +101,7 @@ impl Reader {
         }
     }
 
-    /// Bytes of pages that this epoch holds, zero pages not counted.
+    /// Bytes of pages that this epoch holds, zero pages not counted, however they are stored.
     #[must_use]
     pub fn stored_bytes(&self) -> u64 {
         self.map.stored() * PAGE_SIZE as u64
@@ -117,7 +127,7 @@ impl Reader {
         for (run, place) in self.map.pieces() {
             match place {
                 Where::Zero => zero.push(run),
-                Where::Data { .. } => stored.push(run),
+                Where::Data { .. } | Where::Packed { .. } => stored.push(run),
             }
         }
         (stored, zero)
@@ -129,8 +139,18 @@ impl Reader {
         let limit = TRANSFER as u64;
         let mut pieces: Vec<Piece> = Vec::new();
         for (run, place) in wanted.iter().flat_map(|run| self.map.within(*run)) {
-            let Where::Data { at, epoch, crc } = place else {
-                continue;
+            let (at, epoch, crc) = match place {
+                Where::Zero => continue,
+                Where::Packed {
+                    epoch,
+                    cluster,
+                    skip,
+                    ..
+                } => {
+                    pieces.extend(self.packed(run, epoch, (cluster, skip)));
+                    continue;
+                }
+                Where::Data { at, epoch, crc } => (at, epoch, crc),
             };
             let per_transfer = limit / BLOCK_LEN;
             for from in (0..run.count()).step_by(per_transfer as usize) {
@@ -140,16 +160,18 @@ impl Reader {
                     pieces.push(Piece {
                         run,
                         at,
+                        blocks: count,
                         epoch,
                         crc: crc + from as usize,
+                        packed: None,
                     });
                 }
             }
         }
-        pieces.sort_unstable_by_key(|piece| piece.at);
+        pieces.sort_unstable_by_key(|piece| (piece.at, piece.run.space(), piece.run.first()));
         let mut chunks: Vec<Chunk> = Vec::new();
         for piece in pieces {
-            let end = piece.at + piece.run.bytes();
+            let end = piece.at + piece.len();
             match chunks.last_mut() {
                 Some(chunk)
                     if end - chunk.at <= limit && piece.at <= chunk.at + chunk.len + GAP =>
@@ -158,7 +180,7 @@ impl Reader {
                     chunk.pieces.push(piece);
                 }
                 _ => {
-                    let (at, len) = (piece.at, piece.run.bytes());
+                    let (at, len) = (piece.at, piece.len());
                     chunks.push(Chunk {
                         at,
                         len,
@@ -170,14 +192,32 @@ impl Reader {
         chunks
     }
 
-    /// Reads a chunk and checks every page that is wanted of it.
+    /// Pages that are in a cluster.
+    fn packed(&self, run: Run, epoch: usize, (n, skip): (usize, usize)) -> Option<Piece> {
+        let cluster = self.stored.get(epoch)?.clusters.get(n)?;
+        Some(Piece {
+            run,
+            at: cluster.at,
+            blocks: cluster.blocks(),
+            epoch,
+            crc: cluster.first as usize,
+            packed: Some((n, skip)),
+        })
+    }
+
+    /// Reads a chunk and checks every block that is wanted of it.
     fn fetch(&self, chunk: &Chunk, buffer: &mut Buffer) -> Result<(), StoreError> {
         let bytes = &mut buffer[..chunk.len as usize];
         let failed = self.generation.medium.read(chunk.at, bytes).err();
-        let mut mended = None;
+        let (mut mended, mut checked) = (None, None);
         for piece in &chunk.pieces {
+            // Others of the same cluster.
+            if piece.packed.is_some() && checked == Some(piece.at) {
+                continue;
+            }
+            checked = Some(piece.at);
             let from = (piece.at - chunk.at) as usize;
-            let pages = bytes[from..][..piece.run.bytes() as usize].chunks_exact_mut(PAGE_SIZE);
+            let pages = bytes[from..][..piece.len() as usize].chunks_exact_mut(PAGE_SIZE);
             for (i, page) in pages.enumerate() {
                 let at = piece.at + i as u64 * BLOCK_LEN;
                 let stored = &self.stored[piece.epoch];
@@ -209,7 +249,10 @@ impl Reader {
             }
         };
         let block = page % STRIPE;
-        let run = Run::new(piece.run.space(), piece.run.first() + i as u64, 1);
+        let run = match piece.packed {
+            None => Run::new(piece.run.space(), piece.run.first() + i as u64, 1),
+            Some(_) => Some(piece.run),
+        };
         let damage = || {
             let (at, part) = (loaded.stripe.block_at(block), run.unwrap_or(piece.run));
             let what = "its bytes do not have their checksum";
@@ -226,6 +269,36 @@ impl Reader {
         Ok(())
     }
 
+    /// Hands out what was read with a chunk.
+    fn visit_chunk(
+        &self,
+        chunk: &Chunk,
+        bytes: &[u8],
+        unpacked: &mut Unpacked,
+        visit: Visit<'_>,
+    ) -> Result<(), VisitError> {
+        for piece in &chunk.pieces {
+            let from = (piece.at - chunk.at) as usize;
+            let blocks = &bytes[from..][..piece.len() as usize];
+            let Some((n, skip)) = piece.packed else {
+                visit(piece.run, Content::Bytes(blocks))?;
+                continue;
+            };
+            let stored = &self.stored[piece.epoch];
+            let pages = unpacked.pages(piece.epoch, stored, n, blocks);
+            let end = skip * PAGE_SIZE + piece.run.bytes() as usize;
+            let Some(pages) = pages.and_then(|pages| pages.get(skip * PAGE_SIZE..end)) else {
+                let part = Part::Pages(piece.run);
+                let damage =
+                    self.generation
+                        .damaged(piece.at, Some(stored.epoch), part, NOT_ITS_PAGES);
+                return Err(StoreError::from(Trouble::from(damage)).into());
+            };
+            visit(piece.run, Content::Bytes(pages))?;
+        }
+        Ok(())
+    }
+
     fn visit_zeros(&self, wanted: &[Run], visit: Visit<'_>) -> Result<(), VisitError> {
         let parts = wanted.iter().flat_map(|run| self.map.within(*run));
         for (run, _) in parts.filter(|(_, place)| *place == Where::Zero) {
@@ -236,17 +309,6 @@ impl Reader {
 }
 
 type Visit<'a> = &'a mut dyn FnMut(Run, Content<'_>) -> Result<(), VisitError>;
-
-fn visit_chunk(chunk: &Chunk, bytes: &[u8], visit: Visit<'_>) -> Result<(), VisitError> {
-    for piece in &chunk.pieces {
-        let from = (piece.at - chunk.at) as usize;
-        visit(
-            piece.run,
-            Content::Bytes(&bytes[from..from + piece.run.bytes() as usize]),
-        )?;
-    }
-    Ok(())
-}
 
 /// A buffer for the largest of these reads.
 pub(crate) fn new_buffer(lens: impl Iterator<Item = u64>) -> Result<Buffer, StoreError> {
@@ -281,10 +343,11 @@ impl EpochReader for Reader {
             chunks.reverse();
         }
         let lens = chunks.iter().map(|chunk| chunk.len);
+        let mut unpacked = Unpacked::default();
         if let [chunk] = &chunks[..] {
             let mut buffer = new_buffer(lens)?;
             self.fetch(chunk, &mut buffer)?;
-            return visit_chunk(chunk, &buffer, visit);
+            return self.visit_chunk(chunk, &buffer, &mut unpacked, visit);
         }
         std::thread::scope(|scope| {
             let (full, visited) = mpsc::channel();
@@ -306,7 +369,7 @@ impl EpochReader for Reader {
             });
             for (chunk, buffer) in visited {
                 let buffer = buffer?;
-                visit_chunk(chunk, &buffer, visit)?;
+                self.visit_chunk(chunk, &buffer, &mut unpacked, visit)?;
                 let _ = empty.send(buffer);
             }
             Ok(())

@@ -17,7 +17,7 @@ use crate::damage;
 use crate::store::Store;
 use crate::stripe::{REPAIRABLE, STRIPE, WIDTH};
 use crate::writer::Writer;
-use outlive_epoch::StoreError;
+use outlive_epoch::{EpochWriter, StoreError};
 use outlive_media::BLOCK;
 
 /// Bytes of zeros that are written at a time.
@@ -103,13 +103,14 @@ impl Store {
     }
 
     /// Begins the epoch of a power event: as [`Store::begin`], in space that was written ahead, where
-    /// there is some.
+    /// there is some, and with pages as they are.
     ///
     /// # Errors
     /// As for [`Store::begin`].
     pub fn begin_event(&mut self) -> Result<Box<Writer<'_>>, StoreError> {
         let ready = self.ready;
         let mut writer = self.begin()?;
+        writer.hurry();
         if let Some(ready) = ready.filter(Ready::is_whole) {
             writer.start_at(ready.generation, ready.from);
         }

@@ -16,6 +16,7 @@ use crate::head::Head;
 use crate::host::{Host, SystemHost};
 use crate::map::PageMap;
 use crate::older;
+use crate::pack::{Codec, Packer};
 use crate::place;
 use crate::planted::bug;
 use crate::reader::Reader;
@@ -47,6 +48,8 @@ pub struct Store {
     pub(crate) beside: Option<Box<Beside>>,
     /// This is the store of such a generation: nothing gets its final name.
     pub(crate) nameless: bool,
+    /// How pages are packed that are written from now on.
+    pub(crate) packer: Option<Packer>,
     unsettled: Option<Live>,
     pub(crate) times: CommitTimes,
     pub(crate) ready: Option<Ready>,
@@ -78,6 +81,8 @@ pub struct EpochSummary {
     pub durable_us: u64,
     /// Pages whose contents it stored.
     pub pages: u64,
+    /// Bytes that packing them saved.
+    pub saved_bytes: u64,
     /// Bytes that it wrote to the medium.
     pub bytes_written: u64,
 }
@@ -143,6 +148,7 @@ impl Live {
             facts: trailer.facts,
             durable_us,
             pages: trailer.pages,
+            saved_bytes: trailer.saved.saturating_mul(PAGE_SIZE as u64),
             bytes_written: trailer.bytes_written,
         };
         self.chain.iter().zip(durable).map(summary).collect()
@@ -296,12 +302,21 @@ impl Store {
             keeps_older: false,
             beside: None,
             nameless: false,
+            packer: None,
             unsettled: None,
             times: CommitTimes::default(),
             ready: None,
             scrubbing: Cursor::default(),
             abandoned: false,
             next_number: 1,
+        }
+    }
+
+    /// Packs pages that are written from now on, where that pays; `None`: all are stored as they are. That
+    /// is not remembered, and what is there already can be read in any case.
+    pub fn pack(&mut self, codec: Option<Codec>) {
+        if self.packer.as_ref().map(Packer::codec) != codec {
+            self.packer = codec.map(Packer::new);
         }
     }
 
@@ -528,7 +543,7 @@ impl Store {
             .map_or(0, |live| live.record.log_end())
     }
 
-    /// Bytes of pages that the newest epoch needs: about what a new base would write.
+    /// Bytes that the pages of the newest epoch take, as they are stored: about what a new base would write.
     ///
     /// # Errors
     /// [`StoreError::Damaged`] or [`StoreError::Medium`] while reading the page indexes.
@@ -546,7 +561,7 @@ impl Store {
             map.apply(&generation.index(*at, trailer)?, position);
             *done = position + 1;
         }
-        Ok(map.stored() * PAGE_SIZE as u64)
+        Ok(map.bytes())
     }
 
     /// Reads and checks everything that is committed.

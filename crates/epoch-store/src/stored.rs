@@ -1,9 +1,12 @@
 //! The stored pages of one epoch with their parity: read, checked, made again.
 
 use crate::damage::{Damage, Outcome, Part};
-use crate::format::{BLOCK_LEN, Index, Key, Kind, Seed};
+use crate::format::{BLOCK_LEN, Key, Kind, Seed};
 use crate::generation::Generation;
+use crate::index::{Cluster, Index, Stretch};
 use crate::map::{PageMap, Where};
+use crate::pack::{MOST, Unpacker};
+use crate::planted::bug;
 use crate::reader::new_buffer;
 use crate::stripe::{Layout, Stripe};
 use outlive_epoch::{PAGE_SIZE, Run, StoreError};
@@ -15,8 +18,46 @@ pub(crate) struct Stored {
     pub layout: Layout,
     page_seed: Seed,
     parity_seed: Seed,
+    contents_seed: Seed,
     pub crcs: Vec<u32>,
     parity: Vec<u32>,
+    pub clusters: Vec<Cluster>,
+}
+
+/// Pages as they were before they were packed.
+#[derive(Default)]
+pub(crate) struct Unpacked {
+    unpacker: Unpacker,
+    /// Epoch, as its position in a chain, and cluster.
+    of: Option<(usize, usize)>,
+    bytes: Vec<u8>,
+}
+
+impl Unpacked {
+    /// The pages of a cluster of the `epoch`-th of a chain, whose blocks are these; `None` where they do not
+    /// have their checksum.
+    pub fn pages(
+        &mut self,
+        epoch: usize,
+        stored: &Stored,
+        n: usize,
+        blocks: &[u8],
+    ) -> Option<&[u8]> {
+        let cluster = stored.clusters.get(n)?;
+        let len = cluster.pages.min(MOST) as usize * PAGE_SIZE;
+        let known = self.of.filter(|of| {
+            *of == (epoch, n) || (of.1 == n && bug("clusters of epochs not told apart"))
+        });
+        if known.is_none() {
+            self.of = None;
+            self.bytes.resize(MOST as usize * PAGE_SIZE, 0);
+            if !stored.unpack(cluster, blocks, &mut self.bytes[..len], &mut self.unpacker) {
+                return None;
+            }
+            self.of = Some((epoch, n));
+        }
+        Some(&self.bytes[..len])
+    }
 }
 
 /// What a block is found to be.
@@ -43,12 +84,21 @@ impl Stored {
             layout,
             page_seed: key.of(Kind::Page, epoch),
             parity_seed: key.of(Kind::Parity, epoch),
+            contents_seed: key.of(Kind::Contents, epoch),
             crcs: index.crcs,
             parity: index.parity,
+            clusters: index.clusters,
         }
     }
 
-    /// Whether these bytes, read at `at`, are the `i`-th page.
+    /// Unpacks the pages of a cluster, whose blocks have their checksums.
+    fn unpack(&self, cluster: &Cluster, blocks: &[u8], into: &mut [u8], by: &mut Unpacker) -> bool {
+        let packed = blocks.get(..cluster.len as usize);
+        let whole = packed.is_some_and(|packed| by.unpack(cluster.codec, packed, into));
+        whole && self.contents_seed.crc(cluster.at, into) == cluster.crc
+    }
+
+    /// Whether these bytes, read at `at`, are the `i`-th block.
     pub fn is_page(&self, i: usize, at: u64, bytes: &[u8]) -> bool {
         self.crcs.get(i) == Some(&self.page_seed.crc(at, bytes))
     }
@@ -137,18 +187,49 @@ impl Loaded {
         let harmed = (0..).zip(&self.states).filter(|(_, s)| **s != State::Good);
         for (block, state) in harmed {
             let page = (block < self.stripe.pages).then_some(self.stripe.first + block);
-            let run = page.and_then(|page| places().run_of(page));
-            let part = run.map_or(Part::Parity, Part::Pages);
             let what = "its bytes do not have their checksum";
             let at = self.stripe.block_at(block);
-            let damage = generation.damaged(at, Some(epoch), part, what);
-            let outcome = match (state, run, page) {
-                (State::Lost, Some(run), Some(page)) => places().lost_or_unneeded(run, page),
+            let damage = |part| generation.damaged(at, Some(epoch), part, what);
+            let runs = page.map_or_else(Vec::new, |page| places().runs_of(page));
+            damages.extend(match (state, &runs[..], page) {
+                (State::Lost, [_, ..], Some(page)) => places().of_lost(&runs, page, &damage),
                 // The pages are there, or are listed as lost themselves.
-                (State::Lost, ..) => Outcome::Unneeded,
-                _ => Outcome::Repairable,
-            };
-            damages.push(damage.with(outcome));
+                (State::Lost, ..) => vec![damage(Part::Parity).with(Outcome::Unneeded)],
+                (_, [run, ..], _) => vec![damage(Part::Pages(*run)).with(Outcome::Repairable)],
+                _ => vec![damage(Part::Parity).with(Outcome::Repairable)],
+            });
+        }
+        damages
+    }
+
+    /// Unpacks the clusters of the stripe whose blocks are whole; those that do not hold what they were
+    /// made from are lost.
+    pub fn unpack<'a>(
+        &self,
+        generation: &Generation,
+        stored: &Stored,
+        places: &dyn Fn() -> &'a Places,
+    ) -> Vec<Damage> {
+        let (first, end) = (self.stripe.first, self.stripe.first + self.stripe.pages);
+        let (mut unpacked, mut damages) = (Unpacked::default(), Vec::new());
+        let from = stored.clusters.partition_point(|c| c.first < first);
+        for (n, cluster) in stored.clusters.iter().enumerate().skip(from) {
+            if cluster.first >= end {
+                break;
+            }
+            let block = (cluster.first - first) as usize;
+            let count = cluster.blocks() as usize;
+            let there = &self.states[block..block + count];
+            if there.contains(&State::Lost) {
+                continue;
+            }
+            let bytes = &self.bytes[block * PAGE_SIZE..(block + count) * PAGE_SIZE];
+            if unpacked.pages(0, stored, n, bytes).is_none() {
+                let damage =
+                    |part| generation.damaged(cluster.at, Some(stored.epoch), part, NOT_ITS_PAGES);
+                let runs = places().runs_of(cluster.first);
+                damages.extend(places().of_lost(&runs, cluster.first, &damage));
+            }
         }
         damages
     }
@@ -156,32 +237,64 @@ impl Loaded {
 
 /// Which pages the stored ones of an epoch are.
 pub(crate) struct Places {
-    stored: Vec<(u64, Run)>,
+    stored: Vec<Stretch>,
+    clusters: Vec<Cluster>,
     map: PageMap,
 }
+
+/// What is said of a cluster whose blocks are whole and do not unpack to its pages.
+pub(crate) const NOT_ITS_PAGES: &str = "what is packed in it is not what was stored";
 
 impl Places {
     pub fn of(index: &Index) -> Self {
         let mut map = PageMap::default();
         map.apply(index, 0);
-        let stored = index.stored();
-        Self { stored, map }
+        Self {
+            stored: index.stored(),
+            clusters: index.clusters.clone(),
+            map,
+        }
     }
 
-    /// Which page of a space is the `i`-th one that is stored.
-    fn run_of(&self, i: u64) -> Option<Run> {
-        let behind = self.stored.partition_point(|(before, _)| *before <= i);
-        let (before, run) = self.stored.get(behind.checked_sub(1)?)?;
-        let within = (i - before < run.count()).then_some(i - before)?;
-        Run::new(run.space(), run.first() + within, 1)
+    /// Which pages stand in the `i`-th block: one, or those of a cluster.
+    fn runs_of(&self, i: u64) -> Vec<Run> {
+        let behind = self.stored.partition_point(|stretch| stretch.first <= i);
+        let stretch = behind.checked_sub(1).and_then(|at| self.stored.get(at));
+        let Some(stretch) = stretch.filter(|stretch| i - stretch.first < stretch.blocks) else {
+            return Vec::new();
+        };
+        if self.cluster_of(i).is_some() {
+            return stretch.runs.clone();
+        }
+        let page = |run: &Run| Run::new(run.space(), run.first() + i - stretch.first, 1);
+        stretch.runs.iter().filter_map(page).collect()
     }
 
-    /// A page that the same epoch stores once more is needed by nobody.
-    fn lost_or_unneeded(&self, run: Run, page: u64) -> Outcome {
-        let is_it = |(_, place)| matches!(place, Where::Data { crc, .. } if crc as u64 == page);
-        match self.map.within(run).any(is_it) {
-            true => Outcome::Lost,
-            false => Outcome::Unneeded,
+    /// The cluster that the `i`-th block is of.
+    fn cluster_of(&self, i: u64) -> Option<usize> {
+        let behind = self.clusters.partition_point(|c| c.first <= i);
+        let at = behind.checked_sub(1)?;
+        let cluster = self.clusters.get(at)?;
+        (i - cluster.first < cluster.blocks()).then_some(at)
+    }
+
+    /// What is to be said of a lost block with these pages. A page that the same epoch stores once more is
+    /// needed by nobody.
+    fn of_lost(&self, runs: &[Run], i: u64, damage: &dyn Fn(Part) -> Damage) -> Vec<Damage> {
+        let of_cluster = self.cluster_of(i);
+        let is_it = |place: Where| match place {
+            Where::Data { crc, .. } => crc as u64 == i,
+            Where::Packed { cluster, .. } => Some(cluster) == of_cluster,
+            Where::Zero => false,
+        };
+        let needed = runs.iter().flat_map(|run| self.map.within(*run));
+        let needed = needed.filter(|(_, place)| is_it(*place));
+        let lost: Vec<Damage> = needed
+            .map(|(run, _)| damage(Part::Pages(run)).with(Outcome::Lost))
+            .collect();
+        match (&lost[..], runs.first()) {
+            ([], Some(run)) => vec![damage(Part::Pages(*run)).with(Outcome::Unneeded)],
+            _ => lost,
         }
     }
 }

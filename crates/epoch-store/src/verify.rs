@@ -9,9 +9,10 @@
 //! gathered, and mended if that was asked for, by the one that called.
 
 use crate::damage::{Damage, Outcome, Part, Trouble};
-use crate::format::{BLOCK_LEN, Index, LOG_AT, Record, Trailer, Twice};
+use crate::format::{BLOCK_LEN, LOG_AT, Record, Trailer, Twice};
 use crate::generation::Generation;
 use crate::head::Head;
+use crate::index::Index;
 use crate::older;
 use crate::store::open_newest;
 use crate::stored::{Loaded, Places, State, Stored};
@@ -37,7 +38,7 @@ const READERS: usize = 4;
 pub struct Report {
     /// The epochs that were found, oldest first.
     pub epochs: Vec<EpochId>,
-    /// Pages that were checked.
+    /// Blocks of pages that were checked.
     pub pages: u64,
     /// Bytes of pages, trees and tables that were checked.
     pub bytes: u64,
@@ -174,12 +175,13 @@ impl Pages {
     ) -> Result<Found, StoreError> {
         let medium = &*generation.medium;
         let loaded = self.stored.load(medium, stripe, spare.take())?;
-        let found = Found {
-            damages: loaded.damages(generation, self.stored.epoch, &|| {
-                self.places.get_or_init(|| Places::of(&self.index))
-            }),
+        let places = || self.places.get_or_init(|| Places::of(&self.index));
+        let mut found = Found {
+            damages: loaded.damages(generation, self.stored.epoch, &places),
             fixes: fixes(&loaded),
         };
+        let contents = loaded.unpack(generation, &self.stored, &places);
+        found.damages.extend(contents);
         *spare = Some(loaded.into_buffer());
         Ok(found)
     }

@@ -1,16 +1,18 @@
 //! Writing of one epoch.
 //!
-//! Pages go to the log as they come, each full stripe with its parity; trees, groups, index and
+//! Pages go to the log as they come, or packed together, each full stripe with its parity; trees, groups, index and
 //! trailer follow at the commit, then the parity of the last stripe, and all but the pages once more.
 //! What is not committed lies beyond the end of the log, where nobody looks.
 
 use crate::format::{
-    self, BLOCK_LEN, Index, Kind, NAME_MAX, Record, Says, Section, Seed, Trailer, TreePlace, Twice,
+    self, BLOCK_LEN, Kind, NAME_MAX, Record, Section, Seed, Trailer, TreePlace, Twice,
 };
+use crate::gather::Gathered;
 use crate::generation::{Generation, fresh_name};
+use crate::index::{Index, Says};
 use crate::planted::bug;
 use crate::store::{CommitTimes, Held, Live, Store};
-use crate::stripe::{Layout, Parity, WIDTH};
+use crate::stripe::{Layout, Parity, STRIPE, WIDTH};
 use outlive_epoch::{
     Acked, EpochFacts, EpochId, EpochWriter, PAGE_SIZE, PageSink, Run, StoreError,
 };
@@ -24,18 +26,22 @@ static ZERO_PAGE: [u8; PAGE_SIZE] = [0; PAGE_SIZE];
 
 /// Writes one epoch of a [`Store`].
 pub struct Writer<'a> {
-    store: &'a mut Store,
-    generation: Generation,
-    id: u64,
+    pub(crate) store: &'a mut Store,
+    pub(crate) generation: Generation,
+    pub(crate) id: u64,
     /// Whether this begins a new generation.
     base: bool,
     start: u64,
     /// Where the next page goes.
-    tail: u64,
+    pub(crate) tail: u64,
     seed: Seed,
     /// Of the stripe that is being written.
     parity: Parity,
-    index: Index,
+    pub(crate) index: Index,
+    /// Pages that wait to be packed.
+    pub(crate) gathered: Gathered,
+    /// Somebody waits: pages are stored as they are.
+    hurried: bool,
     trees: BTreeMap<String, Tree>,
     began_us: u64,
     /// A page could not be taken: the epoch is incomplete and must not be committed.
@@ -82,6 +88,8 @@ impl<'a> Writer<'a> {
             seed,
             parity: Parity::new(),
             index: Index::default(),
+            gathered: Gathered::default(),
+            hurried: false,
             trees: BTreeMap::new(),
             began_us,
             failed: false,
@@ -103,8 +111,13 @@ impl<'a> Writer<'a> {
         self.base
     }
 
-    /// Stores pages of which none is zero.
-    fn store_pages(&mut self, run: Run, bytes: &[u8]) -> Result<(), StoreError> {
+    /// Whether pages are packed now.
+    pub(crate) fn packs(&self) -> bool {
+        self.store.packer.is_some() && !self.hurried
+    }
+
+    /// Stores pages of which none is zero, as they are.
+    pub(crate) fn store_pages(&mut self, run: Run, bytes: &[u8]) -> Result<(), StoreError> {
         let mut done = 0;
         while done < run.count() {
             let stored = self.index.crcs.len() as u64;
@@ -112,28 +125,28 @@ impl<'a> Writer<'a> {
             let part = Run::new(run.space(), run.first() + done, count);
             let part = part.ok_or_else(|| StoreError::Misuse("an empty run".to_owned()))?;
             let from = done as usize * PAGE_SIZE;
-            self.store_in_stripe(part, &bytes[from..][..part.bytes() as usize])?;
-            if Layout::contiguous(stored) == count {
-                let parity = self.close_stripe(self.tail);
-                self.write(self.tail, &parity)?;
-                self.tail += parity.len() as u64;
-            }
+            self.index.push(part, Says::Data(self.tail));
+            self.store_blocks(&bytes[from..][..part.bytes() as usize])?;
             done += count;
         }
         Ok(())
     }
 
-    /// Stores pages that the present stripe has room for.
-    fn store_in_stripe(&mut self, run: Run, bytes: &[u8]) -> Result<(), StoreError> {
+    /// Stores blocks that the present stripe has room for, and its parity if it is full then.
+    pub(crate) fn store_blocks(&mut self, bytes: &[u8]) -> Result<(), StoreError> {
         let first_at = self.tail;
-        for (i, page) in bytes.chunks_exact(PAGE_SIZE).enumerate() {
+        for (i, block) in bytes.chunks_exact(PAGE_SIZE).enumerate() {
             let at = first_at + (i * PAGE_SIZE) as u64;
-            self.index.crcs.push(self.seed.crc(at, page));
-            self.parity.add(page);
+            self.index.crcs.push(self.seed.crc(at, block));
+            self.parity.add(block);
         }
         self.write(first_at, bytes)?;
-        self.index.push(run, Says::Data(first_at));
         self.tail += bytes.len() as u64;
+        if self.parity.pages() == STRIPE {
+            let parity = self.close_stripe(self.tail);
+            self.write(self.tail, &parity)?;
+            self.tail += parity.len() as u64;
+        }
         Ok(())
     }
 
@@ -171,9 +184,9 @@ impl<'a> Writer<'a> {
             let part = Run::new(run.space(), run.first() + from as u64, count as u64);
             let part = part.ok_or_else(|| StoreError::Misuse("an empty run".to_owned()))?;
             if zero {
-                self.index.push(part, Says::Zero);
+                self.say(part, Says::Zero);
             } else {
-                self.store_pages(part, pages[from..from + count].as_flattened())?;
+                self.take_pages(part, pages[from..from + count].as_flattened())?;
             }
             from += count;
         }
@@ -232,9 +245,10 @@ impl<'a> Writer<'a> {
     fn tables(&mut self, facts: EpochFacts) -> Tables {
         let (key, at) = (self.generation.key, self.tail);
         let len = self.tables_len();
-        let pages = self.index.crcs.len() as u64;
+        let blocks = self.index.crcs.len() as u64;
+        let saved = self.index.saved();
         let open = self.parity.pages() > 0;
-        let parity_at = Layout::place_parity(self.start, pages, at + len);
+        let parity_at = Layout::place_parity(self.start, blocks, at + len);
         let parity = self.close_stripe(parity_at);
         let parity_end = if open {
             parity_at + parity.len() as u64
@@ -269,7 +283,9 @@ impl<'a> Writer<'a> {
             index: index_section,
             entries: self.index.entries.len() as u64,
             facts,
-            pages,
+            pages: blocks + saved,
+            saved,
+            clusters: self.index.clusters.len() as u64,
             // With the copies of the tables, slot and seal, each in both places.
             bytes_written: (at - self.start) + parity.len() as u64 + 2 * len + 4 * BLOCK_LEN,
             previous_durable_us: previous.map_or(0, |record| record.durable_us),
@@ -345,6 +361,7 @@ impl<'a> Writer<'a> {
         let Trailer {
             bytes_written,
             pages,
+            saved,
             ..
         } = trailer;
         Ok((
@@ -353,6 +370,7 @@ impl<'a> Writer<'a> {
                 epoch: EpochId(self.id),
                 bytes_written,
                 pages,
+                saved_bytes: saved * PAGE_SIZE as u64,
             },
         ))
     }
@@ -368,6 +386,7 @@ pub(crate) struct Paused {
     seed: Seed,
     parity: Parity,
     index: Index,
+    gathered: Gathered,
     trees: BTreeMap<String, Tree>,
     began_us: u64,
     failed: bool,
@@ -386,6 +405,7 @@ impl Writer<'_> {
             seed: self.seed,
             parity: std::mem::replace(&mut self.parity, Parity::new()),
             index: std::mem::take(&mut self.index),
+            gathered: std::mem::take(&mut self.gathered),
             trees: std::mem::take(&mut self.trees),
             began_us: self.began_us,
             failed: self.failed,
@@ -406,6 +426,8 @@ impl Paused {
             seed: self.seed,
             parity: self.parity,
             index: self.index,
+            gathered: self.gathered,
+            hurried: false,
             trees: self.trees,
             began_us: self.began_us,
             failed: self.failed,
@@ -435,7 +457,7 @@ impl PageSink for Writer<'_> {
 
     fn absent(&mut self, run: Run) -> Result<(), StoreError> {
         if !bug("absent pages stay") {
-            self.index.push(run, Says::Absent);
+            self.say(run, Says::Absent);
         }
         Ok(())
     }
@@ -475,8 +497,12 @@ impl EpochWriter for Writer<'_> {
     }
 
     fn zero(&mut self, run: Run) -> Result<(), StoreError> {
-        self.index.push(run, Says::Zero);
+        self.say(run, Says::Zero);
         Ok(())
+    }
+
+    fn hurry(&mut self) {
+        self.hurried = true;
     }
 
     fn commit(mut self: Box<Self>, facts: EpochFacts) -> Result<Acked, StoreError> {
@@ -485,6 +511,9 @@ impl EpochWriter for Writer<'_> {
             return Err(StoreError::Misuse(what.to_owned()));
         }
         let began = self.store.host.monotonic_us();
+        if !bug("last cluster forgotten") {
+            self.settle_gathered()?;
+        }
         let (live, acked) = self.write_tables(facts)?;
         let data_us = self.store.host.monotonic_us().saturating_sub(began);
         self.store.times = CommitTimes {

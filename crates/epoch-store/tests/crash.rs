@@ -10,7 +10,7 @@ mod common;
 
 use common::{Model, Script, Step, create, history, models, open, read_back};
 use outlive_epoch::{EpochFacts, EpochReader, EpochWriter, StoreError};
-use outlive_epoch_store::{Access, REPAIRABLE, Store, repair_in, verify_in};
+use outlive_epoch_store::{Access, Codec, REPAIRABLE, Store, repair_in, verify_in};
 use outlive_media::{Fate, Fault, Lie, Op, Pending, SimDisk, power_off};
 use std::io;
 
@@ -127,6 +127,13 @@ fn cut_at(at: u64) -> Option<Fault> {
         error: power_off(),
         applied: false,
     })
+}
+
+#[test]
+pub(crate) fn a_power_cut_anywhere_leaves_packed_epochs_whole() {
+    common::pack(Some(Codec::Lz4));
+    a_power_cut_anywhere_leaves_the_last_or_the_next_epoch();
+    common::pack(None);
 }
 
 #[test]

@@ -9,7 +9,7 @@
 mod common;
 
 use common::{create, history, models, open, read_back};
-use outlive_epoch_store::{Access, REPAIRABLE, repair_in, verify_in};
+use outlive_epoch_store::{Access, Codec, REPAIRABLE, repair_in, verify_in};
 use outlive_media::SimDisk;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -24,23 +24,35 @@ fn golden(version: u32) -> PathBuf {
     tests.join(format!("v{version}/epochs.1"))
 }
 
-fn written_now() -> Vec<u8> {
+/// The same epochs, the first of which is packed with LZ4, the second with zstd.
+fn packed(version: u32) -> PathBuf {
+    golden(version).with_file_name("packed.epochs.1")
+}
+
+fn written_now(codecs: [Option<Codec>; EPOCHS]) -> Vec<u8> {
     let disk = SimDisk::new();
     let mut store = create(&disk).unwrap();
-    for script in &history()[..EPOCHS] {
+    for (script, codec) in history()[..EPOCHS].iter().zip(codecs) {
+        store.pack(codec);
         script.write(&mut store).unwrap();
     }
     store.close().unwrap();
     disk.contents("epochs.1").unwrap()
 }
 
+/// Writes an image that is not there yet, if that is asked for.
+fn update(path: &Path, bytes: &dyn Fn() -> Vec<u8>) {
+    if std::env::var_os("OUTLIVE_UPDATE_GOLDEN").is_some() && !path.exists() {
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(path, bytes()).unwrap();
+    }
+}
+
 #[test]
 pub(crate) fn the_present_version_writes_its_golden_image() {
     let path = golden(PRESENT);
-    if std::env::var_os("OUTLIVE_UPDATE_GOLDEN").is_some() && !path.exists() {
-        fs::create_dir_all(path.parent().unwrap()).unwrap();
-        fs::write(&path, written_now()).unwrap();
-    }
+    let written_now = || written_now([None; EPOCHS]);
+    update(&path, &written_now);
     let golden = fs::read(&path).unwrap();
     assert!(
         golden == written_now(),
@@ -52,8 +64,10 @@ pub(crate) fn the_present_version_writes_its_golden_image() {
 pub(crate) fn every_golden_image_is_read_repaired_and_gone_on_from() {
     let history = history();
     let models = models(&history);
-    for version in 1..=PRESENT {
-        let image = fs::read(golden(version)).unwrap();
+    let codecs = [Some(Codec::Lz4), Some(Codec::Zstd), None];
+    update(&packed(PRESENT), &|| written_now(codecs));
+    for (version, path) in (1..=PRESENT).flat_map(|v| [(v, golden(v)), (v, packed(v))]) {
+        let image = fs::read(&path).unwrap();
         for from in (0..image.len()).step_by(5 * 4096) {
             let disk = SimDisk::new();
             let mut bytes = image.clone();
@@ -66,6 +80,10 @@ pub(crate) fn every_golden_image_is_read_repaired_and_gone_on_from() {
             let store = open(&disk, Access::Read).unwrap();
             let found: Vec<u64> = store.epochs().iter().map(|epoch| epoch.id.0).collect();
             assert_eq!(found, [1, 2, 3], "version {version}");
+            let epochs = store.epochs();
+            let saved = epochs.iter().map(|epoch| epoch.saved_bytes > 0);
+            let is_packed = path == packed(version);
+            assert!(saved.eq([is_packed, is_packed, false]), "{path:?}");
             for (epoch, model) in store.epochs().iter().zip(&models) {
                 let reader = store.epoch(Some(epoch.id)).unwrap();
                 assert_eq!(read_back(&reader).unwrap(), *model, "version {version}");

@@ -18,6 +18,8 @@ mod damage;
 mod golden;
 #[path = "model.rs"]
 mod model;
+#[path = "packed.rs"]
+mod packed;
 #[path = "torture.rs"]
 mod torture;
 
@@ -84,6 +86,12 @@ const PLANTED: &[Planted] = planted![
     "split run not advanced": torture::lives_survive_killed_writers,
     "checksums of the first run": crash::a_full_medium_keeps_what_is_there_and_works_again_when_there_is_space,
     "runs joined over a gap": crash::a_full_medium_keeps_what_is_there_and_works_again_when_there_is_space,
+    // What is packed together.
+    "place in the cluster not advanced": packed::what_was_packed_comes_back,
+    "said before what came before": packed::what_was_packed_comes_back,
+    "cluster over the end of a stripe": packed::what_was_packed_comes_back,
+    "last cluster forgotten": packed::all_pages_of_a_lost_cluster_are_named,
+    "clusters of epochs not told apart": packed::what_was_packed_comes_back,
     // What checksums and copies are for.
     "files not told apart": damage::a_block_of_another_image_is_found,
     "places not told apart": damage::blocks_in_wrong_places_are_found,

@@ -39,6 +39,8 @@ pub struct Acked {
     pub bytes_written: u64,
     /// Pages whose contents this epoch stored (zero and absent pages not counted).
     pub pages: u64,
+    /// Bytes that packing these pages saved.
+    pub saved_bytes: u64,
 }
 
 /// Facts about an epoch that listings show without parsing its trees.
@@ -76,6 +78,9 @@ pub trait EpochWriter: PageSink {
 
     /// States that these pages are zero, however many they are: that costs the same for each run.
     fn zero(&mut self, run: Run) -> Result<(), StoreError>;
+
+    /// From now on somebody waits for this epoch: nothing is done any more only to save space.
+    fn hurry(&mut self) {}
 
     /// Makes the epoch durable and publishes it. When this returns `Ok`, it survives a power cut.
     fn commit(self: Box<Self>, facts: EpochFacts) -> Result<Acked, StoreError>;

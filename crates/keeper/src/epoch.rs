@@ -3,6 +3,7 @@
 //! # Rules
 //! - Begin, precopy, stop, resume, write, sync the program's files, commit. The program is stopped
 //!   for as short as its tracker can make it; everything slow happens while it runs.
+//! - Nothing is packed while the program stands still and waits for it, nor once there is a power event.
 //! - A *planned end* keeps the program stopped until the epoch is durable, and only then ends it.
 //!   If anything fails before, the program runs on.
 //! - A *held* epoch keeps the program stopped until it is durable, and then lets it run on. At a
@@ -158,6 +159,9 @@ pub struct Taken {
     pub pages: u64,
     /// Bytes written.
     pub bytes_written: u64,
+    /// Bytes that packing the pages saved.
+    #[serde(default)]
+    pub saved_bytes: u64,
     /// What the time went to.
     #[serde(default)]
     pub steps: Steps,
@@ -282,6 +286,9 @@ fn steps<P: Program>(
         let mut hurry = || manner != Manner::Ending && hooks.urgent();
         program.precopy(&mut *writer, &mut hurry)?;
     }
+    if hooks.urgent() {
+        writer.hurry();
+    }
     let precopy_us = micros(began.elapsed());
     let stopping = Instant::now();
     // An early return drops `frozen`, which lets the program run on.
@@ -291,7 +298,10 @@ fn steps<P: Program>(
     let runs_on = manner == Manner::Running && !hooks.urgent();
     let (frozen, stopped) = match runs_on {
         true => (None, Some(frozen.resume()?)),
-        false => (Some(frozen), None),
+        false => {
+            writer.hurry();
+            (Some(frozen), None)
+        }
     };
     let written = write(&snapshot, &mut *writer, precopy_us);
     let done = written.and_then(|steps| {
@@ -376,6 +386,7 @@ fn commit<S: Snapshot>(
         durable_us: micros(stopping.elapsed()),
         pages: acked.pages,
         bytes_written: acked.bytes_written,
+        saved_bytes: acked.saved_bytes,
         steps,
     })
 }

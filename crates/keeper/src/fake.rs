@@ -275,6 +275,7 @@ impl EpochWriter for FakeWriter<'_> {
             epoch: EpochId(self.log.committed),
             bytes_written: 4096,
             pages: 1,
+            saved_bytes: 0,
         })
     }
 }

@@ -33,6 +33,8 @@ pub struct Summary {
     pub pages: u64,
     /// Bytes written.
     pub bytes_written: u64,
+    /// Bytes that packing the pages saved.
+    pub saved_bytes: u64,
 }
 
 /// Damage that was found.
@@ -138,6 +140,7 @@ impl Image {
                 durable_us: (epoch.durable_us > 0).then_some(epoch.durable_us),
                 pages: epoch.pages,
                 bytes_written: epoch.bytes_written,
+                saved_bytes: epoch.saved_bytes,
             })
             .collect()
     }

@@ -29,7 +29,7 @@ use crate::stats::Stops;
 use crate::subject::Capture;
 use crate::upkeep::{self, Upkeep};
 use outlive_epoch::{PAGE_SIZE, StoreError};
-use outlive_epoch_store::APART;
+use outlive_epoch_store::{APART, Codec};
 use outlive_linux::signals::SignalQueue;
 use outlive_process::ProcessError;
 use rustix::event::{PollFd, PollFlags, poll};
@@ -82,6 +82,8 @@ pub struct Settings {
     pub max_stop: Option<Duration>,
     /// What is to become of earlier epochs.
     pub policy: Policy,
+    /// How pages are packed; not with a hold-up budget.
+    pub pack: Option<Codec>,
     /// What is known of the medium.
     pub model: Model,
 }
@@ -201,6 +203,7 @@ impl<'a, P: Program> Keeper<'a, P> {
         let upkeep = Upkeep::new(settings.policy);
         if let Some(store) = log.store() {
             store.keep_older(settings.policy.keep.is_some());
+            store.pack(settings.pack.filter(|_| settings.hold_up.is_none()));
         }
         let (hold_up, model) = (settings.hold_up, settings.model.clone());
         if hold_up.is_some() {

@@ -116,6 +116,7 @@ fn settings(pid: u32) -> Settings {
         max_wear: None,
         max_stop: None,
         policy: Policy::default(),
+        pack: None,
         model: Model::new(Figures::default()),
     }
 }
@@ -451,6 +452,7 @@ fn decided(
         durable_us: 1,
         pages: 1,
         bytes_written: 1,
+        saved_bytes: 0,
         steps: crate::epoch::Steps::default(),
     };
     let fate = desk.decide(&taken);

@@ -20,6 +20,7 @@
 use crate::budget::keeping::HoldUp;
 use crate::retention::{Keep, Policy};
 use crate::{KeeperError, procfs};
+use outlive_epoch_store::Codec;
 use outlive_process::track::FILES_LIMIT;
 use outlive_process::{Granularity, Strategy};
 use rustix::fs::{FlockOperation, Mode, OFlags};
@@ -74,6 +75,9 @@ pub struct Card {
     /// Most bytes of all generations, bytes.
     #[serde(default)]
     pub max_size: Option<u64>,
+    /// How pages are packed, by its name.
+    #[serde(default)]
+    pub compress: Option<String>,
     /// The process.
     pub pid: u32,
     /// Its start time in clock ticks since boot, which tells it from a later process of the same
@@ -172,6 +176,7 @@ impl Card {
             files_limit: None,
             keep: None,
             max_size: None,
+            compress: None,
             pid: 0,
             started: 0,
             boot: String::new(),
@@ -204,6 +209,22 @@ impl Card {
             max_size: self.max_size,
             thorough: false,
         }
+    }
+
+    /// How pages are packed that are written for it.
+    ///
+    /// # Errors
+    /// Refused, where this version knows no such way.
+    pub fn codec(&self) -> Result<Option<Codec>, KeeperError> {
+        let Some(name) = &self.compress else {
+            return Ok(None);
+        };
+        name.parse().map(Some).map_err(|_| {
+            KeeperError::Refused(format!(
+                "its epochs were compressed by {name:?}, which this outlive does not know: use a newer one, or \
+                 say `--compress none`"
+            ))
+        })
     }
 
     /// How long the program may be stopped for an epoch.
@@ -544,6 +565,7 @@ mod tests {
             files_limit: Some(5),
             keep: Some("last=3,daily=7".parse().unwrap()),
             max_size: Some(9),
+            compress: Some("lz4".into()),
             pid: std::process::id(),
             started: procfs::start_time(std::process::id()).unwrap(),
             boot: procfs::boot_id(),

@@ -5,6 +5,7 @@
 
 use crate::commands::BenchArgs;
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use outlive_epoch_store::Codec;
 use outlive_keeper::KeeperError;
 use outlive_keeper::budget::keeping::HoldUp;
 use outlive_keeper::retention::{Keep, Policy};
@@ -299,6 +300,22 @@ pub struct Promise {
     /// What the newest ones need stays
     #[arg(long, value_name = "BYTES", value_parser = parse_bytes)]
     pub max_size: Option<u64>,
+    /// Compress what epochs store, where that saves space, while the program runs: lz4 takes little
+    /// processor time, zstd saves more. Not with a hold-up budget, and not what the program waits for
+    /// [default: none]
+    #[arg(long, value_name = "HOW", conflicts_with = "hold_up")]
+    pub compress: Option<Compress>,
+}
+
+/// How epochs are compressed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Compress {
+    /// Not at all
+    None,
+    /// LZ4
+    Lz4,
+    /// Zstandard
+    Zstd,
 }
 
 impl Promise {
@@ -309,6 +326,15 @@ impl Promise {
             max_size: self.max_size,
             thorough: false,
         }
+    }
+
+    /// How pages are packed; `None` where nothing was said of it.
+    pub fn codec(&self) -> Option<Option<Codec>> {
+        self.compress.map(|how| match how {
+            Compress::None => None,
+            Compress::Lz4 => Some(Codec::Lz4),
+            Compress::Zstd => Some(Codec::Zstd),
+        })
     }
 
     /// The longest stop as it is written down, microseconds.

@@ -170,6 +170,10 @@ impl EpochWriter for Counted<'_> {
         self.writer.zero(run)
     }
 
+    fn hurry(&mut self) {
+        self.writer.hurry();
+    }
+
     fn commit(self: Box<Self>, facts: EpochFacts) -> Result<Acked, StoreError> {
         let Self {
             writer, progress, ..

@@ -7,8 +7,9 @@ pub mod trials;
 use outlive_epoch::{
     Content, EpochFacts, EpochId, EpochReader, EpochWriter, PAGE_SIZE, Run, SpaceId, StoreError,
 };
-use outlive_epoch_store::{Access, Host, Reader, Store, Writer};
+use outlive_epoch_store::{Access, Codec, Host, Reader, Store, Writer};
 use outlive_media::SimDisk;
+use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, LazyLock};
@@ -199,16 +200,28 @@ pub fn read_back(reader: &Reader) -> Result<Model, StoreError> {
     Ok(model)
 }
 
+thread_local! {
+    static PACKING: Cell<Option<Codec>> = const { Cell::new(None) };
+}
+
+/// The stores that this thread opens from now on pack pages so.
+pub fn pack(codec: Option<Codec>) {
+    PACKING.set(codec);
+}
+
+fn packing(mut store: Store) -> Store {
+    store.pack(PACKING.get());
+    store
+}
+
 pub fn open(disk: &SimDisk, access: Access) -> Result<Store, StoreError> {
-    Store::open_in(
-        Arc::new(disk.directory()),
-        Arc::new(SimHost::default()),
-        access,
-    )
+    let host = Arc::new(SimHost::default());
+    Store::open_in(Arc::new(disk.directory()), host, access).map(packing)
 }
 
 pub fn create(disk: &SimDisk) -> Result<Store, StoreError> {
-    Store::create_in(Arc::new(disk.directory()), Arc::new(SimHost::default()))
+    let host = Arc::new(SimHost::default());
+    Store::create_in(Arc::new(disk.directory()), host).map(packing)
 }
 
 /// A small history that uses every feature: zero pages, superseded pages, absent pages, trees

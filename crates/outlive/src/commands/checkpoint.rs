@@ -112,6 +112,7 @@ fn copy(
         durable_us: micros(began.elapsed()),
         pages: acked.pages,
         bytes_written: acked.bytes_written,
+        saved_bytes: acked.saved_bytes,
         steps: Steps::default(),
     };
     Ok((pids, taken))
@@ -227,6 +228,7 @@ fn show(what: &str, pids: Pids, taken: &Taken, json: bool) {
             "durable_us": taken.durable_us,
             "pages": taken.pages,
             "bytes_written": taken.bytes_written,
+            "saved_bytes": taken.saved_bytes,
             "epoch": taken.epoch,
             "time": out::moment(taken.time_ns),
         }));

@@ -36,18 +36,19 @@ pub fn inspect(root: &Root, args: &InspectArgs, json: bool) -> Result<u8, Keeper
         .collect();
     let groups = groups?;
     let spaces = spaces(&reader.runs());
+    let stored = epochs.iter().find(|epoch| epoch.epoch == reader.id().0);
+    let saved = stored.map_or(0, |epoch| epoch.saved_bytes);
     if json {
-        out::json(&as_json(
-            reader.id().0,
-            epochs.len(),
-            &groups,
-            &spaces,
-            args,
-        ));
+        let mut value = as_json(reader.id().0, epochs.len(), &groups, &spaces, args);
+        value["saved_bytes"] = json!(saved);
+        out::json(&value);
     } else if args.dts {
         out::line(dts::source(&*reader, &schemas)?.trim_end());
     } else {
         print(reader.id().0, epochs.len(), &groups, &spaces);
+        if saved > 0 {
+            out::line(&format!("compression saved {} of it", out::bytes(saved)));
+        }
     }
     let problems: usize = groups.iter().map(|group| group.problems.len()).sum();
     for group in &groups {

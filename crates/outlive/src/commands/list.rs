@@ -198,6 +198,8 @@ impl Entry {
             "generations": self.files.len(),
             "keep": self.card.as_ref().and_then(|card| card.keep).map(|keep| keep.to_string()),
             "max_size": self.card.as_ref().and_then(|card| card.max_size),
+            "compress": self.card.as_ref().and_then(|card| card.compress.clone()),
+            "saved_bytes": self.saved_bytes(),
             "untracked_since": self.untracked_since().map(out::moment),
             "hold_up": self.budget(),
             "bytes_written": live.map(|l| l.bytes_written),
@@ -206,6 +208,14 @@ impl Entry {
             "power_events": live.map(|l| l.events),
             "command": self.card.as_ref().map(|card| card.command.clone()),
         })
+    }
+}
+
+impl Entry {
+    /// Bytes that compression saved in all files.
+    fn saved_bytes(&self) -> u64 {
+        let epochs = self.files.iter().flat_map(|file| &file.epochs);
+        epochs.fold(0, |sum, epoch| sum.saturating_add(epoch.saved_bytes))
     }
 }
 
@@ -280,6 +290,7 @@ pub fn history(root: &Root, name: &str, json: bool) -> Result<u8, KeeperError> {
                 "durable_us": epoch.durable_us,
                 "pages": epoch.pages,
                 "bytes_written": epoch.bytes_written,
+                "saved_bytes": epoch.saved_bytes,
                 "generation": file.map(|file| file.number),
                 "generation_bytes": file.map(|file| file.bytes),
             })

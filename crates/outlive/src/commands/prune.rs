@@ -7,7 +7,7 @@ use outlive_keeper::KeeperError;
 use outlive_keeper::control::{Reply, Request, ask};
 use outlive_keeper::images::Image;
 use outlive_keeper::retention::{Keep, Moment, Policy};
-use outlive_keeper::subject::{Root, Subject};
+use outlive_keeper::subject::{Card, Root, Subject};
 use outlive_keeper::upkeep::{self, Pruned};
 use serde_json::json;
 
@@ -27,7 +27,7 @@ pub fn prune(root: &Root, args: &PruneArgs, json: bool) -> Result<u8, KeeperErro
     let pruned = match ask(subject.dir(), Request::Prune { keep: Some(keep) }, None)? {
         Some(Reply::Pruned(pruned)) => pruned,
         Some(other) => return Err(other.into_error()),
-        None => alone(&subject, keep, card.max_size)?,
+        None => alone(&subject, keep, &card)?,
     };
     if json {
         let mut told = json!(pruned);
@@ -46,12 +46,13 @@ pub fn prune(root: &Root, args: &PruneArgs, json: bool) -> Result<u8, KeeperErro
 }
 
 /// Of a subject that nobody keeps.
-fn alone(subject: &Subject, keep: Keep, max_size: Option<u64>) -> Result<Pruned, KeeperError> {
+fn alone(subject: &Subject, keep: Keep, card: &Card) -> Result<Pruned, KeeperError> {
     let _lock = subject.lock()?;
     let mut store = Store::open(subject.epochs_dir(), Access::Write)?;
+    store.pack(card.codec()?);
     let policy = Policy {
         keep: Some(keep),
-        max_size,
+        max_size: card.max_size,
         thorough: true,
     };
     let pruned = upkeep::prune(&mut store, policy)?;

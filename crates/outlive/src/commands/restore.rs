@@ -211,6 +211,14 @@ fn subject(
         known.max_wear = args.promise.max_wear.or(known.max_wear);
         known.keep = args.promise.keep.or(known.keep);
         known.max_size = args.promise.max_size.or(known.max_size);
+        if let Some(codec) = args.promise.codec() {
+            if codec.is_some() && known.hold_up.is_some() {
+                let what = "is kept with a hold-up budget, and an event must not wait for compression: \
+                            leave --compress out";
+                return Err(KeeperError::Refused(format!("{name} {what}")));
+            }
+            known.compress = codec.map(|codec| codec.to_string());
+        }
         subject.write_card(&lock, &known)?;
     }
     let mut signals = queue()?;
@@ -257,6 +265,7 @@ fn subject(
         every: Duration::from_nanos(known.every_ns),
         max_stop: known.max_stop(),
         policy: known.policy(),
+        pack: known.codec()?,
         capture: known.capture,
         child: true,
         hold_up: known.hold_up,

@@ -84,6 +84,7 @@ pub fn run(root: &Root, args: &RunArgs, json: bool) -> Result<u8, KeeperError> {
         max_wear: args.pace.promise.max_wear,
         max_stop: args.pace.promise.max_stop,
         policy: args.pace.promise.policy(),
+        pack: args.pace.promise.codec().flatten(),
         model,
     };
     let options = options(&args.pace, true);
@@ -144,6 +145,7 @@ pub fn attach(root: &Root, args: &AttachArgs, json: bool) -> Result<u8, KeeperEr
         every: Duration::from_nanos(card.every_ns),
         max_stop: card.max_stop(),
         policy: card.policy(),
+        pack: card.codec()?,
         capture: card.capture,
         child: false,
         hold_up,
@@ -343,6 +345,11 @@ fn blank_card(command: Vec<String>, pace: &Pace) -> Card {
         files_limit: Some(pace.files_limit),
         keep: pace.promise.keep,
         max_size: pace.promise.max_size,
+        compress: pace
+            .promise
+            .codec()
+            .flatten()
+            .map(|codec| codec.to_string()),
         pid: 0,
         started: 0,
         boot: procfs::boot_id(),

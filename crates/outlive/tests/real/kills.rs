@@ -73,6 +73,48 @@ enum Victim {
 }
 
 #[test]
+fn compressed_epochs_come_back_after_a_kill() {
+    if !may_run("compressed_epochs_come_back_after_a_kill") {
+        return;
+    }
+    let _alone = alone();
+    let python = installed("python3");
+    for (codec, how) in [("lz4", "--lazy"), ("zstd", "--detach")] {
+        let place = Place::new();
+        let begin = ["run", "--name", "a", "--every", "20ms", "--compress", codec];
+        let program = ["--", &python, "-I", "-S", "-c", PROGRAM];
+        let mut kept = place.start(&[&begin[..], &program].concat());
+        place.epoch_after("a", 2);
+        let status = place.status("a");
+        assert_eq!(status["compress"], codec);
+        // Most of its memory is zeros with a few numbers.
+        let (saved, stored) = (&status["saved_bytes"], &status["store_bytes"]);
+        assert!(saved.as_u64() > stored.as_u64(), "{status}");
+        let pid = u32::try_from(status["pid"].as_u64().unwrap()).unwrap();
+        let _ended = Ended(pid);
+        signal(pid, Signal::KILL);
+        assert_eq!(kept.code(), 137);
+        place.call(&["verify", "a"]).succeeds();
+        let inspected = place.call(&["inspect", "a", "--epoch", "1", "--json"]);
+        assert!(inspected.json()["saved_bytes"].as_u64() > Some(0));
+        let mut words = vec!["restore", "a", "--detach"];
+        words.extend(Some(how).filter(|how| *how != "--detach"));
+        place.call(&words).succeeds();
+        goes_on(&place, 0);
+        // What it was kept with counts on.
+        let before = place.status("a")["saved_bytes"].as_u64();
+        place.epoch_after("a", place.newest("a") + 1);
+        until("another compressed epoch", || {
+            place.status("a")["saved_bytes"].as_u64() > before
+        });
+        place.call(&["stop", "a"]).succeeds();
+        place
+            .call(&["restore", "a", "--hold-up", "1s", "--compress", "lz4"])
+            .fails(2, &["cannot be used with"]);
+    }
+}
+
+#[test]
 fn whoever_dies_at_any_moment_the_newest_epoch_comes_back() {
     if !may_run("whoever_dies_at_any_moment_the_newest_epoch_comes_back") {
         return;

@@ -123,6 +123,7 @@ impl EpochWriter for Writer<'_> {
             epoch: EpochId(self.epoch.id),
             bytes_written: 0,
             pages,
+            saved_bytes: 0,
         };
         self.store.epochs.push(self.epoch);
         Ok(acked)
