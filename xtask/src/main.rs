@@ -10,6 +10,7 @@
 mod bench;
 mod cleanup;
 mod demo;
+mod garage;
 mod inherited;
 mod lab;
 mod model;

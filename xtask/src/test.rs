@@ -9,11 +9,12 @@
 //! These lines, and tests that are `#[ignore]`d, are listed with their reasons at the end, so that
 //! nobody takes a skipped test for a passed one.
 
-use crate::{mutants, tools, workspace};
+use crate::{garage, mutants, tools, workspace};
 use anyhow::{Context, Result, bail};
 use std::{
     collections::BTreeMap,
     io::{BufRead, BufReader},
+    path::Path,
     process::Stdio,
     time::Instant,
 };
@@ -22,8 +23,9 @@ use std::{
 pub fn run(long: bool) -> Result<()> {
     let begun = Instant::now();
     tools::ensure_all()?;
+    let garage = garage::ensure()?;
     build()?;
-    let (summary, passed) = test(long)?;
+    let (summary, passed) = test(long, &garage)?;
     let mutants = mutants::run();
     summary.print(begun.elapsed().as_secs());
     mutants?;
@@ -41,11 +43,20 @@ fn build() -> Result<()> {
     if !status.success() {
         bail!("the workspace does not build");
     }
+    // Without object stores, nothing else may be missing.
+    let status = workspace::cargo()
+        .args(["check", "-p", "outlive-elsewhere", "--no-default-features"])
+        .status()
+        .context("cannot start cargo")?;
+    if !status.success() {
+        bail!("outlive-elsewhere does not build without object stores");
+    }
     Ok(())
 }
 
-fn test(long: bool) -> Result<(Summary, bool)> {
+fn test(long: bool, garage: &Path) -> Result<(Summary, bool)> {
     let mut cargo = workspace::cargo();
+    cargo.env("OUTLIVE_GARAGE", garage);
     if long {
         cargo.env("OUTLIVE_LONG", "1");
     }

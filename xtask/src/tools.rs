@@ -14,6 +14,11 @@ use std::{
     process::{Command, Stdio},
 };
 
+/// A library, by the file by which it is found.
+pub const SODIUM: &str = "/usr/include/sodium.h";
+/// The same of another one.
+pub const ZSTD: &str = "/usr/include/zstd.h";
+
 /// Everything that `cargo xtask test` needs, and the package that brings it.
 pub const ALL: &[Tool] = &[
     Tool {
@@ -136,6 +141,22 @@ pub const ALL: &[Tool] = &[
         package: "binutils",
         service: None,
     },
+    // What Garage is built with.
+    Tool {
+        program: "pkg-config",
+        package: "pkg-config",
+        service: None,
+    },
+    Tool {
+        program: SODIUM,
+        package: "libsodium-dev",
+        service: None,
+    },
+    Tool {
+        program: ZSTD,
+        package: "libzstd-dev",
+        service: None,
+    },
     // The server itself is in no PATH; this comes with it.
     Tool {
         program: "pg_lsclusters",
@@ -147,7 +168,7 @@ pub const ALL: &[Tool] = &[
 /// One program.
 #[derive(Debug)]
 pub struct Tool {
-    /// How it is called.
+    /// How it is called; a path, where it is no program.
     pub program: &'static str,
     /// Which package brings it.
     pub package: &'static str,
@@ -203,6 +224,7 @@ pub fn find(program: &str) -> Option<PathBuf> {
     let path = env::var_os("PATH").unwrap_or_default();
     env::split_paths(&path)
         .chain(["/usr/sbin".into(), "/sbin".into()])
+        // A path stays what it is.
         .map(|folder| folder.join(program))
         .find(|candidate| candidate.is_file())
 }

@@ -24,6 +24,8 @@ mod export;
 mod frame;
 mod import;
 mod manifest;
+#[cfg(feature = "objects")]
+mod objects;
 mod publication;
 mod pull;
 mod push;
@@ -32,6 +34,8 @@ mod shelf;
 mod shelf_tests;
 #[cfg(test)]
 mod stream_tests;
+mod together;
+mod url;
 
 pub use export::{Which, export};
 pub use frame::{LARGEST_ABOUT, VERSION};
@@ -41,6 +45,7 @@ pub use publication::{Error, Publication, published};
 pub use pull::{Pulled, Wanted, pull};
 pub use push::{Load, Pushed, push};
 pub use shelf::{DirectoryShelf, Shelf};
+pub use url::{Opened, open};
 
 /// What went over.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

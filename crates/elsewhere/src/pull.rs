@@ -8,12 +8,14 @@
 use crate::manifest::{Hash, LARGEST_MANIFEST, Manifest, Piece, VERSION};
 use crate::publication::{Error, Publication, chunk_name, heads, place_of, published};
 use crate::shelf::Shelf;
+use crate::together::together;
 use outlive_epoch::{EpochId, EpochWriter, PAGE_SIZE, PageSink, StoreError};
 use outlive_epoch_store::Store;
 use std::collections::BTreeSet;
 use std::fs;
 use std::io;
 use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Which epoch is wanted, where there are several.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -56,26 +58,7 @@ pub fn pull<E: From<Error> + From<StoreError>>(
     let manifest = describe(shelf, subject, &publication)?;
     let made = fs::create_dir_all(spool);
     made.map_err(|error| medium(spool, error))?;
-    let mut pulled = Pulled {
-        publication,
-        pieces: 0,
-        fetched: 0,
-        bytes: 0,
-    };
-    let pieces = manifest.pieces();
-    let all: u64 = pieces.map(|piece| u64::from(piece.len)).sum();
-    let (mut seen, mut done) = (BTreeSet::new(), 0);
-    for piece in manifest.pieces() {
-        if seen.insert(piece.hash) {
-            pulled.pieces += 1;
-            if fetch(shelf, piece, spool)? {
-                pulled.fetched += 1;
-                pulled.bytes += u64::from(piece.len);
-            }
-        }
-        done += u64::from(piece.len);
-        progress(done, all);
-    }
+    let pulled = gather(shelf, &manifest, publication, spool, progress)?;
     let mut store = open(&manifest.about)?;
     assemble(&manifest, spool, &mut store)?;
     store.close()?;
@@ -167,6 +150,47 @@ fn describe(
         return Err(damaged("it is of another epoch than its name says"));
     }
     Ok(manifest)
+}
+
+/// Sees to it that all pieces are in the spool.
+fn gather(
+    shelf: &dyn Shelf,
+    manifest: &Manifest,
+    publication: Publication,
+    spool: &Path,
+    progress: &mut dyn FnMut(u64, u64),
+) -> Result<Pulled, StoreError> {
+    let all: u64 = manifest.pieces().map(|piece| u64::from(piece.len)).sum();
+    let (fetched, bytes) = (AtomicU64::new(0), AtomicU64::new(0));
+    let done = AtomicU64::new(0);
+    let mut seen = BTreeSet::new();
+    let work = |piece: Piece| {
+        let len = u64::from(piece.len);
+        if fetch(shelf, piece, spool)? {
+            fetched.fetch_add(1, Ordering::Relaxed);
+            bytes.fetch_add(len, Ordering::Relaxed);
+        }
+        done.fetch_add(len, Ordering::Relaxed);
+        Ok(())
+    };
+    together(work, |hand| {
+        for piece in manifest.pieces() {
+            if seen.insert(piece.hash) {
+                hand(piece)?;
+            } else {
+                done.fetch_add(u64::from(piece.len), Ordering::Relaxed);
+            }
+            progress(done.load(Ordering::Relaxed), all);
+        }
+        Ok(())
+    })?;
+    progress(all, all);
+    Ok(Pulled {
+        publication,
+        pieces: seen.len() as u64,
+        fetched: fetched.into_inner(),
+        bytes: bytes.into_inner(),
+    })
 }
 
 /// Sees to it that a piece is in the spool; says whether it had to come from the shelf.

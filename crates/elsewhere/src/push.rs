@@ -8,11 +8,13 @@
 use crate::manifest::{Hash, LARGEST_CHUNK, Manifest, Piece, WINDOW, Window};
 use crate::publication::{Error, Publication, chunk_name, heads, place_of, published};
 use crate::shelf::Shelf;
+use crate::together::together;
 use outlive_epoch::{
     Content, EpochId, EpochReader, Order, PAGE_SIZE, Run, SpaceId, StoreError, VisitError,
 };
 use outlive_epoch_store::{Reader, Store};
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Windows that are read together.
 const BATCH: usize = 16;
@@ -77,16 +79,20 @@ pub fn push(
         about: load.about.to_vec(),
         ..Manifest::default()
     };
-    let mut loading = Loading {
-        shelf,
-        seen: BTreeSet::new(),
-        new_pieces: 0,
-        new_bytes: 0,
-        done: 0,
-        progress,
-    };
-    loading.trees(&reader, &mut manifest)?;
-    loading.pages(&reader, &mut manifest)?;
+    let counts = Counts::default();
+    let mut seen = BTreeSet::new();
+    let work = |(piece, bytes): (Piece, Vec<u8>)| counts.put(shelf, piece, &bytes);
+    together(work, |hand| {
+        let mut loading = Loading {
+            hand,
+            seen: &mut seen,
+            counts: &counts,
+            progress,
+        };
+        loading.trees(&reader, &mut manifest)?;
+        loading.pages(&reader, &mut manifest)
+    })?;
+    progress(counts.done.load(Ordering::Relaxed));
     let bytes = manifest.encode();
     let publication = Publication {
         epoch: load.epoch.0,
@@ -99,9 +105,9 @@ pub fn push(
     let forked = heads(&published(shelf, subject)?) != [publication];
     Ok(Pushed {
         publication,
-        pieces: loading.seen.len() as u64,
-        new_pieces: loading.new_pieces,
-        new_bytes: loading.new_bytes,
+        pieces: seen.len() as u64,
+        new_pieces: counts.new_pieces.into_inner(),
+        new_bytes: counts.new_bytes.into_inner(),
         forked,
     })
 }
@@ -137,36 +143,53 @@ fn allowed(
     }
 }
 
+/// What became of the pieces.
+#[derive(Default)]
+struct Counts {
+    new_pieces: AtomicU64,
+    new_bytes: AtomicU64,
+    /// Bytes of those that are on the shelf for certain.
+    done: AtomicU64,
+}
+
+impl Counts {
+    /// Sees to it that a piece is on the shelf.
+    fn put(&self, shelf: &dyn Shelf, piece: Piece, bytes: &[u8]) -> Result<(), StoreError> {
+        let (name, len) = (chunk_name(piece.hash), bytes.len() as u64);
+        // One of another length is a wreck: its name says what it should hold.
+        if shelf.len(&name)? != Some(len) {
+            shelf.put(&name, bytes)?;
+            self.new_pieces.fetch_add(1, Ordering::Relaxed);
+            self.new_bytes.fetch_add(len, Ordering::Relaxed);
+        }
+        self.done.fetch_add(len, Ordering::Relaxed);
+        Ok(())
+    }
+}
+
 struct Loading<'a> {
-    shelf: &'a dyn Shelf,
-    /// Pieces of this epoch that are on the shelf for certain.
-    seen: BTreeSet<Hash>,
-    new_pieces: u64,
-    new_bytes: u64,
-    done: u64,
+    /// Hands a piece over to whoever puts it on the shelf.
+    hand: &'a mut dyn FnMut((Piece, Vec<u8>)) -> Result<(), StoreError>,
+    /// Pieces that were handed over.
+    seen: &'a mut BTreeSet<Hash>,
+    counts: &'a Counts,
     progress: &'a mut dyn FnMut(u64),
 }
 
 impl Loading<'_> {
-    /// Sees to it that these bytes are on the shelf.
-    fn piece(&mut self, bytes: &[u8]) -> Result<Piece, StoreError> {
+    /// Sees to it that these bytes get onto the shelf.
+    fn piece(&mut self, bytes: Vec<u8>) -> Result<Piece, StoreError> {
         let piece = Piece {
-            hash: Hash::of(bytes),
+            hash: Hash::of(&bytes),
             len: bytes.len() as u32,
         };
-        self.done += bytes.len() as u64;
-        (self.progress)(self.done);
-        if self.seen.contains(&piece.hash) {
-            return Ok(piece);
+        if self.seen.insert(piece.hash) {
+            (self.hand)((piece, bytes))?;
+        } else {
+            let len = bytes.len() as u64;
+            self.counts.done.fetch_add(len, Ordering::Relaxed);
         }
-        let name = chunk_name(piece.hash);
-        // One of another length is a wreck: its name says what it should hold.
-        if self.shelf.len(&name)? != Some(bytes.len() as u64) {
-            self.shelf.put(&name, bytes)?;
-            self.new_pieces += 1;
-            self.new_bytes += bytes.len() as u64;
-        }
-        self.seen.insert(piece.hash);
+        (self.progress)(self.counts.done.load(Ordering::Relaxed));
         Ok(piece)
     }
 
@@ -174,7 +197,7 @@ impl Loading<'_> {
         for group in reader.groups() {
             let tree = reader.tree(&group)?.unwrap_or_default();
             let parts = tree.chunks(LARGEST_CHUNK as usize);
-            let pieces: Result<_, _> = parts.map(|part| self.piece(part)).collect();
+            let pieces: Result<_, _> = parts.map(|part| self.piece(part.to_vec())).collect();
             manifest.groups.push((group, pieces?));
         }
         Ok(())
@@ -186,7 +209,7 @@ impl Loading<'_> {
         let windows: Vec<Window> = windows(&stored).collect();
         for batch in windows.chunks(BATCH) {
             let contents = read(reader, batch)?;
-            for (window, bytes) in batch.iter().zip(&contents) {
+            for (window, bytes) in batch.iter().zip(contents) {
                 let Piece { hash, .. } = self.piece(bytes)?;
                 manifest.windows.push(Window { hash, ..*window });
             }

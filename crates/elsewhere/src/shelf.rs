@@ -13,8 +13,8 @@ use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// A place of objects.
-pub trait Shelf {
+/// A place of objects, which is asked for several of them at once.
+pub trait Shelf: Sync {
     /// What errors call it.
     fn place(&self) -> String;
 

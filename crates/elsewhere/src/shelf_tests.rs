@@ -9,25 +9,25 @@ use crate::{Pulled, Pushed, Wanted, pull, push};
 use outlive_epoch::{EpochFacts, EpochId, Run, SpaceId, StoreError};
 use outlive_epoch_store::{Access, Store};
 use proptest::prelude::*;
-use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
+use std::sync::{Mutex, MutexGuard};
 
 /// A shelf in memory, of which an operation can be made to fail.
 #[derive(Default)]
 struct Memory {
-    objects: RefCell<BTreeMap<String, Vec<u8>>>,
+    objects: Mutex<BTreeMap<String, Vec<u8>>>,
     /// Operations so far, and the one at which everything begins to fail.
-    operations: Cell<u64>,
-    fails_at: Cell<Option<u64>>,
-    puts: Cell<u64>,
+    operations: AtomicU64,
+    fails_at: Mutex<Option<u64>>,
+    puts: AtomicU64,
 }
 
 impl Memory {
     fn step(&self) -> Result<(), StoreError> {
-        let now = self.operations.get();
-        self.operations.set(now + 1);
-        match self.fails_at.get() {
+        let now = self.operations.fetch_add(1, SeqCst);
+        match *self.fails_at.lock().unwrap() {
             Some(at) if now >= at => Err(StoreError::Medium {
                 place: self.place(),
                 source: std::io::Error::other("unplugged"),
@@ -37,9 +37,17 @@ impl Memory {
     }
 
     fn repaired(&self) {
-        self.fails_at.set(None);
-        self.operations.set(0);
-        self.puts.set(0);
+        *self.fails_at.lock().unwrap() = None;
+        self.operations.store(0, SeqCst);
+        self.puts.store(0, SeqCst);
+    }
+
+    fn fails_at(&self, operation: u64) {
+        *self.fails_at.lock().unwrap() = Some(operation);
+    }
+
+    fn objects(&self) -> MutexGuard<'_, BTreeMap<String, Vec<u8>>> {
+        self.objects.lock().unwrap()
     }
 }
 
@@ -50,13 +58,13 @@ impl Shelf for Memory {
 
     fn len(&self, name: &str) -> Result<Option<u64>, StoreError> {
         self.step()?;
-        let objects = self.objects.borrow();
+        let objects = self.objects();
         Ok(objects.get(name).map(|bytes| bytes.len() as u64))
     }
 
     fn get(&self, name: &str, most: u64) -> Result<Option<Vec<u8>>, StoreError> {
         self.step()?;
-        let bytes = self.objects.borrow().get(name).cloned();
+        let bytes = self.objects().get(name).cloned();
         assert!(
             bytes
                 .as_ref()
@@ -67,15 +75,15 @@ impl Shelf for Memory {
 
     fn put(&self, name: &str, bytes: &[u8]) -> Result<(), StoreError> {
         self.step()?;
-        self.puts.set(self.puts.get() + 1);
-        let old = self.objects.borrow_mut().insert(name.into(), bytes.into());
+        self.puts.fetch_add(1, SeqCst);
+        let old = self.objects().insert(name.into(), bytes.into());
         assert!(old.is_none_or(|old| old == bytes), "{name} was changed");
         Ok(())
     }
 
     fn list(&self, below: &str) -> Result<Vec<String>, StoreError> {
         self.step()?;
-        let objects = self.objects.borrow();
+        let objects = self.objects();
         let names = objects.keys().filter_map(|name| {
             let (parent, name) = name.rsplit_once('/')?;
             (parent == below).then(|| name.to_owned())
@@ -164,13 +172,13 @@ fn wherever_a_push_is_interrupted_nothing_is_there_yet_and_it_goes_on() {
     let whole_push = {
         let shelf = Memory::default();
         send(&shelf, &from, 2, &[]).unwrap();
-        shelf.operations.get()
+        shelf.operations.load(SeqCst)
     };
     for at in 0..whole_push {
         let shelf = Memory::default();
-        shelf.fails_at.set(Some(at));
+        shelf.fails_at(at);
         let failed = send(&shelf, &from, 2, &[]);
-        let before = shelf.puts.get();
+        let before = shelf.puts.load(SeqCst);
         shelf.repaired();
         let there = published(&shelf, "s").unwrap();
         // Only the look for others comes after the description.
@@ -178,7 +186,7 @@ fn wherever_a_push_is_interrupted_nothing_is_there_yet_and_it_goes_on() {
         assert!(failed.is_err());
         let known: Vec<Hash> = there.iter().map(|one| one.hash).collect();
         send(&shelf, &from, 2, &known).unwrap();
-        let (again, all) = (shelf.puts.get(), shelf.objects.borrow().len() as u64);
+        let (again, all) = (shelf.puts.load(SeqCst), shelf.objects().len() as u64);
         assert_eq!(before + again, all, "{at}: nothing is written twice");
         let to = scratch();
         newest(&shelf, to.path()).unwrap();
@@ -196,7 +204,7 @@ fn wherever_a_pull_is_interrupted_it_goes_on_with_what_came() {
     for at in 0..pushed.pieces + 2 {
         let to = scratch();
         shelf.repaired();
-        shelf.fails_at.set(Some(at));
+        shelf.fails_at(at);
         assert!(matches!(newest(&shelf, to.path()), Err(Error::Store(_))));
         assert!(!to.path().join("to").exists());
         shelf.repaired();
@@ -212,23 +220,23 @@ fn whatever_is_spoilt_on_the_shelf_or_beside_the_store_is_noticed() {
     let from = sample(dir.path());
     let shelf = Memory::default();
     send(&shelf, &from, 3, &[]).unwrap();
-    let names: Vec<String> = shelf.objects.borrow().keys().cloned().collect();
+    let names: Vec<String> = shelf.objects().keys().cloned().collect();
     for name in names {
-        let good = shelf.objects.borrow()[&name].clone();
+        let good = shelf.objects()[&name].clone();
         for flip in [0, good.len() / 2, good.len() - 1] {
             let mut bad = good.clone();
             bad[flip] ^= 1;
-            shelf.objects.borrow_mut().insert(name.clone(), bad);
+            shelf.objects().insert(name.clone(), bad);
             let error = newest(&shelf, scratch().path()).unwrap_err();
             let told = matches!(&error, Error::Store(StoreError::Damaged { place, .. }) if place.contains(&name));
             assert!(told, "{name}: {error}");
         }
         let cut = good[..good.len() - 1].to_vec();
-        shelf.objects.borrow_mut().insert(name.clone(), cut);
+        shelf.objects().insert(name.clone(), cut);
         assert!(newest(&shelf, scratch().path()).is_err());
-        shelf.objects.borrow_mut().remove(&name);
+        shelf.objects().remove(&name);
         assert!(newest(&shelf, scratch().path()).is_err());
-        shelf.objects.borrow_mut().insert(name, good);
+        shelf.objects().insert(name, good);
     }
     let to = scratch();
     let all = newest(&shelf, to.path()).unwrap().pieces;
@@ -306,18 +314,16 @@ fn hosts_that_go_different_ways_take_nothing_from_each_other() {
     assert!(late.contains("neither pushed nor pulled"), "{late}");
     // At the same time: the other's description comes while this one is being written.
     let race = Memory::default();
-    *race.objects.borrow_mut() = shelf.objects.borrow().clone();
+    *race.objects() = shelf.objects().clone();
     let name = format!("subjects/s/{}", ours.publication.name());
-    let description = race.objects.borrow_mut().remove(&name).unwrap();
+    let description = race.objects().remove(&name).unwrap();
     let load = Load {
         store: &there,
         epoch: EpochId(4),
         about: b"about",
     };
     let mut comes = |_: Option<Hash>, _: Hash| {
-        race.objects
-            .borrow_mut()
-            .insert(name.clone(), description.clone());
+        race.objects().insert(name.clone(), description.clone());
         Ok(())
     };
     let theirs = push(&race, "s", load, &[base.hash], &mut comes, &mut |_| {}).unwrap();

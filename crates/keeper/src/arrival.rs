@@ -7,10 +7,11 @@
 //!   killed is removed by the next one of that name, but for the spool: pieces that came already, which
 //!   are checked again before they are used.
 //! - A subject that is there is never replaced.
+//! - What an arrival left behind can be seen ([`unsettled`]) and given up ([`abandon`]).
 
-use crate::subject::{Card, Lock, Root, Subject};
+use crate::subject::{ARRIVING, Card, Lock, Root, Subject};
 use crate::{KeeperError, subject};
-use rustix::fs::RenameFlags;
+use rustix::fs::{FlockOperation, RenameFlags};
 use rustix::io::Errno;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
@@ -37,12 +38,7 @@ impl Arrival {
         }
         let here = subject::arriving(&target, root.path());
         here.make()?;
-        let lock = here.lock().map_err(|error| match error {
-            KeeperError::Refused(_) => KeeperError::Refused(format!(
-                "{name} is just arriving by another command: wait for it, or use --name"
-            )),
-            other => other,
-        })?;
+        let lock = lock(&here)?;
         let arrival = Self {
             root: root.path().to_path_buf(),
             target,
@@ -127,6 +123,85 @@ impl Drop for Arrival {
     }
 }
 
+/// An arrival that has not become a subject.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Unsettled {
+    /// The name that the subject will have.
+    pub name: String,
+    /// A command is at it; else it was interrupted.
+    pub at_it: bool,
+    /// What came so far, bytes.
+    pub bytes: u64,
+}
+
+/// All arrivals that have not become subjects, sorted by name; none where there is no store.
+///
+/// # Errors
+/// What the operating system says of the store.
+pub fn unsettled(root: &Root) -> Result<Vec<Unsettled>, KeeperError> {
+    let entries = match fs::read_dir(root.path()) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+        other => other.map_err(KeeperError::io(format!("read {}", root.path().display())))?,
+    };
+    let mut all = Vec::new();
+    for entry in entries.flatten() {
+        let name = entry.file_name().into_string().unwrap_or_default();
+        let name = name.strip_prefix(ARRIVING).map(str::to_owned);
+        all.extend(name.filter(|name| root.subject(name).is_ok()).map(|name| {
+            let dir = entry.path();
+            Unsettled {
+                name,
+                at_it: is_locked(&dir),
+                bytes: ["spool", "epochs"]
+                    .map(|sub| bytes_in(&dir.join(sub)))
+                    .iter()
+                    .sum(),
+            }
+        }));
+    }
+    all.sort_by(|a, b| a.name.cmp(&b.name));
+    Ok(all)
+}
+
+/// Removes what an interrupted arrival of this name left; says whether there was any.
+///
+/// # Errors
+/// Refused, while a command is at it; usage for a bad name; what the operating system says.
+pub fn abandon(root: &Root, name: &str) -> Result<bool, KeeperError> {
+    let here = subject::arriving(&root.subject(name)?, root.path());
+    if fs::symlink_metadata(here.dir()).is_err() {
+        return Ok(false);
+    }
+    here.remove(&lock(&here)?)?;
+    Ok(true)
+}
+
+fn lock(here: &Subject) -> Result<Lock, KeeperError> {
+    here.lock().map_err(|error| match error {
+        KeeperError::Refused(_) => KeeperError::Refused(format!(
+            "{} is just arriving by another command: wait for it, or use --name",
+            here.name()
+        )),
+        other => other,
+    })
+}
+
+/// Whether a command holds the lock, which is not waited for.
+fn is_locked(dir: &Path) -> bool {
+    let lock = File::open(dir.join("keeper.lock"));
+    lock.is_ok_and(|lock| {
+        let tried = rustix::fs::flock(&lock, FlockOperation::NonBlockingLockShared);
+        tried == Err(Errno::WOULDBLOCK)
+    })
+}
+
+fn bytes_in(dir: &Path) -> u64 {
+    let entries = fs::read_dir(dir).into_iter().flatten().flatten();
+    entries
+        .filter_map(|entry| Some(entry.metadata().ok()?.len()))
+        .sum()
+}
+
 fn sync(dir: &Path) -> Result<(), KeeperError> {
     let synced = File::open(dir).and_then(|dir| dir.sync_all());
     synced.map_err(KeeperError::io(format!("sync {}", dir.display())))
@@ -199,6 +274,28 @@ mod tests {
         second.settle(&Card::elsewhere("pulled")).unwrap();
         let subject = root.subject("a").unwrap();
         assert!(!subject.dir().join("spool").exists());
+    }
+
+    #[test]
+    fn what_an_arrival_left_is_seen_and_can_be_given_up() {
+        let (_dir, root) = root();
+        assert_eq!(unsettled(&root).unwrap(), []);
+        let arrival = Arrival::begin(&root, "a").unwrap();
+        fs::create_dir(arrival.spool_dir()).unwrap();
+        fs::write(arrival.spool_dir().join("piece"), "four").unwrap();
+        let seen = |at_it| Unsettled {
+            name: "a".into(),
+            at_it,
+            bytes: 4,
+        };
+        assert_eq!(unsettled(&root).unwrap(), [seen(true)]);
+        let busy = abandon(&root, "a").unwrap_err();
+        assert!(busy.to_string().contains("just arriving"), "{busy}");
+        arrival.postpone();
+        assert_eq!(unsettled(&root).unwrap(), [seen(false)]);
+        assert!(abandon(&root, "a").unwrap());
+        assert!(!abandon(&root, "a").unwrap());
+        assert_eq!(fs::read_dir(root.path()).unwrap().count(), 0);
     }
 
     #[test]

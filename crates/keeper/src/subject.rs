@@ -385,12 +385,15 @@ pub struct Subject {
     dir: PathBuf,
 }
 
-/// The place where a subject is put together before it is one; its name is none that a subject can
-/// have.
+/// What the names of directories begin with in which subjects are put together: no name of a subject
+/// begins so.
+pub(crate) const ARRIVING: &str = ".arriving-";
+
+/// The place where a subject is put together before it is one.
 pub(crate) fn arriving(target: &Subject, root: &Path) -> Subject {
     Subject {
         name: target.name.clone(),
-        dir: root.join(format!(".arriving-{}", target.name)),
+        dir: root.join(format!("{ARRIVING}{}", target.name)),
     }
 }
 

@@ -513,7 +513,8 @@ pub struct ImportArgs {
 pub struct PushArgs {
     /// The subject
     pub name: String,
-    /// Where to: a directory, as a path or file:///PATH
+    /// Where to: a directory, as a path or file:///PATH; or s3://BUCKET/PREFIX, gs://BUCKET/PREFIX,
+    /// az://CONTAINER/PREFIX, with keys and endpoint in the environment (AWS_…, GOOGLE_…, AZURE_…)
     #[arg(value_name = "URL")]
     pub url: String,
     /// Number of the epoch; the newest where it is not given
@@ -529,7 +530,7 @@ pub struct PushArgs {
 pub struct PullArgs {
     /// The name that it has there
     pub name: String,
-    /// Where from: a directory, as a path or file:///PATH
+    /// Where from, as for push
     #[arg(value_name = "URL")]
     pub url: String,
     /// Number of the epoch; the newest where it is not given

@@ -3,6 +3,7 @@
 use super::run::claim;
 use crate::out;
 use outlive_keeper::KeeperError;
+use outlive_keeper::arrival::abandon;
 use outlive_keeper::control::{Reply, Request, ask};
 use outlive_keeper::epoch::{Taken, micros};
 use outlive_keeper::power::{PowerReport, monotonic_ns};
@@ -117,13 +118,23 @@ pub fn simulate(
 
 /// `outlive forget`
 pub fn forget(root: &Root, name: &str, json: bool) -> Result<u8, KeeperError> {
-    let subject = root.existing(name)?;
-    let lock = claim(&subject)?;
-    if subject.card().is_ok_and(|card| card.runs()) {
-        not_kept(&subject)?;
+    match root.existing(name) {
+        Ok(subject) => {
+            let lock = claim(&subject)?;
+            if subject.card().is_ok_and(|card| card.runs()) {
+                not_kept(&subject)?;
+            }
+            super::device::clear(&subject)?;
+            subject.remove(&lock)?;
+            abandon(root, name)?;
+        }
+        // What an interrupted import or pull left is forgotten by the same name.
+        Err(error) => {
+            if !abandon(root, name)? {
+                return Err(error);
+            }
+        }
     }
-    super::device::clear(&subject)?;
-    subject.remove(&lock)?;
     if json {
         out::json(&json!({ "name": name, "state": "forgotten" }));
     }

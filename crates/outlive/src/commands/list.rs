@@ -3,6 +3,7 @@
 use crate::out::{self, Column};
 use outlive_epoch::StoreError;
 use outlive_epoch_store::GenerationSummary;
+use outlive_keeper::arrival::{Unsettled, unsettled};
 use outlive_keeper::control::{Reply, Request, Status, ask};
 use outlive_keeper::images::{Image, Summary};
 use outlive_keeper::procfs::Pids;
@@ -18,6 +19,8 @@ const PATIENCE: Duration = Duration::from_secs(3);
 struct Entry {
     name: String,
     state: String,
+    /// What came so far of one that is no subject yet, bytes.
+    arrived: Option<u64>,
     live: Option<Status>,
     card: Option<Card>,
     epochs: Vec<Summary>,
@@ -31,7 +34,8 @@ pub fn ps(root: &Root, json: bool) -> Result<u8, KeeperError> {
         .iter()
         .map(|name| root.subject(name).map(|subject| look(&subject)))
         .collect();
-    let entries = entries?;
+    let mut entries = entries?;
+    entries.extend(unsettled(root)?.into_iter().map(Entry::arriving));
     if json {
         out::json(&Value::Array(entries.iter().map(Entry::json).collect()));
     } else if entries.is_empty() {
@@ -78,6 +82,7 @@ fn look(subject: &Subject) -> Entry {
     Entry {
         name: subject.name().into(),
         state,
+        arrived: None,
         live,
         card: card.ok(),
         epochs: epochs.unwrap_or_default(),
@@ -86,6 +91,23 @@ fn look(subject: &Subject) -> Entry {
 }
 
 impl Entry {
+    /// What is no subject yet, and may never be one.
+    fn arriving(arrival: Unsettled) -> Self {
+        let state = match arrival.at_it {
+            true => "arriving",
+            false => "arrival interrupted",
+        };
+        Self {
+            name: arrival.name,
+            state: state.into(),
+            arrived: Some(arrival.bytes),
+            live: None,
+            card: None,
+            epochs: Vec::new(),
+            files: Vec::new(),
+        }
+    }
+
     fn pids(&self) -> Option<Pids> {
         let runs = self.live.is_some() || self.state == "not kept";
         let card = self.card.as_ref().filter(|_| runs);
@@ -163,9 +185,10 @@ impl Entry {
     }
 
     fn state(&self) -> String {
-        match self.untracked_since() {
-            Some(since) => format!("{} since {}", self.state, out::short_moment(since)),
-            None => self.state.clone(),
+        match (self.untracked_since(), self.arrived) {
+            (Some(since), _) => format!("{} since {}", self.state, out::short_moment(since)),
+            (None, Some(bytes)) => format!("{}, {}", self.state, out::bytes(bytes)),
+            (None, None) => self.state.clone(),
         }
     }
 
@@ -174,6 +197,7 @@ impl Entry {
         json!({
             "name": self.name,
             "state": self.state,
+            "arrived_bytes": self.arrived,
             "pid": self.pids().map(|pids| pids.pid),
             "ns_pid": self.pids().map(|pids| pids.ns_pid),
             "keeper_pid": live.map(|l| l.keeper_pid),

@@ -4,7 +4,7 @@ use super::carry::About;
 use crate::cli::{PullArgs, PushArgs};
 use crate::out;
 use crate::progress::Progress;
-use outlive_elsewhere::{DirectoryShelf, Error, Hash, Load, Pushed, Wanted};
+use outlive_elsewhere::{Error, Hash, Load, Opened, Pushed, Shelf, Wanted};
 use outlive_epoch::{EpochId, StoreError};
 use outlive_epoch_store::Store;
 use outlive_keeper::KeeperError;
@@ -14,9 +14,6 @@ use outlive_keeper::places::Places;
 use outlive_keeper::subject::Root;
 use serde_json::json;
 use std::path::Path;
-
-/// Schemes of places that are not offered yet.
-const SCHEMES: [&str; 6] = ["s3", "gs", "az", "azure", "http", "https"];
 
 /// A failure of a pull.
 struct Failure(KeeperError);
@@ -46,28 +43,10 @@ fn told(error: Error) -> KeeperError {
     }
 }
 
-/// The shelf that is meant, and its name in the records: two ways to write it are one.
-fn shelf(url: &str) -> Result<(DirectoryShelf, String), KeeperError> {
-    let path = match url.split_once("://") {
-        Some(("file", path)) if path.starts_with('/') => path,
-        Some(("file", _)) => {
-            let what = format!("{url}: write a path of this machine as file:///PATH");
-            return Err(KeeperError::Usage(what));
-        }
-        Some((scheme, _)) if SCHEMES.contains(&scheme) => {
-            return Err(KeeperError::Usage(format!(
-                "{url}: {scheme} is not offered yet; name a directory, which other hosts may mount"
-            )));
-        }
-        Some((scheme, _)) => {
-            return Err(KeeperError::Usage(format!("{url}: there is no {scheme}")));
-        }
-        None => url,
-    };
-    let absolute = std::path::absolute(path);
-    let absolute = absolute.map_err(KeeperError::io(format!("find {path}")))?;
-    let name = format!("file://{}", absolute.display());
-    Ok((DirectoryShelf::new(&absolute), name))
+/// The shelf that is meant, and its name in the records.
+fn shelf(url: &str) -> Result<(Box<dyn Shelf>, String), KeeperError> {
+    let Opened { shelf, name } = outlive_elsewhere::open(url).map_err(KeeperError::Usage)?;
+    Ok((shelf, name))
 }
 
 /// `outlive push`
@@ -104,7 +83,7 @@ pub fn push(root: &Root, args: &PushArgs, json: bool) -> Result<u8, KeeperError>
     let size = outlive_epoch::EpochReader::runs(&*image.epoch(Some(epoch))?);
     let size = crate::progress::bytes(&size);
     let mut progress = Progress::new("pushing");
-    let pushed = outlive_elsewhere::push(&shelf, there, load, &known, &mut intend, &mut |done| {
+    let pushed = outlive_elsewhere::push(&*shelf, there, load, &known, &mut intend, &mut |done| {
         progress.at(done, size);
     });
     drop(progress);
@@ -166,7 +145,7 @@ pub fn pull(root: &Root, args: &PullArgs, json: bool) -> Result<u8, KeeperError>
     let mut progress = Progress::new("pulling");
     let epochs = arrival.epochs_dir();
     let pulled = outlive_elsewhere::pull(
-        &shelf,
+        &*shelf,
         there,
         &wanted,
         &arrival.spool_dir(),

@@ -170,7 +170,7 @@ fn what_one_host_pushes_another_pulls_continues_and_pushes_again() {
     late.fails(3, &["nothing was pushed", "--as"]);
     place.call(&["push", "a", "shelf", "--as", "b"]).succeeds();
     other(&["pull", "a", &url, "--name", "c"]).succeeds();
-    other(&["push", "a", "s3://bucket/x"]).fails(2, &["not offered yet"]);
+    other(&["push", "a", "ftp://host/x"]).fails(2, &["there is no ftp"]);
     other(&["pull", "nobody", &url]).fails(1, &["nobody"]);
     // Without its pieces an epoch is not taken, and nothing of it stays.
     fs::remove_dir_all(place.path("shelf/chunks")).unwrap();
