@@ -86,11 +86,20 @@ impl Lab {
         self.switch_on(kernel, processor, &disk)
     }
 
+    /// What machines with persistent memory find in it from now on: nothing.
+    pub fn new_memory(&self) -> Result<()> {
+        Ok(fs::File::create(self.memory())?.set_len(MEMORY)?)
+    }
+
+    fn memory(&self) -> PathBuf {
+        self.folder.join("memory")
+    }
+
     /// The same as [`Lab::boot`] once, with persistent memory in a slot, which the host keeps in a file.
     pub fn boot_with_memory(&self, kernel: &Kernel, processor: &str) -> Result<Machine> {
-        let path = self.folder.join("memory");
+        let path = self.memory();
         if !path.exists() {
-            fs::File::create(&path)?.set_len(MEMORY)?;
+            self.new_memory()?;
         }
         let of = format!("id=kept,share=on,size={MEMORY},mem-path={}", path.display());
         let disk = format!("file={}", self.disk().display());
