@@ -2,6 +2,7 @@
 
 use crate::shelf::{DirectoryShelf, Shelf};
 use std::fmt;
+use std::path::PathBuf;
 
 /// A shelf, and the one name that it has in records: two ways to write it are one.
 pub struct Opened {
@@ -33,6 +34,8 @@ pub fn open(url: &str) -> Result<Opened, String> {
         Some((scheme, _)) => return objects(url, scheme),
     };
     let absolute = std::path::absolute(path).map_err(|error| format!("find {path}: {error}"))?;
+    // A slash at the end is no component.
+    let absolute: PathBuf = absolute.components().collect();
     Ok(Opened {
         name: format!("file://{}", absolute.display()),
         shelf: Box::new(DirectoryShelf::new(&absolute)),

@@ -351,6 +351,7 @@ impl<'a> Writer<'a> {
         } else {
             live.announce().map_err(failed)?;
         }
+        // Also before a file gets its name: if the record's flush fails, nothing but the record is written again.
         if !bug("data not flushed") {
             live.generation.medium.flush().map_err(failed)?;
         }

@@ -104,7 +104,10 @@ impl Programs {
         let mut libraries: Vec<PathBuf> = Vec::new();
         let sqlite = crate::tools::find("sqlite3").context("there is no sqlite3")?;
         let mkfs = crate::tools::find("mkfs.ext4").context("there is no mkfs.ext4")?;
-        for program in workspace::build_for_lab()?.into_iter().chain([sqlite, mkfs]) {
+        for program in workspace::build_for_lab()?
+            .into_iter()
+            .chain([sqlite, mkfs])
+        {
             let name = program.file_name().context("a program without a name")?;
             let stripped = folder.join(name);
             let status = Command::new("strip")

@@ -77,7 +77,10 @@ fn direct(machine: &Machine) -> Result<()> {
     let flags = "sed -n '/\\/memory\\/epochs/,/VmFlags/p' /proc/[0-9]*/smaps 2>/dev/null";
     let (_, said) = machine.ask(&format!("{flags} | grep VmFlags"))?;
     ensure!(
-        !said.trim().is_empty() && said.lines().all(|l| l.split_whitespace().any(|f| f == "sf")),
+        !said.trim().is_empty()
+            && said
+                .lines()
+                .all(|l| l.split_whitespace().any(|f| f == "sf")),
         "the memory is not mapped with MAP_SYNC: {said:?}"
     );
     Ok(())

@@ -5,6 +5,9 @@ use crate::{BLOCK, SECTOR};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+/// Bytes that reach mapped memory together.
+const WORD: usize = 8;
+
 /// A change that is not durable yet.
 #[derive(Clone, Debug)]
 pub enum Pending {
@@ -28,6 +31,9 @@ pub enum Fate {
     /// Only the sectors whose bit is set are there (sector 64 as sector 0, and so on). For
     /// anything but a write: kept if bit 0 is set.
     Torn(u64),
+    /// Of each word of eight bytes, this seed says whether it is there: what stores to mapped memory leave, which
+    /// reach it in any order until a fence. For anything but a write: kept if bit 0 is set.
+    Words(u64),
     /// The range holds bytes made from this seed. For anything but a write: dropped.
     Trash(u64),
     /// The range holds zeros. For anything but a write: dropped.
@@ -50,7 +56,7 @@ impl State {
     pub fn suffer(&mut self, pending: &Pending, fate: Fate) {
         let kept = match fate {
             Fate::Keep => true,
-            Fate::Torn(mask) => mask & 1 == 1,
+            Fate::Torn(mask) | Fate::Words(mask) => mask & 1 == 1,
             Fate::Drop | Fate::Trash(_) | Fate::Zero | Fate::Stale(_) => false,
         };
         match pending {
@@ -104,6 +110,17 @@ impl State {
                         self.put(id, offset + i * SECTOR, sector);
                     }
                 }
+            }
+            Fate::Words(seed) => {
+                let mut found = self.before(id, offset as u64, bytes.len());
+                let chosen = trash(seed, bytes.len().div_ceil(WORD));
+                let words = found.chunks_mut(WORD).zip(bytes.chunks(WORD));
+                for ((found, word), chosen) in words.zip(chosen) {
+                    if chosen & 1 == 1 {
+                        found.copy_from_slice(word);
+                    }
+                }
+                self.put(id, offset, &found);
             }
             Fate::Trash(seed) => self.put(id, offset, &trash(seed, bytes.len())),
             Fate::Zero => self.put(id, offset, &vec![0; bytes.len()]),
