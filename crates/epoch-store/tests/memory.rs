@@ -22,7 +22,9 @@ fn disk() -> SimDisk {
     static DIRT: LazyLock<Vec<u8>> = LazyLock::new(|| {
         let host = SimHost::default();
         // Another identity than that of the life that follows.
-        (0..100).for_each(|_| drop(host.uuid()));
+        for _ in 0..100 {
+            host.uuid();
+        }
         let disk = SimDisk::new();
         let mut store = Store::create_in(Arc::new(disk.directory()), Arc::new(host)).unwrap();
         for script in history()[..3].iter().rev() {
