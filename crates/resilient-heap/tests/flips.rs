@@ -153,6 +153,65 @@ fn every_trashed_line_is_repaired_or_lost_and_two_flips_are_corrected() {
     assert!(fine > 200 && lost <= 2, "{fine} {lost}");
 }
 
+/// A commit takes what a line was from the writer's working copy. What flipped at home meanwhile, in the line,
+/// its word or its parity, is written over or can be corrected afterwards; it never gets into what is right.
+#[test]
+fn flips_under_an_open_heap_are_written_over_or_corrected() {
+    let states = expected();
+    let mut flips = 0;
+    for (before, seed) in [(3, 5), (6, 0), (8, 3)] {
+        let good = bytes_after(before);
+        for at in (0..good.len()).step_by(64) {
+            let zeros = good[at..][..64].iter().all(|b| *b == 0);
+            if at < 6 * 4096 || (zeros && !(at / 64).is_multiple_of(53)) {
+                continue;
+            }
+            let memory = std::sync::Arc::new(Volatile::new(1 << 20).unwrap());
+            let mut heap = open(options(), Shared(std::sync::Arc::clone(&memory))).unwrap();
+            for n in 0..before {
+                step(&mut heap, n).unwrap();
+            }
+            let place = at + (at / 64 + seed) % 64;
+            // SAFETY: in bounds, and nobody refers to it now.
+            #[allow(unsafe_code)]
+            unsafe {
+                let byte = *memory.base().as_ptr().add(place);
+                memory.store(place, &[byte ^ 1 << (place % 8)]);
+            }
+            for n in before..STEPS {
+                step(&mut heap, n).unwrap();
+            }
+            assert_eq!(
+                contents(&heap).unwrap(),
+                states[STEPS as usize].0,
+                "{place}"
+            );
+            assert_eq!(heap.scrub().unwrap().lost, [], "{place}");
+            assert_eq!(heap.scrub().unwrap().corrected, [], "{place}");
+            assert_eq!(
+                contents(&heap).unwrap(),
+                states[STEPS as usize].0,
+                "{place}"
+            );
+            flips += 1;
+        }
+    }
+    println!("{flips} flips");
+    assert!(flips > 300, "{flips}");
+}
+
+/// The bytes while a heap is open, after so many steps.
+fn bytes_after(steps: u64) -> Vec<u8> {
+    let memory = std::sync::Arc::new(Volatile::new(1 << 20).unwrap());
+    let mut heap = open(options(), Shared(std::sync::Arc::clone(&memory))).unwrap();
+    for n in 0..steps {
+        step(&mut heap, n).unwrap();
+    }
+    // SAFETY: the memory is readable as long as it is, and nobody writes now.
+    #[allow(unsafe_code)]
+    unsafe { std::slice::from_raw_parts(memory.base().as_ptr(), memory.len()) }.to_vec()
+}
+
 #[test]
 fn a_line_beyond_repair_is_named_and_nothing_else_is_lost() {
     let good = bytes(true);
