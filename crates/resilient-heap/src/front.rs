@@ -47,16 +47,6 @@ pub struct Before {
     index: usize,
 }
 
-/// A line that waits to be made durable.
-#[derive(Clone, Copy, Debug)]
-struct Waiting {
-    at: usize,
-    /// What is right at home, where that is known.
-    old: Option<Line>,
-    zone: usize,
-    index: usize,
-}
-
 struct Zone {
     base: NonNull<u8>,
     layout: Layout,
@@ -72,8 +62,9 @@ pub struct Front {
     levels: Vec<Vec<Before>>,
     /// Lists of levels that ended, to be used again.
     spare: Vec<Vec<Before>>,
-    /// Lines that committed transactions changed, and that are not durable yet; each once.
-    pending: Vec<Waiting>,
+    /// Lines that committed transactions changed, and that are not durable yet; each once, as it is at
+    /// home if it is known (not [`ABSENT`]).
+    pending: Vec<Before>,
 }
 
 // SAFETY: the pointers are owned; nobody else has them.
@@ -183,23 +174,23 @@ impl Front {
         };
         self.put(zone, index, &bytes);
         self.zones[zone].state[index] = HERE;
-        if corrected {
+        if corrected && !core::mem::replace(&mut self.zones[zone].waits[index], true) {
             // Written back with the next commit.
-            self.wait(zone, index, None);
+            let before = self.before(zone, index, ABSENT);
+            self.pending.push(before);
         }
         Ok(())
     }
 
-    /// A line shall be made durable; what is right at home.
-    fn wait(&mut self, zone: usize, index: usize, old: Option<Line>) {
-        if !core::mem::replace(&mut self.zones[zone].waits[index], true) {
-            let at = self.geometry.zone_at(zone) + index * LINE;
-            self.pending.push(Waiting {
-                at,
-                old,
-                zone,
-                index,
-            });
+    /// A line as it is now.
+    #[inline]
+    fn before(&self, zone: usize, index: usize, state: u8) -> Before {
+        Before {
+            at: self.geometry.zone_at(zone) + index * LINE,
+            line: self.get(zone, index),
+            state,
+            zone,
+            index,
         }
     }
 
@@ -219,13 +210,7 @@ impl Front {
     }
 
     fn note(&mut self, zone: usize, index: usize, state: u8, changed: u8) {
-        let before = Before {
-            at: self.geometry.zone_at(zone) + index * LINE,
-            line: self.get(zone, index),
-            state,
-            zone,
-            index,
-        };
+        let before = self.before(zone, index, state);
         if let Some(level) = self.levels.last_mut() {
             level.push(before);
         }
@@ -274,18 +259,12 @@ impl Front {
     /// the next time that changes are made durable.
     pub fn merge(&mut self) {
         let mut inner = self.end();
-        let outer = self.levels.len().checked_sub(1);
-        for before in inner.drain(..) {
-            let (zone, index) = (before.zone, before.index);
-            match outer {
-                None => {
-                    self.zones[zone].state[index] = HERE;
-                    let old = (before.state != ABSENT).then_some(before.line);
-                    self.wait(zone, index, old);
-                }
-                Some(level) => {
-                    let changed = CHANGED + level as u8;
-                    self.zones[zone].state[index] = changed;
+        match self.levels.len().checked_sub(1) {
+            None => self.merge_outermost(&mut inner),
+            Some(level) => {
+                let changed = CHANGED + level as u8;
+                for before in inner.drain(..) {
+                    self.zones[before.zone].state[before.index] = changed;
                     if before.state != changed
                         && let Some(outer) = self.levels.last_mut()
                     {
@@ -295,6 +274,24 @@ impl Front {
             }
         }
         self.spare.push(inner);
+    }
+
+    fn merge_outermost(&mut self, level: &mut Vec<Before>) {
+        if self.pending.is_empty() {
+            core::mem::swap(&mut self.pending, level);
+            for before in &self.pending {
+                self.zones[before.zone].state[before.index] = HERE;
+                self.zones[before.zone].waits[before.index] = true;
+            }
+            return;
+        }
+        for before in level.drain(..) {
+            let zone = &mut self.zones[before.zone];
+            zone.state[before.index] = HERE;
+            if !core::mem::replace(&mut zone.waits[before.index], true) {
+                self.pending.push(before);
+            }
+        }
     }
 
     /// The lines that the outermost level changed, as they were before, in order; to be given back. Only
@@ -326,25 +323,39 @@ impl Front {
     }
 
     /// Lines to be made durable, with their contents, where they differ from home; in order.
-    pub fn changes(&mut self, home: &Home, changes: &mut Vec<Change>) {
-        self.pending.sort_unstable_by_key(|waiting| waiting.at);
-        for waiting in &self.pending {
-            let new = self.get(waiting.zone, waiting.index);
-            let old = waiting.old.or_else(|| {
-                if waiting.zone >= home.zones() {
-                    // A zone that is taken into use by this very commit begins with zeros.
-                    return Some([0; LINE]);
-                }
-                match home.read(waiting.zone, waiting.index * LINE) {
-                    Ok((old, false)) => Some(old),
-                    _ => None,
-                }
-            });
+    pub fn changes(&mut self, home: &Home) -> Vec<Change<'_>> {
+        self.pending.sort_unstable_by_key(|before| before.at);
+        for before in &mut self.pending {
+            if before.state != ABSENT {
+                continue;
+            }
+            // A zone that is taken into use by this very commit begins with zeros.
+            let found = if before.zone >= home.zones() {
+                Ok(([0; LINE], false))
+            } else {
+                home.read(before.zone, before.index * LINE)
+            };
+            if let Ok((line, false)) = found {
+                (before.line, before.state) = (line, HERE);
+            }
+        }
+        let mut changes = Vec::with_capacity(self.pending.len());
+        for before in &self.pending {
+            let new = self.now(before.zone, before.index);
+            let old = (before.state != ABSENT).then_some(&before.line);
             if old != Some(new) {
-                let at = waiting.at;
+                let at = before.at;
                 changes.push(Change { at, old, new });
             }
         }
+        changes
+    }
+
+    /// A line where it is. Only while no level is open: nobody has a reference for changing.
+    fn now(&self, zone: usize, index: usize) -> &Line {
+        // SAFETY: `index` is that of a line of the zone, recorded by `before`; `&self` excludes changes by this
+        // module, and no level is open, as the caller says.
+        unsafe { &*self.at(zone, index * LINE).cast::<Line>() }
     }
 
     /// Everything that was pending is at home.

@@ -60,14 +60,14 @@ pub enum View {
 }
 
 /// A line that a commit writes.
-#[derive(Clone, Debug)]
-pub struct Change {
+#[derive(Clone, Copy, Debug)]
+pub struct Change<'a> {
     /// Its place.
     pub at: usize,
     /// What is right at home, if that is known: it was read, and needed no correction.
-    pub old: Option<Line>,
+    pub old: Option<&'a Line>,
     /// What shall be there.
-    pub new: Line,
+    pub new: &'a Line,
 }
 
 /// See the module.
@@ -243,19 +243,32 @@ impl Home {
         }
     }
 
-    /// Whether all lines of a range fit their words.
+    /// Whether all lines of a range of a zone in use fit their words.
     fn fit(&self, zone: usize, first: usize, end: usize) -> bool {
-        let begin = self.geometry.zone_at(zone);
-        let mut word_at = self.geometry.word_at(zone, first);
-        let mut at = begin + first;
-        while at < begin + end {
-            let word = u32::from_le_bytes(self.bytes(word_at)) ^ code::seed(self.id, at as u64);
-            if code::line_crc(&self.bytes(at)) != word {
-                return false;
-            }
-            (at, word_at) = (at + LINE, word_at + 4);
+        let at = self.geometry.zone_at(zone) + first;
+        let word_at = self.geometry.word_at(zone, first);
+        let count = (end - first).div_ceil(LINE);
+        // The words of a zone lie behind its lines.
+        if word_at + 4 * count > self.len() {
+            return false;
         }
-        true
+        let base = self.base.load(Ordering::Acquire);
+        // SAFETY: both ranges were found to be inside; readers exclude the writer by the lock, so that nobody
+        // changes them meanwhile.
+        let (lines, words) = unsafe {
+            (
+                core::slice::from_raw_parts(base.add(at).cast::<Line>(), count),
+                core::slice::from_raw_parts(base.add(word_at).cast::<[u8; 4]>(), count),
+            )
+        };
+        lines
+            .iter()
+            .zip(words)
+            .enumerate()
+            .all(|(i, (line, word))| {
+                let seed = code::seed(self.id, (at + i * LINE) as u64);
+                code::line_crc(line) ^ seed == u32::from_le_bytes(*word)
+            })
     }
 
     /// The bytes of a range, all verified. The caller holds the lock, or is the writer.
@@ -317,14 +330,14 @@ impl Home {
 
     /// Writes the lines of a commit whose log is durable: data, words and parity. Nobody else is
     /// inside. Flushed, not fenced. The list is empty, and used to collect what is flushed last.
-    pub fn apply(&self, changes: &[Change], flush: &mut Vec<usize>) {
+    pub fn apply(&self, changes: &[Change<'_>], flush: &mut Vec<usize>) {
         for change in changes {
             let Some((zone, within)) = self.data(change.at) else {
                 continue;
             };
             let column = self.geometry.column(zone, within);
             let parity_at = self.geometry.parity_at(column);
-            let old = change.old.or_else(|| {
+            let old = change.old.copied().or_else(|| {
                 // Never read, or not right then: what is there is repaired first.
                 if !self.member(zone, within).fits() {
                     self.repair(column, &mut Scrubbed::default());
@@ -332,10 +345,10 @@ impl Home {
                 let member = self.member(zone, within);
                 member.fits().then_some(member.line)
             });
-            self.store(change.at, &change.new);
-            self.store_word(zone, within, code::line_crc(&change.new));
+            self.store(change.at, change.new);
+            self.store_word(zone, within, code::line_crc(change.new));
             let parity = match old {
-                Some(old) => column::add(&self.line(parity_at), &column::add(&old, &change.new)),
+                Some(old) => column::add(&self.line(parity_at), &column::add(&old, change.new)),
                 None => column::sum(self.members(column).iter().map(|m| &m.line)),
             };
             self.store(parity_at, &parity);

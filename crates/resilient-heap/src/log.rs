@@ -85,7 +85,7 @@ fn head(home: &Home, half: usize, number: u64, entries: usize, checksum: u32) ->
 pub fn write(
     home: &Home,
     number: u64,
-    changes: &[Change],
+    changes: &[Change<'_>],
     buffers: &mut Buffers,
 ) -> Result<(), Error> {
     let half = (number % 2) as usize;
@@ -95,7 +95,7 @@ pub fn write(
     lines.clear();
     for change in changes {
         stream.extend_from_slice(&(change.at as u64).to_le_bytes());
-        stream.extend_from_slice(&change.new);
+        stream.extend_from_slice(change.new);
     }
     let checksum = code::crc(stream);
     lines.extend_from_slice(&head(home, half, number, changes.len(), checksum));

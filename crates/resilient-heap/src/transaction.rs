@@ -18,7 +18,7 @@ use crate::block::{self, Access, HEAD, Head, Sealed};
 use crate::count;
 use crate::error::Error;
 use crate::front::Front;
-use crate::home::{Aligned, Change, Home};
+use crate::home::{Aligned, Home};
 use crate::layout::Super;
 use crate::persist::{Family, Kind, Of};
 use crate::reading::Reading;
@@ -54,7 +54,6 @@ pub(crate) struct Writer {
     /// Blocks whose values, or the number of them, may have changed.
     pub touched: Touched,
     /// Lists that are empty between uses.
-    changes: Vec<Change>,
     flushes: Vec<usize>,
     buffers: log::Buffers,
     pub image: Vec<Aligned>,
@@ -126,7 +125,6 @@ impl Writer {
             order: Vec::new(),
             marks: Vec::new(),
             touched: Touched::default(),
-            changes: Vec::new(),
             flushes: Vec::new(),
             buffers: log::Buffers::default(),
             image: Vec::new(),
@@ -204,19 +202,17 @@ impl Writer {
         if Reading::here(home) {
             return Err(Error::WithinReading);
         }
-        let mut changes = core::mem::take(&mut self.changes);
-        self.front.changes(home, &mut changes);
+        let zones = self.front.zones();
+        let changes = self.front.changes(home);
         if !changes.is_empty() {
             self.halted = true;
-            superblock::extend(home, &mut self.superblock, self.front.zones())?;
+            superblock::extend(home, &mut self.superblock, zones)?;
             log::write(home, self.next, &changes, &mut self.buffers)?;
             self.next += 1;
             let _alone = home.lock.exclusive();
             home.apply(&changes, &mut self.flushes);
             self.halted = false;
         }
-        changes.clear();
-        self.changes = changes;
         self.front.settled();
         self.waiting = 0;
         Ok(())
