@@ -172,3 +172,99 @@ impl Packer {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    const CODECS: [Codec; 2] = [Codec::Lz4, Codec::Zstd];
+
+    /// Pages with this much noise in each.
+    fn pages(count: usize, noise: usize, seed: u64) -> Vec<u8> {
+        let mut random = fastrand::Rng::with_seed(seed);
+        let mut bytes = vec![7; count * PAGE_SIZE];
+        for page in bytes.chunks_mut(PAGE_SIZE) {
+            random.fill(&mut page[..noise]);
+        }
+        bytes
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { cases: 64, ..ProptestConfig::default() })]
+
+        #[test]
+        fn what_was_packed_comes_back(count in 1usize..=16, noise in 0usize..=PAGE_SIZE, seed: u64) {
+            let pages = pages(count, noise, seed);
+            for codec in CODECS {
+                let mut packer = Packer::new(codec);
+                let Some((blocks, len)) = packer.pack(&pages, u64::MAX) else {
+                    // A page alone saves nothing, nor does much noise; none packs well.
+                    prop_assert!(count == 1 || noise > 2000);
+                    continue;
+                };
+                let blocks = blocks.to_vec();
+                prop_assert_eq!(blocks.len(), (len as usize).next_multiple_of(PAGE_SIZE));
+                prop_assert!(blocks.len() < pages.len());
+                prop_assert!(blocks[len as usize..].iter().all(|byte| *byte == 0));
+                let mut out = vec![0; pages.len()];
+                let mut unpacker = Unpacker::default();
+                prop_assert!(unpacker.unpack(codec, &blocks[..len as usize], &mut out));
+                prop_assert!(out == pages);
+                // Neither more nor less room than they need.
+                let mut out = vec![0; pages.len() + PAGE_SIZE];
+                prop_assert!(!unpacker.unpack(codec, &blocks[..len as usize], &mut out));
+                let mut out = vec![0; pages.len() - 1];
+                prop_assert!(!unpacker.unpack(codec, &blocks[..len as usize], &mut out));
+                prop_assert!(packer.pack(&pages, blocks.len() as u64 / 4096 - 1).is_none());
+            }
+        }
+
+        #[test]
+        fn whatever_the_bytes_say_nothing_but_the_pages_is_written(
+            bytes in prop::collection::vec(any::<u8>(), 0..300),
+            changes in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..6),
+        ) {
+            for codec in CODECS {
+                let mut packer = Packer::new(codec);
+                let pages = pages(5, 100, 3);
+                let (blocks, len) = packer.pack(&pages, 5).expect("it packs well");
+                let mut changed = blocks[..len as usize].to_vec();
+                for (at, byte) in &changes {
+                    *at.get_mut(&mut changed) = *byte;
+                }
+                for bytes in [&bytes, &changed] {
+                    let mut unpacker = Unpacker::default();
+                    let mut out = vec![0xee; 7 * PAGE_SIZE];
+                    let _ = unpacker.unpack(codec, bytes, &mut out[PAGE_SIZE..6 * PAGE_SIZE]);
+                    let beside = out[..PAGE_SIZE].iter().chain(&out[6 * PAGE_SIZE..]);
+                    prop_assert!(beside.clone().all(|byte| *byte == 0xee));
+                    // What it needs is as good as new for the next ones.
+                    let (blocks, len) = packer.pack(&pages, 5).expect("it packs well");
+                    let mut out = vec![0; pages.len()];
+                    prop_assert!(unpacker.unpack(codec, &blocks[..len as usize], &mut out));
+                    prop_assert!(out == pages);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn what_does_not_pack_is_tried_ever_more_seldom() {
+        let (noise, text) = (pages(16, PAGE_SIZE, 1), pages(16, 0, 1));
+        let mut packer = Packer::new(Codec::Lz4);
+        let (mut pages, mut tried) = (0u64, 0);
+        while pages < 100_000 {
+            let plain = packer.unpacked(16);
+            if plain == 0 {
+                assert!(packer.pack(&noise, 16).is_none());
+                tried += 1;
+            }
+            pages += 16;
+        }
+        assert!((20..40).contains(&tried), "{tried}");
+        while packer.unpacked(16) > 0 {}
+        assert!(packer.pack(&text, 16).is_some());
+        assert_eq!(packer.unpacked(16), 0, "it pays again");
+    }
+}

@@ -10,7 +10,7 @@ use outlive_epoch::{
     Content, EpochFacts, EpochId, EpochReader, EpochWriter, Order, PAGE_SIZE, PageSink, SpaceId,
 };
 use outlive_epoch_store::{
-    Access, Codec, Outcome, REPAIRABLE, Reader, Store, repair_in, verify_in,
+    Access, Codec, EpochSummary, Outcome, REPAIRABLE, Reader, STRIPE, Store, repair_in, verify_in,
 };
 use outlive_media::SimDisk;
 use std::collections::BTreeMap;
@@ -115,7 +115,7 @@ fn some_epochs(disk: &SimDisk, codec: Codec, steps: usize) -> Vec<Pages> {
 pub(crate) fn what_was_packed_comes_back() {
     for codec in CODECS {
         let disk = SimDisk::new();
-        let models = some_epochs(&disk, codec, 120);
+        let models = some_epochs(&disk, codec, 200);
         let mut store = open(&disk, Access::Write).unwrap();
         store.pack(Some(codec));
         let (mut saved, mut pages) = (0, 0);
@@ -130,6 +130,13 @@ pub(crate) fn what_was_packed_comes_back() {
             pages += epoch.pages * PAGE_SIZE as u64;
             assert_eq!(epoch.saved_bytes > 0, epoch.id != EpochId(4), "{epoch:?}");
         }
+        let blocks = |epoch: &EpochSummary| epoch.pages - epoch.saved_bytes / PAGE_SIZE as u64;
+        let stripes = store
+            .epochs()
+            .iter()
+            .map(|e| blocks(e) / STRIPE)
+            .sum::<u64>();
+        assert!(stripes > 3, "clusters meet the ends of stripes");
         assert!(saved > pages / 4, "{codec:?} saved {saved} of {pages}");
         assert!(store.log_bytes() < pages, "{codec:?}");
         let reader = store.epoch(None).unwrap();
@@ -163,6 +170,22 @@ pub(crate) fn what_was_packed_comes_back() {
                 .is_clean()
         );
     }
+}
+
+#[test]
+pub(crate) fn clusters_of_two_epochs_are_two() {
+    let disk = SimDisk::new();
+    let mut store = create(&disk).unwrap();
+    store.pack(Some(Codec::Lz4));
+    let mut model = Pages::new();
+    for (first, byte) in [(0, b'a'), (100, b'b')] {
+        let pages = vec![byte; 16 * PAGE_SIZE];
+        let mut writer = store.begin().unwrap();
+        writer.put(run(1, first, 16), &pages).unwrap();
+        writer.commit(EpochFacts::default()).unwrap();
+        model.extend((first..first + 16).map(|i| ((1, i), vec![byte; PAGE_SIZE])));
+    }
+    same(&read(&store.epoch(None).unwrap()), &model, "both");
 }
 
 #[test]

@@ -91,7 +91,7 @@ const PLANTED: &[Planted] = planted![
     "said before what came before": packed::what_was_packed_comes_back,
     "cluster over the end of a stripe": packed::what_was_packed_comes_back,
     "last cluster forgotten": packed::all_pages_of_a_lost_cluster_are_named,
-    "clusters of epochs not told apart": packed::what_was_packed_comes_back,
+    "clusters of epochs not told apart": packed::clusters_of_two_epochs_are_two,
     // What checksums and copies are for.
     "files not told apart": damage::a_block_of_another_image_is_found,
     "places not told apart": damage::blocks_in_wrong_places_are_found,
