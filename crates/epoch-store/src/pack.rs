@@ -22,9 +22,9 @@ const ZSTD_LEVEL: i32 = 1;
 /// How pages are packed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Codec {
-    /// LZ4 blocks: quick in both directions.
+    /// LZ4 blocks: quick to unpack.
     Lz4,
-    /// Zstandard frames: smaller, and several times slower.
+    /// Zstandard frames: smaller, and slower to unpack.
     Zstd,
 }
 

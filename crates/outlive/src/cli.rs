@@ -300,8 +300,8 @@ pub struct Promise {
     /// What the newest ones need stays
     #[arg(long, value_name = "BYTES", value_parser = parse_bytes)]
     pub max_size: Option<u64>,
-    /// Compress what epochs store, where that saves space, while the program runs: lz4 takes little
-    /// processor time, zstd saves more. Not with a hold-up budget, and not what the program waits for
+    /// Compress what epochs store, where that saves space, while the program runs: lz4 is quicker
+    /// to read back, zstd saves more. Not with a hold-up budget, and not what the program waits for
     /// [default: none]
     #[arg(long, value_name = "HOW", conflicts_with = "hold_up")]
     pub compress: Option<Compress>,
