@@ -10,6 +10,7 @@
 mod bench;
 mod cleanup;
 mod demo;
+mod fuzz;
 mod garage;
 mod inherited;
 mod lab;
@@ -52,6 +53,8 @@ enum Command {
     Mutants,
     /// Puts the epoch store through power cuts, errors, lies and damage, and counts.
     Torture(torture::Options),
+    /// Looks for bytes that a format cannot stand.
+    Fuzz(fuzz::Options),
     /// Measures, side by side with what it is compared to.
     #[command(subcommand)]
     Bench(bench::Command),
@@ -79,6 +82,7 @@ fn run(cli: Cli) -> Result<()> {
         Command::Lab(options) => lab::run(&options),
         Command::Mutants => mutants::run(),
         Command::Torture(options) => torture::run(&options),
+        Command::Fuzz(options) => fuzz::run(&options),
         Command::Bench(command) => bench::run(&command),
     }
 }

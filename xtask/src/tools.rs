@@ -47,6 +47,16 @@ pub const ALL: &[Tool] = &[
         service: None,
     },
     Tool {
+        program: "c++",
+        package: "g++",
+        service: None,
+    },
+    Tool {
+        program: "valgrind",
+        package: "valgrind",
+        service: None,
+    },
+    Tool {
         program: "nginx",
         package: "nginx-light",
         service: Some("nginx"),
