@@ -153,7 +153,7 @@ pub struct Status {
     /// How memory is captured.
     pub capture: Capture,
     /// How written pages are found: `write-protect`, `off` (everything is copied, as was asked
-    /// for), `full-copy: why`, or `none yet`.
+    /// for), `full-copy: why`, or `none yet` (`none until all its memory is there`).
     pub tracking: String,
     /// Bytes of the log.
     pub log_bytes: u64,

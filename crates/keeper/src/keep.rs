@@ -151,6 +151,8 @@ pub struct Keeper<'a, P: Program> {
     counts: bool,
     /// Nothing is due before this is readable.
     awaited: Option<OwnedFd>,
+    /// Before this is readable, the program still comes from the newest epoch that there was.
+    filling: Option<OwnedFd>,
     status: Status,
     said: BTreeSet<String>,
 }
@@ -219,6 +221,7 @@ impl<'a, P: Program> Keeper<'a, P> {
             last_bytes: 0,
             counts: false,
             awaited: None,
+            filling: None,
             log,
             attach,
             tell,
@@ -254,8 +257,21 @@ impl<'a, P: Program> Keeper<'a, P> {
     /// soon as tracking can begin.
     #[must_use]
     pub fn not_before(mut self, ready: OwnedFd) -> Self {
+        self.status.tracking = "none until all its memory is there".into();
         self.awaited = Some(ready);
         self
+    }
+
+    /// Until `ready` is readable, pages of the program are still read from the store: epochs are added
+    /// to it, and nothing else is done with it.
+    #[must_use]
+    pub fn filling(mut self, ready: OwnedFd) -> Self {
+        self.filling = Some(ready);
+        self
+    }
+
+    fn still_fills(&self) -> bool {
+        self.filling.as_ref().is_some_and(|fd| !is_readable(fd))
     }
 
     /// Keeps the program until it ends, is ended, or tracking ends.
@@ -578,6 +594,7 @@ impl<'a, P: Program> Keeper<'a, P> {
         let (bytes, free) = (self.log.log_bytes(), self.log.free_bytes());
         let begin = match self.plan.begin(bytes, free, || self.log.live_bytes()) {
             Begin::Base if self.plan.is_full() => Begin::Base,
+            Begin::Base if self.still_fills() => Begin::Next,
             // At an event there is no time to write what is on the medium already.
             Begin::Base if manner == Manner::Event => Begin::Next,
             Begin::Base

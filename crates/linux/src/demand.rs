@@ -4,6 +4,10 @@
 //! its mappings meanwhile (`fork`, `mremap`, `munmap`, `madvise`) is told as events, and waits
 //! until they are read.
 //!
+//! The same descriptor can track writes ([`crate::userfault`]), since a mapping can be registered with
+//! one only: a missing page that is protected has a mark in the page tables, and no scan calls it
+//! written; one that comes with its protection is called so once it was written to.
+//!
 //! When the last descriptor is closed, the kernel fills missing pages with zeros. That must not
 //! happen while pages are missing, so a [`Guard`] holds all of them: a process that has its maker's
 //! descriptors in common with it. Should the maker end first, it kills the program, and makes every
@@ -28,13 +32,19 @@ const UFFDIO_WAKE: libc::c_ulong = 0x8010_AA02;
 const UFFDIO_COPY: libc::c_ulong = 0xC028_AA03;
 const UFFDIO_ZEROPAGE: libc::c_ulong = 0xC020_AA04;
 const UFFDIO_POISON: libc::c_ulong = 0xC020_AA08;
+const UFFDIO_WRITEPROTECT: libc::c_ulong = 0xC018_AA06;
 const UFFD_API: u64 = 0xAA;
 const REGISTER_MODE_MISSING: u64 = 1;
+const REGISTER_MODE_WP: u64 = 2;
+const COPY_MODE_WP: u64 = 2;
+const WRITEPROTECT_MODE_WP: u64 = 1;
 const EVENT_FORK: u64 = 1 << 1;
 const EVENT_REMAP: u64 = 1 << 2;
 const EVENT_REMOVE: u64 = 1 << 3;
 const EVENT_UNMAP: u64 = 1 << 6;
 const POISON: u64 = 1 << 14;
+/// Asynchronous write protection, of missing pages too.
+const TRACKING: u64 = 1 | 1 << 12 | 1 << 13 | 1 << 15;
 const PAGE: u64 = 4096;
 
 /// Flags for the `userfaultfd` call: close on exec, do not block. Faults of the kernel are wanted
@@ -46,6 +56,7 @@ pub const FLAGS: u64 = (libc::O_CLOEXEC | libc::O_NONBLOCK) as u64;
 #[derive(Debug)]
 pub struct PageServer {
     fd: OwnedFd,
+    tracks: bool,
 }
 
 /// What a program did, or waits for.
@@ -96,22 +107,42 @@ struct Copy {
 }
 
 impl PageServer {
-    /// Agrees with the kernel on all events. [`Errno::INVAL`] where it is too old (Linux 6.6),
-    /// [`Errno::PERM`] without `CAP_SYS_PTRACE`.
-    pub fn new(fd: OwnedFd) -> Result<Self, Errno> {
-        let mut api = Api {
-            api: UFFD_API,
-            features: EVENT_FORK | EVENT_REMAP | EVENT_REMOVE | EVENT_UNMAP | POISON,
-            ioctls: 0,
+    /// Agrees with the kernel on all events, and on tracking writes where that is wanted and the kernel
+    /// can (Linux 6.7). [`Errno::INVAL`] where it is too old (Linux 6.6), [`Errno::PERM`] without
+    /// `CAP_SYS_PTRACE`.
+    pub fn new(fd: OwnedFd, tracking: bool) -> Result<Self, Errno> {
+        let events = EVENT_FORK | EVENT_REMAP | EVENT_REMOVE | EVENT_UNMAP | POISON;
+        let agree = |features| {
+            let mut api = Api {
+                api: UFFD_API,
+                features,
+                ioctls: 0,
+            };
+            ioctl(fd.as_raw_fd(), UFFDIO_API, &raw mut api as usize)
         };
-        ioctl(fd.as_raw_fd(), UFFDIO_API, &raw mut api as usize)?;
-        Ok(Self { fd })
+        let tracks = tracking && agree(events | TRACKING).is_ok();
+        if !tracks {
+            agree(events)?;
+        }
+        Ok(Self { fd, tracks })
     }
 
-    /// Its missing pages are to be served from now on.
+    /// Whether it tracks writes, too.
+    #[must_use]
+    pub fn tracks(&self) -> bool {
+        self.tracks
+    }
+
+    /// Its missing pages are to be served from now on, and its writes tracked where that was agreed on.
     pub fn register(&self, start: u64, end: u64) -> Result<(), Errno> {
-        self.ranged(UFFDIO_REGISTER, (start, end), REGISTER_MODE_MISSING)
-            .map(drop)
+        let tracking = if self.tracks { REGISTER_MODE_WP } else { 0 };
+        let mode = REGISTER_MODE_MISSING | tracking;
+        self.ranged(UFFDIO_REGISTER, (start, end), mode).map(drop)
+    }
+
+    /// These pages, missing or not, count as unwritten from now on.
+    pub fn protect(&self, start: u64, end: u64) -> Result<(), Errno> {
+        protect(self.fd.as_raw_fd(), (start, end), WRITEPROTECT_MODE_WP)
     }
 
     /// Its missing pages are zeros from now on.
@@ -122,24 +153,24 @@ impl PageServer {
     }
 
     /// Fills missing pages at `to`, and wakes who waits for them; returns how many bytes of them,
-    /// at least one page. [`Errno::EXIST`] where the first is there already, [`Errno::AGAIN`] where
+    /// at least one page. They count as written, unless they are `clean`. [`Errno::EXIST`] where the first is there already, [`Errno::AGAIN`] where
     /// an event has to be read first, [`Errno::NOENT`] where nothing is mapped, [`Errno::SRCH`] when
     /// the program has ended.
-    pub fn copy(&self, to: u64, bytes: &[u8]) -> Result<u64, Errno> {
+    pub fn copy(&self, to: u64, bytes: &[u8], clean: bool) -> Result<u64, Errno> {
         let mut arg = Copy {
             to,
             from: bytes.as_ptr() as u64,
             len: bytes.len() as u64,
-            mode: 0,
+            mode: if clean { COPY_MODE_WP } else { 0 },
             copied: 0,
         };
         let done = ioctl(self.fd.as_raw_fd(), UFFDIO_COPY, &raw mut arg as usize);
         partly(done, arg.copied)
     }
 
-    /// The same with zeros.
+    /// The same with zeros, which count as written.
     pub fn zero(&self, start: u64, end: u64) -> Result<u64, Errno> {
-        self.ranged(UFFDIO_ZEROPAGE, (start, end), 0)
+        unmarked(self.fd.as_raw_fd(), UFFDIO_ZEROPAGE, (start, end))
     }
 
     /// Wakes who waits for these pages, to look again.
@@ -149,7 +180,7 @@ impl PageServer {
 
     /// Who touches these missing pages gets `SIGBUS`.
     pub fn poison(&self, start: u64, end: u64) -> Result<u64, Errno> {
-        self.ranged(UFFDIO_POISON, (start, end), 0)
+        unmarked(self.fd.as_raw_fd(), UFFDIO_POISON, (start, end))
     }
 
     /// The next event; `None` where there is none.
@@ -164,7 +195,8 @@ impl PageServer {
                 0x13 => {
                     // SAFETY: the kernel has just made this descriptor for us.
                     let fd = unsafe { OwnedFd::from_raw_fd(a as u32 as RawFd) };
-                    Event::Fork(Self { fd })
+                    let tracks = self.tracks;
+                    Event::Fork(Self { fd, tracks })
                 }
                 0x14 => Event::Moved(a, b, c),
                 0x15 | 0x16 => Event::Gone(a, b),
@@ -216,6 +248,20 @@ fn ranged(
         return done.map(|()| 0);
     }
     partly(done, arg.answer)
+}
+
+/// What leaves the mark of a page alone that is missing and protected: that goes first.
+fn unmarked(fd: RawFd, number: libc::c_ulong, range: (u64, u64)) -> Result<u64, Errno> {
+    match ranged(fd, number, range, 0) {
+        // Where nothing is protected it fails again.
+        Err(Errno::EXIST) if protect(fd, range, 0).is_ok() => ranged(fd, number, range, 0),
+        done => done,
+    }
+}
+
+fn protect(fd: RawFd, (start, end): (u64, u64), mode: u64) -> Result<(), Errno> {
+    let mut arg = [start, end - start, mode];
+    ioctl(fd, UFFDIO_WRITEPROTECT, &raw mut arg as usize)
 }
 
 /// What was done before an error counts.
@@ -376,7 +422,7 @@ fn poison_all(spaces: &mut [RawFd; SPACES]) {
                 let [a, b, _] = message.words;
                 if message.event == 0x12 {
                     let at = b & !(PAGE - 1);
-                    if ranged(*fd, UFFDIO_POISON, (at, at + PAGE), 0).is_err() {
+                    if unmarked(*fd, UFFDIO_POISON, (at, at + PAGE)).is_err() {
                         let _ = wake(*fd, at, at + PAGE);
                     }
                 } else if message.event == 0x13 {

@@ -19,7 +19,7 @@ pub struct Kin {
 
 /// All members as they are now, parents before their children. A tree that is not frozen may
 /// change meanwhile. All other children of the adopters belong to it too, and what descends from
-/// them: processes whose parents have ended.
+/// them: processes whose parents have ended. Helpers of this process do not.
 pub fn list(root: u32, adopters: &[u32]) -> Vec<Kin> {
     list_by(root, adopters, &mut children)
 }
@@ -33,7 +33,8 @@ pub fn list_by(root: u32, adopters: &[u32], children: &mut dyn FnMut(u32) -> Vec
     }];
     for &adopter in adopters {
         let adopted = children(adopter).into_iter();
-        let is_other = |p: &u32| *p == root || adopters.contains(p) || is_witness(*p);
+        let is_other =
+            |p: &u32| *p == root || adopters.contains(p) || is_witness(*p) || is_ours(*p);
         let strays = adopted.filter(|p| !is_other(p) && !has_ended(*p));
         all.extend(strays.map(|pid| Kin {
             pid,
@@ -54,6 +55,11 @@ pub fn list_by(root: u32, adopters: &[u32], children: &mut dyn FnMut(u32) -> Vec
         }
     }
     all
+}
+
+/// Whether a process is a helper of this one, with which it has all its descriptors in common.
+fn is_ours(pid: u32) -> bool {
+    kcmp::same(std::process::id(), pid, kcmp::Kind::Files) == Ok(true)
 }
 
 /// Whether a process has ended, and perhaps waits for its parent to ask for its exit status. One

@@ -26,6 +26,7 @@ pub mod image;
 mod interval;
 mod laps;
 mod layout;
+mod lodger;
 mod member;
 mod namespaces;
 mod pages;

@@ -17,6 +17,7 @@ use crate::resources::semaphore_undo::{self, UndoState};
 use crate::resources::shared::{self, SharedObjects};
 use crate::resources::system_v::SemaphoresState;
 use crate::resources::{attributes, keyrings, landlock, memory, signals, thread, timers};
+use crate::restore::lazy::filling::Filling;
 use crate::target::{Status, Target};
 use crate::track::{Limit, TrackOptions, Tracking};
 use crate::{ProcessError, Refusal, namespaces, preflight, sharing};
@@ -200,7 +201,10 @@ impl Member {
         threads: &mut [Held],
         pages: PageTracker,
     ) -> Result<Self, ProcessError> {
-        let target = Target::open(pid)?;
+        let mut target = Target::open(pid)?;
+        if let Some(filling) = pages.filling() {
+            target.lodger = filling.lodger().clone();
+        }
         let (arena, site, _) = foothold(&target, threads, None)?;
         Ok(Self::with(target, WaitBook::default(), arena, site, pages))
     }
@@ -284,6 +288,9 @@ impl Member {
         let Space::Held(space) = &mut self.space else {
             return Ok(0);
         };
+        if space.pages.is_served() {
+            return Ok(0);
+        }
         let HeldSpace {
             layout,
             flags,
@@ -332,6 +339,22 @@ impl Member {
     #[must_use]
     pub fn is_fresh(&self) -> bool {
         matches!(&self.space, Space::Held(space) if space.pages.is_fresh())
+    }
+
+    /// Who serves missing pages of it, as long as it matters.
+    #[must_use]
+    pub fn filling(&self) -> Option<&Filling> {
+        match &self.space {
+            Space::Held(space) => space.pages.filling(),
+            Space::Of(_) => None,
+        }
+    }
+
+    /// The next stop may be longer because memory is taken over from who served it.
+    pub fn may_take_over(&mut self) {
+        if let Space::Held(space) = &mut self.space {
+            space.pages.may_take_over();
+        }
     }
 
     /// Whether its writes are found by soft-dirty bits.
@@ -644,6 +667,9 @@ impl Member {
         let spare = self.spare.take(bytes);
         let residue = space.pages.take(&self.target, changes, spare)?;
         laps.lap("copy");
+        let HeldSpace { layout, pages, .. } = &mut **space;
+        pages.take_over_served(&self.target, layout.areas(), limit);
+        laps.lap("take over");
         let mut memory = memory::collect(
             &self.target,
             space.layout.mappings(),

@@ -22,6 +22,7 @@
 //! anything in them needs a look ([`quiet`]).
 
 mod below;
+mod filling;
 mod quiet;
 mod reading;
 mod soft_dirty;
@@ -29,6 +30,8 @@ mod soft_dirty;
 use crate::ProcessError;
 use crate::guard::Guard;
 use crate::interval::IntervalSet;
+use crate::restore::lazy::at_once;
+use crate::restore::lazy::filling::Filling;
 use crate::strategy::Granularity;
 use crate::target::Target;
 use outlive_epoch::{PAGE_SIZE, Run, SpaceId};
@@ -161,6 +164,12 @@ pub struct PageTracker {
     guard: Option<Guard>,
     /// Mappings that cannot be guarded: all that exists in them is taken.
     unguarded: HashSet<Span>,
+    /// Who serves missing pages, and the page indexes where memory may be registered with that instead of
+    /// with the tracker.
+    filling: Option<Filling>,
+    served: IntervalSet,
+    /// The next stop may take it over.
+    takes_over: bool,
     /// Stops whose pages are not copied behind, and how many it was after the last loss.
     rest: (u32, u32),
     /// Stops so far.
@@ -238,6 +247,9 @@ impl PageTracker {
             soft_dirty,
             guard,
             unguarded: HashSet::new(),
+            filling: None,
+            served: IntervalSet::default(),
+            takes_over: false,
             rest: (0, 0),
             stops: 0,
             may_end: false,
@@ -270,17 +282,20 @@ impl PageTracker {
 
     /// Begins in a process that holds what an epoch holds and has not run since: `held` are the
     /// pages whose contents are those of the epoch. They count as stored, and those that exist are
-    /// protected; whatever else exists will be found to be written.
+    /// protected; whatever else exists will be found to be written. What comes `later` is protected by
+    /// who serves it.
     pub fn going_on(
         target: &Target,
         (means, granularity): (Means, Granularity),
         areas: &[PrivateArea],
         held: &[Span],
+        (later, filling): (&[Span], Option<Filling>),
     ) -> Result<Self, ProcessError> {
         let failed = |e| target.kernel("going on with the tracking of its memory", e);
         let mut pages = Self::new(target, (None, 0), granularity)?;
         let tracker = match means {
             Means::Protection(tracker) => tracker,
+            Means::SoftDirty if filling.is_some() => return Err(failed(Errno::NOTSUP)),
             Means::SoftDirty => {
                 held.iter().for_each(|span| pages.note_stored(*span));
                 outlive_linux::soft_dirty::clear(target.pid).map_err(failed)?;
@@ -288,8 +303,11 @@ impl PageTracker {
                 return Ok(pages);
             }
         };
+        pages.set_filling(filling, later);
         for area in areas {
-            tracker.register(area.span.0, area.span.1).map_err(failed)?;
+            if !pages.is_served_at(area.span) {
+                tracker.register(area.span.0, area.span.1).map_err(failed)?;
+            }
         }
         let there = Query {
             any_of: pagemap::PRESENT | pagemap::SWAPPED,
@@ -297,12 +315,12 @@ impl PageTracker {
             protect: true,
             ..Query::default()
         };
-        for &(start, end) in held {
+        held.iter().for_each(|span| pages.note_stored(*span));
+        for (start, end) in at_once(held.to_vec(), later) {
             pages
                 .pagemap
                 .scan(start, end, there, |_| {})
                 .map_err(failed)?;
-            pages.note_stored((start, end));
         }
         pages.tracker = Some(Arc::new(tracker));
         Ok(pages)
@@ -364,18 +382,15 @@ impl PageTracker {
     pub fn forget(&mut self, areas: &[PrivateArea]) {
         self.abandon();
         self.unguarded.clear();
-        if let Some(tracker) = &self.tracker {
-            for area in areas {
-                // An area that was never registered, or is gone: fresh in any case.
-                let _ = tracker.unregister(area.span.0, area.span.1);
-            }
-        }
         self.stored.clear();
         self.dense.clear();
         self.guarded.clear();
         self.doubtful.clear();
         self.owed.clear();
         self.owed_absent.clear();
+        for area in areas {
+            self.begin_afresh(area.span);
+        }
         self.must_forget = false;
     }
 
@@ -454,6 +469,7 @@ impl PageTracker {
         let told_again = self.owed_absent.iter().map(|(s, e)| (s * PAGE, e * PAGE));
         changes.absent.extend(told_again);
         self.owed_absent.clear();
+        self.follow_moves(&mut changes);
         let quiet = self.quiet(areas);
         let mut end_of_last = 0;
         let mut fixed = 0;
@@ -465,16 +481,27 @@ impl PageTracker {
             }
             let list = changes.list(area);
             let before = list.len();
+            let (first, end) = (area.span.0 / PAGE, area.span.1 / PAGE);
+            let owes = self.owed.within(first, end).next().is_some();
             let found = self.scan(area, &mut changes);
             let found = found.and_then(|()| self.bring_in(area));
+            let found = found.and_then(|()| self.bring_owed(area));
             let found = found.and_then(|()| self.scan_owed(area, &mut changes));
             let found = found.and_then(|()| self.drop_given_way(area, &mut changes));
             let list = changes.list(area);
-            let written = list.split_off(before);
+            let mut written = list.split_off(before);
+            if owes {
+                written = each_once(&written);
+            }
             if !area.writable && self.unguarded.contains(&area.span) {
                 fixed += written.iter().map(|(s, e)| (e - s) / PAGE).sum::<u64>();
             }
-            list.extend(self.granularity.round(written, area.span, &self.stored));
+            let granularity = match self.is_served_at(area.span) {
+                // What is stored there may be missing.
+                true => Granularity::default(),
+                false => self.granularity,
+            };
+            list.extend(granularity.round(written, area.span, &self.stored));
             found.or_else(|e| match (world, e) {
                 // The mapping went away while the program runs: the next pass sees that.
                 (
@@ -560,9 +587,9 @@ impl PageTracker {
     fn resolve_doubts(&mut self, (start, end): Span) -> Result<(), Errno> {
         let within = self.doubtful.iter().filter(|&at| (start..end).contains(at));
         let doubtful: Vec<u64> = within.copied().collect();
-        let Some(tracker) = self.tracker.as_ref().filter(|_| !doubtful.is_empty()) else {
+        if self.tracker.is_none() || doubtful.is_empty() {
             return Ok(());
-        };
+        }
         let exists = Query {
             all_of: pagemap::GUARD,
             inverted: pagemap::GUARD,
@@ -573,8 +600,7 @@ impl PageTracker {
         for &at in &doubtful {
             self.pagemap.scan(at, at + PAGE, exists, |_| found = true)?;
             if found {
-                // If it was not registered, it is fresh in any case.
-                let _ = tracker.unregister(start, end);
+                self.begin_afresh((start, end));
                 break;
             }
         }
@@ -631,8 +657,8 @@ impl PageTracker {
     /// replaced under it, again and again perhaps: all of the area is fresh at the next pass then.
     fn scan_tracked(&mut self, area: &PrivateArea, changes: &mut Changes) -> Result<(), Errno> {
         let scanned = self.scan_registered(area, changes);
-        if let (Err(_), Some(tracker)) = (&scanned, &self.tracker) {
-            let _ = tracker.unregister(area.span.0, area.span.1);
+        if scanned.is_err() {
+            self.begin_afresh(area.span);
         }
         scanned
     }
@@ -654,6 +680,7 @@ impl PageTracker {
                 // it must count as written.
                 let _ = tracker.unregister(area.span.0, area.span.1);
                 let registered = tracker.register(area.span.0, area.span.1);
+                self.served.remove(area.span.0 / PAGE, area.span.1 / PAGE);
                 self.dense.remove(&area.span);
                 if registered == Err(Errno::INVAL) && tracker.is_synchronous() {
                     self.unguarded.insert(area.span);
@@ -773,7 +800,8 @@ impl PageTracker {
         // Holes are copied as zeros once: few of them, and none that only a slow read can reach.
         let length = area.span.1 - area.span.0;
         let few = holes <= DENSE_HOLES && holes <= length / DENSE_SHARE;
-        if area.anonymous && area.readable && few && !self.guards_holes() {
+        let waits = self.guards_holes() || self.is_served_at(area.span);
+        if area.anonymous && area.readable && few && !waits {
             self.dense.insert(area.span);
         }
         Ok(())
@@ -907,6 +935,15 @@ fn drop_stored(stored: &mut IntervalSet, span: Span, changes: &mut Changes) {
     changes
         .absent
         .extend(gone.into_iter().map(|(s, e)| (s * PAGE, e * PAGE)));
+}
+
+/// The same pages, each once, in order.
+fn each_once(spans: &[Span]) -> Vec<Span> {
+    let mut all = IntervalSet::default();
+    spans
+        .iter()
+        .for_each(|(s, e)| all.insert(s / PAGE, e / PAGE));
+    all.iter().map(|(s, e)| (s * PAGE, e * PAGE)).collect()
 }
 
 /// Adds a span, as one with the last if they touch.

@@ -1,5 +1,6 @@
 //! One process seen from outside through `/proc`.
 
+use crate::lodger::Lodger;
 use crate::resources::descriptors;
 use crate::{ProcessError, Refusal, procfs};
 use rustix::fd::{AsFd, OwnedFd};
@@ -21,6 +22,8 @@ pub struct Target {
     pub pidfd: OwnedFd,
     /// Whether it is our own child.
     pub own_child: bool,
+    /// A thread of ours in it.
+    pub lodger: Lodger,
 }
 
 impl Target {
@@ -63,6 +66,7 @@ impl Target {
             program: status.name,
             pidfd,
             own_child,
+            lodger: Lodger::default(),
         })
     }
 
@@ -111,7 +115,7 @@ impl Target {
         gone_or(self.pid, &what, source)
     }
 
-    /// Its threads, as they are listed now.
+    /// Its threads, as they are listed now, but for one of ours.
     pub fn threads(&self) -> Result<Vec<u32>, ProcessError> {
         let path = format!("/proc/{}/task", self.pid);
         let listed = std::fs::read_dir(path).and_then(|dir| {
@@ -120,6 +124,7 @@ impl Target {
         });
         let mut tids: Vec<u32> = listed.map_err(|e| self.kernel("listing its threads", e))?;
         tids.retain(|&t| t != 0);
+        self.lodger.leave_out(self.pid, &mut tids);
         tids.sort_unstable();
         Ok(tids)
     }

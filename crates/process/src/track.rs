@@ -147,6 +147,8 @@ impl Tracking {
 
 /// Stops without copies behind after processes ended before they were copied, at most.
 const MOST_HURRY: u32 = 63;
+/// How often it is looked for whether pages are still missing.
+const MISSING_POLL: Duration = Duration::from_millis(2);
 /// How often it is looked for new processes right before a stop, until there are none.
 const LOOKS: u32 = 4;
 
@@ -383,6 +385,10 @@ impl Tracked {
         threads: &mut [Held],
     ) -> Result<u32, Box<NotAdopted>> {
         let pid = target.pid;
+        if let Some(filling) = self.members.values().find_map(Member::filling) {
+            // It may have been made by one of which pages are missing.
+            filling.settle_children();
+        }
         let (member, tracking) = Member::adopt(target, waits, threads, &self.options)?;
         // What is to be said of one that is not tracked is said of all.
         if self.tracking.finds_writes() {
@@ -419,7 +425,18 @@ impl Tracked {
         }
         self.let_spawn()?;
         self.adopt_all()?;
+        self.await_missing(hurry);
         self.noting(sink, |this, sink| this.copy_all(sink, hurry))
+    }
+
+    /// Where all of a process is to be taken anew of which pages are missing, these come first. At the
+    /// stop, memory may be taken over from who serves it.
+    fn await_missing(&mut self, hurry: &mut dyn FnMut() -> bool) {
+        let missing = |m: &Member| m.is_fresh() && m.filling().is_some_and(|f| !f.is_whole());
+        while self.members.values().any(missing) && !hurry() {
+            std::thread::sleep(MISSING_POLL);
+        }
+        self.members.values_mut().for_each(Member::may_take_over);
     }
 
     /// Waits for processes that are about to begin a program of their own. Nobody is held meanwhile:

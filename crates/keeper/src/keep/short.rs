@@ -47,9 +47,12 @@ impl<P: Program> Keeper<'_, P> {
         }
     }
 
-    /// Whether an event that came now could wait until so many bytes are read and written, and a few
+    /// Whether the store may be worked on, and an event that came now could wait until so many bytes are read and written, and a few
     /// flushes are done, and would still be durable in time.
     pub(super) fn has_room(&self, bytes: u64) -> bool {
+        if self.still_fills() {
+            return false;
+        }
         let Some(budget) = self.watch.budget_ns() else {
             return true;
         };

@@ -272,6 +272,9 @@ fn subject(
         max_wear: known.max_wear,
         model,
     };
+    let newest = log.newest();
+    // After an older one comes a full epoch: that waits until everything is there.
+    let tracked = tracked.filter(|_| lazy.is_none() || epoch == newest);
     let mut rest = Rest::follow(lazy, teller);
     let ready = rest.ready.take();
     let mut attach = || {
@@ -279,11 +282,12 @@ fn subject(
         Tracked::attach(pid, options.clone())
     };
     let mut tell = |text: &str| out::say(&format!("{name}: {text}"));
-    let newest = log.newest();
     let mut keeper = Keeper::new(settings, &mut log, &mut attach, &mut tell)?;
-    if let Some(ready) = ready {
-        keeper = keeper.not_before(ready);
-    }
+    keeper = match ready {
+        Some(ready) if tracked.is_some() => keeper.filling(ready),
+        Some(ready) => keeper.not_before(ready),
+        None => keeper,
+    };
     keeper = match tracked {
         Some(program) if epoch == newest => keeper.going_on(program),
         Some(program) => keeper.with_program(program),
@@ -374,7 +378,7 @@ fn put_in_place(
     let options = RestoreOptions {
         files,
         new_pid_ns: args.new_pid_ns,
-        track: track.filter(|_| !args.lazy),
+        track,
         lazy: args.lazy.then(|| Source(reader.clone())),
     };
     let reader = Watched::new(Box::new(reader));

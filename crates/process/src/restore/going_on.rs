@@ -9,9 +9,13 @@
 //!   kernel) is new.
 //! - Memory that processes share is taken anew, under new numbers; what the epoch holds of it is
 //!   said to be absent first.
+//! - What comes later counts as stored, too: it is tracked by whoever brings it
+//!   ([`super::lazy::filling`]).
 //! - Where any of it is not possible (an old kernel, memory that cannot be registered) there is no
 //!   such tracking, and no error: the next epoch is a full one.
 
+use super::lazy::filling::Filling;
+use super::lazy::{Later, Missing};
 use super::saved::Saved;
 use super::space::runs_of;
 use super::stub::Stub;
@@ -37,17 +41,20 @@ pub struct GoingOn {
 }
 
 impl GoingOn {
-    /// Begins, when the contents are in place.
+    /// Whether memory can be tracked in this way.
+    #[must_use]
+    pub fn can_be(options: &TrackOptions) -> bool {
+        // A guard's thread is none of a restore, which must have one thread only.
+        options.strategy.tracks() && !options.strategy.guards()
+    }
+
+    /// Begins, when the contents are in place, but for what comes `later`.
     pub fn begin(
         stubs: &mut [Stub],
         saved: &Saved,
-        reader: &dyn EpochReader,
-        options: &TrackOptions,
+        (reader, later): (&dyn EpochReader, &Later),
+        (options, missing): (&TrackOptions, &Option<Missing>),
     ) -> Option<Self> {
-        // A guard's thread is none of a restore, which must have one thread only.
-        if !options.strategy.tracks() || options.strategy.guards() {
-            return None;
-        }
         let pages: Result<Vec<_>, _> = stubs
             .iter_mut()
             .zip(&saved.processes)
@@ -57,7 +64,11 @@ impl GoingOn {
                     return Ok(Err(saved.holder_of_memory(at)));
                 }
                 let held = runs_of(stub.target.id, &process.memory, reader);
-                track(stub, &held, options).map(Ok)
+                let id = stub.target.id;
+                let filling = missing.as_ref().and_then(|m| m.filling(id));
+                let later = later.get(&id).filter(|_| filling.is_some());
+                let later = later.map_or(&[][..], Vec::as_slice);
+                track(stub, (&held, later), (options, filling)).map(Ok)
             })
             .collect();
         let pages = pages
@@ -114,8 +125,8 @@ fn members(
 
 fn track(
     stub: &mut Stub,
-    held: &[Span],
-    options: &TrackOptions,
+    (held, later): (&[Span], &[Span]),
+    (options, filling): (&TrackOptions, Option<Filling>),
 ) -> Result<PageTracker, ProcessError> {
     let (target, arena) = (&stub.target, &stub.arena);
     let wanted = if options.soft_dirty {
@@ -131,5 +142,6 @@ fn track(
         (means, options.granularity),
         &private_areas(&mappings, None),
         held,
+        (later, filling),
     )
 }

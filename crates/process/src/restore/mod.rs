@@ -82,8 +82,8 @@ pub struct RestoreOptions {
     pub new_pid_ns: bool,
     /// How its memory is to be tracked from its first instruction on, see [`Launched::tracked`].
     pub track: Option<TrackOptions>,
-    /// Whether the program is to run before all its memory is there, which is served from here.
-    /// Then it is not tracked.
+    /// Whether the program is to run before all its memory is there, which is served from here. Then it
+    /// is tracked only where writes are found by asynchronous write protection.
     pub lazy: Option<lazy::Source>,
 }
 
@@ -214,20 +214,14 @@ pub fn restore(reader: &dyn EpochReader, options: &RestoreOptions) -> Result<Rea
         (&objects, &from),
     )?;
     // Whatever is written from here on differs from the epoch.
-    let tracking = match &options.track {
-        Some(how) if options.lazy.is_none() => GoingOn::begin(&mut stubs, &saved, reader, how),
-        _ => None,
-    };
-    let missing = Missing::begin(&mut stubs, &saved, &later, (reader, began))?;
+    let (tracking, missing) = begin_tracking(&mut stubs, &saved, &later, (reader, options, began))?;
     memory::finish(&mut stubs, &mut saved, &files, &shared)?;
     objects.finish(&saved)?;
     drop((files, shared));
     laps.lap("memory");
     attributes_and_descriptors(&mut stubs, &saved, &made, &mut notices)?;
     laps.lap("attributes");
-    let later_bytes = missing.bytes();
-    let source = options.lazy.clone().filter(|_| later_bytes > 0);
-    let missing = source.map(|source| (missing, source));
+    let later_bytes = missing.as_ref().map_or(0, Missing::bytes);
     let (ended, serving) = threads_of_all(&mut stubs, &saved, &mut notices, missing)?;
     laps.lap("threads");
     laps.tell("restore");
@@ -254,6 +248,28 @@ pub fn restore(reader: &dyn EpochReader, options: &RestoreOptions) -> Result<Rea
         began,
         restore_us,
     })
+}
+
+/// Begins to track memory whose contents are in place, where that is asked for, and to hold back who
+/// touches what comes later.
+fn begin_tracking(
+    stubs: &mut [Stub],
+    saved: &Saved,
+    later: &Later,
+    (reader, options, began): (&dyn EpochReader, &RestoreOptions, Instant),
+) -> Result<(Option<GoingOn>, Option<Missing>), ProcessError> {
+    let wanted = options.track.as_ref().filter(|how| GoingOn::can_be(how));
+    let source = options.lazy.as_ref();
+    let missing = source.map(|source| {
+        let tracking = wanted.is_some_and(|how| !how.soft_dirty);
+        Missing::begin(stubs, saved, later, (source, tracking, began))
+    });
+    let missing = missing.transpose()?;
+    let missing = missing.filter(|m| m.bytes() > 0);
+    let wanted = wanted.filter(|_| missing.as_ref().is_none_or(Missing::tracks));
+    let tracking =
+        wanted.and_then(|how| GoingOn::begin(stubs, saved, (reader, later), (how, &missing)));
+    Ok((tracking, missing))
 }
 
 /// Gives all processes their attributes, and their descriptors.
@@ -284,13 +300,13 @@ fn threads_of_all(
     stubs: &mut [Stub],
     saved: &Saved,
     notices: &mut Vec<String>,
-    missing: Option<(Missing, lazy::Source)>,
+    missing: Option<Missing>,
 ) -> Result<(Ended, Option<Serving>), ProcessError> {
     for (stub, saved) in stubs.iter_mut().zip(&saved.processes) {
         limits(stub, &saved.process)?;
         threads::make(stub, &saved.threads.threads)?;
     }
-    let serving = missing.map(|(missing, source)| missing.serve(source, stubs));
+    let serving = missing.map(|missing| missing.serve(stubs));
     let serving = serving.transpose()?;
     call(stubs, descriptors::owner_calls(&saved.table))?;
     let mut ended = Vec::with_capacity(stubs.len());

@@ -82,7 +82,7 @@ impl Limit {
     }
 
     /// What is left until threads must be let go; `None` where there is no limit.
-    pub(super) fn left(&self) -> Option<Duration> {
+    pub(crate) fn left(&self) -> Option<Duration> {
         let whole = self.whole?;
         let gone = self.began.elapsed() + self.experience.release.min(whole / 4);
         Some(whole.saturating_sub(gone))

@@ -17,6 +17,7 @@ mod deaths;
 mod eintr;
 mod kernels;
 mod kinds;
+mod lazy;
 mod limits;
 mod registers;
 mod sharing;

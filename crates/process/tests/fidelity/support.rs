@@ -245,6 +245,12 @@ impl Program {
         }
     }
 
+    /// Waits until it ends, with this status.
+    pub fn must_end_with(&mut self, code: i32) {
+        let status = self.reap();
+        assert_eq!(status, code << 8, "{}", self.story());
+    }
+
     fn reap(&mut self) -> i32 {
         self.alive = false;
         let deadline = Instant::now() + PATIENCE;

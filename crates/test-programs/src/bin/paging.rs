@@ -1,5 +1,5 @@
 //! Does to its memory whatever can be done to memory, in an order that looks random, and knows what
-//! each page must hold: `paging MEGABYTES ROUNDS END`. Every so often it appends a number to the
+//! each page must hold: `paging MEGABYTES ROUNDS END [still]`; a still one writes to its first pages only. Every so often it appends a number to the
 //! file `ROUNDS`. Once there is a file `ROUNDS.forks`, it makes children too. When there is a file `END`, it looks at every page and ends with 7.
 //!
 //! # Safety
@@ -216,6 +216,12 @@ fn main() {
     };
     say("ready");
     let mut round = 0;
+    while word(4) == "still" && !end.exists() {
+        program.done += 1;
+        let page = program.done as usize % PAGES;
+        program.blocks[0].put(page, program.done | 1 << 60);
+        std::thread::sleep(std::time::Duration::from_millis(1));
+    }
     while !end.exists() {
         let forks = forks.exists();
         for _ in 0..ROUND {

@@ -16,6 +16,7 @@ use super::super::stub::{PATIENCE, Step, Stub};
 use crate::ProcessError;
 use crate::bootstrap;
 use crate::freeze::{Held, remote_failed};
+use crate::lodger::{self, Lodger};
 use outlive_linux::ptrace::Running;
 use outlive_linux::remote::{Arg, Batch};
 use outlive_linux::spawn::clone_args;
@@ -30,7 +31,6 @@ const THREAD: u64 = (libc::CLONE_VM
     | libc::CLONE_PTRACE) as u64;
 /// `CLONE_ARGS_SIZE_VER0`: without a chosen ID.
 const CLONE_ARGS_WITHOUT_ID: usize = 64;
-const NAME: &[u8] = b"outlive-holder\0";
 /// How long it may take to end.
 const END_WITHIN: Duration = Duration::from_secs(2);
 
@@ -40,12 +40,17 @@ pub struct Holder {
     pid: u32,
     tid: u32,
     syscall_at: u64,
+    lodger: Lodger,
 }
 
 impl Holder {
     /// Makes it in a process that has the descriptor of its missing pages; there it is closed. A root
-    /// is killed if we end.
-    pub fn make(stub: &mut Stub, is_root: bool) -> Result<Option<Self>, ProcessError> {
+    /// is killed if we end. `lodger` tells of it as long as it is there.
+    pub fn make(
+        stub: &mut Stub,
+        is_root: bool,
+        lodger: Lodger,
+    ) -> Result<Option<Self>, ProcessError> {
         let Some(number) = stub.missing.take() else {
             return Ok(None);
         };
@@ -83,11 +88,13 @@ impl Holder {
         held.touch();
         held.release()
             .map_err(|e| stub.target.kernel("starting a thread for missing pages", e))?;
+        lodger.moved_in(tid);
         let pid = stub.target.pid;
         Ok(Some(Self {
             pid,
             tid,
             syscall_at,
+            lodger,
         }))
     }
 
@@ -101,6 +108,7 @@ impl Holder {
             let _ = self.try_end(deadline);
             std::thread::sleep(Duration::from_micros(100));
         }
+        self.lodger.moved_out();
         true
     }
 
@@ -121,8 +129,7 @@ impl Holder {
     }
 
     fn is_there(&self) -> bool {
-        let name = std::fs::read(format!("/proc/{}/task/{}/comm", self.pid, self.tid));
-        name.is_ok_and(|name| name.trim_ascii() == &NAME[..NAME.len() - 1])
+        lodger::is_there(self.pid, self.tid)
     }
 }
 
@@ -145,7 +152,8 @@ fn keeping_only(number: u64, is_root: bool) -> Batch {
         let kill = libc::SIGKILL as u64;
         push(libc::SYS_prctl, [libc::PR_SET_PDEATHSIG as u64, kill, 0]);
     }
-    let name = [Arg::Value(libc::PR_SET_NAME as u64), Arg::In(NAME.to_vec())];
+    let name = Arg::In([lodger::NAME, b"\0"].concat());
+    let name = [Arg::Value(libc::PR_SET_NAME as u64), name];
     batch.push(libc::SYS_prctl, name);
     batch
 }

@@ -19,8 +19,11 @@
 //!   are not common with its parent's.
 //! - The server's threads begin when all threads of the program are there: they must not take the
 //!   IDs that those need.
-//! - Epochs begin when nothing is missing any more; the first one is full.
+//! - Where epochs are to go on from this one, and writes are found by asynchronous write protection, the
+//!   program is tracked from its first instruction, see [`filling`]. Else epochs begin when nothing is
+//!   missing any more; the first one is full.
 
+pub(crate) mod filling;
 mod holder;
 mod pending;
 mod serve;
@@ -31,6 +34,7 @@ use super::space::runs_of;
 use super::stub::Stub;
 use crate::resources::memory::{Area, AreaKind};
 use crate::{ProcessError, bootstrap};
+use filling::Filling;
 use holder::Holder;
 use outlive_epoch::{EpochReader, Run, SpaceId};
 use outlive_linux::Errno;
@@ -38,7 +42,7 @@ use outlive_linux::demand::{FLAGS, Guard, PageServer};
 use outlive_linux::maps::VmFlags;
 use pending::{Part, Pending};
 use rustix::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use serve::{Server, Space};
+use serve::{Common, Server, Space};
 use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
@@ -145,25 +149,32 @@ pub fn at_once(runs: Vec<(u64, u64)>, later: &[(u64, u64)]) -> Vec<(u64, u64)> {
 
 /// Missing pages of processes that are being restored.
 pub struct Missing {
-    spaces: Vec<Space>,
+    common: Arc<Common>,
+    wanted: Vec<Run>,
+    bytes: u64,
+    tracks: bool,
     began: Instant,
 }
 
 impl Missing {
-    /// From here on whoever touches the memory that comes later waits for it.
+    /// From here on whoever touches the memory that comes later waits for it. With `tracking` it can be
+    /// tracked meanwhile, where the kernel can.
     pub fn begin(
         stubs: &mut [Stub],
         saved: &Saved,
         later: &Later,
-        (reader, began): (&dyn EpochReader, Instant),
+        (source, tracking, began): (&Source, bool, Instant),
     ) -> Result<Self, ProcessError> {
+        let reader = &*source.0;
         let mut spaces = Vec::new();
+        let mut tracks = true;
         for (stub, process) in stubs.iter_mut().zip(&saved.processes) {
             let id = stub.target.id;
             let Some(areas) = later.get(&id).filter(|areas| !areas.is_empty()) else {
                 continue;
             };
-            let server = server_of(stub)?;
+            let server = server_of(stub, tracking)?;
+            tracks &= server.tracks();
             let mut pending = Pending::default();
             let runs = runs_of(id, &process.memory, reader);
             for &(start, end) in areas {
@@ -174,31 +185,58 @@ impl Missing {
                     let (start, end) = (r.0.max(start), r.1.min(end));
                     let origin = start;
                     pending.insert(Part { start, end, origin });
+                    if server.tracks() {
+                        let protected = server.protect(start, end);
+                        protected.map_err(|e| refused(stub, &format!("{start:x}-{end:x}: {e}")))?;
+                    }
                 }
             }
             spaces.push(Space::new(server, SpaceId(id), stub.target.pid, pending));
         }
-        Ok(Self { spaces, began })
+        let (wanted, bytes) = (
+            spaces.iter().flat_map(Space::runs).collect(),
+            spaces.iter().map(Space::bytes).sum(),
+        );
+        let common = Common::new(spaces, source.clone());
+        let common = common.map_err(|e| super::internal("preparing to serve pages", e.into()))?;
+        Ok(Self {
+            common,
+            wanted,
+            bytes,
+            tracks,
+            began,
+        })
     }
 
     /// Bytes that come later.
     #[must_use]
     pub fn bytes(&self) -> u64 {
-        self.spaces.iter().map(Space::bytes).sum()
+        self.bytes
+    }
+
+    /// Whether all that comes later can be tracked.
+    #[must_use]
+    pub fn tracks(&self) -> bool {
+        self.tracks
+    }
+
+    /// For the tracker of a process of which something comes later.
+    #[must_use]
+    pub fn filling(&self, id: u32) -> Option<Filling> {
+        Filling::of(&self.common, id)
     }
 
     /// Begins to serve who waits; all threads of the program are there.
-    pub fn serve(self, source: Source, stubs: &[Stub]) -> Result<Serving, ProcessError> {
+    pub fn serve(self, stubs: &[Stub]) -> Result<Serving, ProcessError> {
         let failed = |e: Errno| super::internal("preparing to serve pages", e.into());
         let program: Result<Vec<OwnedFd>, _> =
             stubs.iter().map(|s| s.target.pidfd.try_clone()).collect();
         let program = program.map_err(|e| super::internal("preparing to serve pages", e))?;
         let root = stubs.first().map_or(0, |s| s.target.pid);
-        let wanted = self.spaces.iter().flat_map(Space::runs).collect();
-        let server = Server::begin(self.spaces, source, (root, program)).map_err(failed)?;
+        let server = Server::begin(self.common, (root, program)).map_err(failed)?;
         Ok(Serving {
             server,
-            wanted,
+            wanted: self.wanted,
             began: self.began,
             holders: Vec::new(),
         })
@@ -217,7 +255,8 @@ impl Serving {
     /// From here on no page can become zeros, whoever is killed; the processes have all else.
     pub fn hold(mut self, stubs: &mut [Stub]) -> Result<Self, ProcessError> {
         for (at, stub) in stubs.iter_mut().enumerate() {
-            self.holders.extend(Holder::make(stub, at == 0)?);
+            let lodger = self.server.lodger(stub.target.id);
+            self.holders.extend(Holder::make(stub, at == 0, lodger)?);
         }
         Ok(self)
     }
@@ -274,13 +313,14 @@ impl Drop for Lazy {
     }
 }
 
-fn server_of(stub: &mut Stub) -> Result<PageServer, ProcessError> {
+fn server_of(stub: &mut Stub, tracking: bool) -> Result<PageServer, ProcessError> {
     let made = bootstrap::make_userfault(&stub.target, &mut stub.threads[0], &stub.arena, FLAGS)?;
     let made = made.map(|(fd, number)| {
         stub.missing = Some(number);
         fd
     });
-    made.and_then(PageServer::new).map_err(|e| match e {
+    let made = made.and_then(|fd| PageServer::new(fd, tracking));
+    made.map_err(|e| match e {
         Errno::PERM => refused(stub, "this needs root (CAP_SYS_PTRACE)"),
         Errno::INVAL | Errno::NOSYS => refused(stub, "this needs Linux 6.6"),
         e => refused(stub, &format!("userfaultfd: {e}")),

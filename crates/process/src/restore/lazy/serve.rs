@@ -5,12 +5,17 @@
 //!   made obsolete is served any more. While one is unread, the kernel refuses to copy
 //!   ([`Errno::AGAIN`]).
 //! - A page counts as served when the kernel said so.
-//! - The descriptors are closed only when nothing is missing, or when the program is dead.
+//! - The descriptors are closed only when nothing is missing, or when the program is dead; those by which
+//!   memory is tracked, too, when its tracker is done with them ([`super::filling`]).
+//! - A page comes clean only where it belongs at this address: elsewhere the epochs do not have it.
 
+use super::filling::pages;
 use super::holder::Holder;
 use super::pending::{Part, Pending};
 use super::{Served, Source};
 use crate::family;
+use crate::interval::IntervalSet;
+use crate::lodger::Lodger;
 use outlive_epoch::{Content, Order, PAGE_SIZE, Run, SpaceId, VisitError};
 use outlive_linux::Errno;
 use outlive_linux::demand::{Event, Guard, PageServer};
@@ -19,46 +24,65 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::fd::OwnedFd;
 use rustix::process::{Signal, pidfd_send_signal};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 const PAGE: u64 = PAGE_SIZE as u64;
+/// How long it may take until nobody waits at a descriptor that is to be closed.
+const LETS_GO_WITHIN: Duration = Duration::from_secs(2);
 /// Neighbours that come with a page somebody waits for, bytes, aligned.
 const AROUND: u64 = 64 * 1024;
 /// What is copied while somebody may be kept waiting, bytes.
 const AT_ONCE: usize = 128 * 1024;
 /// What is asked for again in one go, bytes …
-const AGAIN: u64 = 1 << 20;
+pub(super) const AGAIN: u64 = 1 << 20;
 /// … and in how many parts.
 const PARTS: usize = 64;
 /// How long a thread waits that has to be asked for again.
-const A_MOMENT: Duration = Duration::from_millis(1);
+pub(super) const A_MOMENT: Duration = Duration::from_millis(1);
 /// How often nothing comes of asking again before it is given up.
-const TRIES: u32 = 10_000;
+pub(super) const TRIES: u32 = 10_000;
 
 /// One address space with missing pages.
 pub struct Space {
-    server: Arc<PageServer>,
-    id: SpaceId,
+    pub(super) server: Arc<PageServer>,
+    pub(super) id: SpaceId,
     /// The process, where it is one that was restored.
-    pid: Option<u32>,
-    pending: Pending,
+    pub(super) pid: Option<u32>,
+    pub(super) pending: Pending,
     /// Addresses that somebody waits for and that could not be served yet.
     waiting: Vec<u64>,
-    ended: bool,
+    pub(super) ended: bool,
+    /// Somebody tracks it by the same descriptor …
+    pub(super) tracked: bool,
+    /// … and has not heard yet that mappings were moved to these pages.
+    pub(super) moved: IntervalSet,
+    /// The thread that holds on to the missing pages.
+    pub(super) lodger: Lodger,
 }
 
 impl Space {
     /// With these pages missing.
     pub fn new(server: PageServer, id: SpaceId, pid: u32, pending: Pending) -> Self {
         Self {
-            server: Arc::new(server),
-            id,
             pid: Some(pid),
+            ..Self::of(Arc::new(server), id, pending)
+        }
+    }
+
+    /// Of no process that is known, which nobody tracks.
+    fn of(server: Arc<PageServer>, id: SpaceId, pending: Pending) -> Self {
+        Self {
+            server,
+            id,
+            pid: None,
             pending,
             waiting: Vec::new(),
             ended: false,
+            tracked: false,
+            moved: IntervalSet::default(),
+            lodger: Lodger::default(),
         }
     }
 
@@ -89,9 +113,15 @@ impl Space {
         self.waiting.clear();
     }
 
-    /// Copies contents to where they are missing. What cannot be served now stays missing; the error
-    /// says why.
-    fn put(&mut self, at: u64, length: u64, content: Content<'_>) -> Result<u64, Errno> {
+    /// Copies contents, which the epoch has at `origin`, to where they are missing. What cannot be served
+    /// now stays missing; the error says why.
+    fn put(
+        &mut self,
+        (at, origin): (u64, u64),
+        length: u64,
+        content: Content<'_>,
+    ) -> Result<u64, Errno> {
+        let clean = self.tracked && at == origin;
         let mut done = 0;
         let (mut failed, mut single) = (None, false);
         while done < length {
@@ -106,7 +136,7 @@ impl Space {
             let put = match content {
                 Content::Bytes(b) => {
                     let bytes = &b[done as usize..(end - at) as usize];
-                    self.server.copy(start, bytes)
+                    self.server.copy(start, bytes, clean)
                 }
                 Content::Zero => self.server.zero(start, end),
             };
@@ -139,29 +169,63 @@ impl Space {
 }
 
 #[derive(Default)]
-struct State {
-    spaces: Vec<Space>,
+pub struct State {
+    pub(super) spaces: Vec<Space>,
     served: Served,
-    /// Everything is there, or the program is dead.
+    /// Everything is there.
+    pub(super) filled: bool,
+    /// Nobody needs to be served any more, or the program is dead.
     over: bool,
     /// Why the program had to be ended.
-    failed: Option<String>,
+    pub(super) failed: Option<String>,
 }
 
-struct Common {
+impl State {
+    /// Once everything is there, only trackers need what is left.
+    fn tidy(&mut self) {
+        if self.filled {
+            self.spaces.retain(|s| s.tracked && !s.ended);
+            self.over |= self.spaces.is_empty();
+        }
+    }
+}
+
+/// What the threads have in common.
+pub struct Common {
     state: Mutex<State>,
     source: Source,
-    root: u32,
-    /// Descriptors of the program's processes.
-    program: Vec<OwnedFd>,
+    /// The root, and descriptors of the program's processes, once they are to be served.
+    program: OnceLock<(u32, Vec<OwnedFd>)>,
     /// Somebody waits for a page: whoever brings others lets go of the lock.
     urgent: AtomicBool,
-    /// Written to when it is over.
+    /// Written to when there is something else to do than to serve.
     bell: OwnedFd,
 }
 
 impl Common {
-    fn lock(&self) -> MutexGuard<'_, State> {
+    /// Of these address spaces, whose pages come from there.
+    pub fn new(spaces: Vec<Space>, source: Source) -> Result<Arc<Self>, Errno> {
+        Ok(Arc::new(Self {
+            state: Mutex::new(State {
+                spaces,
+                ..State::default()
+            }),
+            source,
+            program: OnceLock::new(),
+            urgent: AtomicBool::new(false),
+            bell: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
+        }))
+    }
+
+    /// The state; whoever brings pages that nobody waits for lets go of it.
+    pub(super) fn urgently(&self) -> MutexGuard<'_, State> {
+        self.urgent.store(true, Ordering::Relaxed);
+        let state = self.lock();
+        self.urgent.store(false, Ordering::Relaxed);
+        state
+    }
+
+    pub(super) fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -169,13 +233,34 @@ impl Common {
         let _ = rustix::io::write(&self.bell, &1u64.to_ne_bytes());
     }
 
-    /// Ends the program: a page of it cannot be served.
-    fn give_up(&self, state: &mut State, why: String) {
-        for kin in family::list(self.root, &[]) {
-            let _ = outlive_linux::thread::kill(kin.pid);
+    /// Lets go of address spaces in which nothing is missing; when this returns, the kernel has, too.
+    pub(super) fn let_go_of(&self, is_one: impl Fn(&Space) -> bool) {
+        let whole = |s: &mut Space| is_one(s) && s.pending.bytes() == 0;
+        let leaving: Vec<Space> = {
+            let mut state = self.lock();
+            let leaving = state.spaces.extract_if(.., whole).collect();
+            state.tidy();
+            leaving
+        };
+        self.ring();
+        let deadline = Instant::now() + LETS_GO_WITHIN;
+        for space in leaving {
+            // The thread that serves may just be waiting at it.
+            while Arc::strong_count(&space.server) > 1 && Instant::now() < deadline {
+                std::thread::sleep(A_MOMENT / 20);
+            }
         }
-        for process in &self.program {
-            let _ = pidfd_send_signal(process, Signal::KILL);
+    }
+
+    /// Ends the program: a page of it cannot be served.
+    pub(super) fn give_up(&self, state: &mut State, why: String) {
+        if let Some((root, program)) = self.program.get() {
+            for kin in family::list(*root, &[]) {
+                let _ = outlive_linux::thread::kill(kin.pid);
+            }
+            for process in program {
+                let _ = pidfd_send_signal(process, Signal::KILL);
+            }
         }
         state.failed.get_or_insert(why);
     }
@@ -184,40 +269,43 @@ impl Common {
 /// The threads.
 pub struct Server {
     common: Arc<Common>,
-    threads: Vec<JoinHandle<()>>,
+    /// Serves who waits.
+    pages: Option<JoinHandle<()>>,
+    /// Brings all others.
+    bring: Option<JoinHandle<()>>,
 }
 
 impl Server {
-    /// Begins to serve who waits.
-    pub fn begin(
-        spaces: Vec<Space>,
-        source: Source,
-        (root, program): (u32, Vec<OwnedFd>),
-    ) -> Result<Self, Errno> {
-        let common = Arc::new(Common {
-            state: Mutex::new(State {
-                spaces,
-                ..State::default()
-            }),
-            source,
-            root,
-            program,
-            urgent: AtomicBool::new(false),
-            bell: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
-        });
+    /// Begins to serve who waits, in a program with this root and these processes.
+    pub fn begin(common: Arc<Common>, (root, program): (u32, Vec<OwnedFd>)) -> Result<Self, Errno> {
+        let _ = common.program.set((root, program));
         let ours = common.clone();
         let named = std::thread::Builder::new().name("outlive-pages".into());
         let thread = named.spawn(move || serve(&ours));
         let thread = thread.map_err(|_| Errno::AGAIN)?;
         Ok(Self {
             common,
-            threads: vec![thread],
+            pages: Some(thread),
+            bring: None,
         })
     }
 
     /// The program's processes.
     pub fn program(&self) -> &[OwnedFd] {
-        &self.common.program
+        self.common
+            .program
+            .get()
+            .map_or(&[], |(_, program)| program)
+    }
+
+    /// What tells of the thread that holds on to the missing pages of a process.
+    pub fn lodger(&self, id: u32) -> Lodger {
+        let state = self.common.lock();
+        let space = state
+            .spaces
+            .iter()
+            .find(|s| s.id.0 == id && s.pid.is_some());
+        space.map(|s| s.lodger.clone()).unwrap_or_default()
     }
 
     /// Brings all of this; the guard goes when it is there. Returns a descriptor that is readable
@@ -231,7 +319,7 @@ impl Server {
         let (done, alive) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)?;
         let ours = self.common.clone();
         let named = std::thread::Builder::new().name("outlive-bring".into());
-        self.threads.push(named.spawn(move || {
+        self.bring = Some(named.spawn(move || {
             bring_all(&ours, &wanted);
             let done = ours.lock().failed.is_none();
             let left = holders.iter().filter(|h| done && !h.end()).count();
@@ -242,8 +330,8 @@ impl Server {
             }
             state.served.resident_us = began.elapsed().as_micros() as u64;
             if state.failed.is_none() {
-                state.over = true;
-                state.spaces.clear();
+                state.filled = true;
+                state.tidy();
                 ours.ring();
             }
             drop((state, guard, alive));
@@ -251,29 +339,32 @@ impl Server {
         Ok(done)
     }
 
-    /// Waits until everything is there; why the program had to be ended.
+    /// Waits until everything is there; why the program had to be ended. A tracker may still need who
+    /// serves.
     pub fn join(&mut self) -> Result<Served, String> {
-        // The one that serves who waits ends last.
-        for thread in self.threads.drain(..).rev() {
+        if let Some(thread) = self.bring.take() {
             let _ = thread.join();
+        }
+        let failed = self.common.lock().failed.is_some();
+        if failed || self.common.lock().over {
+            let _ = self.pages.take().map(JoinHandle::join);
         }
         let state = self.common.lock();
         state.failed.clone().map_or(Ok(state.served), Err)
     }
 
-    /// How long it took, once it is over.
+    /// How long it took, once everything is there.
     pub fn elapsed(&self) -> Option<Duration> {
         let state = self.common.lock();
-        state
-            .over
-            .then(|| Duration::from_micros(state.served.resident_us))
+        let done = state.filled || state.over;
+        done.then(|| Duration::from_micros(state.served.resident_us))
     }
 }
 
 impl Drop for Server {
     /// Only a program that never ran is left without its server: then it is dead by now, or will be.
     fn drop(&mut self) {
-        if self.threads.len() == 1 {
+        if self.bring.is_none() && !self.common.lock().filled {
             self.common.lock().over = true;
             self.common.ring();
         }
@@ -291,6 +382,7 @@ fn serve(common: &Common) {
                 state.spaces.retain(|s| !s.ended);
                 state.over |= state.spaces.is_empty();
             }
+            state.tidy();
             if state.over {
                 return;
             }
@@ -309,9 +401,10 @@ fn serve(common: &Common) {
             tv_nsec: A_MOMENT.as_nanos() as i64,
         };
         let _ = poll(&mut set, waiting.then_some(&moment));
-        common.urgent.store(true, Ordering::Relaxed);
-        let mut state = common.lock();
-        common.urgent.store(false, Ordering::Relaxed);
+        let _ = rustix::io::read(&common.bell, &mut [0; 8]);
+        drop(set);
+        drop(servers);
+        let mut state = common.urgently();
         let mut at = 0;
         // Children that are made meanwhile come behind.
         while at < state.spaces.len() {
@@ -322,7 +415,7 @@ fn serve(common: &Common) {
 }
 
 /// Reads all events of one space, and serves who waits in it.
-fn attend(common: &Common, state: &mut State, at: usize) {
+pub(super) fn attend(common: &Common, state: &mut State, at: usize) {
     loop {
         let event = match state.spaces[at].server.event() {
             Ok(Some(event)) => event,
@@ -336,16 +429,16 @@ fn attend(common: &Common, state: &mut State, at: usize) {
         match event {
             Event::Missing(address) => space.waiting.push(address),
             Event::Gone(start, end) => drop(space.pending.remove(start, end)),
-            Event::Moved(from, to, length) => space.pending.moved(from, to, length),
+            Event::Moved(from, to, length) => {
+                space.pending.moved(from, to, length);
+                if space.tracked {
+                    let (first, end) = pages((to, to.saturating_add(length)));
+                    space.moved.insert(first, end);
+                }
+            }
             Event::Fork(server) => {
-                let mut child = Space {
-                    server: Arc::new(server),
-                    id: space.id,
-                    pid: None,
-                    pending: space.pending.clone(),
-                    waiting: Vec::new(),
-                    ended: false,
-                };
+                let pending = space.pending.clone();
+                let mut child = Space::of(Arc::new(server), space.id, pending);
                 wipe(space.pid, &mut child.pending);
                 state.spaces.push(child);
             }
@@ -413,7 +506,7 @@ fn serve_one(common: &Common, state: &mut State, at: usize, address: u64) -> Res
 
 /// Brings one part from the medium. What cannot be put now stays missing, because of what is
 /// returned.
-fn fetch(
+pub(super) fn fetch(
     common: &Common,
     state: &mut State,
     at: usize,
@@ -430,7 +523,7 @@ fn fetch(
         .0
         .pages_in(&[run], Order::Fastest, &mut |run, content| {
             let to = part.start + (run.address() - part.origin);
-            match space.put(to, run.bytes(), content) {
+            match space.put((to, run.address()), run.bytes(), content) {
                 Ok(done) => bytes += done,
                 Err(e) => failed = Some(e),
             }
@@ -479,23 +572,29 @@ fn bring_all(common: &Common, wanted: &[Run]) {
         common.give_up(&mut common.lock(), damaged(e));
         return common.ring();
     }
-    if let Err(why) = bring_rest(common) {
+    if let Err(why) = bring_rest(common, &|_| true) {
         common.give_up(&mut common.lock(), why);
         common.ring();
     }
 }
 
 /// Brings what could not be put in place when it came by: it was moved, or belongs to a child.
-fn bring_rest(common: &Common) -> Result<(), String> {
+pub(super) fn bring_rest(common: &Common, is_one: &dyn Fn(&Space) -> bool) -> Result<(), String> {
     let mut tries = 0;
     loop {
         let mut state = common.lock();
-        let left = |s: &State| s.spaces.iter().map(|s| s.pending.bytes()).sum::<u64>();
+        let left = |s: &State| {
+            let wanted = s.spaces.iter().filter(|s| is_one(s));
+            wanted.map(|s| s.pending.bytes()).sum::<u64>()
+        };
         let before = left(&state);
         if before == 0 || state.failed.is_some() {
             return Ok(());
         }
         for at in 0..state.spaces.len() {
+            if !is_one(&state.spaces[at]) {
+                continue;
+            }
             let next: Vec<Part> = state.spaces[at].pending.all().take(PARTS).collect();
             for part in next {
                 let part = part.within(part.start, part.start + AGAIN).unwrap_or(part);
@@ -534,7 +633,7 @@ fn bring(state: &mut State, (run, start, end): (Run, u64, u64), content: Content
                 Content::Zero => Content::Zero,
             };
             bytes += space
-                .put(part.start, part.end - part.start, content)
+                .put((part.start, part.start), part.end - part.start, content)
                 .unwrap_or(0);
         }
     }
