@@ -17,7 +17,7 @@ pub const REMOVED: u32 = 0o1000;
 pub const LOCKED: u32 = 0o2000;
 
 /// The sorts of objects.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Sort {
     /// Shared memory.
     Memory,

@@ -2,25 +2,29 @@
 //! have in common with them. Contents of segments are shared memory ([`super::shared`]).
 //!
 //! # Which belong to a program
-//! An object belongs to nobody; it is the program's if a member of the program made it (segments),
-//! or changed it last (a semaphore, a queue). Segments that are mapped belong to who maps them.
+//! An object belongs to nobody, and the kernel tells little of who uses it. It is the program's if
+//! - a member made it (segments), or changed it last (a semaphore, a queue), or stands in a call on it;
+//! - so did a member that was seen at an earlier stop and has ended since;
+//! - it was the program's at an earlier stop.
+//!
+//! Segments that are mapped belong to who maps them. All else belongs to the machine, like a file that
+//! nobody has open: a program can come back to it by its key or number, and so can anybody.
 //!
 //! # What it refuses
 //! Objects that somebody else uses too, as far as the kernel tells.
-//!
-//! # What is not known
-//! A set of semaphores or a queue that nobody used yet, and an object whose only user or maker
-//! among the members has ended, are not seen.
 
 use crate::resources::semaphore_undo::UndoState;
 use crate::target::Target;
 use crate::{ProcessError, Refusal};
+use outlive_linux::ptrace::Registers;
 use outlive_linux::sysv::{self, Lists, Object, Segment, Sort};
 use outlive_state_tree::StateNode;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// The longest message that is asked for, bytes.
 const LONGEST: u64 = 16 << 20;
+/// The largest process ID (`PID_MAX_LIMIT`).
+const MOST_IDS: u32 = 1 << 22;
 
 /// By the ID of every thread of a program, as we see it: the ID under which its process is saved. The kernel calls a user of an object now by the ID of
 /// its process, now by that of a thread.
@@ -79,7 +83,7 @@ pub struct QueueState {
     pub object: ObjectState,
     /// How many bytes it takes.
     pub capacity: u64,
-    /// The member that used it last.
+    /// The member that used it last; 0 for one that is no member.
     pub user: u32,
     /// The messages that wait, first to last.
     #[state(children)]
@@ -127,10 +131,39 @@ impl ObjectState {
     }
 }
 
+/// Who is asked about objects at a stop.
+#[derive(Clone, Debug, Default)]
+pub struct Users {
+    /// The threads of the program.
+    pub members: Members,
+    /// Objects on which one of them stands in a call.
+    pub called: BTreeSet<(Sort, i32)>,
+}
+
+impl Users {
+    /// Adds a thread that stands still, of a process that is saved under this ID.
+    pub fn add(&mut self, tid: u32, id: u32, registers: &Registers) {
+        self.members.insert(tid, id);
+        let sort = match registers.orig_rax.cast_signed() {
+            libc::SYS_semop | libc::SYS_semtimedop => Sort::Semaphores,
+            libc::SYS_msgrcv | libc::SYS_msgsnd => Sort::Queue,
+            _ => return,
+        };
+        // The kernel looks at the lower half.
+        self.called.insert((sort, registers.rdi as i32));
+    }
+}
+
 /// The System V objects of a tracked program.
 #[derive(Debug, Default)]
 pub struct SystemV {
     lists: Lists,
+    /// A bit for each process and thread ID that a member has had.
+    past: Vec<u64>,
+    /// Objects that were the program's at the last stop.
+    owned: BTreeSet<(Sort, i32)>,
+    /// What was found at this one.
+    found: BTreeSet<(Sort, i32)>,
 }
 
 fn failed(what: &str, source: impl Into<std::io::Error>) -> ProcessError {
@@ -174,67 +207,98 @@ fn shared_with(root: &Target, sort: Sort, object: &Object, who: &str) -> Refusal
 }
 
 impl SystemV {
-    /// All segments of the machine.
-    pub fn segments(&mut self) -> Result<Vec<Segment>, ProcessError> {
+    /// A stop begins: all segments of the machine.
+    pub fn begin(&mut self, users: &Users) -> Result<Vec<Segment>, ProcessError> {
+        self.found.clear();
+        for &tid in users.members.keys().filter(|tid| **tid <= MOST_IDS) {
+            let (word, bit) = (tid as usize / 64, tid % 64);
+            if self.past.len() <= word {
+                self.past.resize(word + 1, 0);
+            }
+            self.past[word] |= 1 << bit;
+        }
         let segments = self.lists.segments();
         segments.map_err(|e| failed("listing System V shared memory", e))
     }
 
-    /// Describes the semaphores and queues of the program, which stands still.
-    pub fn collect(
-        &mut self,
-        root: &Target,
-        members: &Members,
-    ) -> Result<SystemVState, ProcessError> {
+    /// Those of the program that nobody has mapped.
+    pub fn unmapped(&mut self, segments: &[Segment], users: &Users) -> Vec<Segment> {
+        let unmapped = segments.iter().filter(|s| s.attached == 0);
+        let own = unmapped.filter(|s| self.owns((Sort::Memory, s.object.id), &[s.creator], users));
+        own.copied().collect()
+    }
+
+    /// Whether an object is the program's that these have used last, or made.
+    fn owns(&mut self, which: (Sort, i32), last: &[u32], users: &Users) -> bool {
+        let was = |pid: u32| {
+            let bits = self.past.get(pid as usize / 64);
+            pid != 0 && bits.is_some_and(|bits| bits & 1 << (pid % 64) != 0)
+        };
+        let lives = |pid: u32| is_stranger(pid, &users.members);
+        let used = |pid: &u32| users.members.contains_key(pid) || was(*pid) && !lives(*pid);
+        let owns =
+            last.iter().any(used) || users.called.contains(&which) || self.owned.contains(&which);
+        if owns {
+            self.found.insert(which);
+        }
+        owns
+    }
+
+    /// Describes the semaphores and queues of the program, which stands still. The stop is over for
+    /// this.
+    pub fn collect(&mut self, root: &Target, users: &Users) -> Result<SystemVState, ProcessError> {
         let mut state = SystemVState::default();
         let sets = self.lists.semaphores();
         for set in sets.map_err(|e| failed("listing System V semaphores", e))? {
-            state.semaphores.extend(semaphores(&set, root, members)?);
+            let each = (0..set.count).map(|n| sysv::semaphore(set.object.id, n));
+            // Removed meanwhile by somebody else, or none of ours.
+            let Ok(each) = each.collect::<Result<Vec<_>, _>>() else {
+                continue;
+            };
+            let last: Vec<u32> = each.iter().map(|s| s.last).collect();
+            if self.owns((Sort::Semaphores, set.object.id), &last, users) {
+                let set = semaphores(&set, &each, root, &users.members)?;
+                state.semaphores.push(set);
+            }
         }
         let queues = self.lists.queues();
         for found in queues.map_err(|e| failed("listing System V message queues", e))? {
-            state.queues.extend(queue(&found, root, members)?);
+            let last = [found.sender, found.receiver];
+            if self.owns((Sort::Queue, found.object.id), &last, users) {
+                state.queues.push(queue(&found, root, &users.members)?);
+            }
         }
+        self.owned = std::mem::take(&mut self.found);
         Ok(state)
     }
 }
 
 fn semaphores(
     set: &sysv::Semaphores,
+    each: &[sysv::Semaphore],
     root: &Target,
     members: &Members,
-) -> Result<Option<SemaphoresState>, ProcessError> {
-    let each = (0..set.count).map(|n| sysv::semaphore(set.object.id, n));
-    let each: Vec<sysv::Semaphore> = match each.collect() {
-        Ok(each) => each,
-        // Removed meanwhile by somebody else, or none of ours.
-        Err(_) => return Ok(None),
-    };
-    if !each.iter().any(|s| members.contains_key(&s.last)) {
-        return Ok(None);
-    }
+) -> Result<SemaphoresState, ProcessError> {
     if let Some(stranger) = each.iter().find(|s| is_stranger(s.last, members)) {
         let who = format!("process {}", stranger.last);
         let refusal = shared_with(root, Sort::Semaphores, &set.object, &who);
         return Err(ProcessError::Refused(vec![refusal]));
     }
     let member = |id: u32| members.get(&id).copied().unwrap_or(0);
-    Ok(Some(SemaphoresState {
+    Ok(SemaphoresState {
         object: ObjectState::of(&set.object),
         values: each.iter().map(|s| s.value).collect(),
         last: each.iter().map(|s| member(s.last)).collect(),
-    }))
+    })
 }
 
 fn queue(
     queue: &sysv::Queue,
     root: &Target,
     members: &Members,
-) -> Result<Option<QueueState>, ProcessError> {
+) -> Result<QueueState, ProcessError> {
     let users = [queue.sender, queue.receiver];
-    let Some(&user) = users.iter().find_map(|u| members.get(u)) else {
-        return Ok(None);
-    };
+    let user = users.iter().find_map(|u| members.get(u));
     if let Some(stranger) = users.into_iter().find(|&u| is_stranger(u, members)) {
         let who = format!("process {stranger}");
         let refusal = shared_with(root, Sort::Queue, &queue.object, &who);
@@ -254,10 +318,64 @@ fn queue(
             None => break,
         }
     }
-    Ok(Some(QueueState {
+    Ok(QueueState {
         object: ObjectState::of(&queue.object),
         capacity,
-        user,
+        user: user.copied().unwrap_or(0),
         messages,
-    }))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::resources::thread::RegistersState;
+
+    const NOBODY: u32 = MOST_IDS - 1;
+
+    fn users(tid: u32, call: i64, first: u64) -> Users {
+        let mut users = Users::default();
+        let registers = RegistersState {
+            orig_rax: call.cast_unsigned(),
+            rdi: first,
+            ..RegistersState::default()
+        };
+        let registers = registers.to_ptrace();
+        users.add(tid, tid, &registers);
+        users
+    }
+
+    #[test]
+    fn what_a_member_used_is_the_program_s_though_it_has_ended() {
+        let (set, me) = ((Sort::Semaphores, 5), std::process::id());
+        let nothing = users(me, -1, 5);
+        let mut known = SystemV::default();
+        known.begin(&nothing).unwrap();
+        assert!(known.owns(set, &[0, me], &nothing));
+        assert!(!known.owns(set, &[0], &nothing), "nobody used it yet");
+        assert!(!known.owns(set, &[NOBODY], &nothing), "somebody else did");
+        // One that was a member, and has ended since.
+        known.begin(&users(NOBODY, -1, 5)).unwrap();
+        assert!(known.owns(set, &[NOBODY], &nothing));
+        assert!(!known.owns(set, &[1], &nothing), "a stranger lives");
+    }
+
+    #[test]
+    fn what_a_member_waits_for_is_the_program_s_and_stays_so() {
+        let me = std::process::id();
+        let mut known = SystemV::default();
+        for (call, sort) in [
+            (libc::SYS_msgrcv, Sort::Queue),
+            (libc::SYS_msgsnd, Sort::Queue),
+            (libc::SYS_semop, Sort::Semaphores),
+            (libc::SYS_semtimedop, Sort::Semaphores),
+        ] {
+            let waits = users(me, call, 0xffff_ffff_0000_0007);
+            assert!(known.owns((sort, 7), &[0], &waits));
+            assert!(!known.owns((sort, 8), &[0], &waits));
+        }
+        assert!(!known.owns((Sort::Memory, 7), &[0], &users(me, -1, 7)));
+        known.owned = std::mem::take(&mut known.found);
+        assert!(known.owns((Sort::Queue, 7), &[0], &users(me, -1, 7)));
+    }
 }

@@ -180,6 +180,9 @@ impl Objects {
     ) -> Result<(), ProcessError> {
         for wanted in wanted(saved) {
             let target = object(wanted.object)?;
+            if wanted.sort == Sort::Memory && wanted.maker == 0 {
+                self.remove_left(&target)?;
+            }
             if !self.left.contains(&(number(wanted.sort), target.id)) {
                 let stub = member(stubs, wanted.maker)?;
                 self.make_one(&wanted, &target, stub, saved)?;
@@ -199,6 +202,18 @@ impl Objects {
             self.segments.insert(space, (id, size));
         }
         self.fill(saved, stubs)
+    }
+
+    /// Removes a segment that was left behind and whose maker has ended before the epoch: of one that
+    /// a member has made, the next epoch knows that it is the program's.
+    fn remove_left(&mut self, target: &Object) -> Result<(), ProcessError> {
+        if !self.left.remove(&(number(Sort::Memory), target.id)) {
+            return Ok(());
+        }
+        sysv::remove(Sort::Memory, target.id).map_err(|e| {
+            let what = format!("removing {}", shown(Sort::Memory, target));
+            super::internal(&what, e.into())
+        })
     }
 
     fn make_one(

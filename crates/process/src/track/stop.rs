@@ -525,25 +525,28 @@ impl Tracked {
         let threads = states.iter().map(|s| s.threads.threads.len() as u32).sum();
         let subject = clocks.subject(states, zombies, threads);
         laps.lap("processes");
-        let mut members = system_v::Members::new();
+        let mut users = system_v::Users::default();
         for process in frozen.iter() {
             let id = self.id_of(process.kin.pid);
-            members.extend(process.threads.iter().map(|t| (t.tid, id)));
+            for thread in &process.threads {
+                users.add(thread.tid, id, &thread.registers);
+            }
         }
-        let segments = self.system_v.segments()?;
-        self.shared.add_segments(&segments, &members)?;
+        let segments = self.system_v.begin(&users)?;
+        let unmapped = self.system_v.unmapped(&segments, &users);
+        self.shared.add_segments(&unmapped)?;
         let root = &self
             .members
             .get(&self.root)
             .ok_or_else(|| gone(self.root))?;
         let root = &root.target;
-        let mut system_v = self.system_v.collect(root, &members)?;
+        let mut system_v = self.system_v.collect(root, &users)?;
         if !system_v.semaphores.is_empty() {
             system_v.undo = undo(&self.members, frozen, &system_v.semaphores)?;
         }
         limit.check()?;
         // Last: what it finds is not found again.
-        let (shared, shared_residue) = self.shared.take(&segments, root, &members)?;
+        let (shared, shared_residue) = self.shared.take(&segments, root, &users.members)?;
         laps.lap("shared memory");
         laps.tell("stop");
         let files = FilesToSync::new(collected.files, states);

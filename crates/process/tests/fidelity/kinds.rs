@@ -4,7 +4,8 @@
 
 use crate::store::Store;
 use crate::support::{
-    Program, alone, bring_back, clean_up, descriptors, epoch, last_epoch, may_run, programs, track,
+    Program, alone, bring_back, bring_back_tracked, clean_up, descriptors, epoch, last_epoch,
+    may_run, programs, track,
 };
 use crate::unharmed::must_be_free;
 use outlive_process::{ProcessError, Refusal, TrackOptions, Tracked};
@@ -294,6 +295,12 @@ where it was when the program comes back, or it is not.
   restore it has that of who restores it. So has a program with a session keyring without a name in
   which there is nothing, or only what systemd puts there. Everything else in thread, process and session
   keyrings is refused.
+- **System V semaphores, message queues and segments that nobody has mapped**, as long as they are not
+  the program's. Nothing that the kernel keeps ties them to a process but who made a segment, who
+  changed a semaphore or a queue last, and who waits for them. An object is the program's if that is one
+  of its processes, or one that was there at an earlier stop, or if it was the program's before. What is
+  left was used by nobody yet, or only by processes that came and went between two stops or before, and might as
+  well be anybody's: where the machine has not booted since, the program finds it as it is.
 ";
 
 #[test]
@@ -415,5 +422,40 @@ fn try_later(kind: &str) -> Option<Vec<Refusal>> {
         _ if absent => None,
         Ok(_) => panic!("it was not refused"),
         Err(e) => panic!("neither saved nor refused: {e}"),
+    }
+}
+
+/// System V objects are the program's though nobody used them yet but a thread that waits, and though
+/// who used them has ended between two stops; the machine has booted since.
+#[test]
+fn system_v_objects_are_kept_whoever_used_them() {
+    let _alone = alone();
+    if !may_run("system_v_objects_are_kept_whoever_used_them") {
+        return;
+    }
+    crate::support::adopt_orphans();
+    for kind in ["system-v-messages-awaited", "system-v-of-a-child"] {
+        let mut program = Program::start("kinds", &[kind]);
+        let mut tracked = track(&program);
+        let mut store = Store::default();
+        epoch(&mut tracked, &mut store).expect("an epoch before");
+        let children = format!("/proc/{0}/task/{0}/children", program.pid);
+        let children = std::fs::read_to_string(children).expect("its children");
+        for child in children.split_whitespace() {
+            crate::support::kill_child(child.parse().expect("a process ID"));
+        }
+        epoch(&mut tracked, &mut store).expect("an epoch without it");
+        let seen = last_epoch(&mut program, tracked, &mut store);
+        clean_up();
+        program.remove_objects();
+        let mut tracked = bring_back_tracked(&mut program, store.newest(), &seen);
+        // What follows a restore knows them too.
+        epoch(&mut tracked, &mut store).expect("an epoch after a restore");
+        let seen = last_epoch(&mut program, tracked, &mut store);
+        clean_up();
+        program.remove_objects();
+        bring_back(&mut program, store.newest(), &seen);
+        program.must_report();
+        clean_up();
     }
 }

@@ -272,9 +272,9 @@ impl Program {
     }
 }
 
-impl Drop for Program {
-    fn drop(&mut self) {
-        self.kill();
+impl Program {
+    /// Removes the System V objects that it made, as a boot does.
+    pub fn remove_objects(&self) {
         let said = self.output();
         let words: Vec<&str> = said.split_whitespace().collect();
         for pair in words.windows(2) {
@@ -294,10 +294,31 @@ impl Drop for Program {
     }
 }
 
+impl Drop for Program {
+    fn drop(&mut self) {
+        self.kill();
+        self.remove_objects();
+    }
+}
+
 /// From now on, whoever loses its parent becomes this process's child.
 pub fn adopt_orphans() {
     // SAFETY: only numbers are passed.
     unsafe { libc::prctl(libc::PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) };
+}
+
+/// Kills somebody's child, and waits until it is a zombie.
+pub fn kill_child(pid: u32) {
+    // SAFETY: only numbers are passed.
+    assert_eq!(unsafe { libc::kill(pid.cast_signed(), libc::SIGKILL) }, 0);
+    let zombie = || {
+        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+        stat.rsplit_once(") ")
+            .is_none_or(|(_, rest)| rest.starts_with('Z'))
+    };
+    while !zombie() {
+        std::thread::sleep(Duration::from_millis(1));
+    }
 }
 
 /// Ends a child of this process.

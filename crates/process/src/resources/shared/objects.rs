@@ -286,13 +286,8 @@ impl SharedObjects {
     }
 
     /// Adds the System V segments of the program that nobody has mapped.
-    pub fn add_segments(
-        &mut self,
-        segments: &[Segment],
-        members: &Members,
-    ) -> Result<(), ProcessError> {
-        let unmapped = |s: &&Segment| s.attached == 0 && members.contains_key(&s.creator);
-        for segment in segments.iter().filter(unmapped) {
+    pub fn add_segments(&mut self, segments: &[Segment]) -> Result<(), ProcessError> {
+        for segment in segments {
             let id = segment.object.id;
             let inode = u64::from(id.cast_unsigned());
             let known = self

@@ -13,6 +13,8 @@ pub(crate) const KINDS: &[Kind] = &[
     ("system-v-semaphores-undone", undone),
     ("system-v-messages", messages),
     ("system-v-messages-over-capacity", messages_over_capacity),
+    ("system-v-messages-awaited", awaited),
+    ("system-v-of-a-child", of_a_child),
     ("posix-message-queue", posix_queue),
     ("posix-semaphore-shared", posix_semaphore),
     ("asynchronous-io", aio),
@@ -176,6 +178,88 @@ fn messages_over_capacity(_: &Path) -> Result<Check, Absent> {
             same("the messages", (next(), next()), (512, 256));
         })
     }
+}
+
+/// A queue that nobody has used yet, and for which a thread waits.
+fn awaited(_: &Path) -> Result<Check, Absent> {
+    // SAFETY: the messages are live, and their type is followed by as many bytes as is said.
+    let id = unsafe { must("msgget", libc::msgget(libc::IPC_PRIVATE, 0o600)) as i32 };
+    say(&format!("msg {id}"));
+    let (tell, told) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        let mut got = [0i64; 2];
+        // SAFETY: as above.
+        let n = unsafe { libc::msgrcv(id, got.as_mut_ptr().cast(), 8, 0, 0) };
+        let error = std::io::Error::last_os_error();
+        let _ = tell.send(if n < 0 { Err(error) } else { Ok(got) });
+    });
+    let waits = || {
+        let calls = std::fs::read_dir("/proc/self/task").into_iter().flatten();
+        let mut calls = calls
+            .flatten()
+            .filter_map(|task| std::fs::read_to_string(task.path().join("syscall")).ok());
+        calls.any(|call| call.starts_with(&format!("{} {id:#x} ", libc::SYS_msgrcv)))
+    };
+    while !waits() {
+        std::thread::yield_now();
+    }
+    look(move || {
+        let message = [4i64, 0x0506];
+        // SAFETY: as above.
+        must("msgsnd", unsafe {
+            libc::msgsnd(id, message.as_ptr().cast(), 8, 0)
+        });
+        match told.recv() {
+            Ok(Ok(got)) => same("the message", got, message),
+            other => outlive_test_programs::fail(&format!("waiting for a message: {other:?}")),
+        }
+    })
+}
+
+/// A child made and used one of each sort: the parent did not yet.
+fn of_a_child(_: &Path) -> Result<Check, Absent> {
+    let (mut told, tell) = std::io::pipe().map_err(|e| Absent(e.to_string()))?;
+    // SAFETY: the segment is accessed within its size while it is attached; the message is live and
+    // as long as is said.
+    let child = unsafe {
+        let child = must("fork", libc::fork()) as i32;
+        if child == 0 {
+            let shm = libc::shmget(libc::IPC_PRIVATE, SIZE, 0o600);
+            let at = libc::shmat(shm, std::ptr::null(), 0).cast::<u8>();
+            std::slice::from_raw_parts_mut(at, SIZE).fill(0x5c);
+            libc::shmdt(at.cast());
+            let sem = libc::semget(libc::IPC_PRIVATE, 1, 0o600);
+            libc::semctl(sem, 0, libc::SETVAL, 31);
+            let msg = libc::msgget(libc::IPC_PRIVATE, 0o600);
+            let message = [6i64, 0x0708];
+            libc::msgsnd(msg, message.as_ptr().cast(), 8, 0);
+            say(&format!("shm {shm} sem {sem} msg {msg}"));
+            let ids = [shm, sem, msg].map(i32::to_ne_bytes).concat();
+            let _ = std::io::Write::write_all(&mut &tell, &ids);
+            loop {
+                libc::pause();
+            }
+        }
+        child
+    };
+    drop(tell);
+    let mut ids = [0; 12];
+    std::io::Read::read_exact(&mut told, &mut ids).map_err(|e| Absent(e.to_string()))?;
+    drop(told);
+    let id = |at: usize| i32::from_ne_bytes([ids[at], ids[at + 1], ids[at + 2], ids[at + 3]]);
+    let (shm, sem, msg) = (id(0), id(4), id(8));
+    // SAFETY: as above.
+    look(move || unsafe {
+        crate::process::end(child);
+        let at = libc::shmat(shm, std::ptr::null(), 0).cast::<u8>();
+        must("shmat", at as i64);
+        let bytes = std::slice::from_raw_parts(at, SIZE);
+        same("the contents", bytes.iter().all(|&b| b == 0x5c), true);
+        same("the value", libc::semctl(sem, 0, libc::GETVAL), 31);
+        let mut got = [0i64; 2];
+        let n = libc::msgrcv(msg, got.as_mut_ptr().cast(), 8, 0, libc::IPC_NOWAIT);
+        same("the message", (n, got), (8, [6, 0x0708]));
+    })
 }
 
 fn posix_queue(_: &Path) -> Result<Check, Absent> {
