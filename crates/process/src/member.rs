@@ -1,29 +1,28 @@
 //! One process of a tracked tree: its foothold, its page tracking, and what is taken of it at a
 //! stop.
 
+mod capture;
+
 use crate::bootstrap::{self, Plan, Wanted};
 use crate::captured::Spare;
 use crate::flags::FlagsCache;
-use crate::freeze::{Held, freeze, remote_failed, run_all, run_all_while};
+use crate::freeze::{Held, freeze};
 use crate::guard::Guard;
 use crate::image::ThreadsState;
-use crate::laps::Laps;
 use crate::layout::{Layout, private_areas};
-use crate::pages::{Changes, Means, PageTracker, World};
+use crate::pages::{Means, PageTracker, World};
 use crate::procfs::ThreadFiles;
 use crate::reentry::{Sleepers, WaitBook};
 use crate::residue::Residue;
-use crate::resources::semaphore_undo::{self, UndoState};
 use crate::resources::shared::{self, SharedObjects};
-use crate::resources::system_v::SemaphoresState;
-use crate::resources::{attributes, keyrings, landlock, memory, signals, thread, timers};
+use crate::resources::{attributes, memory, signals, thread};
 use crate::restore::lazy::filling::Filling;
 use crate::target::{Status, Target};
-use crate::track::{Limit, TrackOptions, Tracking};
+use crate::track::{TrackOptions, Tracking};
 use crate::{ProcessError, Refusal, namespaces, preflight, sharing};
 use outlive_epoch::{PageSink, Run};
 use outlive_linux::maps::{self, Mapping, VmFlags};
-use outlive_linux::remote::{Arena, Batch, CallId, Results};
+use outlive_linux::remote::Arena;
 use outlive_linux::single::Site;
 use std::time::Duration;
 
@@ -99,17 +98,6 @@ pub struct MemberState {
     /// Pages that had not been copied before.
     pub residue: Residue,
 }
-
-struct Asked {
-    threads: Vec<thread::Asked>,
-    confined: Vec<Confined>,
-    process: attributes::Asked,
-    signals: Vec<CallId>,
-    memory: CallId,
-}
-
-/// Questions to a thread about keys of its own and rules in force.
-type Confined = (keyrings::Asked, Option<CallId>);
 
 /// Looks at all threads of a stopped process, and prepares each to go on with an interrupted call.
 /// This comes before anything else can fail.
@@ -544,267 +532,6 @@ impl Member {
         removed?;
         left.map_err(|e| self.target.kernel("leaving the vDSO", e))
     }
-
-    /// Takes everything but descriptors.
-    pub fn capture(
-        &mut self,
-        threads: &mut [Held],
-        seen: Vec<Seen>,
-        shared: &mut SharedObjects,
-        limit: &Limit,
-    ) -> Result<MemberState, ProcessError> {
-        let mut laps = Laps::new();
-        let leader_status = seen[0].0.status.clone();
-        let (asked, answers, changes) = self.ask_and_scan(threads, &seen, limit)?;
-        laps.lap("remote");
-        let (memory, residue) = match changes {
-            Some(changes) => self.describe(changes, &asked, &answers[0], shared, limit)?,
-            None => (memory::MemoryState::of_another(), Residue::default()),
-        };
-        laps.lap("memory");
-        let process =
-            attributes::collect(&self.target, &leader_status, &asked.process, &answers[0])?;
-        let timers = timers::collect(&self.target, &self.arena, threads)?;
-        let (leader, signals) = (&threads[0], &asked.signals);
-        let signals = signals::collect(&self.target, leader, signals, &answers[0], timers)?;
-        laps.lap("describe");
-        let mut states = Vec::with_capacity(threads.len());
-        for (((held, (sight, left)), asked), answers) in
-            threads.iter().zip(seen).zip(&asked.threads).zip(&answers)
-        {
-            let state = thread::collect(&self.target, held, sight, *asked, answers, left)?;
-            states.push(state);
-        }
-        for held in threads.iter_mut().filter(|_| self.has_fellows) {
-            // Threads of other processes are to use the same working memory.
-            let tid = held.tid;
-            let settled = held.settle();
-            settled.map_err(|e| self.target.kernel(format!("settling thread {tid}"), e))?;
-        }
-        laps.lap("threads");
-        laps.tell("stop of a process");
-        let threads = ThreadsState { threads: states };
-        Ok(MemberState {
-            process,
-            signals,
-            threads,
-            memory,
-            residue,
-        })
-    }
-
-    /// Has all threads answer their questions, and looks for written pages meanwhile, where this process
-    /// stands for its address space. What threads do then is to ask the kernel; it writes nothing of
-    /// theirs but what it writes whenever a thread goes on (`rseq(2)`). Where writers to protected pages
-    /// wait for us, or threads would wait so long that they help themselves, one comes after the other.
-    fn ask_and_scan(
-        &mut self,
-        threads: &mut [Held],
-        seen: &[Seen],
-        limit: &Limit,
-    ) -> Result<(Asked, Vec<Results>, Option<Changes>), ProcessError> {
-        let Self {
-            target,
-            arena,
-            space,
-            ..
-        } = self;
-        let mut space = match space {
-            Space::Held(space) => Some(space),
-            Space::Of(_) => None,
-        };
-        let brief = |s: &&mut Box<HeldSpace>| {
-            s.pages.guard().is_none() && s.layout.private_bytes() <= BRIEF
-        };
-        let meanwhile = space.as_ref().is_some_and(brief);
-        let mut scanned = None;
-        let mut scan = || scanned = space.as_mut().map(|s| s.scan(target, arena.range()));
-        let mut nothing = || {};
-        let asked = match meanwhile {
-            true => ask((target, arena), threads, seen, &mut scan),
-            false => ask((target, arena), threads, seen, &mut nothing),
-        };
-        let asked = asked.and_then(|asked| limit.check().map(|()| asked));
-        if !meanwhile && asked.is_ok() {
-            scan();
-        }
-        let changes = scanned.transpose();
-        let asked = asked.and_then(|(asked, answers)| {
-            self.refuse_confined(threads, seen, (&asked.confined, &answers))?;
-            Ok((asked, answers))
-        });
-        match (asked, changes) {
-            (Ok((asked, answers)), Ok(changes)) => Ok((asked, answers, changes)),
-            (Err(e), Ok(Some(changes))) => {
-                if let Space::Held(space) = &mut self.space {
-                    space.pages.owe_changes(&changes);
-                }
-                Err(e)
-            }
-            (Err(e), _) | (_, Err(e)) => Err(e),
-        }
-    }
-
-    /// Takes the address space, in which this changed.
-    fn describe(
-        &mut self,
-        changes: Changes,
-        asked: &Asked,
-        answers: &Results,
-        shared: &mut SharedObjects,
-        limit: &Limit,
-    ) -> Result<(memory::MemoryState, Residue), ProcessError> {
-        let Space::Held(space) = &mut self.space else {
-            return Ok((memory::MemoryState::of_another(), Residue::default()));
-        };
-        let mut laps = Laps::new();
-        let guards = changes.guards.clone();
-        if let Err(e) = limit.check_copy(changes.bytes_now()) {
-            space.pages.owe_changes(&changes);
-            return Err(e);
-        }
-        let bytes = usize::try_from(changes.bytes_now()).unwrap_or(usize::MAX);
-        let spare = self.spare.take(bytes);
-        let residue = space.pages.take(&self.target, changes, spare)?;
-        laps.lap("copy");
-        let HeldSpace { layout, pages, .. } = &mut **space;
-        pages.take_over_served(&self.target, layout.areas(), limit);
-        laps.lap("take over");
-        let mut memory = memory::collect(
-            &self.target,
-            space.layout.mappings(),
-            &guards,
-            &mut space.build_ids,
-            shared,
-            asked.memory,
-            answers,
-        )?;
-        memory.lock_future = space.lock_future.unwrap_or(0);
-        laps.lap("describe");
-        laps.tell("stop of an address space");
-        Ok((memory, residue))
-    }
-
-    /// What the process is to undo in semaphores when it ends; it stands still.
-    pub fn undo(
-        &self,
-        threads: &mut [Held],
-        sets: &[SemaphoresState],
-    ) -> Result<Vec<UndoState>, ProcessError> {
-        let Some(leader) = threads.get_mut(..1) else {
-            return Ok(Vec::new());
-        };
-        let mut found = Vec::new();
-        let mut run = |batch| self.run(&mut *leader, batch);
-        for set in sets {
-            found.extend(semaphore_undo::collect(self.target.id, set, &mut run)?);
-        }
-        if self.has_fellows {
-            let settled = leader[0].settle();
-            settled.map_err(|e| self.target.kernel("settling its leading thread", e))?;
-        }
-        Ok(found)
-    }
-
-    /// Refuses a process of which a thread has keys of its own, or is restricted by rules.
-    fn refuse_confined(
-        &self,
-        threads: &mut [Held],
-        seen: &[Seen],
-        (asked, answers): (&[Confined], &[Results]),
-    ) -> Result<(), ProcessError> {
-        let of_each = seen.iter().zip(asked).zip(answers).enumerate();
-        for (at, (((sight, _), (keys, rules)), answers)) in of_each {
-            let one = &mut threads[at..=at];
-            if let Some(id) = rules {
-                let found = landlock::refusal(&self.target, one[0].tid, answers.value(*id))?;
-                if let Some(found) = found {
-                    return Err(ProcessError::Refused(vec![found]));
-                }
-            }
-            let thread = keyrings::Thread {
-                target: &self.target,
-                tid: one[0].tid,
-                user: sight.status.uid[0],
-            };
-            let mut run = |batch| self.run(&mut *one, batch);
-            if let Some(found) = keyrings::refusal(&thread, *keys, answers, &mut run)? {
-                return Err(ProcessError::Refused(vec![found]));
-            }
-        }
-        Ok(())
-    }
-
-    /// Has one thread make calls.
-    fn run(&self, one: &mut [Held], batch: Batch) -> Result<Results, ProcessError> {
-        let mut batch = Some(batch);
-        let answers = run_all(&self.arena, one, |_| batch.take().unwrap_or_default());
-        let mut answers = answers.map_err(|e| remote_failed(&self.target, e))?;
-        answers.pop().ok_or_else(|| ProcessError::Gone {
-            pid: self.target.pid,
-            what: "a thread has ended".into(),
-        })
-    }
-}
-
-impl HeldSpace {
-    /// Finds what changed; the program stands still.
-    fn scan(&mut self, target: &Target, arena: (u64, u64)) -> Result<Changes, ProcessError> {
-        let mut laps = Laps::new();
-        self.layout.read(target, arena, &mut self.flags)?;
-        laps.lap("mappings");
-        let changes = self
-            .pages
-            .pass(target, self.layout.areas(), World::Stopped)?;
-        laps.lap("pages");
-        laps.tell("stop: scan of an address space");
-        Ok(changes)
-    }
-}
-
-/// Has every thread answer its own questions, the leading one also those for the process, and does
-/// something meanwhile.
-fn ask(
-    (target, arena): (&Target, &Arena),
-    threads: &mut [Held],
-    seen: &[Seen],
-    meanwhile: &mut dyn FnMut(),
-) -> Result<(Asked, Vec<Results>), ProcessError> {
-    let mut asked = Vec::with_capacity(threads.len());
-    let mut confined = Vec::with_capacity(threads.len());
-    let mut rules = landlock::Question::new(target);
-    let mut of_leader = None;
-    let mut seen = seen.iter().map(|(sight, _)| &sight.status);
-    let batch = |held: &Held| {
-        let mut batch = Batch::new();
-        asked.push(thread::ask(&mut batch));
-        if let Some(status) = seen.next() {
-            let keys = keyrings::ask(&mut batch, status.uid[0]);
-            confined.push((keys, rules.ask(&mut batch, status)));
-        }
-        if held.tid == target.pid {
-            of_leader = Some((
-                attributes::ask(&mut batch),
-                signals::ask(&mut batch),
-                memory::ask(&mut batch),
-            ));
-        }
-        batch
-    };
-    let answers = run_all_while(arena, threads, batch, meanwhile);
-    let answers = answers.map_err(|e| remote_failed(target, e))?;
-    let (process, signals, memory) = of_leader.ok_or_else(|| ProcessError::Gone {
-        pid: target.pid,
-        what: "its leading thread has ended".into(),
-    })?;
-    let asked = Asked {
-        threads: asked,
-        confined,
-        process,
-        signals,
-        memory,
-    };
-    Ok((asked, answers))
 }
 
 /// The flags of `mlockall(2)` by which new memory is locked. Nothing tells of them but new memory
@@ -834,10 +561,6 @@ fn refuse_policies(target: &Target, refusals: &mut Vec<Refusal>) {
         }
     }
 }
-
-/// So much private memory is surely looked at in a small part of the time after which a thread helps
-/// itself, bytes.
-const BRIEF: u64 = 16 << 30;
 
 type Foothold = (Arena, Site, Result<Means, String>);
 
