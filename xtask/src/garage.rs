@@ -1,6 +1,6 @@
 //! Garage, a real S3 engine, for the tests of object stores.
 //!
-//! It is in no Debian release, so it is built from crates.io, once, into a folder beside the tree
+//! It is in no Debian release, so `cargo` builds it, once, into a folder beside the tree
 //! (`$XDG_CACHE_HOME`, else `~/.cache`), where later runs find it. What it can do besides speaking S3
 //! is left out, and it is optimised little: to build it must not take longer than to test with it.
 

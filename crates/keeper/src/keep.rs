@@ -670,7 +670,8 @@ impl<'a, P: Program> Keeper<'a, P> {
         }
         self.say(&format!("no epoch: {text}"));
         self.status.last_failure = Some(text);
-        if self.plan.failures().is_multiple_of(REATTACH_AFTER) {
+        // Before all its memory is there no other tracker could begin.
+        if self.plan.failures().is_multiple_of(REATTACH_AFTER) && !self.still_fills() {
             // Tracking is begun anew with the next epoch; what cannot be undone is dropped.
             if let Some(program) = self.program.take()
                 && let Err(error) = program.detach()

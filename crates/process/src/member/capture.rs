@@ -18,6 +18,7 @@ use crate::resources::{attributes, keyrings, landlock, memory, signals, thread, 
 use crate::target::Target;
 use crate::track::Limit;
 use outlive_linux::remote::{Arena, Batch, CallId, Results};
+use std::collections::BTreeSet;
 
 /// So much private memory is surely looked at in a small part of the time after which a thread helps
 /// itself, bytes.
@@ -104,7 +105,8 @@ impl Member {
             Space::Of(_) => None,
         };
         let brief = |s: &&mut Box<HeldSpace>| {
-            s.pages.guard().is_none() && s.layout.private_bytes() <= BRIEF
+            // Nothing is known of it at the first stop.
+            s.pages.guard().is_none() && (1..=BRIEF).contains(&s.layout.private_bytes())
         };
         let meanwhile = space.as_ref().is_some_and(brief);
         let mut scanned = None;
@@ -125,13 +127,15 @@ impl Member {
         });
         match (asked, changes) {
             (Ok((asked, answers)), Ok(changes)) => Ok((asked, answers, changes)),
+            // What it had found by then is lost: this must not pass for a stop that was too long.
+            (_, Err(e)) => Err(e),
             (Err(e), Ok(Some(changes))) => {
                 if let Space::Held(space) = &mut self.space {
                     space.pages.owe_changes(&changes);
                 }
                 Err(e)
             }
-            (Err(e), _) | (_, Err(e)) => Err(e),
+            (Err(e), Ok(None)) => Err(e),
         }
     }
 
@@ -203,6 +207,7 @@ impl Member {
         seen: &[Seen],
         (asked, answers): (&[Confined], &[Results]),
     ) -> Result<(), ProcessError> {
+        let mut harmless = BTreeSet::new();
         let of_each = seen.iter().zip(asked).zip(answers).enumerate();
         for (at, (((sight, _), (keys, rules)), answers)) in of_each {
             let one = &mut threads[at..=at];
@@ -218,7 +223,9 @@ impl Member {
                 user: sight.status.uid[0],
             };
             let mut run = |batch| self.run(&mut *one, batch);
-            if let Some(found) = keyrings::refusal(&thread, *keys, answers, &mut run)? {
+            if let Some(found) =
+                keyrings::refusal(&thread, *keys, answers, &mut harmless, &mut run)?
+            {
                 return Err(ProcessError::Refused(vec![found]));
             }
         }

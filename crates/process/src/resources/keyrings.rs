@@ -23,6 +23,8 @@ use crate::{ProcessError, Refusal};
 use outlive_linux::Errno;
 use outlive_linux::keys::{self, GET_KEYRING_ID, SESSION_KEYRING};
 use outlive_linux::remote::{Arg, Batch, CallId, Results};
+use std::collections::BTreeSet;
+use std::sync::OnceLock;
 
 const DESCRIBE: u64 = 6;
 const READ: u64 = 11;
@@ -40,7 +42,8 @@ const NAMED: usize = 4;
 #[derive(Clone, Copy, Debug)]
 pub struct Asked {
     own: [CallId; 2],
-    of_user: CallId,
+    /// That of its user, which is made if it was not yet, and whether the thread finds it.
+    of_user: [CallId; 2],
 }
 
 /// Has a thread make calls.
@@ -50,7 +53,7 @@ pub type Run<'a> = &'a mut dyn FnMut(Batch) -> Result<Results, ProcessError>;
 pub fn ask(batch: &mut Batch, user: u32) -> Asked {
     Asked {
         own: [THREAD_KEYRING, PROCESS_KEYRING].map(|which| serial(batch, which)),
-        of_user: find(batch, user),
+        of_user: [serial(batch, USER_SESSION_KEYRING), find(batch, user)],
     }
 }
 
@@ -81,11 +84,13 @@ pub struct Thread<'a> {
     pub user: u32,
 }
 
-/// What keys of its own a thread has, if any.
+/// What keys of its own a thread has, if any. `harmless` are session keyrings that were judged for other threads
+/// at the same stop.
 pub fn refusal(
     thread: &Thread<'_>,
     asked: Asked,
     answers: &Results,
+    harmless: &mut BTreeSet<u64>,
     run: Run<'_>,
 ) -> Result<Option<Refusal>, ProcessError> {
     for (id, what) in asked.own.into_iter().zip(["thread", "process"]) {
@@ -96,14 +101,7 @@ pub fn refusal(
             Err(e) => return Ok(Some(refused(thread, what, &format!("unreadable: {e}")))),
         }
     }
-    if answers.value(asked.of_user).is_ok() {
-        return Ok(None);
-    }
-    // The keyring of its user may not have been made yet.
-    let mut batch = Batch::new();
-    let of_user = serial(&mut batch, USER_SESSION_KEYRING);
-    let found = find(&mut batch, thread.user);
-    let answers = run(batch)?;
+    let [of_user, found] = asked.of_user;
     if answers.value(found).is_ok() {
         return Ok(None);
     }
@@ -111,11 +109,15 @@ pub fn refusal(
         let what = format!("hidden: that of its user cannot be told from it: {e}");
         return Ok(Some(refused(thread, "session", &what)));
     }
-    session(thread, run)
+    session(thread, harmless, run)
 }
 
 /// Judges the session keyring of a thread that has one which is not that of its user.
-fn session(thread: &Thread<'_>, run: Run<'_>) -> Result<Option<Refusal>, ProcessError> {
+fn session(
+    thread: &Thread<'_>,
+    harmless: &mut BTreeSet<u64>,
+    run: Run<'_>,
+) -> Result<Option<Refusal>, ProcessError> {
     let mut batch = Batch::new();
     let id = serial(&mut batch, SESSION_KEYRING);
     let ring = match run(batch)?.value(id) {
@@ -129,7 +131,7 @@ fn session(thread: &Thread<'_>, run: Run<'_>) -> Result<Option<Refusal>, Process
             )));
         }
     };
-    if keys::session_keyring() == Ok(ring) {
+    if ours() == Ok(ring) || harmless.contains(&ring) {
         return Ok(None);
     }
     let (own, keys) = contents(ring, run)?;
@@ -137,7 +139,21 @@ fn session(thread: &Thread<'_>, run: Run<'_>) -> Result<Option<Refusal>, Process
         .as_ref()
         .is_none_or(|keys| !keys.iter().all(Key::is_of_the_machine));
     let fine = own.is_of_user() || own.description == "_ses" && !strangers;
-    Ok((!fine).then(|| refused(thread, "session", &shown(&own, keys.as_deref()))))
+    if fine {
+        harmless.insert(ring);
+        return Ok(None);
+    }
+    Ok(Some(refused(
+        thread,
+        "session",
+        &shown(&own, keys.as_deref()),
+    )))
+}
+
+/// The session keyring of this process, which stays the same.
+fn ours() -> Result<u64, Errno> {
+    static OURS: OnceLock<Result<u64, Errno>> = OnceLock::new();
+    *OURS.get_or_init(keys::session_keyring)
 }
 
 fn named(

@@ -4,7 +4,7 @@
 //! # Which belong to a program
 //! An object belongs to nobody, and the kernel tells little of who uses it. It is the program's if
 //! - a member made it (segments), or changed it last (a semaphore, a queue), or stands in a call on it;
-//! - so did a member that was seen at an earlier stop and has ended since;
+//! - so did a member that was there at the stop before and has ended since;
 //! - it was the program's at an earlier stop.
 //!
 //! Segments that are mapped belong to who maps them. All else belongs to the machine, like a file that
@@ -23,8 +23,6 @@ use std::collections::{BTreeMap, BTreeSet};
 
 /// The longest message that is asked for, bytes.
 const LONGEST: u64 = 16 << 20;
-/// The largest process ID (`PID_MAX_LIMIT`).
-const MOST_IDS: u32 = 1 << 22;
 
 /// By the ID of every thread of a program, as we see it: the ID under which its process is saved. The kernel calls a user of an object now by the ID of
 /// its process, now by that of a thread.
@@ -158,8 +156,9 @@ impl Users {
 #[derive(Debug, Default)]
 pub struct SystemV {
     lists: Lists,
-    /// A bit for each process and thread ID that a member has had.
-    past: Vec<u64>,
+    /// IDs of processes and threads that were members since the last look at all objects. No longer: another
+    /// process gets the ID of one that has ended, and its objects are not the program's.
+    past: BTreeSet<u32>,
     /// Objects that were the program's at the last stop.
     owned: BTreeSet<(Sort, i32)>,
     /// What was found at this one.
@@ -210,30 +209,22 @@ impl SystemV {
     /// A stop begins: all segments of the machine.
     pub fn begin(&mut self, users: &Users) -> Result<Vec<Segment>, ProcessError> {
         self.found.clear();
-        for &tid in users.members.keys().filter(|tid| **tid <= MOST_IDS) {
-            let (word, bit) = (tid as usize / 64, tid % 64);
-            if self.past.len() <= word {
-                self.past.resize(word + 1, 0);
-            }
-            self.past[word] |= 1 << bit;
-        }
+        self.past.extend(users.members.keys());
         let segments = self.lists.segments();
         segments.map_err(|e| failed("listing System V shared memory", e))
     }
 
     /// Those of the program that nobody has mapped.
     pub fn unmapped(&mut self, segments: &[Segment], users: &Users) -> Vec<Segment> {
-        let unmapped = segments.iter().filter(|s| s.attached == 0);
-        let own = unmapped.filter(|s| self.owns((Sort::Memory, s.object.id), &[s.creator], users));
-        own.copied().collect()
+        // All are judged: the maker may have ended when the last one lets go of it.
+        let own = |s: &&Segment| self.owns((Sort::Memory, s.object.id), &[s.creator], users);
+        let own = segments.iter().filter(own);
+        own.filter(|s| s.attached == 0).copied().collect()
     }
 
     /// Whether an object is the program's that these have used last, or made.
     fn owns(&mut self, which: (Sort, i32), last: &[u32], users: &Users) -> bool {
-        let was = |pid: u32| {
-            let bits = self.past.get(pid as usize / 64);
-            pid != 0 && bits.is_some_and(|bits| bits & 1 << (pid % 64) != 0)
-        };
+        let was = |pid: u32| pid != 0 && self.past.contains(&pid);
         let lives = |pid: u32| is_stranger(pid, &users.members);
         let used = |pid: &u32| users.members.contains_key(pid) || was(*pid) && !lives(*pid);
         let owns =
@@ -269,6 +260,7 @@ impl SystemV {
             }
         }
         self.owned = std::mem::take(&mut self.found);
+        self.past = users.members.keys().copied().collect();
         Ok(state)
     }
 }
@@ -331,7 +323,8 @@ mod tests {
     use super::*;
     use crate::resources::thread::RegistersState;
 
-    const NOBODY: u32 = MOST_IDS - 1;
+    /// The largest process ID (`PID_MAX_LIMIT`).
+    const NOBODY: u32 = (1 << 22) - 1;
 
     fn users(tid: u32, call: i64, first: u64) -> Users {
         let mut users = Users::default();

@@ -298,7 +298,7 @@ where it was when the program comes back, or it is not.
 - **System V semaphores, message queues and segments that nobody has mapped**, as long as they are not
   the program's. Nothing that the kernel keeps ties them to a process but who made a segment, who
   changed a semaphore or a queue last, and who waits for them. An object is the program's if that is one
-  of its processes, or one that was there at an earlier stop, or if it was the program's before. What is
+  of its processes, or one that was there at the stop before, or if it was the program's before. What is
   left was used by nobody yet, or only by processes that came and went between two stops or before, and might as
   well be anybody's: where the machine has not booted since, the program finds it as it is.
 ";

@@ -378,8 +378,9 @@ fn serve(common: &Common) {
         let (servers, waiting) = {
             let mut state = common.lock();
             let failed = state.failed.is_some();
+            // A program may make many children meanwhile: none keeps its descriptor longer than it lives.
+            state.spaces.retain(|s| !s.ended);
             if failed {
-                state.spaces.retain(|s| !s.ended);
                 state.over |= state.spaces.is_empty();
             }
             state.tidy();
@@ -420,6 +421,11 @@ pub(super) fn attend(common: &Common, state: &mut State, at: usize) {
         let event = match state.spaces[at].server.event() {
             Ok(Some(event)) => event,
             Ok(None) => break,
+            // There is no room for the descriptor of a child: the kernel tells of it again.
+            Err(Errno::MFILE | Errno::NFILE | Errno::NOMEM) => {
+                std::thread::sleep(A_MOMENT);
+                break;
+            }
             Err(_) => {
                 state.spaces[at].over();
                 break;
@@ -569,8 +575,8 @@ fn bring_all(common: &Common, wanted: &[Run]) {
         return;
     }
     if let Err(e) = walked {
-        common.give_up(&mut common.lock(), damaged(e));
-        return common.ring();
+        // Perhaps nobody misses these pages any more; of those that are missed it is told once more.
+        tracing::warn!("reading missing pages: {e}");
     }
     if let Err(why) = bring_rest(common, &|_| true) {
         common.give_up(&mut common.lock(), why);
