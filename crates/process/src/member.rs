@@ -338,9 +338,11 @@ impl Member {
         }
     }
 
-    /// The next stop may be longer because memory is taken over from who served it.
+    /// The next stop may be longer because memory is taken over from who served it; see also
+    /// [`PageTracker::let_go_served`].
     pub fn may_take_over(&mut self) {
         if let Space::Held(space) = &mut self.space {
+            space.pages.let_go_served();
             space.pages.may_take_over();
         }
     }

@@ -432,7 +432,7 @@ impl Tracked {
     /// Where all of a process is to be taken anew of which pages are missing, these come first. At the
     /// stop, memory may be taken over from who serves it.
     fn await_missing(&mut self, hurry: &mut dyn FnMut() -> bool) {
-        let missing = |m: &Member| m.is_fresh() && m.filling().is_some_and(|f| !f.is_whole());
+        let missing = |m: &Member| m.is_fresh() && m.filling().is_some_and(|f| !f.is_over());
         while self.members.values().any(missing) && !hurry() {
             std::thread::sleep(MISSING_POLL);
         }

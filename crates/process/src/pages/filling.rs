@@ -43,6 +43,15 @@ impl PageTracker {
         self.filling.is_some() && !self.served.is_empty()
     }
 
+    /// Where all of it is to be taken anew, and nothing is missing any more, the tracker begins as in any
+    /// other process: what is large is copied while the program runs.
+    pub fn let_go_served(&mut self) {
+        if self.is_fresh() && self.filling.as_ref().is_some_and(Filling::is_over) {
+            self.served.clear();
+            self.filling = None;
+        }
+    }
+
     /// The next stop may be longer because memory is taken over.
     pub fn may_take_over(&mut self) {
         self.takes_over = true;

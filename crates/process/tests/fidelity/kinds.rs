@@ -294,7 +294,8 @@ where it was when the program comes back, or it is not.
   runs Outlive**: it was made for a login or a service, the program was only started there, and after a
   restore it has that of who restores it. So has a program with a session keyring without a name in
   which there is nothing, or only what systemd puts there. Everything else in thread, process and session
-  keyrings is refused.
+  keyrings is refused. Who has linked the session keyring of its user into one of its own is taken
+  for one that has none.
 - **System V semaphores, message queues and segments that nobody has mapped**, as long as they are not
   the program's. Nothing that the kernel keeps ties them to a process but who made a segment, who
   changed a semaphore or a queue last, and who waits for them. An object is the program's if that is one

@@ -71,18 +71,11 @@ impl Filling {
         moved.iter().collect()
     }
 
-    /// Whether nothing of this process is missing.
-    #[must_use]
-    pub fn is_whole(&self) -> bool {
-        let state = self.common.lock();
-        let missing = |at: usize| state.spaces[at].pending.bytes();
-        self.place(&state).map_or(0, missing) == 0
-    }
-
-    /// Whether nothing of the whole program is missing.
+    /// Whether nothing of the whole program is missing, or it was ended.
     #[must_use]
     pub fn is_over(&self) -> bool {
-        self.common.lock().filled
+        let state = self.common.lock();
+        state.filled || state.failed.is_some()
     }
 
     /// Brings what is missing of a range. Fails where that cannot be, with what is to be said.
