@@ -584,23 +584,27 @@ fn key_in(ring: i32, description: &std::ffi::CStr) -> Result<i64, Absent> {
     offered("add_key", key)
 }
 
+/// The key of this name that this thread finds.
+fn found(name: &std::ffi::CStr) -> i64 {
+    let nothing = std::ptr::null::<u8>();
+    // SAFETY: both texts end with a zero.
+    unsafe {
+        libc::syscall(
+            libc::SYS_request_key,
+            c"user".as_ptr(),
+            name.as_ptr(),
+            nothing,
+            0,
+        )
+    }
+}
+
 /// What is in the keyring of the user is found.
 fn user_keyring_is_found() -> Result<Check, Absent> {
     // In the keyring of the user.
     let key = key_in(-4, c"outlive-test-of-user")?;
     look(move || {
-        let name = c"outlive-test-of-user".as_ptr();
-        // SAFETY: the texts are literals.
-        let found = unsafe {
-            libc::syscall(
-                libc::SYS_request_key,
-                c"user".as_ptr(),
-                name,
-                std::ptr::null::<u8>(),
-                0,
-            )
-        };
-        same("the user's key", found, key);
+        same("the user's key", found(c"outlive-test-of-user"), key);
         // KEYCTL_UNLINK
         must("unlink", keyctl(9, key, -4));
     })
@@ -641,20 +645,7 @@ fn keyring_of_thread(_: &Path) -> Result<Check, Absent> {
 /// A key in a keyring of a thread or a process, which the kernel makes then.
 fn own_keyring(which: i32) -> Result<Check, Absent> {
     let key = key_in(which, c"outlive-test")?;
-    look(move || {
-        let name = c"outlive-test".as_ptr();
-        // SAFETY: the texts are literals.
-        let found = unsafe {
-            libc::syscall(
-                libc::SYS_request_key,
-                c"user".as_ptr(),
-                name,
-                std::ptr::null::<u8>(),
-                0,
-            )
-        };
-        same("the key", found, key);
-    })
+    look(move || same("the key", found(c"outlive-test"), key))
 }
 
 fn membarrier(_: &Path) -> Result<Check, Absent> {
