@@ -127,7 +127,7 @@ pub fn of_threads(target: &Target) -> Result<Vec<Refusal>, ProcessError> {
     let mut landlock = Question::new(target);
     for tid in target.threads()? {
         if let Ok(status) = Status::read(target.pid, tid) {
-            landlock.prepare(&status);
+            found.extend(landlock.prepare(tid, &status));
             found.extend(of_thread(target, tid, &status));
         }
     }

@@ -1,7 +1,7 @@
 //! One process seen from outside through `/proc`.
 
 use crate::lodger::Lodger;
-use crate::resources::descriptors;
+use crate::resources::{descriptors, landlock};
 use crate::{ProcessError, Refusal, procfs};
 use rustix::fd::{AsFd, OwnedFd};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
@@ -24,6 +24,8 @@ pub struct Target {
     pub own_child: bool,
     /// A thread of ours in it.
     pub lodger: Lodger,
+    /// Processes of ours beside it.
+    pub beside: landlock::Beside,
 }
 
 impl Target {
@@ -67,6 +69,7 @@ impl Target {
             pidfd,
             own_child,
             lodger: Lodger::default(),
+            beside: landlock::Beside::default(),
         })
     }
 

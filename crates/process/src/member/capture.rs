@@ -33,7 +33,7 @@ struct Asked {
 }
 
 /// Questions to a thread about keys of its own and rules in force.
-type Confined = (keyrings::Asked, Option<CallId>);
+type Confined = (keyrings::Asked, landlock::Asked);
 
 impl Member {
     /// Takes everything but descriptors.
@@ -211,11 +211,9 @@ impl Member {
         let of_each = seen.iter().zip(asked).zip(answers).enumerate();
         for (at, (((sight, _), (keys, rules)), answers)) in of_each {
             let one = &mut threads[at..=at];
-            if let Some(id) = rules {
-                let found = landlock::refusal(&self.target, one[0].tid, answers.value(*id))?;
-                if let Some(found) = found {
-                    return Err(ProcessError::Refused(vec![found]));
-                }
+            let found = landlock::refusal(&self.target, one[0].tid, rules, answers)?;
+            if let Some(found) = found {
+                return Err(ProcessError::Refused(vec![found]));
             }
             let thread = keyrings::Thread {
                 target: &self.target,
@@ -277,7 +275,7 @@ fn ask(
         asked.push(thread::ask(&mut batch));
         if let Some(status) = seen.next() {
             let keys = keyrings::ask(&mut batch, status.uid[0]);
-            confined.push((keys, rules.ask(&mut batch, status)));
+            confined.push((keys, rules.ask(&mut batch, held.tid, status)));
         }
         if held.tid == target.pid {
             of_leader = Some((

@@ -296,8 +296,6 @@ where it was when the program comes back, or it is not.
   which there is nothing, or only what systemd puts there. Everything else in thread, process and session
   keyrings is refused. Who has linked the session keyring of its user into one of its own is taken
   for one that has none.
-- **Landlock rules** of programs of other users, or with fewer capabilities, are found by what may be seen of
-  a `/bin/cat` that is started for it. Where there is none, that is logged, and such rules are not found.
 - **System V semaphores, message queues and segments that nobody has mapped**, as long as they are not
   the program's. Nothing that the kernel keeps ties them to a process but who made a segment, who
   changed a semaphore or a queue last, and who waits for them. An object is the program's if that is one
