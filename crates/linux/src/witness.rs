@@ -5,7 +5,7 @@
 //! (`vm.memfd_noexec`), it runs `/bin/cat`.
 //!
 //! # Safety
-//! Between `fork` and `exec` only system calls with numbers are made. The machine code is only copied,
+//! Between `fork` and `exec` only system calls with numbers and a literal are made. The machine code is only copied,
 //! never run, by this process; its bytes lie between two symbols of this file's assembly.
 #![allow(unsafe_code)]
 
@@ -100,6 +100,9 @@ fn in_memory() -> io::Result<File> {
     Ok(file)
 }
 
+/// Its descriptor for the list of keys that its user may see (`/proc/keys`), where there is one.
+pub const LIST_OF_KEYS: i32 = libc::STDERR_FILENO;
+
 /// Starts a process of this user and group, without capabilities and in a session of its own, that is
 /// ready to be looked at by whoever has them too. It ends once its standard input is closed.
 ///
@@ -123,16 +126,21 @@ fn begin(program: &str, user: u32, group: u32) -> io::Result<Child> {
     command.env_clear().current_dir("/").uid(user).gid(group);
     command.stdin(Stdio::piped()).stdout(Stdio::piped());
     let forgo = || {
-        // SAFETY: only numbers are passed. Who has no privilege may not forgo any, and has none.
+        // SAFETY: only numbers and a literal are passed. Who has no privilege may not forgo any, and has
+        // none.
         unsafe {
             libc::setsid();
             libc::prctl(libc::PR_SET_SECUREBITS, NOROOT, 0, 0, 0);
             let clear = libc::PR_CAP_AMBIENT_CLEAR_ALL;
             libc::prctl(libc::PR_CAP_AMBIENT, clear, 0, 0, 0);
+            let keys = libc::open(c"/proc/keys".as_ptr(), libc::O_RDONLY | libc::O_CLOEXEC);
+            if keys >= 0 {
+                libc::dup2(keys, LIST_OF_KEYS);
+            }
         }
         Ok(())
     };
-    // SAFETY: it makes system calls with numbers only.
+    // SAFETY: it makes system calls with numbers and a literal only.
     unsafe { command.pre_exec(forgo) };
     let mut child = command.stderr(Stdio::null()).spawn()?;
     // Once it answers, nothing of this process is left in it.

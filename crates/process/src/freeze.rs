@@ -11,6 +11,7 @@ use outlive_linux::Errno;
 use outlive_linux::ptrace::{Halted, Registers, Running, Stop, WaitError};
 use outlive_linux::remote::{Arena, Batch, InFlight, RemoteError, Rescue, Results, restarted};
 use outlive_linux::single::Site;
+use std::borrow::BorrowMut;
 use std::collections::{BTreeMap, VecDeque};
 use std::time::{Duration, Instant};
 
@@ -184,18 +185,18 @@ impl Drop for Held {
 }
 
 /// Runs one batch in each of some threads, as many at the same time as the arena has slots.
-pub fn run_all(
+pub fn run_all<H: BorrowMut<Held>>(
     arena: &Arena,
-    threads: &mut [Held],
+    threads: &mut [H],
     batch_of: impl FnMut(&Held) -> Batch,
 ) -> Result<Vec<Results>, RemoteError> {
     run_all_while(arena, threads, batch_of, || {})
 }
 
 /// The same, and does something while the first of them are at it.
-pub fn run_all_while(
+pub fn run_all_while<H: BorrowMut<Held>>(
     arena: &Arena,
-    threads: &mut [Held],
+    threads: &mut [H],
     mut batch_of: impl FnMut(&Held) -> Batch,
     meanwhile: impl FnOnce(),
 ) -> Result<Vec<Results>, RemoteError> {
@@ -204,6 +205,7 @@ pub fn run_all_while(
     for group in threads.chunks_mut(arena.slots()) {
         let mut flights = Vec::with_capacity(group.len());
         for (slot, held) in group.iter_mut().enumerate() {
+            let held = held.borrow_mut();
             let (batch, rescue) = (batch_of(held), held.rescue());
             flights.push(arena.begin(held.take()?, slot, batch, Some(&rescue))?);
         }
@@ -216,7 +218,7 @@ pub fn run_all_while(
         for (held, landing) in group.iter_mut().zip(landings) {
             match landing.and_then(|landing| arena.land(landing)) {
                 Ok((halted, results)) => {
-                    held.halted = Some(halted);
+                    held.borrow_mut().halted = Some(halted);
                     all.push(results);
                 }
                 Err(e) => failed = failed.or(Some(e)),

@@ -39,6 +39,8 @@ pub struct Member {
     pub has_fellows: bool,
     /// Threads that may be apart from their process; unknown of one that was not looked at.
     suspects: Option<Vec<u32>>,
+    /// Whether a thread found the session keyring of its user at the stop before.
+    in_session_of_user: bool,
     /// Buffers of earlier stops.
     pub spare: Spare,
 }
@@ -213,6 +215,7 @@ impl Member {
             waits,
             has_fellows: false,
             suspects: None,
+            in_session_of_user: true,
             spare: Spare::default(),
         }
     }
@@ -229,6 +232,7 @@ impl Member {
             waits,
             has_fellows: false,
             suspects: None,
+            in_session_of_user: true,
             spare: Spare::default(),
         }
     }

@@ -18,6 +18,7 @@ use crate::resources::{attributes, keyrings, landlock, memory, signals, thread, 
 use crate::target::Target;
 use crate::track::Limit;
 use outlive_linux::remote::{Arena, Batch, CallId, Results};
+use std::cell::RefCell;
 use std::collections::BTreeSet;
 
 /// So much private memory is surely looked at in a small part of the time after which a thread helps
@@ -111,18 +112,23 @@ impl Member {
         let meanwhile = space.as_ref().is_some_and(brief);
         let mut scanned = None;
         let mut scan = || scanned = space.as_mut().map(|s| s.scan(target, arena.range()));
-        let mut nothing = || {};
-        let asked = match meanwhile {
-            true => ask((target, arena), threads, seen, &mut scan),
-            false => ask((target, arena), threads, seen, &mut nothing),
+        let mut uses = keyrings::Uses::default();
+        let mut at_once = || {
+            if self.in_session_of_user {
+                uses.read(seen.iter().map(|(sight, _)| &sight.status));
+            }
+            if meanwhile {
+                scan();
+            }
         };
+        let asked = ask((target, arena), threads, seen, &mut at_once);
         let asked = asked.and_then(|asked| limit.check().map(|()| asked));
         if !meanwhile && asked.is_ok() {
             scan();
         }
         let changes = scanned.transpose();
         let asked = asked.and_then(|(asked, answers)| {
-            self.refuse_confined(threads, seen, (&asked.confined, &answers))?;
+            self.refuse_confined(threads, seen, (&asked.confined, &answers), uses)?;
             Ok((asked, answers))
         });
         match (asked, changes) {
@@ -202,31 +208,74 @@ impl Member {
 
     /// Refuses a process of which a thread has keys of its own, or is restricted by rules.
     fn refuse_confined(
-        &self,
+        &mut self,
         threads: &mut [Held],
         seen: &[Seen],
         (asked, answers): (&[Confined], &[Results]),
+        mut uses: keyrings::Uses,
     ) -> Result<(), ProcessError> {
-        let mut harmless = BTreeSet::new();
-        let of_each = seen.iter().zip(asked).zip(answers).enumerate();
-        for (at, (((sight, _), (keys, rules)), answers)) in of_each {
-            let one = &mut threads[at..=at];
-            let found = landlock::refusal(&self.target, one[0].tid, rules, answers)?;
-            if let Some(found) = found {
-                return Err(ProcessError::Refused(vec![found]));
-            }
-            let thread = keyrings::Thread {
-                target: &self.target,
-                tid: one[0].tid,
-                user: sight.status.uid[0],
-            };
+        let refuse = |found: Option<_>| match found {
+            Some(found) => Err(ProcessError::Refused(vec![found])),
+            None => Ok(()),
+        };
+        let thread = |sight: &thread::Sight, tid| keyrings::Thread {
+            target: &self.target,
+            tid,
+            user: sight.status.uid[0],
+        };
+        let mut rest = Vec::new();
+        let mut in_session_of_user = false;
+        let of_each = seen.iter().zip(asked).zip(answers).zip(threads);
+        for ((((sight, _), (keys, rules)), answers), held) in of_each {
+            refuse(landlock::refusal(&self.target, held.tid, rules, answers)?)?;
+            let one = std::slice::from_mut(&mut *held);
+            let thread = thread(sight, one[0].tid);
             let mut run = |batch| self.run(&mut *one, batch);
-            if let Some(found) =
-                keyrings::refusal(&thread, *keys, answers, &mut harmless, &mut run)?
-            {
-                return Err(ProcessError::Refused(vec![found]));
+            refuse(keyrings::own(&thread, *keys, answers, &mut run)?)?;
+            in_session_of_user |= keys.finds_session_of_user(answers);
+            let status = &sight.status;
+            if let Some(how) = keys.session(answers, &mut uses, status) {
+                rest.push((held, thread, how));
             }
         }
+        let ids: RefCell<Vec<CallId>> = RefCell::default();
+        let mut hows = rest
+            .iter()
+            .map(|(_, _, how)| *how)
+            .collect::<Vec<_>>()
+            .into_iter();
+        let mut held: Vec<&mut Held> = Vec::with_capacity(rest.len());
+        let mut who = Vec::with_capacity(rest.len());
+        for (one, thread, how) in rest {
+            held.push(one);
+            who.push((thread, how));
+        }
+        let batch = |_: &Held| {
+            let mut batch = Batch::new();
+            let id = hows.next().map(|how| how.ask(&mut batch));
+            ids.borrow_mut().extend(id);
+            batch
+        };
+        let answers = run_all(&self.arena, &mut held, batch);
+        let answers = answers.map_err(|e| remote_failed(&self.target, e))?;
+        let mut harmless = BTreeSet::new();
+        let each = held
+            .into_iter()
+            .zip(who)
+            .zip(ids.into_inner())
+            .zip(&answers);
+        for (((held, (thread, how)), id), answers) in each {
+            let mut run = |batch| self.run(std::slice::from_mut(&mut *held), batch);
+            let answer = answers.value(id);
+            refuse(keyrings::session(
+                &thread,
+                how,
+                answer,
+                &mut harmless,
+                &mut run,
+            )?)?;
+        }
+        self.in_session_of_user = in_session_of_user;
         Ok(())
     }
 

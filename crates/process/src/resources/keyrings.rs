@@ -4,10 +4,14 @@
 //! # Rules
 //! - Every thread is asked, as each has keyrings of its own, and nobody is given one by asking. Who
 //!   has no session keyring would be, with that of its user, if it was asked for it. So it is asked
-//!   first whether it finds its user's by name: it does where it has none, or that one. Where it
-//!   does not, though there is one, it has another, and may be asked for it.
+//!   first whether it finds its user's by name. Where it does not, though there is one, it has another,
+//!   and may be asked for it.
+//! - Who finds it has none, or that one, or another that leads there. It has none if nobody uses that of
+//!   its user: the kernel counts who does ([`Uses`]). Else a thread that is made for it, and ends then,
+//!   answers in its place: that has the same keyrings, and what it is given goes with it.
 //! - Keyrings of users (`_uid.N`, `_uid_ses.N`), and what is in them, belong to the machine, like
-//!   files: a program finds them there again.
+//!   files: a program finds them there again. They are known by their numbers, as anybody may give one
+//!   of his own such a name.
 //! - The session keyring of who tracks the program belongs to the session in which both were started.
 //!   A restored program has that of who restores it.
 //! - A session keyring without a name in which there is nothing, or only links to keyrings of users and
@@ -16,27 +20,31 @@
 //! - All else is refused: keys that nobody has but the program, and keyrings that others join by name.
 //!
 //! # Limits
-//! Who has linked the session keyring of its user into one of its own is taken for one that has none.
+//! Keyrings of other users are known to whoever may be any user, and refused by others.
 
-use crate::target::Target;
+use crate::resources::landlock;
+use crate::target::{Status, Target};
 use crate::{ProcessError, Refusal};
 use outlive_linux::Errno;
-use outlive_linux::keys::{self, GET_KEYRING_ID, SESSION_KEYRING};
+use outlive_linux::keys::{self, GET_KEYRING_ID, SESSION_KEYRING, USER_SESSION_KEYRING};
 use outlive_linux::remote::{Arg, Batch, CallId, Results};
-use std::collections::BTreeSet;
-use std::sync::OnceLock;
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::File;
+use std::io;
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 const DESCRIBE: u64 = 6;
 const READ: u64 = 11;
 const THREAD_KEYRING: u64 = -1i64 as u64;
 const PROCESS_KEYRING: u64 = -2i64 as u64;
-const USER_SESSION_KEYRING: u64 = -5i64 as u64;
 /// Keys of a keyring that are looked at: one with more is refused in any case.
 const KEYS: usize = 64;
 /// Bytes of a description that are looked at.
 const DESCRIPTION: usize = 256;
 /// Keys that a message names, at most.
 const NAMED: usize = 4;
+/// Users whose lists of keys are kept open, at most.
+const LISTS: usize = 16;
 
 /// Questions to a thread.
 #[derive(Clone, Copy, Debug)]
@@ -84,13 +92,11 @@ pub struct Thread<'a> {
     pub user: u32,
 }
 
-/// What keys of its own a thread has, if any. `harmless` are session keyrings that were judged for other threads
-/// at the same stop.
-pub fn refusal(
+/// What keys a thread has in keyrings of its own and of its process, if any.
+pub fn own(
     thread: &Thread<'_>,
     asked: Asked,
     answers: &Results,
-    harmless: &mut BTreeSet<u64>,
     run: Run<'_>,
 ) -> Result<Option<Refusal>, ProcessError> {
     for (id, what) in asked.own.into_iter().zip(["thread", "process"]) {
@@ -101,37 +107,137 @@ pub fn refusal(
             Err(e) => return Ok(Some(refused(thread, what, &format!("unreadable: {e}")))),
         }
     }
-    let [of_user, found] = asked.of_user;
-    if answers.value(found).is_ok() {
-        return Ok(None);
-    }
-    if let Err(e) = answers.value(of_user) {
-        let what = format!("hidden: that of its user cannot be told from it: {e}");
-        return Ok(Some(refused(thread, "session", &what)));
-    }
-    session(thread, harmless, run)
+    Ok(None)
 }
 
-/// Judges the session keyring of a thread that has one which is not that of its user.
-fn session(
+impl Asked {
+    /// Whether the thread finds the session keyring of its user.
+    pub fn finds_session_of_user(&self, answers: &Results) -> bool {
+        let [of_user, found] = self.of_user.map(|id| answers.value(id));
+        found.is_ok() && found == of_user
+    }
+
+    /// How a thread with this status is to be asked for its session keyring, if it has one.
+    pub fn session(&self, answers: &Results, uses: &mut Uses, status: &Status) -> Option<How> {
+        if answers.value(self.own[0]) == Err(Errno::NOSYS) {
+            return None;
+        }
+        let [of_user, found] = self.of_user.map(|id| answers.value(id));
+        match (of_user, found) {
+            (Ok(ring), Ok(found)) if ring == found && uses.has_only_the_kernel(ring, status) => {
+                None
+            }
+            // It has one which does not lead there.
+            (Ok(of_user), Err(_)) => Some(How {
+                of_user: Some(of_user),
+                aside: false,
+            }),
+            (of_user, _) => Some(How {
+                of_user: of_user.ok(),
+                aside: true,
+            }),
+        }
+    }
+}
+
+/// How a thread is asked for its session keyring.
+#[derive(Clone, Copy, Debug)]
+pub struct How {
+    /// That of its user.
+    of_user: Option<u64>,
+    /// Whether another thread answers in its place.
+    aside: bool,
+}
+
+impl How {
+    /// Adds the question.
+    pub fn ask(self, batch: &mut Batch) -> CallId {
+        let args = [GET_KEYRING_ID, SESSION_KEYRING, 0].map(Arg::Value);
+        match self.aside {
+            true => batch.push_aside(libc::SYS_keyctl, args),
+            false => batch.push(libc::SYS_keyctl, args),
+        }
+    }
+}
+
+/// Who uses the session keyrings of users, as it was at some moment of a stop.
+#[derive(Debug, Default)]
+pub struct Uses {
+    of_each: Vec<(u64, u64)>,
+    /// Whether it was asked for while the program made no calls.
+    settled: bool,
+}
+
+impl Uses {
+    /// Asks for those of the users of threads.
+    pub fn read<'a>(&mut self, threads: impl Iterator<Item = &'a Status>) {
+        self.of_each.clear();
+        let users: BTreeMap<u32, u32> = threads.map(|s| (s.uid[0], s.gid[0])).collect();
+        for (user, group) in users {
+            let read = list(user, group).and_then(|list| keys::uses(&list));
+            match read {
+                Ok(read) => self.of_each.extend(read),
+                Err(error) => tracing::debug!(user, %error, "its list of keys is not to be had"),
+            }
+        }
+    }
+
+    /// Whether nobody has this session keyring of a user but the kernel itself. What was read while threads
+    /// asked for it may count these; so it is read once more then.
+    fn has_only_the_kernel(&mut self, ring: u64, status: &Status) -> bool {
+        let is_so = |uses: &Self| {
+            let of_it = uses.of_each.iter().filter(|(other, _)| *other == ring);
+            of_it.map(|(_, uses)| *uses).max() == Some(1)
+        };
+        if !is_so(self) && !self.settled {
+            self.read(std::iter::once(status));
+            self.settled = true;
+        }
+        is_so(self)
+    }
+}
+
+/// The list of keys as a user sees it, whose own keyrings are there.
+fn list(user: u32, group: u32) -> io::Result<Arc<File>> {
+    static KEPT: Mutex<BTreeMap<u32, Option<Arc<File>>>> = Mutex::new(BTreeMap::new());
+    let mut kept = KEPT.lock().unwrap_or_else(PoisonError::into_inner);
+    if kept.len() >= LISTS && !kept.contains_key(&user) {
+        kept.clear();
+    }
+    let absent = || io::Error::from(io::ErrorKind::NotFound);
+    if let Some(list) = kept.get(&user) {
+        return list.clone().ok_or_else(absent);
+    }
+    let list = match rustix::process::geteuid().as_raw() == user {
+        true => File::open("/proc/keys"),
+        false => landlock::keys_seen_by(user, group),
+    };
+    let list = list.map(Arc::new);
+    kept.insert(user, list.as_ref().ok().cloned());
+    list
+}
+
+/// Judges the session keyring that a thread has by this answer. `harmless` are those that were judged for
+/// other threads at the same stop.
+pub fn session(
     thread: &Thread<'_>,
+    how: How,
+    answer: Result<u64, Errno>,
     harmless: &mut BTreeSet<u64>,
     run: Run<'_>,
 ) -> Result<Option<Refusal>, ProcessError> {
-    let mut batch = Batch::new();
-    let id = serial(&mut batch, SESSION_KEYRING);
-    let ring = match run(batch)?.value(id) {
+    let ring = match answer {
         Ok(ring) => ring,
         Err(Errno::KEYREVOKED | Errno::KEYEXPIRED) => return Ok(None),
         Err(e) => {
-            return Ok(Some(refused(
-                thread,
-                "session",
-                &format!("unreadable: {e}"),
-            )));
+            let what = match how.aside {
+                true => format!("hidden: that of its user cannot be told from it: {e}"),
+                false => format!("unreadable: {e}"),
+            };
+            return Ok(Some(refused(thread, "session", &what)));
         }
     };
-    if ours() == Ok(ring) || harmless.contains(&ring) {
+    if Some(ring) == how.of_user || ours() == Ok(ring) || harmless.contains(&ring) {
         return Ok(None);
     }
     let (own, keys) = contents(ring, run)?;
@@ -177,6 +283,7 @@ fn refused(thread: &Thread<'_>, what: &str, shown: &str) -> Refusal {
 /// A key as the kernel describes it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 struct Key {
+    serial: u64,
     sort: String,
     owner: String,
     description: String,
@@ -192,16 +299,28 @@ impl Key {
         let (sort, owner) = (word(), word());
         let (_group, _permissions) = (word(), word());
         Self {
+            serial: 0,
             sort,
             owner,
             description: word(),
         }
     }
 
-    /// One of those that the kernel keeps for users.
-    fn is_of_user(&self) -> bool {
+    /// The same with its number.
+    fn with(self, serial: u64) -> Self {
+        Self { serial, ..self }
+    }
+
+    /// Whether it is called like one of those that the kernel keeps for users.
+    fn is_called_of_user(&self) -> bool {
         let names = ["_uid.", "_uid_ses."].map(|name| format!("{name}{}", self.owner));
         self.sort == "keyring" && names.contains(&self.description)
+    }
+
+    /// One of those that the kernel keeps for users.
+    fn is_of_user(&self) -> bool {
+        let kept = |user: u32| keys::keyrings_of(user).is_ok_and(|all| all.contains(&self.serial));
+        self.is_called_of_user() && self.owner.parse().is_ok_and(kept)
     }
 
     fn is_of_the_machine(&self) -> bool {
@@ -252,7 +371,7 @@ fn contents(ring: u64, run: Run<'_>) -> Result<(Key, Option<Vec<Key>>), ProcessE
     ];
     let read = keyctl(&mut batch, args);
     let answers = run(batch)?;
-    let own = Key::parse(answers.out(own, 2));
+    let own = Key::parse(answers.out(own, 2)).with(ring);
     // The answer is how much room all would take.
     let length = match answers.value(read) {
         Ok(length) if length <= room as u64 => length as usize,
@@ -260,16 +379,17 @@ fn contents(ring: u64, run: Run<'_>) -> Result<(Key, Option<Vec<Key>>), ProcessE
     };
     let (serials, _) = answers.out(read, 2)[..length].as_chunks::<4>();
     let mut batch = Batch::new();
-    let each = serials
-        .iter()
-        .map(|s| describe(&mut batch, u32::from_ne_bytes(*s).into()));
-    let each: Vec<CallId> = each.collect();
+    let each = serials.iter().map(|serial| {
+        let serial = u64::from(u32::from_ne_bytes(*serial));
+        (serial, describe(&mut batch, serial))
+    });
+    let each: Vec<(u64, CallId)> = each.collect();
     if each.is_empty() {
         return Ok((own, Some(Vec::new())));
     }
     let answers = run(batch)?;
-    let of = |id: &CallId| match answers.value(*id) {
-        Ok(_) => Key::parse(answers.out(*id, 2)),
+    let of = |(serial, id): &(u64, CallId)| match answers.value(*id) {
+        Ok(_) => Key::parse(answers.out(*id, 2)).with(*serial),
         Err(_) => Key::default(),
     };
     Ok((own, Some(each.iter().map(of).collect())))
@@ -297,14 +417,18 @@ mod tests {
     }
 
     #[test]
-    fn keyrings_of_users_belong_to_the_machine_and_all_else_does_not() {
-        for of_machine in [
-            "keyring;1000;-1;1f3f0000;_uid.1000\0",
-            "keyring;0;-1;1f3f0000;_uid_ses.0\0\0",
-            "user;0;0;3f0b0000;invocation_id",
-        ] {
-            assert!(key(of_machine).is_of_the_machine(), "{of_machine}");
+    fn keyrings_of_users_are_known_by_number_and_not_by_name() {
+        let user = rustix::process::getuid().as_raw();
+        let Ok(all) = keys::keyrings_of(user) else {
+            println!("SKIPPED 1 test: keyrings of users: the kernel has no keys");
+            return;
+        };
+        for (serial, name) in all.into_iter().zip(["_uid", "_uid_ses"]) {
+            let text = format!("keyring;{user};-1;1f3f0000;{name}.{user}\0\0");
+            assert!(key(&text).with(serial).is_of_the_machine(), "{text}");
+            assert!(!key(&text).with(1).is_of_the_machine(), "{text}, forged");
         }
+        assert!(key("user;0;0;3f0b0000;invocation_id").is_of_the_machine());
         for other in [
             "keyring;1000;-1;1f3f0000;_uid.0",
             "keyring;0;0;3f030000;_ses",
@@ -313,7 +437,20 @@ mod tests {
             "user;0;0",
             "",
         ] {
-            assert!(!key(other).is_of_the_machine(), "{other}");
+            assert!(!key(other).with(all[0]).is_of_the_machine(), "{other}");
+        }
+    }
+
+    #[test]
+    fn who_alone_has_the_keyring_of_a_user_is_known_by_what_counts_most() {
+        let mut uses = Uses {
+            of_each: vec![(7, 1), (8, 2), (9, 1), (9, 3)],
+            settled: true,
+        };
+        let status = Status::default();
+        assert!(uses.has_only_the_kernel(7, &status));
+        for ring in [8, 9, 10] {
+            assert!(!uses.has_only_the_kernel(ring, &status), "{ring}");
         }
     }
 

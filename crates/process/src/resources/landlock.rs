@@ -24,7 +24,8 @@ use outlive_linux::remote::{Arg, Batch, CallId, Results};
 use outlive_linux::{Errno, witness};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{
-    DumpableBehavior, Pid, PidfdFlags, Signal, dumpable_behavior, pidfd_open, pidfd_send_signal,
+    DumpableBehavior, Pid, PidfdFlags, PidfdGetfdFlags, Signal, dumpable_behavior, pidfd_getfd,
+    pidfd_open, pidfd_send_signal,
 };
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use std::fs::File;
@@ -150,6 +151,16 @@ fn witness(user: u32, group: u32) -> io::Result<u32> {
     let pid = made.pid;
     kept.push(made);
     Ok(pid)
+}
+
+/// The list of keys that a user may see (`/proc/keys`), opened by a process of that user.
+pub fn keys_seen_by(user: u32, group: u32) -> io::Result<File> {
+    let pid = witness(user, group)?;
+    let kept = kept();
+    let it = kept.iter().find(|w| w.pid == pid);
+    let it = it.ok_or_else(|| io::Error::other("it has ended"))?;
+    let list = pidfd_getfd(&it.pidfd, witness::LIST_OF_KEYS, PidfdGetfdFlags::empty())?;
+    Ok(File::from(list))
 }
 
 impl Beside {

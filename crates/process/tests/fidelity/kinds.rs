@@ -169,6 +169,18 @@ const REFUSED: &[(&str, &str)] = &[
     ("posix-timer-of-ended-thread", "which has ended"),
     ("session-keyring", "session keyring of its own"),
     ("session-keyring-of-a-thread", "session keyring of its own"),
+    (
+        "session-keyring-that-leads-to-user",
+        "session keyring of its own",
+    ),
+    (
+        "session-keyring-of-a-thread-that-leads-to-user",
+        "session keyring of its own",
+    ),
+    (
+        "session-keyring-of-user-forged",
+        "session keyring of its own",
+    ),
     ("process-keyring", "process keyring of its own"),
     ("thread-keyring", "thread keyring of its own"),
 ];
@@ -290,12 +302,18 @@ A program can hold some of its state together with others, who may use it while 
 there, and whom nobody can ask. That is neither saved nor refused; like a file that is not open, it is
 where it was when the program comes back, or it is not.
 
-- **Keyrings of users** (`_uid.N`, `_uid_ses.N`) and the keys in them, and the **session keyring of who
-  runs Outlive**: it was made for a login or a service, the program was only started there, and after a
-  restore it has that of who restores it. So has a program with a session keyring without a name in
-  which there is nothing, or only what systemd puts there. Everything else in thread, process and session
-  keyrings is refused. Who has linked the session keyring of its user into one of its own is taken
-  for one that has none.
+- **Keyrings of users** (`_uid.N`, `_uid_ses.N`) and the keys in them: the kernel keeps them for the user as
+  long as the machine runs, whether or not a process of that user does, and whoever is that user finds
+  them, by the same calls as before. So a program is not refused for having none but these, also where it
+  took its user's session keyring for its own. As with files in `/run`, other programs of the user may
+  change them while it is away, and they are empty after the machine has booted: for every program of
+  that user, restored or begun anew. Who put a key there is not known to anybody, so no key is the
+  program's rather than its user's.
+- **The session keyring of who runs Outlive**: it was made for a login or a service, the program was only
+  started there, and after a restore it has that of who restores it. So has a program with the session
+  keyring of its user, with one that was revoked, or with one without a name in which there is nothing, or
+  only keyrings of users and what systemd puts there. Keyrings of users are told from others with their
+  names by their numbers. Everything else in thread, process and session keyrings is refused.
 - **System V semaphores, message queues and segments that nobody has mapped**, as long as they are not
   the program's. Nothing that the kernel keeps ties them to a process but who made a segment, who
   changed a semaphore or a queue last, and who waits for them. An object is the program's if that is one

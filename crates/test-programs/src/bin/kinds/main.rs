@@ -14,6 +14,7 @@
 
 mod files;
 mod ipc;
+mod keys;
 mod limits;
 mod memory;
 mod objects;
@@ -80,6 +81,7 @@ fn kinds() -> impl Iterator<Item = Kind> {
         process::KINDS,
         sharing::KINDS,
         limits::KINDS,
+        keys::KINDS,
     ];
     lists.into_iter().flatten().copied()
 }
