@@ -3,12 +3,12 @@
 //!
 //! `cargo bench -p outlive-epoch-store -- [DIRECTORY] [MIB]`. Raw and store take turns; the medians of
 //! five rounds are shown. The same then for pages that are packed, of three kinds of data: noise, numbers as a
-//! heap has them, and text; with the time that it takes to read all of it back, checked.
+//! heap has them, and text; with the time that it takes to read all of it back, checked. And each of them encrypted.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a measurement")]
 
 use outlive_epoch::{EpochFacts, EpochReader, EpochWriter, PAGE_SIZE, PageSink, Run, SpaceId};
-use outlive_epoch_store::{Codec, Store};
+use outlive_epoch_store::{Codec, Secret, Store};
 use outlive_media::{Buffer, TRANSFER};
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -33,7 +33,7 @@ fn main() {
     let (mut raw, mut stored) = (Vec::new(), Vec::new());
     for _ in 0..ROUNDS {
         raw.push(write_raw(dir.path(), &pages, times));
-        stored.push(write_epoch(dir.path(), &pages, times, None).written);
+        stored.push(write_epoch(dir.path(), &pages, times, (None, None)).written);
     }
     let (raw, stored) = (median(raw), median(stored));
     println!("{mib} MiB of pages, durable, medians of {ROUNDS}");
@@ -45,12 +45,16 @@ fn main() {
     println!("{:.0} %", stored / raw * 100.0);
     for (kind, fill) in KINDS {
         fill(&mut pages);
-        for codec in [None, Some(Codec::Lz4), Some(Codec::Zstd)] {
-            let rounds = (0..ROUNDS).map(|_| write_epoch(dir.path(), &pages, times, codec));
+        let codecs = [None, Some(Codec::Lz4), Some(Codec::Zstd)];
+        for (codec, encrypted) in codecs.into_iter().flat_map(|c| [(c, false), (c, true)]) {
+            let key = || encrypted.then(secret);
+            let rounds =
+                (0..ROUNDS).map(|_| write_epoch(dir.path(), &pages, times, (codec, key())));
             let rounds: Vec<Figures> = rounds.collect();
             let codec = codec.map_or("as they are".to_owned(), |codec| codec.to_string());
+            let encrypted = if encrypted { ", encrypted" } else { "" };
             println!(
-                "{kind}, {codec}: written {:.2} GB/s, read {:.2} GB/s, {:.0} % of the space",
+                "{kind}, {codec}{encrypted}: written {:.2} GB/s, read {:.2} GB/s, {:.0} % of the space",
                 median(rounds.iter().map(|f| f.written).collect()) / 1e9,
                 median(rounds.iter().map(|f| f.read).collect()) / 1e9,
                 rounds[0].space * 100.0,
@@ -129,9 +133,18 @@ fn write_raw(dir: &Path, pages: &Buffer, times: usize) -> f64 {
     (times * TRANSFER) as f64 / took
 }
 
-fn write_epoch(dir: &Path, pages: &Buffer, times: usize, codec: Option<Codec>) -> Figures {
+fn secret() -> Secret {
+    Secret::parse(&(0..32).collect::<Vec<u8>>()).unwrap()
+}
+
+fn write_epoch(
+    dir: &Path,
+    pages: &Buffer,
+    times: usize,
+    (codec, key): (Option<Codec>, Option<Secret>),
+) -> Figures {
     let path = dir.join("store");
-    let mut store = Store::create(&path).unwrap();
+    let mut store = Store::create_with(&path, key).unwrap();
     store.pack(codec);
     let count = (TRANSFER / PAGE_SIZE) as u64;
     let began = Instant::now();

@@ -135,6 +135,7 @@ impl Store {
         let newest = self.is_newest(source);
         let numbers = (if newest { fresh } else { source }, fresh);
         let mut side = Self::nameless(Arc::clone(&self.dir), Arc::clone(&self.host));
+        side.secret = self.secret.clone();
         side.pack(self.packer.as_ref().map(Packer::codec));
         self.beside = Some(Box::new(Beside {
             side,
@@ -207,12 +208,12 @@ impl Store {
         let published = live.publish(&*self.dir);
         let failed = published.map_err(|e| live.generation.failed(e)).err();
         let there = match &failed {
-            None => Some(older::settled(&*self.dir, live)),
+            None => Some(older::settled(&*self.dir, live, self.secret.as_ref())),
             Some(_) => {
                 drop(live);
                 let _ = self.dir.remove(&fresh_name(beside.numbers.1));
                 // Whichever of the two is there.
-                older::open_one(&*self.dir, beside.source)
+                older::open_one(&*self.dir, beside.source, self.secret.as_ref())
             }
         };
         let same = |old: &&mut Live| old.generation.number == beside.source;
@@ -418,7 +419,7 @@ impl Part {
                 let (epoch, part) = (Some(trailer.epoch), damage::Part::Trailer);
                 generation.damaged(*trailer_at, epoch, part, "it is not in order")
             })?;
-            let stored = Stored::new(generation.key, trailer.epoch, layout, index);
+            let stored = Stored::new(generation, trailer, layout, index);
             self.stored.push(stored);
         }
         Ok(())

@@ -22,6 +22,8 @@ pub enum Part {
     Index,
     /// These pages.
     Pages(Run),
+    /// A block with pages; which ones is not known without the key.
+    Block,
     /// A parity block of an epoch.
     Parity,
     /// A part of an epoch that holds nothing.
@@ -72,6 +74,7 @@ impl fmt::Display for Part {
                     "{pages} page(s) of space {space} at address {address:#x}"
                 )
             }
+            Self::Block => write!(f, "a block of encrypted pages"),
             Self::Parity => write!(f, "parity"),
             Self::Padding => write!(f, "padding"),
             Self::End => write!(f, "end of the file"),

@@ -9,6 +9,7 @@
 //!   so every number is checked against the bounds that hold at its place, and nothing is
 //!   allocated beyond the bytes that are there.
 
+use crate::cipher::{Attempt, FileCipher, Fingerprint, Tag, same};
 use crate::index::Counts;
 use crate::pack::MOST;
 use crate::planted::bug;
@@ -147,7 +148,25 @@ pub struct Superblock {
     pub generation: u64,
     /// The epoch on which all others of this file rest.
     pub first_epoch: u64,
+    /// What the file is encrypted with, if it is.
+    pub lock: Option<FileLock>,
 }
+
+/// What an encrypted file says of its key.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FileLock {
+    /// That of the user's key.
+    pub fingerprint: Fingerprint,
+    /// At random: no two files have the same keys.
+    pub salt: [u8; 32],
+    /// Over all that the superblock says.
+    pub tag: Tag,
+}
+
+/// The number of AES-256-GCM with keys derived by BLAKE3.
+const AES_256_GCM: u32 = 1;
+/// Where the tag of a superblock stands, behind what it covers.
+const SUPERBLOCK_TAG_AT: usize = 96;
 
 impl Superblock {
     pub fn key(&self) -> Key {
@@ -170,9 +189,21 @@ impl Superblock {
         out.extend_from_slice(&(BLOCK as u32).to_le_bytes());
         out.extend_from_slice(&self.uuid);
         put_numbers(&mut out, &[self.generation, self.first_epoch]);
+        if let Some(lock) = &self.lock {
+            out.extend_from_slice(&AES_256_GCM.to_le_bytes());
+            out.extend_from_slice(&[0; 4]);
+            out.extend_from_slice(&lock.fingerprint.0);
+            out.extend_from_slice(&lock.salt);
+            out.extend_from_slice(&lock.tag);
+        }
         out.resize(BLOCK, 0);
         Self::seed().seal(offset, &mut out);
         out
+    }
+
+    /// The tag that an encrypted file must have, with these keys.
+    pub fn tag(&self, cipher: &FileCipher) -> Tag {
+        cipher.superblock_tag(&self.encode(0)[..SUPERBLOCK_TAG_AT])
     }
 
     /// The place of the checksum and of the version stay the same in every version.
@@ -195,11 +226,19 @@ impl Superblock {
         let block_len = take.u32()?;
         let uuid = take.array()?;
         let (generation, first_epoch) = (take.u64()?, take.u64()?);
-        let good = version == VERSION && block_len as usize == BLOCK && first_epoch > 0;
+        let (cipher, _) = (take.u32()?, take.u32()?);
+        let lock = FileLock {
+            fingerprint: Fingerprint(take.array()?),
+            salt: take.array()?,
+            tag: take.array()?,
+        };
+        let known = cipher == 0 || cipher == AES_256_GCM;
+        let good = version == VERSION && block_len as usize == BLOCK && first_epoch > 0 && known;
         good.then_some(SuperblockRead::Good(Self {
             uuid,
             generation,
             first_epoch,
+            lock: (cipher == AES_256_GCM).then_some(lock),
         }))
     }
 }
@@ -254,6 +293,21 @@ pub struct Stamp {
     pub coming: Option<Record>,
 }
 
+/// Which slot a block is of, or 2 for the seal. What one of them says is not to be said by another: the newest epoch
+/// could be made forgotten by putting what its neighbour says into its slot.
+fn whose(offset: u64) -> u64 {
+    let slot = |n: usize| SLOT_AT[n].contains(&offset);
+    match (slot(0), slot(1)) {
+        _ if bug("slots not told apart") => 0,
+        (true, _) => 0,
+        (_, true) => 1,
+        _ => 2,
+    }
+}
+
+/// Where the tag of a stamp stands in its sector, behind what it covers.
+const STAMP_TAG_AT: usize = 120;
+
 /// Copies of a stamp in its block: one in each sector.
 pub const STAMP_COPIES: usize = BLOCK / SECTOR;
 
@@ -264,13 +318,21 @@ impl Stamp {
         epoch(self.newest).max(epoch(self.coming))
     }
 
-    /// A block that holds the stamp once in each sector, each bound to its place.
-    pub fn encode(&self, key: Key, offset: u64) -> Vec<u8> {
+    /// A block that holds the stamp once in each sector, each bound to its place; of an encrypted file with a
+    /// tag.
+    pub fn encode(&self, key: Key, cipher: Option<&FileCipher>, offset: u64) -> Vec<u8> {
+        let trailer_tag = |record: Option<Record>| record.map_or([0; 16], |r| r.trailer.tag);
         let mut out = Vec::with_capacity(BLOCK);
         for i in 0..STAMP_COPIES {
             let mut sector = STAMP_MAGIC.to_vec();
             put_numbers(&mut sector, &Record::numbers(self.newest));
             put_numbers(&mut sector, &Record::numbers(self.coming));
+            sector.extend_from_slice(&trailer_tag(self.newest));
+            sector.extend_from_slice(&trailer_tag(self.coming));
+            if let Some(cipher) = cipher {
+                let tag = cipher.stamp_tag(whose(offset), &sector);
+                sector.extend_from_slice(&tag);
+            }
             sector.resize(SECTOR, 0);
             key.of(Kind::Stamp, 0)
                 .seal(offset + (i * SECTOR) as u64, &mut sector);
@@ -279,11 +341,19 @@ impl Stamp {
         out
     }
 
-    /// All that the good sectors of a block say, one for each.
-    pub fn decode(key: Key, offset: u64, block: &[u8]) -> Vec<Self> {
+    /// All that the good sectors of a block say, one for each. With the keys of an encrypted file, a sector without
+    /// its tag is not good.
+    pub fn decode(key: Key, cipher: Option<&FileCipher>, offset: u64, block: &[u8]) -> Vec<Self> {
         let seed = key.of(Kind::Stamp, 0);
+        let tagged = |sector: &[u8]| {
+            let split = sector.split_at_checked(STAMP_TAG_AT);
+            let split = split.and_then(|(said, rest)| Some((said, rest.first_chunk()?)));
+            cipher.is_none_or(|cipher| {
+                split.is_some_and(|(said, tag)| same(&cipher.stamp_tag(whose(offset), said), tag))
+            })
+        };
         let good = block.chunks(SECTOR).enumerate().filter_map(|(i, sector)| {
-            let intact = seed.is_sealed(offset + (i * SECTOR) as u64, sector);
+            let intact = seed.is_sealed(offset + (i * SECTOR) as u64, sector) && tagged(sector);
             intact.then(|| Self::fields(sector)).flatten()
         });
         good.collect()
@@ -294,16 +364,22 @@ impl Stamp {
         if take.bytes(8)? != STAMP_MAGIC {
             return None;
         }
-        let stamp = Self {
+        let mut stamp = Self {
             newest: Record::take(&mut take)?,
             coming: Record::take(&mut take)?,
         };
+        for record in [&mut stamp.newest, &mut stamp.coming] {
+            let tag = take.array()?;
+            if let Some(record) = record {
+                record.trailer.tag = tag;
+            }
+        }
         let follows = |next: Record| stamp.newest.is_none_or(|newest| newest.epoch < next.epoch);
         stamp.coming.is_none_or(follows).then_some(stamp)
     }
 }
 
-/// The two places of a trailer, where the bytes are the same, and the checksum that it must have: so
+/// The two places of a trailer, where the bytes are the same, and the checksum and tag that it must have: so
 /// what leads to a trailer leads to exactly this one, and not to that of another attempt which stood
 /// at the same place.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -311,6 +387,8 @@ pub struct Twice {
     pub at: u64,
     pub copy_at: u64,
     pub crc: u32,
+    /// Zeros in a file that is not encrypted.
+    pub tag: Tag,
 }
 
 impl Twice {
@@ -319,6 +397,7 @@ impl Twice {
         at: 0,
         copy_at: 0,
         crc: 0,
+        tag: [0; 16],
     };
 
     /// In the log, the copy so far behind that no damage of a repairable length harms both.
@@ -340,6 +419,7 @@ impl Twice {
             at: take.u64()?,
             copy_at: take.u64()?,
             crc: u32::try_from(take.u64()?).ok()?,
+            tag: [0; 16],
         })
     }
 }
@@ -381,7 +461,23 @@ pub struct Trailer {
     /// How many numbers lie between the epoch before and this one: of epochs that were left out when
     /// this file was written from another one.
     pub skipped: u64,
+    /// Zeros in a file that is not encrypted.
+    pub lock: EpochLock,
 }
+
+/// What the trailer of an encrypted epoch says of its keys.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct EpochLock {
+    /// At random: leads to the keys of this attempt to write the epoch.
+    pub attempt: Attempt,
+    /// Over the page index.
+    pub index: Tag,
+    /// Over all that the trailer says.
+    pub own: Tag,
+}
+
+/// Where the tag of a trailer stands, behind what it covers.
+const TRAILER_TAG_AT: usize = 232;
 
 impl Trailer {
     pub fn encode(&self, key: Key, at: u64) -> Vec<u8> {
@@ -401,9 +497,18 @@ impl Trailer {
             &[self.pages, self.bytes_written, self.previous_durable_us],
         );
         put_numbers(&mut out, &[self.skipped, self.saved, self.clusters]);
+        out.extend_from_slice(&self.lock.attempt);
+        out.extend_from_slice(&self.lock.index);
+        out.extend_from_slice(&self.previous.tag);
+        out.extend_from_slice(&self.lock.own);
         out.resize(BLOCK, 0);
         key.of(Kind::Trailer, self.epoch).seal(at, &mut out);
         out
+    }
+
+    /// What the tag of an encoded trailer covers.
+    pub fn said(block: &[u8]) -> &[u8] {
+        block.get(..TRAILER_TAG_AT).unwrap_or_default()
     }
 
     /// The checksum of an encoded trailer. It covers those of the tables and of the trailer before, and
@@ -432,7 +537,7 @@ impl Trailer {
                 crc: u32::try_from(crc).ok()?,
             })
         };
-        let trailer = Self {
+        let mut trailer = Self {
             epoch: take.u64()?,
             previous: Twice::take(&mut take)?,
             copy_at: take.u64()?,
@@ -451,8 +556,16 @@ impl Trailer {
             skipped: take.u64()?,
             saved: take.u64()?,
             clusters: take.u64()?,
+            lock: EpochLock {
+                attempt: take.array()?,
+                index: take.array()?,
+                own: [0; 16],
+            },
         };
-        let named = trailer.epoch == epoch && trailer.copy_at == place.copy_at;
+        trailer.previous.tag = take.array()?;
+        trailer.lock.own = take.array()?;
+        let this_one = same(&trailer.lock.own, &place.tag) || bug("trailers not told apart");
+        let named = trailer.epoch == epoch && trailer.copy_at == place.copy_at && this_one;
         (named && trailer.is_sane(at)).then_some(trailer)
     }
 
@@ -500,6 +613,7 @@ impl Trailer {
             at,
             copy_at: self.copy_at,
             crc: 0,
+            tag: [0; 16],
         };
         let previous_end = match self.previous {
             Twice::NONE => Some(LOG_AT),
@@ -542,6 +656,16 @@ pub struct TreePlace {
     pub section: Section,
     /// Where its second copy stands.
     pub copy_at: u64,
+    /// Zeros in a file that is not encrypted.
+    pub lock: TreeLock,
+}
+
+/// What leads to the key of a tree, which may be that of an earlier epoch.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct TreeLock {
+    /// That of the epoch which stored the tree.
+    pub attempt: Attempt,
+    pub tag: Tag,
 }
 
 /// Bytes of one group in a group table.
@@ -587,6 +711,7 @@ pub fn decode_groups(bytes: &[u8], epoch: u64, end: u64) -> Option<Vec<(String, 
                 epoch: origin,
                 section,
                 copy_at,
+                lock: TreeLock::default(),
             },
         ));
     }

@@ -9,6 +9,7 @@ fn key() -> Key {
         uuid: [7; 16],
         generation: 3,
         first_epoch: 1,
+        lock: None,
     }
     .key()
 }
@@ -29,6 +30,7 @@ fn twice(at: u64) -> Twice {
         at,
         copy_at: at + WIDTH * BLOCK_LEN,
         crc: 0x8765_4321,
+        tag: [0; 16],
     }
 }
 
@@ -50,7 +52,17 @@ fn stamp(newest: u64, coming: Option<u64>) -> Stamp {
 /// Decodes a trailer by the reference that leads to these bytes.
 fn decode(at: u64, epoch: u64, copy_at: u64, block: &[u8]) -> Option<Trailer> {
     let crc = Trailer::crc(block).unwrap();
-    Trailer::decode(key(), epoch, Twice { at, copy_at, crc }, block)
+    Trailer::decode(
+        key(),
+        epoch,
+        Twice {
+            at,
+            copy_at,
+            crc,
+            tag: [0; 16],
+        },
+        block,
+    )
 }
 
 fn trailer() -> Trailer {
@@ -73,6 +85,7 @@ fn trailer() -> Trailer {
         skipped: 3,
         saved: 0,
         clusters: 0,
+        lock: EpochLock::default(),
     }
 }
 
@@ -82,6 +95,7 @@ fn records_come_back_and_are_bound_to_their_place() {
         uuid: [7; 16],
         generation: 3,
         first_epoch: 1,
+        lock: None,
     };
     let block = superblock.encode(0);
     assert_eq!(
@@ -96,11 +110,11 @@ fn records_come_back_and_are_bound_to_their_place() {
     }
     .key();
     for stamp in [Stamp::default(), stamp(4, None), stamp(4, Some(5))] {
-        let block = stamp.encode(key(), SLOT_AT[0][0]);
-        let read = Stamp::decode(key(), SLOT_AT[0][0], &block);
+        let block = stamp.encode(key(), None, SLOT_AT[0][0]);
+        let read = Stamp::decode(key(), None, SLOT_AT[0][0], &block);
         assert_eq!(read, [stamp; STAMP_COPIES]);
-        assert_eq!(Stamp::decode(key(), SLOT_AT[0][1], &block), []);
-        assert_eq!(Stamp::decode(other, SLOT_AT[0][0], &block), []);
+        assert_eq!(Stamp::decode(key(), None, SLOT_AT[0][1], &block), []);
+        assert_eq!(Stamp::decode(other, None, SLOT_AT[0][0], &block), []);
     }
 
     let at = AT;
@@ -117,7 +131,12 @@ fn records_come_back_and_are_bound_to_their_place() {
         ..trailer()
     };
     let crc = Trailer::crc(&another.encode(key(), at)).unwrap();
-    let place = Twice { at, copy_at, crc };
+    let place = Twice {
+        at,
+        copy_at,
+        crc,
+        tag: [0; 16],
+    };
     assert_eq!(Trailer::decode(key(), 9, place, &block), None);
 }
 
@@ -127,6 +146,7 @@ fn a_newer_version_is_named() {
         uuid: [7; 16],
         generation: 3,
         first_epoch: 1,
+        lock: None,
     };
     let mut block = superblock.encode(0);
     block[8..12].copy_from_slice(&(VERSION + 1).to_le_bytes());
@@ -142,18 +162,18 @@ fn a_newer_version_is_named() {
 fn a_sector_says_all_that_its_block_says() {
     let (old, new) = (stamp(2, None), stamp(4, Some(5)));
     let at = SEAL_AT[1];
-    let mut block = old.encode(key(), at);
-    block[1024..1536].copy_from_slice(&new.encode(key(), at)[1024..1536]);
+    let mut block = old.encode(key(), None, at);
+    block[1024..1536].copy_from_slice(&new.encode(key(), None, at)[1024..1536]);
     block[0] ^= 1;
-    let read = Stamp::decode(key(), at, &block);
+    let read = Stamp::decode(key(), None, at, &block);
     assert_eq!(read, [old, new, old, old, old, old, old]);
     assert_eq!(
         (old.limit(), new.limit(), Stamp::default().limit()),
         (2, 5, 0)
     );
     // What may follow is newer than what is there.
-    let backwards = stamp(4, Some(4)).encode(key(), at);
-    assert_eq!(Stamp::decode(key(), at, &backwards), []);
+    let backwards = stamp(4, Some(4)).encode(key(), None, at);
+    assert_eq!(Stamp::decode(key(), None, at, &backwards), []);
 }
 
 #[test]
@@ -199,6 +219,7 @@ fn trees_that_overlap_are_refused() {
                 epoch: 1,
                 section: section(LOG_AT + at, len),
                 copy_at: LOG_AT + at + 500,
+                lock: TreeLock::default(),
             };
             encode_group(&mut bytes, name, &place);
         }
@@ -339,7 +360,7 @@ proptest! {
         let mut bytes = Vec::new();
         let mut groups = Vec::new();
         for (i, name) in names.into_iter().enumerate() {
-            let place = TreePlace { epoch: 1, section: section(LOG_AT + 10 * i as u64, 10), copy_at: LOG_AT + 500 };
+            let place = TreePlace { epoch: 1, section: section(LOG_AT + 10 * i as u64, 10), copy_at: LOG_AT + 500, lock: TreeLock::default() };
             let before = bytes.len();
             encode_group(&mut bytes, &name, &place);
             prop_assert_eq!(bytes.len() - before, group_len(&name));
@@ -362,8 +383,103 @@ proptest! {
                 let _ = Index::decode(&bytes, Counts { entries, clusters, pages: n }, &layout);
             }
         }
-        let _ = Stamp::decode(key(), 0, &bytes);
+        let _ = Stamp::decode(key(), None, 0, &bytes);
         let _ = Trailer::decode(key(), n, twice(n % (1 << 60)), &bytes);
         let _ = Superblock::decode(n, &bytes);
     }
+}
+
+/// What slots and seals of an encrypted file say counts only with its tag, which is the same at each of its places.
+#[test]
+fn a_stamp_without_its_tag_says_nothing() {
+    let secret = crate::cipher::Secret::parse(&(0..32).collect::<Vec<u8>>()).unwrap();
+    let cipher = FileCipher::new(&secret, &[7; 16], 3, &[1; 32]);
+    let other = FileCipher::new(&secret, &[7; 16], 4, &[1; 32]);
+    let mut stamp = stamp(4, Some(5));
+    for record in [&mut stamp.newest, &mut stamp.coming].into_iter().flatten() {
+        record.trailer.tag = [record.epoch as u8; 16];
+    }
+    let at = SEAL_AT[0];
+    let block = stamp.encode(key(), Some(&cipher), at);
+    let read = |cipher, block: &[u8]| Stamp::decode(key(), cipher, at, block);
+    assert_eq!(read(Some(&cipher), &block), [stamp; STAMP_COPIES]);
+    assert_eq!(read(None, &block), [stamp; STAMP_COPIES]);
+    assert_eq!(read(Some(&other), &block), []);
+    // With a right checksum, by somebody who does not have the key.
+    let forged = stamp.encode(key(), None, at);
+    assert_eq!(read(None, &forged), [stamp; STAMP_COPIES]);
+    assert_eq!(read(Some(&cipher), &forged), []);
+}
+
+/// Whoever copies the record of the epoch before into the slot of the newest one does not make it forgotten.
+#[test]
+fn a_stamp_says_nothing_in_the_place_of_another() {
+    let secret = crate::cipher::Secret::parse(&(0..32).collect::<Vec<u8>>()).unwrap();
+    let cipher = FileCipher::new(&secret, &[7; 16], 3, &[1; 32]);
+    let places = [SLOT_AT[0], SLOT_AT[1], SEAL_AT];
+    for (i, from) in places.into_iter().enumerate() {
+        for (j, to) in places.into_iter().enumerate() {
+            for (from, to) in [(from[0], to[0]), (from[0], to[1])] {
+                let mut block = stamp(4, None).encode(key(), Some(&cipher), from);
+                for (n, sector) in block.chunks_mut(SECTOR).enumerate() {
+                    let at = to + (n * SECTOR) as u64;
+                    key().of(Kind::Stamp, 0).seal(at, sector);
+                }
+                let said = Stamp::decode(key(), Some(&cipher), to, &block);
+                assert_eq!(
+                    said.len(),
+                    if i == j { STAMP_COPIES } else { 0 },
+                    "{from} to {to}"
+                );
+            }
+        }
+    }
+}
+
+/// The places that other code relies on.
+#[test]
+fn tags_stand_behind_what_they_cover() {
+    let mut trailer = trailer();
+    trailer.previous.tag = [1; 16];
+    trailer.lock = EpochLock {
+        attempt: [2; 16],
+        index: [3; 16],
+        own: [4; 16],
+    };
+    let block = trailer.encode(key(), AT);
+    assert_eq!(block[TRAILER_TAG_AT - 16..][..16], [1; 16]);
+    assert_eq!(block[TRAILER_TAG_AT..][..16], [4; 16]);
+    assert_eq!(block[TRAILER_TAG_AT + 16..BLOCK - 4], [0; 3844]);
+    let crc = Trailer::crc(&block).unwrap();
+    let place = |tag| Twice {
+        at: AT,
+        copy_at: trailer.copy_at,
+        crc,
+        tag,
+    };
+    assert_eq!(
+        Trailer::decode(key(), 9, place([4; 16]), &block),
+        Some(trailer)
+    );
+    assert_eq!(Trailer::decode(key(), 9, place([5; 16]), &block), None);
+
+    let mut superblock = Superblock {
+        uuid: [7; 16],
+        generation: 3,
+        first_epoch: 1,
+        lock: Some(FileLock {
+            fingerprint: Fingerprint([8; 8]),
+            salt: [9; 32],
+            tag: [5; 16],
+        }),
+    };
+    let block = superblock.encode(0);
+    assert_eq!(
+        Superblock::decode(0, &block),
+        SuperblockRead::Good(superblock)
+    );
+    assert_eq!(block[SUPERBLOCK_TAG_AT..][..16], [5; 16]);
+    assert_eq!(block[SUPERBLOCK_TAG_AT - 32..][..32], [9; 32]);
+    superblock.lock = None;
+    assert_eq!(superblock.encode(0)[48..BLOCK - 4], [0; BLOCK - 52]);
 }

@@ -5,12 +5,17 @@
 //! found under the second name was once complete: what does not validate there is damage, never
 //! an interrupted beginning.
 
+use crate::cipher::{Cipher, FileCipher, Secret, same};
 use crate::damage::{self, Damage, Met, Outcome, Part, Trouble};
 use crate::format::{
-    self, BLOCK_LEN, Key, Kind, LOG_AT, Record, Section, Superblock, Trailer, TreePlace, Twice,
+    self, BLOCK_LEN, FileLock, Key, Kind, LOG_AT, Record, Section, Superblock, Trailer, TreePlace,
+    Twice,
 };
 use crate::head::{self, Head};
+use crate::host::Host;
 use crate::index::Index;
+use crate::locked::{self, Unfit};
+use crate::planted::bug;
 use outlive_epoch::{EpochId, StoreError};
 use outlive_media::{Access, Directory, Medium, MediumError};
 use std::collections::BTreeMap;
@@ -43,6 +48,8 @@ pub(crate) struct Generation {
     pub medium: Arc<dyn Medium>,
     pub superblock: Superblock,
     pub key: Key,
+    /// The keys of an encrypted file, if they are known.
+    pub cipher: Option<Arc<FileCipher>>,
     /// Damage that was made up for while reading.
     pub met: Met,
 }
@@ -56,16 +63,33 @@ impl Generation {
         dir: &dyn Directory,
         (number, fresh): (u64, u64),
         first_epoch: u64,
-        uuid: [u8; 16],
+        host: &dyn Host,
+        secret: Option<&Secret>,
     ) -> Result<Self, StoreError> {
-        let name = fresh_name(fresh);
-        let medium = dir.create(&name).map_err(damage::medium)?;
-        let superblock = Superblock {
-            uuid,
+        let mut superblock = Superblock {
+            uuid: host.uuid(),
             generation: number,
             first_epoch,
+            lock: None,
         };
-        let header = head::fresh(&superblock);
+        let mut cipher = None;
+        if let Some(secret) = secret {
+            let mut salt = [0; 32];
+            random(dir, host, &mut salt)?;
+            let keys = FileCipher::new(secret, &superblock.uuid, number, &salt);
+            let mut lock = FileLock {
+                fingerprint: secret.fingerprint(),
+                salt,
+                tag: [0; 16],
+            };
+            superblock.lock = Some(lock);
+            lock.tag = superblock.tag(&keys);
+            superblock.lock = Some(lock);
+            cipher = Some(Arc::new(keys));
+        }
+        let name = fresh_name(fresh);
+        let medium = dir.create(&name).map_err(damage::medium)?;
+        let header = head::fresh(&superblock, cipher.as_deref());
         medium.write(0, &header).map_err(damage::medium)?;
         let place = format!("{}/{}", dir.place(), committed_name(number));
         Ok(Self {
@@ -75,15 +99,18 @@ impl Generation {
             medium,
             key: superblock.key(),
             superblock,
+            cipher,
             met: Met::default(),
         })
     }
 
-    /// Opens a file that has a committed epoch, and finds the newest.
+    /// Opens a file that has a committed epoch, and finds the newest. Without the key of an encrypted file all can be
+    /// done that needs no contents; with a key, a file that is not encrypted is refused.
     pub fn open(
         dir: &dyn Directory,
         number: u64,
         access: Access,
+        secret: Option<&Secret>,
     ) -> Result<(Self, Head), OpenError> {
         let name = committed_name(number);
         let medium = dir.open(&name, access).map_err(OpenError::Medium)?;
@@ -99,6 +126,16 @@ impl Generation {
         let mut harmless = Vec::new();
         let superblock = head::superblock(&place, &header, &mut harmless)?;
         let key = superblock.key();
+        let cipher = keys(&place, &superblock, secret)?.map(Arc::new);
+        if cipher.is_some() && superblock.generation != number && !bug("renamed file read") {
+            let what = format!(
+                "it is that of {}: somebody gave it another name",
+                committed_name(superblock.generation)
+            );
+            return Err(OpenError::Trouble(
+                damaged(&place, 0, None, Part::Superblock, &what).into(),
+            ));
+        }
         let generation = Self {
             place,
             number,
@@ -106,10 +143,54 @@ impl Generation {
             medium,
             superblock,
             key,
+            cipher,
             met: Met::default(),
         };
         let head = generation.head(&header, len, harmless)?;
         Ok((generation, head))
+    }
+
+    /// Whether its contents are encrypted, and the key is not known.
+    pub fn is_locked(&self) -> bool {
+        self.superblock.lock.is_some() && self.cipher.is_none()
+    }
+
+    /// Refuses what cannot be done without the key.
+    pub fn must_be_open(&self) -> Result<(), StoreError> {
+        match self.superblock.lock {
+            Some(lock) if self.cipher.is_none() => Err(StoreError::Locked {
+                place: self.place.clone(),
+                what: format!(
+                    "is encrypted with key {}, and no key was given",
+                    lock.fingerprint
+                ),
+            }),
+            _ => Ok(()),
+        }
+    }
+
+    /// The keys of another attempt to write an epoch; `None` where nothing is encrypted.
+    pub fn attempt(
+        &self,
+        dir: &dyn Directory,
+        host: &dyn Host,
+        epoch: u64,
+    ) -> Result<Option<Arc<Cipher>>, StoreError> {
+        self.must_be_open()?;
+        let Some(keys) = &self.cipher else {
+            return Ok(None);
+        };
+        let mut attempt = [0; 16];
+        if !bug("attempts have the same key") {
+            random(dir, host, &mut attempt)?;
+        }
+        Ok(Some(Arc::new(keys.of(epoch, attempt))))
+    }
+
+    /// The keys with which an epoch was written; `None` where nothing is encrypted, or they are not known.
+    pub fn cipher_of(&self, trailer: &Trailer) -> Option<Arc<Cipher>> {
+        let keys = self.cipher.as_ref()?;
+        Some(Arc::new(keys.of(trailer.epoch, trailer.lock.attempt)))
     }
 
     pub fn damaged(&self, offset: u64, epoch: Option<u64>, part: Part, what: &str) -> Damage {
@@ -201,7 +282,15 @@ impl Generation {
         };
         let trailer = trailer.filter(linked);
         let what = "it is not the one that was committed, or is not in order";
-        trailer.ok_or_else(|| self.damaged(from, Some(epoch), Part::Trailer, what).into())
+        let damage = |what| Trouble::from(self.damaged(from, Some(epoch), Part::Trailer, what));
+        let trailer = trailer.ok_or_else(|| damage(what))?;
+        if let Some(cipher) = self.cipher_of(&trailer) {
+            let tag = cipher.record_tag(twice.at, Trailer::said(&block));
+            if !same(&tag, &trailer.lock.own) {
+                return Err(damage(NOT_ITS_TAG));
+            }
+        }
+        Ok(trailer)
     }
 
     /// All epochs from the oldest to the newest, each with the place of its trailer.
@@ -269,10 +358,16 @@ impl Generation {
         let Trailer { epoch, groups, .. } = trailer;
         let copy_at = groups.at + trailer.apart(at);
         let bytes = self.section(Kind::Groups, *epoch, groups, copy_at, &Part::Groups)?;
-        let decoded = format::decode_groups(&bytes, *epoch, trailer.copy_at);
-        let what = "it is not in order";
-        let decoded =
-            decoded.ok_or_else(|| self.damaged(groups.at, Some(*epoch), Part::Groups, what))?;
+        let bounds = (*epoch, trailer.copy_at);
+        let decoded = match self.superblock.lock {
+            None => format::decode_groups(&bytes, bounds.0, bounds.1).ok_or(Unfit::Order),
+            Some(_) => {
+                let cipher = self.cipher_of(trailer);
+                locked::read_groups(&bytes, groups.at, bounds, cipher.as_deref())
+            }
+        };
+        let decoded = decoded
+            .map_err(|unfit| self.damaged(groups.at, Some(*epoch), Part::Groups, why(unfit)))?;
         Ok(decoded.into_iter().collect())
     }
 
@@ -281,26 +376,104 @@ impl Generation {
         let Trailer { epoch, index, .. } = trailer;
         let copy_at = index.at + trailer.apart(at);
         let bytes = self.section(Kind::Index, *epoch, index, copy_at, &Part::Index)?;
-        let layout = trailer.layout();
-        let decoded = layout.and_then(|layout| Index::decode(&bytes, trailer.counts(), &layout));
-        let what = "it is not in order";
-        decoded.ok_or_else(|| {
-            self.damaged(index.at, Some(*epoch), Part::Index, what)
+        let decoded = match (trailer.layout(), self.superblock.lock) {
+            (None, _) => Err(Unfit::Order),
+            (Some(layout), None) => {
+                Index::decode(&bytes, trailer.counts(), &layout).ok_or(Unfit::Order)
+            }
+            (Some(layout), Some(_)) => {
+                let cipher = self.cipher_of(trailer);
+                let opener = cipher
+                    .as_deref()
+                    .map(|cipher| (cipher, &trailer.lock.index));
+                locked::read_index(bytes, index.at, trailer.counts(), &layout, opener)
+            }
+        };
+        decoded.map_err(|unfit| {
+            self.damaged(index.at, Some(*epoch), Part::Index, why(unfit))
                 .into()
         })
     }
 
     /// The state tree of a group.
     pub fn tree(&self, group: &str, place: &TreePlace) -> Result<Vec<u8>, Trouble> {
+        self.must_be_open()?;
         let part = Part::Tree(group.to_owned());
-        self.section(
+        let mut bytes = self.section(
             Kind::Tree,
             place.epoch,
             &place.section,
             place.copy_at,
             &part,
-        )
+        )?;
+        if let Some(keys) = self.cipher.as_ref().filter(|_| !bytes.is_empty()) {
+            let cipher = keys.of(place.epoch, place.lock.attempt);
+            let (at, tag) = (place.section.at, &place.lock.tag);
+            if !cipher.decrypt(Kind::Tree, at, &[], tag, &mut bytes) {
+                let damage = self.damaged(at, Some(place.epoch), part, NOT_ITS_TAG);
+                return Err(damage.into());
+            }
+        }
+        Ok(bytes)
     }
+}
+
+/// What is said of bytes that have their checksum, but are not what the holder of the key wrote there.
+pub(crate) const NOT_ITS_TAG: &str =
+    "its checksum is right and its authentication tag is not: somebody changed it";
+
+fn why(unfit: Unfit) -> &'static str {
+    match unfit {
+        Unfit::Order => "it is not in order",
+        Unfit::Tag => NOT_ITS_TAG,
+    }
+}
+
+/// Random bytes for keys, which nothing can take the place of.
+fn random(dir: &dyn Directory, host: &dyn Host, into: &mut [u8]) -> Result<(), StoreError> {
+    host.random(into).map_err(|source| StoreError::Medium {
+        place: format!("random bytes for the encryption of {}", dir.place()),
+        source,
+    })
+}
+
+/// The keys of a file, if it is encrypted and the secret is known.
+fn keys(
+    place: &str,
+    superblock: &Superblock,
+    secret: Option<&Secret>,
+) -> Result<Option<FileCipher>, Trouble> {
+    let refused = |what: String| StoreError::Locked {
+        place: place.to_owned(),
+        what,
+    };
+    let (secret, lock) = match (secret, superblock.lock) {
+        (None, _) => return Ok(None),
+        (Some(_), None) if bug("plain file read with a key") => return Ok(None),
+        (Some(secret), None) => {
+            let what = format!(
+                "is not encrypted, although key {} was given: it is not what that key protects",
+                secret.fingerprint()
+            );
+            return Err(refused(what).into());
+        }
+        (Some(secret), Some(lock)) => (secret, lock),
+    };
+    let given = secret.fingerprint();
+    if given != lock.fingerprint {
+        let needed = lock.fingerprint;
+        let what = format!("is encrypted with key {needed}, and key {given} was given");
+        return Err(refused(what).into());
+    }
+    let Superblock {
+        uuid, generation, ..
+    } = superblock;
+    let keys = FileCipher::new(secret, uuid, *generation, &lock.salt);
+    if !same(&superblock.tag(&keys), &lock.tag) {
+        let damage = damaged(place, 0, None, Part::Superblock, NOT_ITS_TAG);
+        return Err(damage.into());
+    }
+    Ok(Some(keys))
 }
 
 /// Why a generation file could not be opened.

@@ -23,6 +23,7 @@
 //! - The other slot is written over, but by the commit of what may follow, only where a durable seal
 //!   names nothing that may follow.
 
+use crate::cipher::FileCipher;
 use crate::damage::{Damage, Outcome, Part, Trouble};
 use crate::format::{
     BLOCK_LEN, Key, LOG_AT, Record, SEAL_AT, SLOT_AT, STAMP_COPIES, SUPERBLOCK_AT, Stamp,
@@ -70,8 +71,8 @@ struct Stamps {
 }
 
 impl Stamps {
-    fn read(key: Key, header: &[u8]) -> Self {
-        let read = |at: u64| Stamp::decode(key, at, block(header, at));
+    fn read(key: Key, cipher: Option<&FileCipher>, header: &[u8]) -> Self {
+        let read = |at: u64| Stamp::decode(key, cipher, at, block(header, at));
         Self {
             slots: SLOT_AT.map(|places| places.map(read)),
             seals: SEAL_AT.map(read),
@@ -151,7 +152,7 @@ fn copies(stamps: &[Stamp]) -> usize {
 impl Generation {
     /// Finds the newest commit record, and what is harmed.
     pub fn head(&self, header: &[u8], len: u64, harmless: Vec<Damage>) -> Result<Head, Trouble> {
-        let stamps = Stamps::read(self.key, header);
+        let stamps = Stamps::read(self.key, self.cipher.as_deref(), header);
         let harmed = |at: u64, epoch, what: &str| self.damaged(at, epoch, Part::CommitRecord, what);
         let Some(record) = stamps.newest() else {
             let what = "no copy of a commit record is intact";
@@ -217,7 +218,7 @@ impl Generation {
     /// The newest epoch before this one of which the header says where it ends.
     pub fn record_before(&self, epoch: u64) -> Option<Record> {
         let header = header(&*self.medium).ok()?;
-        let stamps = Stamps::read(self.key, &header);
+        let stamps = Stamps::read(self.key, self.cipher.as_deref(), &header);
         let records = stamps.records().map(|(_, record)| record);
         let before = records.filter(|record| record.epoch < epoch);
         before.max_by_key(|record| record.epoch)
@@ -227,8 +228,13 @@ impl Generation {
 impl Live {
     /// Writes both copies of a stamp; they are durable after a flush.
     fn write_stamp(&self, places: [u64; 2], stamp: &Stamp) -> Result<(), MediumError> {
-        let Generation { medium, key, .. } = &self.generation;
-        let mut write = |at| medium.write(at, &stamp.encode(*key, at));
+        let Generation {
+            medium,
+            key,
+            cipher,
+            ..
+        } = &self.generation;
+        let mut write = |at| medium.write(at, &stamp.encode(*key, cipher.as_deref(), at));
         places.into_iter().try_for_each(&mut write)
     }
 
@@ -317,9 +323,12 @@ impl Live {
 impl Live {
     /// What is harmed of the header, by what it must say.
     fn harmed(&self) -> Result<Vec<Damage>, Trouble> {
-        let Generation { key, place, .. } = &self.generation;
+        let Generation {
+            key, place, cipher, ..
+        } = &self.generation;
+        let cipher = cipher.as_deref();
         let header = header(&*self.generation.medium).map_err(crate::damage::medium)?;
-        let slot = |at: u64, stamp: Stamp| (at, stamp.encode(*key, at), Part::CommitRecord);
+        let slot = |at: u64, stamp: Stamp| (at, stamp.encode(*key, cipher, at), Part::CommitRecord);
         let superblock = |at| (at, self.generation.superblock.encode(at), Part::Superblock);
         let (own, older) = (
             slot_at(self.record.epoch),
@@ -332,7 +341,7 @@ impl Live {
         // What the seal says beside the newest epoch depends on what was begun since, and what the
         // other slot says on the epochs that were left out.
         let whole = |at: &u64| {
-            let stamps = Stamp::decode(*key, *at, block(&header, *at));
+            let stamps = Stamp::decode(*key, cipher, *at, block(&header, *at));
             copies(&stamps) == STAMP_COPIES
                 && (older.contains(at) || stamps[0].limit() >= self.record.epoch)
         };
@@ -373,7 +382,7 @@ impl Live {
 }
 
 /// The header of a file without epochs.
-pub(crate) fn fresh(superblock: &Superblock) -> Vec<u8> {
+pub(crate) fn fresh(superblock: &Superblock, cipher: Option<&FileCipher>) -> Vec<u8> {
     let (key, mut header) = (superblock.key(), vec![0; LOG_AT as usize]);
     let mut put = |at: u64, bytes: &[u8]| {
         header[at as usize..][..BLOCK_LEN as usize].copy_from_slice(bytes);
@@ -383,7 +392,7 @@ pub(crate) fn fresh(superblock: &Superblock) -> Vec<u8> {
         put(at, &superblock.encode(at));
     }
     for at in SLOT_AT.into_iter().flatten().chain(SEAL_AT) {
-        put(at, &Stamp::default().encode(key, at));
+        put(at, &Stamp::default().encode(key, cipher, at));
     }
     header
 }

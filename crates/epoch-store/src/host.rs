@@ -1,5 +1,6 @@
 //! What a store needs to know from the world besides its medium.
 
+use std::io;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 /// Clocks and identities; a test gives its own.
@@ -12,6 +13,21 @@ pub trait Host: Send + Sync {
 
     /// Sixteen bytes that no other file has.
     fn uuid(&self) -> [u8; 16];
+
+    /// Fills it with bytes that nobody can guess, for keys.
+    ///
+    /// # Errors
+    /// What the kernel says, if it gives none: nothing takes their place.
+    fn random(&self, into: &mut [u8]) -> io::Result<()> {
+        let mut filled = 0;
+        while filled < into.len() {
+            filled += rustix::rand::getrandom(
+                &mut into[filled..],
+                rustix::rand::GetRandomFlags::empty(),
+            )?;
+        }
+        Ok(())
+    }
 }
 
 /// The real world.

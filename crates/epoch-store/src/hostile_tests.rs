@@ -74,7 +74,7 @@ impl Forge {
 
     fn record(&self) -> Record {
         let at = SEAL_AT[0];
-        let stamps = Stamp::decode(self.superblock.key(), at, self.block(at));
+        let stamps = Stamp::decode(self.superblock.key(), None, at, self.block(at));
         stamps[0].newest.unwrap()
     }
 
@@ -96,7 +96,7 @@ impl Forge {
         let newest = Some(record);
         let coming = None;
         for at in SLOT_AT.into_iter().flatten().chain(SEAL_AT) {
-            self.put(at, &Stamp { newest, coming }.encode(key, at));
+            self.put(at, &Stamp { newest, coming }.encode(key, None, at));
         }
     }
 

@@ -5,6 +5,7 @@
 //!   same way: checksums, stripes and parity are of blocks and know nothing of what is in them.
 //! - An index is read as a whole, or not at all: every entry must stand where the entries before it end.
 
+use crate::cipher::Tag;
 use crate::format::{BLOCK_LEN, ENTRY_LEN, Take, put_numbers};
 use crate::pack::{Codec, MOST};
 use crate::planted::bug;
@@ -12,7 +13,7 @@ use crate::stripe::Layout;
 use outlive_epoch::{Run, SpaceId};
 
 /// Bytes of the description of one cluster.
-const CLUSTER_LEN: usize = 12;
+pub const CLUSTER_LEN: usize = 12;
 
 /// What an epoch says of a run of pages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -108,6 +109,8 @@ pub struct Index {
     pub parity: Vec<u32>,
     /// In the order of the file.
     pub clusters: Vec<Cluster>,
+    /// Of an encrypted epoch: the tags of the blocks, in the order of the file.
+    pub tags: Vec<Tag>,
 }
 
 /// What a trailer says of an index.
@@ -157,7 +160,7 @@ impl Index {
         self.entries.push(Entry { run, says });
     }
 
-    /// Bytes of the encoded index.
+    /// Bytes of the encoded index of an epoch that is not encrypted.
     pub fn encoded_len(&self) -> usize {
         let crcs = (self.crcs.len() + self.parity.len()) * 4;
         self.entries.len() * ENTRY_LEN + crcs + self.clusters.len() * CLUSTER_LEN
@@ -165,6 +168,12 @@ impl Index {
 
     pub fn encode(&self, out: &mut Vec<u8>) {
         out.reserve(self.encoded_len());
+        self.encode_entries(out);
+        self.encode_crcs(out);
+        self.encode_clusters(out);
+    }
+
+    pub fn encode_entries(&self, out: &mut Vec<u8>) {
         for Entry { run, says } in &self.entries {
             let (kind, at) = match says {
                 Says::Data(at) => (1u32, *at),
@@ -179,10 +188,16 @@ impl Index {
             out.extend_from_slice(&run.space().0.to_le_bytes());
             out.extend_from_slice(&kind.to_le_bytes());
         }
+    }
+
+    pub fn encode_crcs(&self, out: &mut Vec<u8>) {
         self.crcs
             .iter()
             .chain(&self.parity)
             .for_each(|crc| out.extend_from_slice(&crc.to_le_bytes()));
+    }
+
+    pub fn encode_clusters(&self, out: &mut Vec<u8>) {
         self.clusters.iter().for_each(|cluster| cluster.encode(out));
     }
 

@@ -12,6 +12,8 @@
 //!   an acknowledged epoch consists of is never written again.
 //! - Whatever is read is checked: against its checksum, and against the bounds of its place.
 //!   What fails is [`StoreError::Damaged`] with its place; it is never skipped silently.
+//! - With a key ([`Secret`]) everything that tells something of the program is encrypted and authenticated, and
+//!   what is not is refused.
 //! - If the last step of a commit fails, the outcome is open: the next `begin` repeats the step,
 //!   and the epoch is committed if that succeeds.
 //!
@@ -22,6 +24,7 @@
 //! [`StoreError::Damaged`]: outlive_epoch::StoreError::Damaged
 
 mod beside;
+mod cipher;
 mod damage;
 mod format;
 mod gather;
@@ -31,6 +34,7 @@ mod host;
 #[cfg(test)]
 mod hostile_tests;
 mod index;
+mod locked;
 mod map;
 mod older;
 mod pack;
@@ -56,6 +60,7 @@ mod verify;
 mod writer;
 
 pub use beside::Worked;
+pub use cipher::{BadSecret, Fingerprint, SECRET_LEN, Secret};
 pub use damage::{Damage, Outcome, Part};
 pub use host::{Host, SystemHost};
 pub use older::{GenerationSummary, Increment};
@@ -64,9 +69,9 @@ pub use pack::{Codec, UnknownCodec};
 pub use place::{clear, format};
 pub use reader::Reader;
 pub use ready::{APART, Ahead};
-pub use repair::repair_in;
+pub use repair::{repair_in, repair_in_with};
 pub use scrub::Scrubbed;
-pub use store::{CommitTimes, EpochSummary, Store, repair, verify};
+pub use store::{CommitTimes, EpochSummary, Store, repair, repair_with, verify, verify_with};
 pub use stripe::{REPAIRABLE, STRIPE, WIDTH};
-pub use verify::{Progress, Report, verify_in};
+pub use verify::{Progress, Report, verify_in, verify_in_with};
 pub use writer::Writer;

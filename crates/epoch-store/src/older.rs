@@ -7,6 +7,7 @@
 //!   leaves epochs out ([`crate::beside`]), or removed.
 //! - An epoch may stand in two generations, with the same contents: the newer one is read.
 
+use crate::cipher::Secret;
 use crate::damage::{self, Part, Trouble};
 use crate::generation::{Generation, OpenError, committed_name, number_of};
 use crate::index::Says;
@@ -79,26 +80,30 @@ fn at_begin(place: &str, error: &StoreError) -> damage::Damage {
 }
 
 /// Opens those that can be opened, to be read.
-pub(crate) fn open(dir: &dyn Directory, newest: u64) -> Result<Vec<Live>, StoreError> {
+pub(crate) fn open(
+    dir: &dyn Directory,
+    newest: u64,
+    secret: Option<&Secret>,
+) -> Result<Vec<Live>, StoreError> {
     let numbers = numbers(dir, newest)?;
     Ok(numbers
         .into_iter()
-        .filter_map(|n| open_one(dir, n))
+        .filter_map(|n| open_one(dir, n, secret))
         .collect())
 }
 
-pub(crate) fn open_one(dir: &dyn Directory, number: u64) -> Option<Live> {
-    let (generation, head) = Generation::open(dir, number, Access::Read).ok()?;
+pub(crate) fn open_one(dir: &dyn Directory, number: u64, secret: Option<&Secret>) -> Option<Live> {
+    let (generation, head) = Generation::open(dir, number, Access::Read, secret).ok()?;
     let chain = generation.chain(&head.record).ok()?;
     Some(Live::new(generation, head.record, chain))
 }
 
 /// One that was replaced or written just now: what it took ahead is given back, and it is opened to be
 /// read only, if that works.
-pub(crate) fn settled(dir: &dyn Directory, old: Live) -> Live {
+pub(crate) fn settled(dir: &dyn Directory, old: Live, secret: Option<&Secret>) -> Live {
     // Where this fails, it takes more space than it needs to.
     let _ = old.generation.medium.truncate(old.record.log_end());
-    let Some(mut live) = open_one(dir, old.generation.number) else {
+    let Some(mut live) = open_one(dir, old.generation.number, secret) else {
         return old;
     };
     // Its last seal may not have been written.

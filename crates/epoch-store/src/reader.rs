@@ -7,7 +7,7 @@
 
 use crate::damage::{Damage, Outcome, Part, Trouble};
 use crate::format::{BLOCK_LEN, Trailer, TreePlace};
-use crate::generation::Generation;
+use crate::generation::{Generation, NOT_ITS_TAG};
 use crate::map::{PageMap, Where};
 use crate::stored::{Loaded, NOT_ITS_PAGES, State, Stored, Unpacked};
 use crate::stripe::STRIPE;
@@ -60,13 +60,14 @@ struct Chunk {
 
 impl Reader {
     pub(crate) fn new(generation: &Generation, chain: &[(u64, Trailer)]) -> Result<Self, Trouble> {
+        generation.must_be_open()?;
         let (mut map, mut stored) = (PageMap::default(), Vec::new());
         let mut newest = (0, BTreeMap::new());
         for (position, (at, trailer)) in chain.iter().enumerate() {
             let index = generation.index(*at, trailer)?;
             map.apply(&index, position);
             if let Some(layout) = trailer.layout() {
-                let pages = Stored::new(generation.key, trailer.epoch, layout, index);
+                let pages = Stored::new(generation, trailer, layout, index);
                 stored.push(pages);
             }
             if position + 1 == chain.len() {
@@ -205,24 +206,29 @@ impl Reader {
         })
     }
 
-    /// Reads a chunk and checks every block that is wanted of it.
+    /// Reads a chunk; checks, and decrypts, every block that is wanted of it, once.
     fn fetch(&self, chunk: &Chunk, buffer: &mut Buffer) -> Result<(), StoreError> {
         let bytes = &mut buffer[..chunk.len as usize];
         let failed = self.generation.medium.read(chunk.at, bytes).err();
-        let (mut mended, mut checked) = (None, None);
+        let (mut mended, mut done) = (None, 0);
         for piece in &chunk.pieces {
-            // Others of the same cluster.
-            if piece.packed.is_some() && checked == Some(piece.at) {
-                continue;
-            }
-            checked = Some(piece.at);
             let from = (piece.at - chunk.at) as usize;
             let pages = bytes[from..][..piece.len() as usize].chunks_exact_mut(PAGE_SIZE);
             for (i, page) in pages.enumerate() {
                 let at = piece.at + i as u64 * BLOCK_LEN;
+                // Pieces come in the order of the file, and those of a cluster have the same blocks.
+                if at < done {
+                    continue;
+                }
+                done = at + BLOCK_LEN;
                 let stored = &self.stored[piece.epoch];
                 if failed.is_some() || !stored.is_page(piece.crc + i, at, page) {
                     self.mend(piece, i, page, &mut mended)?;
+                }
+                if !stored.decrypt(piece.crc + i, at, page) {
+                    let (epoch, part) = (Some(stored.epoch), Part::Pages(piece.run));
+                    let damage = self.generation.damaged(at, epoch, part, NOT_ITS_TAG);
+                    return Err(Trouble::from(damage).into());
                 }
             }
         }

@@ -5,8 +5,9 @@
 //!   harmed or whole, and what makes up for it is untouched.
 //! - What is lost stays as it is.
 
+use crate::cipher::Secret;
 use crate::damage::{self, Damage, Outcome, Part, Trouble};
-use crate::format::SEAL_AT;
+use crate::format::{SEAL_AT, SUPERBLOCK_AT};
 use crate::generation::Generation;
 use crate::head::Head;
 use crate::older;
@@ -22,7 +23,20 @@ use outlive_media::{Access, Directory, MediumError};
 /// # Errors
 /// As for a check; and [`StoreError::Medium`] where a flush failed: then check again.
 pub fn repair_in(dir: &dyn Directory, progress: Progress<'_>) -> Result<Report, StoreError> {
-    let (generation, head) = match open_newest(dir, Access::Write) {
+    repair_in_with(dir, None, progress)
+}
+
+/// [`repair_in`], with the key of an encrypted image. Without it all is written again but the commit records, which
+/// have authentication tags.
+///
+/// # Errors
+/// As for [`repair_in`]; [`StoreError::Locked`] for another key than that of the image.
+pub fn repair_in_with(
+    dir: &dyn Directory,
+    secret: Option<&Secret>,
+    progress: Progress<'_>,
+) -> Result<Report, StoreError> {
+    let (generation, head) = match open_newest(dir, Access::Write, secret) {
         Ok(Some(opened)) => opened,
         Ok(None) => {
             let what = "no committed epoch is here".to_owned();
@@ -39,7 +53,7 @@ pub fn repair_in(dir: &dyn Directory, progress: Progress<'_>) -> Result<Report, 
     };
     let mut report = repair(&generation, &head, progress)?;
     for older in older::numbers(dir, generation.number)? {
-        report.merge(match Generation::open(dir, older, Access::Write) {
+        report.merge(match Generation::open(dir, older, Access::Write, secret) {
             Ok((older, head)) => repair(&older, &head, progress)?,
             Err(error) => older::unreadable(dir, older, error),
         });
@@ -55,7 +69,9 @@ fn repair(
     let mut mender = |fixes: &[Fix]| write(generation, fixes).is_ok();
     let mut report = Walk::new(generation, progress, Some(&mut mender)).all(head);
     // Without its newest trailer the chain cannot be followed: then the header stays as well.
-    if let Ok(chain) = generation.chain(&head.record) {
+    if generation.is_locked() {
+        mend_superblocks(generation, head, &mut report).map_err(damage::medium)?;
+    } else if let Ok(chain) = generation.chain(&head.record) {
         let live = Live::new(generation.clone(), head.record, chain);
         mend_header(live, head, &mut report).map_err(damage::medium)?;
     }
@@ -69,6 +85,25 @@ pub(crate) fn write(generation: &Generation, fixes: &[Fix]) -> Result<(), Medium
     fixes
         .iter()
         .try_for_each(|fix| medium.write(fix.at, &fix.bytes))
+}
+
+/// Writes superblocks again: all of the header that needs no key.
+fn mend_superblocks(
+    generation: &Generation,
+    head: &Head,
+    report: &mut Report,
+) -> Result<(), MediumError> {
+    let harmed = head.harmless.iter().map(|damage| damage.offset);
+    for at in harmed.filter(|at| SUPERBLOCK_AT.contains(at)) {
+        let block = generation.superblock.encode(at);
+        generation.medium.write(at, &block)?;
+    }
+    for damage in &mut report.damages {
+        if damage.part == Part::Superblock && damage.outcome == Outcome::Repairable {
+            damage.outcome = Outcome::Repaired;
+        }
+    }
+    Ok(())
 }
 
 /// Writes superblocks, slots and seal again.

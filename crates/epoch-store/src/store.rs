@@ -9,6 +9,7 @@
 //! - `older` generations are never written; see [`crate::older`].
 
 use crate::beside::Beside;
+use crate::cipher::{Fingerprint, Secret};
 use crate::damage::{self, Damage, Trouble};
 use crate::format::{Record, Trailer, TreePlace};
 use crate::generation::{Generation, OpenError, committed_name, fresh_name, number_of};
@@ -21,7 +22,7 @@ use crate::place;
 use crate::planted::bug;
 use crate::reader::Reader;
 use crate::ready::Ready;
-use crate::repair::repair_in;
+use crate::repair::repair_in_with;
 use crate::scrub::Cursor;
 use crate::verify::{self, Progress, Report};
 use crate::writer::Writer;
@@ -50,6 +51,8 @@ pub struct Store {
     pub(crate) nameless: bool,
     /// How pages are packed that are written from now on.
     pub(crate) packer: Option<Packer>,
+    /// The key of what is encrypted.
+    pub(crate) secret: Option<Secret>,
     unsettled: Option<Live>,
     pub(crate) times: CommitTimes,
     pub(crate) ready: Option<Ready>,
@@ -209,8 +212,16 @@ impl Store {
     /// [`StoreError::Misuse`] where the directory holds anything else; [`StoreError::Busy`];
     /// [`StoreError::Medium`].
     pub fn create(path: impl AsRef<Path>) -> Result<Self, StoreError> {
+        Self::create_with(path, None)
+    }
+
+    /// [`Store::create`]; with a key, all that is written to it is encrypted.
+    ///
+    /// # Errors
+    /// As for [`Store::create`].
+    pub fn create_with(path: impl AsRef<Path>, secret: Option<Secret>) -> Result<Self, StoreError> {
         let dir = place::create(path.as_ref()).map_err(damage::medium)?;
-        Self::create_in(dir, Arc::new(SystemHost::default()))
+        Self::create_in_with(dir, Arc::new(SystemHost::default()), secret)
     }
 
     /// Opens a store that exists.
@@ -220,9 +231,24 @@ impl Store {
     /// [`StoreError::Damaged`], [`StoreError::Newer`], [`StoreError::Busy`],
     /// [`StoreError::Medium`].
     pub fn open(path: impl AsRef<Path>, access: Access) -> Result<Self, StoreError> {
+        Self::open_with(path, access, None)
+    }
+
+    /// [`Store::open`], with the key of an encrypted store. Without it, its epochs can be listed and checked; their
+    /// contents cannot be read, and nothing can be written. With a key, a store that is not encrypted is refused:
+    /// somebody may have put it there.
+    ///
+    /// # Errors
+    /// Those of [`Store::open`]; [`StoreError::Locked`] without the key where one is needed, with another one, or
+    /// with one that nothing is encrypted with.
+    pub fn open_with(
+        path: impl AsRef<Path>,
+        access: Access,
+        secret: Option<Secret>,
+    ) -> Result<Self, StoreError> {
         let path = path.as_ref();
         let dir = place::open(path, access).map_err(|e| missing_directory(path, e))?;
-        Self::open_in(dir, Arc::new(SystemHost::default()), access)
+        Self::open_in_with(dir, Arc::new(SystemHost::default()), access, secret)
     }
 
     /// Opens a store for writing, and makes it first where it is missing.
@@ -239,6 +265,18 @@ impl Store {
     /// # Errors
     /// As for [`Store::create`].
     pub fn create_in(dir: Arc<dyn Directory>, host: Arc<dyn Host>) -> Result<Self, StoreError> {
+        Self::create_in_with(dir, host, None)
+    }
+
+    /// [`Store::create_with`], in any directory.
+    ///
+    /// # Errors
+    /// As for [`Store::create`].
+    pub fn create_in_with(
+        dir: Arc<dyn Directory>,
+        host: Arc<dyn Host>,
+        secret: Option<Secret>,
+    ) -> Result<Self, StoreError> {
         let names = dir.list().map_err(damage::medium)?;
         if let Some(name) = names.iter().find(|name| number_of(name, "new.").is_none()) {
             let place = dir.place();
@@ -246,7 +284,7 @@ impl Store {
                 "{place} is not empty (it holds {name}): an image needs a directory of its own"
             )));
         }
-        Self::open_in(dir, host, Access::Write)
+        Self::open_in_with(dir, host, Access::Write, secret)
     }
 
     /// [`Store::open`], in any directory. The caller sees to it that there is one writer only.
@@ -258,8 +296,22 @@ impl Store {
         host: Arc<dyn Host>,
         access: Access,
     ) -> Result<Self, StoreError> {
-        let opened = open_newest(&*dir, access)?;
+        Self::open_in_with(dir, host, access, None)
+    }
+
+    /// [`Store::open_with`], in any directory. The caller sees to it that there is one writer only.
+    ///
+    /// # Errors
+    /// As for [`Store::open_with`].
+    pub fn open_in_with(
+        dir: Arc<dyn Directory>,
+        host: Arc<dyn Host>,
+        access: Access,
+        secret: Option<Secret>,
+    ) -> Result<Self, StoreError> {
+        let opened = open_newest(&*dir, access, secret.as_ref())?;
         let mut store = Self::empty(dir, host, access);
+        store.secret = secret;
         let Some((generation, head)) = opened else {
             if access == Access::Read {
                 let what = "no committed epoch is here (it was never begun, or its writing was \
@@ -273,6 +325,9 @@ impl Store {
         if let Some(doubt) = head.doubt {
             return Err(Trouble::from(doubt).into());
         }
+        if access == Access::Write {
+            generation.must_be_open()?;
+        }
         let chain = generation.chain(&head.record)?;
         let mut live = Live::new(generation, head.record, chain);
         live.sealed = head.sealed;
@@ -285,7 +340,7 @@ impl Store {
         }
         let number = live.generation.number;
         store.current = Some(live);
-        store.older = older::open(&*store.dir, number)?;
+        store.older = older::open(&*store.dir, number, store.secret.as_ref())?;
         if access == Access::Write {
             store.remove_leftovers().map_err(damage::medium)?;
         }
@@ -303,6 +358,7 @@ impl Store {
             beside: None,
             nameless: false,
             packer: None,
+            secret: None,
             unsettled: None,
             times: CommitTimes::default(),
             ready: None,
@@ -360,7 +416,7 @@ impl Store {
         live.load_trees()?;
         let id = live.record.epoch.checked_add(1).ok_or_else(exhausted)?;
         let (generation, start) = (live.generation.clone(), live.record.log_end());
-        Ok(Box::new(Writer::new(self, generation, id, start, false)))
+        Ok(Box::new(Writer::new(self, generation, id, start, false)?))
     }
 
     /// Begins a *full* epoch in a file of its own: it does not rest on earlier epochs, and its
@@ -393,12 +449,13 @@ impl Store {
         numbers: (u64, u64),
         id: u64,
     ) -> Result<Box<Writer<'_>>, StoreError> {
-        let generation = Generation::create(&*self.dir, numbers, id, self.host.uuid());
+        let secret = self.secret.as_ref();
+        let generation = Generation::create(&*self.dir, numbers, id, &*self.host, secret);
         let generation = generation.inspect_err(|_| {
             let _ = self.dir.remove(&fresh_name(numbers.1));
         })?;
         let start = crate::format::LOG_AT;
-        Ok(Box::new(Writer::new(self, generation, id, start, true)))
+        Ok(Box::new(Writer::new(self, generation, id, start, true)?))
     }
 
     /// Begins the first epoch of a store that has none, under the number that it had elsewhere.
@@ -438,7 +495,7 @@ impl Store {
         };
         live.load_trees()?;
         let (generation, start) = (live.generation.clone(), live.record.log_end());
-        Ok(Box::new(Writer::new(self, generation, id.0, start, false)))
+        Ok(Box::new(Writer::new(self, generation, id.0, start, false)?))
     }
 
     pub(crate) fn prepare(&mut self) -> Result<(), StoreError> {
@@ -504,7 +561,8 @@ impl Store {
                 let last = std::mem::replace(&mut new.chain, old.chain);
                 new.chain.extend(last);
             } else if self.keeps_older && !new.replaces && !bug("replaced although it is kept") {
-                self.older.push(older::settled(&*self.dir, old));
+                let secret = self.secret.as_ref();
+                self.older.push(older::settled(&*self.dir, old, secret));
             } else {
                 // What is in it is not wanted; if this fails, it stays until somebody looks again.
                 let _ = self.dir.remove(&committed_name(old.generation.number));
@@ -527,6 +585,13 @@ impl Store {
     #[must_use]
     pub fn newest(&self) -> Option<EpochId> {
         self.current.as_ref().map(|live| EpochId(live.record.epoch))
+    }
+
+    /// The key that the newest generation is encrypted with, by its fingerprint; `None` where it is not encrypted.
+    #[must_use]
+    pub fn key(&self) -> Option<Fingerprint> {
+        let live = self.current.as_ref()?;
+        Some(live.generation.superblock.lock?.fingerprint)
     }
 
     /// What the newest commit took.
@@ -569,7 +634,7 @@ impl Store {
     /// # Errors
     /// Only where nothing can be checked at all; damage is in the report.
     pub fn verify(&self, progress: Progress<'_>) -> Result<Report, StoreError> {
-        verify::verify_in(&*self.dir, progress)
+        verify::verify_in_with(&*self.dir, self.secret.as_ref(), progress)
     }
 
     /// Damage that was met and made up for since this store was opened, by it and its readers.
@@ -661,6 +726,7 @@ fn missing_directory(path: &Path, error: MediumError) -> StoreError {
 pub(crate) fn open_newest(
     dir: &dyn Directory,
     access: Access,
+    secret: Option<&Secret>,
 ) -> Result<Option<(Generation, Head)>, Trouble> {
     let mut tries = 0;
     loop {
@@ -673,7 +739,7 @@ pub(crate) fn open_newest(
             return Ok(None);
         };
         tries += 1;
-        match Generation::open(dir, number, access) {
+        match Generation::open(dir, number, access, secret) {
             // A writer has replaced it just now.
             Err(OpenError::Medium(e)) if e.is_not_found() && tries < OPEN_TRIES => {}
             Err(e) => return Err(e.into()),
@@ -688,9 +754,21 @@ pub(crate) fn open_newest(
 /// # Errors
 /// [`StoreError::Missing`], [`StoreError::Newer`], [`StoreError::Medium`] for the directory.
 pub fn verify(path: impl AsRef<Path>, progress: Progress<'_>) -> Result<Report, StoreError> {
+    verify_with(path, None, progress)
+}
+
+/// [`verify`], with the key of an encrypted image: its authentication tags are checked as well.
+///
+/// # Errors
+/// Those of [`verify`]; [`StoreError::Locked`] for another key than that of the image.
+pub fn verify_with(
+    path: impl AsRef<Path>,
+    secret: Option<&Secret>,
+    progress: Progress<'_>,
+) -> Result<Report, StoreError> {
     let path = path.as_ref();
     let dir = place::open(path, Access::Read).map_err(|e| missing_directory(path, e))?;
-    verify::verify_in(&*dir, progress)
+    verify::verify_in_with(&*dir, secret, progress)
 }
 
 /// Checks an image, and writes again what is damaged and can be made good.
@@ -698,7 +776,19 @@ pub fn verify(path: impl AsRef<Path>, progress: Progress<'_>) -> Result<Report, 
 /// # Errors
 /// Those of [`verify`]; [`StoreError::Busy`] where somebody is writing to it.
 pub fn repair(path: impl AsRef<Path>, progress: Progress<'_>) -> Result<Report, StoreError> {
+    repair_with(path, None, progress)
+}
+
+/// [`repair`], with the key of an encrypted image; without it all is written again but the commit records.
+///
+/// # Errors
+/// Those of [`repair`]; [`StoreError::Locked`] for another key than that of the image.
+pub fn repair_with(
+    path: impl AsRef<Path>,
+    secret: Option<&Secret>,
+    progress: Progress<'_>,
+) -> Result<Report, StoreError> {
     let path = path.as_ref();
     let dir = place::open(path, Access::Write).map_err(|e| missing_directory(path, e))?;
-    repair_in(&*dir, progress)
+    repair_in_with(&*dir, secret, progress)
 }

@@ -1,8 +1,9 @@
 //! The stored pages of one epoch with their parity: read, checked, made again.
 
+use crate::cipher::{Cipher, Tag};
 use crate::damage::{Damage, Outcome, Part};
-use crate::format::{BLOCK_LEN, Key, Kind, Seed};
-use crate::generation::Generation;
+use crate::format::{BLOCK_LEN, Kind, Seed, Trailer};
+use crate::generation::{Generation, NOT_ITS_TAG};
 use crate::index::{Cluster, Index, Stretch};
 use crate::map::{PageMap, Where};
 use crate::pack::{MOST, Unpacker};
@@ -11,6 +12,8 @@ use crate::reader::new_buffer;
 use crate::stripe::{Layout, Stripe};
 use outlive_epoch::{PAGE_SIZE, Run, StoreError};
 use outlive_media::{Buffer, Medium};
+use std::borrow::Cow;
+use std::sync::Arc;
 
 /// What the checksums of an epoch's pages and parity blocks must be.
 pub(crate) struct Stored {
@@ -22,6 +25,8 @@ pub(crate) struct Stored {
     pub crcs: Vec<u32>,
     parity: Vec<u32>,
     pub clusters: Vec<Cluster>,
+    tags: Vec<Tag>,
+    cipher: Option<Arc<Cipher>>,
 }
 
 /// Pages as they were before they were packed.
@@ -78,7 +83,8 @@ pub(crate) struct Loaded {
 
 impl Stored {
     /// The index has passed its checks with this layout: there is a checksum for each block.
-    pub fn new(key: Key, epoch: u64, layout: Layout, index: Index) -> Self {
+    pub fn new(generation: &Generation, trailer: &Trailer, layout: Layout, index: Index) -> Self {
+        let (key, epoch) = (generation.key, trailer.epoch);
         Self {
             epoch,
             layout,
@@ -88,7 +94,20 @@ impl Stored {
             crcs: index.crcs,
             parity: index.parity,
             clusters: index.clusters,
+            tags: index.tags,
+            cipher: generation.cipher_of(trailer),
         }
+    }
+
+    /// Decrypts the `i`-th block, which was read at `at` and has its checksum, if it is encrypted and the key is
+    /// known; whether it has its tag.
+    pub fn decrypt(&self, i: usize, at: u64, block: &mut [u8]) -> bool {
+        let Some(cipher) = &self.cipher else {
+            return true;
+        };
+        let tag = self.tags.get(i);
+        tag.is_some_and(|tag| cipher.decrypt(Kind::Page, at, &[], tag, block))
+            || bug("tags of pages not checked")
     }
 
     /// Unpacks the pages of a cluster, whose blocks have their checksums.
@@ -176,6 +195,24 @@ impl Loaded {
         &self.bytes[block as usize * PAGE_SIZE..][..PAGE_SIZE]
     }
 
+    /// The blocks with pages as they were before they were encrypted, and which of them do not have their tags
+    /// although they have their checksums.
+    pub fn decrypted(&self, stored: &Stored) -> (Cow<'_, [u8]>, Vec<u64>) {
+        let pages = &self.bytes[..self.stripe.pages as usize * PAGE_SIZE];
+        if stored.cipher.is_none() {
+            return (Cow::Borrowed(pages), Vec::new());
+        }
+        let (mut pages, mut refused) = (pages.to_vec(), Vec::new());
+        for (block, bytes) in (0..).zip(pages.chunks_exact_mut(PAGE_SIZE)) {
+            let (i, at) = (self.stripe.first + block, self.stripe.block_at(block));
+            let there = self.states[block as usize] != State::Lost;
+            if there && !stored.decrypt(i as usize, at, bytes) {
+                refused.push(block);
+            }
+        }
+        (Cow::Owned(pages), refused)
+    }
+
     /// What is harmed in it; `places` are those of its epoch.
     pub fn damages<'a>(
         &self,
@@ -192,6 +229,13 @@ impl Loaded {
             let damage = |part| generation.damaged(at, Some(epoch), part, what);
             let runs = page.map_or_else(Vec::new, |page| places().runs_of(page));
             damages.extend(match (state, &runs[..], page) {
+                // Which pages they hold, and whether they are needed, is not known without the key.
+                (State::Lost, [], Some(_)) if generation.is_locked() => {
+                    vec![damage(Part::Block)]
+                }
+                (_, [], Some(_)) if generation.is_locked() => {
+                    vec![damage(Part::Block).with(Outcome::Repairable)]
+                }
                 (State::Lost, [_, ..], Some(page)) => places().of_lost(&runs, page, &damage),
                 // The pages are there, or are listed as lost themselves.
                 (State::Lost, ..) => vec![damage(Part::Parity).with(Outcome::Unneeded)],
@@ -202,8 +246,8 @@ impl Loaded {
         damages
     }
 
-    /// Unpacks the clusters of the stripe whose blocks are whole; those that do not hold what they were
-    /// made from are lost.
+    /// Decrypts the blocks and unpacks the clusters of the stripe that are whole; those that do not hold what they
+    /// were made from are lost.
     pub fn unpack<'a>(
         &self,
         generation: &Generation,
@@ -212,6 +256,13 @@ impl Loaded {
     ) -> Vec<Damage> {
         let (first, end) = (self.stripe.first, self.stripe.first + self.stripe.pages);
         let (mut unpacked, mut damages) = (Unpacked::default(), Vec::new());
+        let (bytes, refused) = self.decrypted(stored);
+        for block in &refused {
+            let at = self.stripe.block_at(*block);
+            let damage = |part| generation.damaged(at, Some(stored.epoch), part, NOT_ITS_TAG);
+            let runs = places().runs_of(first + block);
+            damages.extend(places().of_lost(&runs, first + block, &damage));
+        }
         let from = stored.clusters.partition_point(|c| c.first < first);
         for (n, cluster) in stored.clusters.iter().enumerate().skip(from) {
             if cluster.first >= end {
@@ -220,10 +271,12 @@ impl Loaded {
             let block = (cluster.first - first) as usize;
             let count = cluster.blocks() as usize;
             let there = &self.states[block..block + count];
-            if there.contains(&State::Lost) {
+            let blocks = block..block + count;
+            let is_in = |refused: &u64| blocks.contains(&(*refused as usize));
+            if there.contains(&State::Lost) || refused.iter().any(is_in) {
                 continue;
             }
-            let bytes = &self.bytes[block * PAGE_SIZE..(block + count) * PAGE_SIZE];
+            let bytes = &bytes[block * PAGE_SIZE..(block + count) * PAGE_SIZE];
             if unpacked.pages(0, stored, n, bytes).is_none() {
                 let damage =
                     |part| generation.damaged(cluster.at, Some(stored.epoch), part, NOT_ITS_PAGES);

@@ -4,7 +4,7 @@
 //! zeros. Where neither copy of a section has its checksum, it is lost, and both are left as they are.
 
 use crate::damage::{Damage, Outcome, Part, Trouble};
-use crate::format::{BLOCK_LEN, Kind, Section, Trailer};
+use crate::format::{BLOCK_LEN, Kind, Section, Trailer, TreePlace};
 use crate::generation::Generation;
 use crate::stored::read_blocks;
 use outlive_epoch::PAGE_SIZE;
@@ -88,8 +88,12 @@ impl Tables<'_> {
         let zeros = vec![0; padding.len()];
         self.must_be(padding.start, &zeros, Part::Padding);
         self.section(Kind::Index, &index, Part::Index);
-        self.section(Kind::Groups, &groups, Part::Groups);
-        if let Ok(listed) = self.generation.groups(trailer_at, self.trailer) {
+        let whole = self.section(Kind::Groups, &groups, Part::Groups);
+        let listed = self.generation.groups(trailer_at, self.trailer);
+        if let (Err(Trouble::Damage(damage)), true) = (&listed, whole) {
+            self.found.damages.push((**damage).clone());
+        }
+        if let Ok(listed) = listed {
             for (name, place) in listed {
                 let Section { at, len, .. } = place.section;
                 let own = place.epoch == self.trailer.epoch
@@ -97,7 +101,11 @@ impl Tables<'_> {
                     && at + len <= groups.at
                     && place.copy_at == at + self.apart;
                 if own {
-                    self.section(Kind::Tree, &place.section, Part::Tree(name));
+                    let part = Part::Tree(name.clone());
+                    let whole = self.section(Kind::Tree, &place.section, part);
+                    if whole && !self.generation.is_locked() {
+                        self.open_tree(&name, &place);
+                    }
                 }
             }
         }
@@ -115,7 +123,17 @@ impl Tables<'_> {
         self.parts.push((from..from + bytes.len(), part));
     }
 
-    fn section(&mut self, kind: Kind, section: &Section, part: Part) {
+    /// Lists a tree that has its checksum and not its tag.
+    fn open_tree(&mut self, name: &str, place: &TreePlace) {
+        if self.generation.cipher.is_some()
+            && let Err(Trouble::Damage(damage)) = self.generation.tree(name, place)
+        {
+            self.found.damages.push(*damage);
+        }
+    }
+
+    /// Finds the copy of a section that is whole; whether there is one.
+    fn section(&mut self, kind: Kind, section: &Section, part: Part) -> bool {
         let from = (section.at - self.at) as usize;
         let range = from..from + section.len as usize;
         let seed = self.generation.key.of(kind, self.trailer.epoch);
@@ -126,12 +144,16 @@ impl Tables<'_> {
             .map(|copy| &copy[range.clone()])
             .find(is_good);
         match good.map(<[u8]>::to_vec) {
-            Some(bytes) => self.must_be(from, &bytes, part),
+            Some(bytes) => {
+                self.must_be(from, &bytes, part);
+                true
+            }
             None => {
                 let what = "neither copy has its checksum";
                 let epoch = Some(self.trailer.epoch);
                 let damage = self.generation.damaged(section.at, epoch, part, what);
                 self.found.damages.push(damage);
+                false
             }
         }
     }

@@ -8,6 +8,7 @@
 //! Several threads take stripes from a list, so that a fast medium is kept busy; what they find is
 //! gathered, and mended if that was asked for, by the one that called.
 
+use crate::cipher::Secret;
 use crate::damage::{Damage, Outcome, Part, Trouble};
 use crate::format::{BLOCK_LEN, LOG_AT, Record, Trailer, Twice};
 use crate::generation::Generation;
@@ -101,11 +102,24 @@ impl Report {
 /// # Errors
 /// [`StoreError::Missing`], [`StoreError::Newer`], [`StoreError::Medium`]: nothing can be checked.
 pub fn verify_in(dir: &dyn Directory, progress: Progress<'_>) -> Result<Report, StoreError> {
-    match open_newest(dir, Access::Read) {
+    verify_in_with(dir, None, progress)
+}
+
+/// [`verify_in`], with the key of an encrypted image: besides the checksums, which need none, the authentication
+/// tags are checked.
+///
+/// # Errors
+/// As for [`verify_in`]; [`StoreError::Locked`] for another key than that of the image.
+pub fn verify_in_with(
+    dir: &dyn Directory,
+    secret: Option<&Secret>,
+    progress: Progress<'_>,
+) -> Result<Report, StoreError> {
+    match open_newest(dir, Access::Read, secret) {
         Ok(Some((generation, head))) => {
             let mut report = Walk::new(&generation, progress, None).all(&head);
             for older in older::numbers(dir, generation.number)? {
-                report.merge(match Generation::open(dir, older, Access::Read) {
+                report.merge(match Generation::open(dir, older, Access::Read, secret) {
                     Ok((older, head)) => Walk::new(&older, progress, None).all(&head),
                     Err(error) => older::unreadable(dir, older, error),
                 });
@@ -157,7 +171,7 @@ impl Pages {
             let what = "it is not in order";
             generation.damaged(at, Some(trailer.epoch), Part::Trailer, what)
         })?;
-        let stored = Stored::new(generation.key, trailer.epoch, layout, index.clone());
+        let stored = Stored::new(generation, trailer, layout, index.clone());
         let places = OnceLock::new();
         Ok(Self {
             index,

@@ -1,15 +1,18 @@
 //! Writing of one epoch.
 //!
-//! Pages go to the log as they come, or packed together, each full stripe with its parity; trees, groups, index and
-//! trailer follow at the commit, then the parity of the last stripe, and all but the pages once more.
+//! Pages go to the log as they come, or packed together, then encrypted if that is wanted, each full stripe with its
+//! parity; trees, groups, index and trailer follow at the commit, then the parity of the last stripe, and all but the pages once more.
 //! What is not committed lies beyond the end of the log, where nobody looks.
 
+use crate::cipher::{Cipher, Tag};
 use crate::format::{
-    self, BLOCK_LEN, Kind, NAME_MAX, Record, Section, Seed, Trailer, TreePlace, Twice,
+    self, BLOCK_LEN, EpochLock, Kind, NAME_MAX, Record, Section, Seed, Trailer, TreeLock,
+    TreePlace, Twice,
 };
 use crate::gather::Gathered;
 use crate::generation::{Generation, fresh_name};
 use crate::index::{Index, Says};
+use crate::locked;
 use crate::planted::bug;
 use crate::store::{CommitTimes, Held, Live, Store};
 use crate::stripe::{Layout, Parity, STRIPE, WIDTH};
@@ -35,6 +38,10 @@ pub struct Writer<'a> {
     /// Where the next page goes.
     pub(crate) tail: u64,
     seed: Seed,
+    /// The keys of this attempt, if pages are encrypted …
+    cipher: Option<Arc<Cipher>>,
+    /// … and where that is done.
+    scratch: Vec<u8>,
     /// Of the stripe that is being written.
     parity: Parity,
     pub(crate) index: Index,
@@ -53,6 +60,14 @@ pub struct Writer<'a> {
 enum Tree {
     New(Arc<[u8]>),
     Unchanged(Held),
+}
+
+/// The groups of an epoch, their encoded table, and the bytes of all new trees.
+type Laid = (BTreeMap<String, Held>, Vec<u8>, Vec<u8>);
+
+fn not_encrypted() -> StoreError {
+    let what = "a table of the epoch is too long to be encrypted, or its place is in use";
+    StoreError::Misuse(what.to_owned())
 }
 
 /// All that follows the pages.
@@ -75,10 +90,16 @@ impl<'a> Writer<'a> {
         id: u64,
         start: u64,
         base: bool,
-    ) -> Self {
+    ) -> Result<Self, StoreError> {
         let began_us = store.host.monotonic_us();
         let seed = generation.key.of(Kind::Page, id);
-        Self {
+        let cipher = generation.attempt(&*store.dir, &*store.host, id);
+        let cipher = cipher.inspect_err(|_| {
+            if base {
+                let _ = store.dir.remove(&fresh_name(generation.fresh));
+            }
+        })?;
+        Ok(Self {
             store,
             generation,
             id,
@@ -86,6 +107,8 @@ impl<'a> Writer<'a> {
             start,
             tail: start,
             seed,
+            cipher,
+            scratch: Vec::new(),
             parity: Parity::new(),
             index: Index::default(),
             gathered: Gathered::default(),
@@ -94,7 +117,7 @@ impl<'a> Writer<'a> {
             began_us,
             failed: false,
             published: false,
-        }
+        })
     }
 
     /// Begins further on in the log of this generation, before anything was written.
@@ -135,6 +158,20 @@ impl<'a> Writer<'a> {
     /// Stores blocks that the present stripe has room for, and its parity if it is full then.
     pub(crate) fn store_blocks(&mut self, bytes: &[u8]) -> Result<(), StoreError> {
         let first_at = self.tail;
+        let mut scratch = std::mem::take(&mut self.scratch);
+        let bytes = match &self.cipher {
+            None => bytes,
+            Some(cipher) => {
+                scratch.clear();
+                scratch.extend_from_slice(bytes);
+                for (i, block) in scratch.chunks_exact_mut(PAGE_SIZE).enumerate() {
+                    let at = first_at + (i * PAGE_SIZE) as u64;
+                    let tag = cipher.encrypt(Kind::Page, at, &[], block);
+                    self.index.tags.push(tag.ok_or_else(not_encrypted)?);
+                }
+                &scratch
+            }
+        };
         for (i, block) in bytes.chunks_exact(PAGE_SIZE).enumerate() {
             let at = first_at + (i * PAGE_SIZE) as u64;
             self.index.crcs.push(self.seed.crc(at, block));
@@ -142,6 +179,8 @@ impl<'a> Writer<'a> {
         }
         self.write(first_at, bytes)?;
         self.tail += bytes.len() as u64;
+        // Its memory is used again.
+        self.scratch = scratch;
         if self.parity.pages() == STRIPE {
             let parity = self.close_stripe(self.tail);
             self.write(self.tail, &parity)?;
@@ -195,20 +234,22 @@ impl<'a> Writer<'a> {
 
     /// The length of all tables, with the trailer, in bytes.
     fn tables_len(&self) -> u64 {
-        let groups: usize = self.trees.keys().map(|name| format::group_len(name)).sum();
+        let names = self.trees.keys().map(String::as_str);
+        let groups = locked::any_groups_len(names, self.cipher.is_some());
         let trees = self.trees.values().map(|tree| match tree {
             Tree::New(bytes) => bytes.len(),
             Tree::Unchanged(_) => 0,
         });
         // The parity of the last stripe has its checksums in the index as well.
         let parity = self.parity.pages().min(WIDTH) as usize;
-        let all = trees.sum::<usize>() + groups + self.index.encoded_len() + parity * 4;
+        let index = locked::index_len(&self.index, self.index.tags.len());
+        let all = trees.sum::<usize>() + groups + index + parity * 4;
         (all as u64).next_multiple_of(BLOCK_LEN) + BLOCK_LEN
     }
 
     /// The groups of this epoch, their encoded table, and the bytes of all new trees; the tables
     /// stand `apart` from their copy.
-    fn lay_trees(&self, apart: u64) -> (BTreeMap<String, Held>, Vec<u8>, Vec<u8>) {
+    fn lay_trees(&self, apart: u64) -> Result<Laid, StoreError> {
         let (key, at) = (self.generation.key, self.tail);
         let (mut out, mut groups, mut held) = (Vec::new(), Vec::new(), BTreeMap::new());
         for (name, tree) in &self.trees {
@@ -216,8 +257,20 @@ impl<'a> Writer<'a> {
                 Tree::Unchanged(held) => held.clone(),
                 Tree::New(bytes) => {
                     let tree_at = at + out.len() as u64;
-                    let crc = key.of(Kind::Tree, self.id).crc(tree_at, bytes);
+                    let from = out.len();
                     out.extend_from_slice(bytes);
+                    let lock = match &self.cipher {
+                        None => TreeLock::default(),
+                        // It has no place of its own, and no tag: the group table says that it is empty.
+                        Some(_) if bytes.is_empty() => TreeLock::default(),
+                        Some(cipher) => TreeLock {
+                            attempt: cipher.attempt(),
+                            tag: cipher
+                                .encrypt(Kind::Tree, tree_at, &[], &mut out[from..])
+                                .ok_or_else(not_encrypted)?,
+                        },
+                    };
+                    let crc = key.of(Kind::Tree, self.id).crc(tree_at, &out[from..]);
                     let section = Section {
                         at: tree_at,
                         len: bytes.len() as u64,
@@ -227,6 +280,7 @@ impl<'a> Writer<'a> {
                         epoch: self.id,
                         section,
                         copy_at: tree_at + apart,
+                        lock,
                     };
                     Held {
                         bytes: Arc::clone(bytes),
@@ -234,15 +288,35 @@ impl<'a> Writer<'a> {
                     }
                 }
             };
-            format::encode_group(&mut groups, name, &tree.place);
+            if self.cipher.is_none() {
+                format::encode_group(&mut groups, name, &tree.place);
+            }
             held.insert(name.clone(), tree);
         }
-        (held, groups, out)
+        if let Some(cipher) = &self.cipher {
+            let places = held.iter().map(|(name, held)| (name.as_str(), held.place));
+            let table = locked::encode_groups(places, cipher, at + out.len() as u64);
+            groups = table.ok_or_else(not_encrypted)?;
+        }
+        Ok((held, groups, out))
+    }
+
+    /// Appends the page index, which gives its tag.
+    fn lay_index(&self, out: &mut Vec<u8>) -> Result<Tag, StoreError> {
+        let Some(cipher) = &self.cipher else {
+            self.index.encode(out);
+            return Ok([0; 16]);
+        };
+        let at = self.tail + out.len() as u64;
+        let encoded = locked::encode_index(&self.index, cipher, at);
+        let (bytes, tag) = encoded.ok_or_else(not_encrypted)?;
+        out.extend_from_slice(&bytes);
+        Ok(tag)
     }
 
     /// Lays out all that follows the pages. The length of the tables decides where the parity of the
     /// last stripe and the copy of the tables stand, and is known before they are.
-    fn tables(&mut self, facts: EpochFacts) -> Tables {
+    fn tables(&mut self, facts: EpochFacts) -> Result<Tables, StoreError> {
         let (key, at) = (self.generation.key, self.tail);
         let len = self.tables_len();
         let blocks = self.index.crcs.len() as u64;
@@ -256,7 +330,7 @@ impl<'a> Writer<'a> {
             at + len
         };
         let apart = (parity_end - at).max(WIDTH * BLOCK_LEN);
-        let (held, mut groups, mut out) = self.lay_trees(apart);
+        let (held, mut groups, mut out) = self.lay_trees(apart)?;
         let section = |kind, from: usize, bytes: &[u8]| {
             let at = at + from as u64;
             Section {
@@ -268,12 +342,12 @@ impl<'a> Writer<'a> {
         let groups_section = section(Kind::Groups, out.len(), &groups);
         out.append(&mut groups);
         let index_from = out.len();
-        self.index.encode(&mut out);
+        let index_tag = self.lay_index(&mut out)?;
         let index_section = section(Kind::Index, index_from, &out[index_from..]);
         out.resize((len - BLOCK_LEN) as usize, 0);
         let previous = self.previous();
         let trailer_at = at + out.len() as u64;
-        let trailer = Trailer {
+        let mut trailer = Trailer {
             epoch: self.id,
             previous: previous.map_or(Twice::NONE, |record| record.trailer),
             copy_at: trailer_at + apart,
@@ -293,15 +367,26 @@ impl<'a> Writer<'a> {
                 Some(record) if !bug("gap not noted") => self.id - 1 - record.epoch,
                 _ => 0,
             },
+            lock: EpochLock::default(),
         };
+        if let Some(cipher) = &self.cipher {
+            trailer.lock = EpochLock {
+                attempt: cipher.attempt(),
+                index: index_tag,
+                own: [0; 16],
+            };
+            let block = trailer.encode(key, trailer_at);
+            trailer.lock.own = cipher.record_tag(trailer_at, Trailer::said(&block));
+        }
         let block = trailer.encode(key, trailer_at);
         out.extend_from_slice(&block);
         let trailer_place = Twice {
             at: trailer_at,
             copy_at: trailer.copy_at,
             crc: Trailer::crc(&block).unwrap_or_default(),
+            tag: trailer.lock.own,
         };
-        Tables {
+        Ok(Tables {
             bytes: out,
             trailer,
             trailer_place,
@@ -309,7 +394,7 @@ impl<'a> Writer<'a> {
             parity_at,
             copy_at: at + apart,
             held,
-        }
+        })
     }
 
     /// The commit record of the epoch that this one rests on.
@@ -323,7 +408,7 @@ impl<'a> Writer<'a> {
 
     /// Makes everything but the commit record durable.
     fn write_tables(&mut self, facts: EpochFacts) -> Result<(Live, Acked), StoreError> {
-        let tables = self.tables(facts);
+        let tables = self.tables(facts)?;
         self.write(self.tail, &tables.bytes)?;
         if !tables.parity.is_empty() {
             self.write(tables.parity_at, &tables.parity)?;
@@ -385,6 +470,7 @@ pub(crate) struct Paused {
     start: u64,
     tail: u64,
     seed: Seed,
+    cipher: Option<Arc<Cipher>>,
     parity: Parity,
     index: Index,
     gathered: Gathered,
@@ -404,6 +490,7 @@ impl Writer<'_> {
             start: self.start,
             tail: self.tail,
             seed: self.seed,
+            cipher: self.cipher.take(),
             parity: std::mem::replace(&mut self.parity, Parity::new()),
             index: std::mem::take(&mut self.index),
             gathered: std::mem::take(&mut self.gathered),
@@ -425,6 +512,8 @@ impl Paused {
             start: self.start,
             tail: self.tail,
             seed: self.seed,
+            cipher: self.cipher,
+            scratch: Vec::new(),
             parity: self.parity,
             index: self.index,
             gathered: self.gathered,
@@ -450,6 +539,10 @@ impl PageSink for Writer<'_> {
             return Err(StoreError::Misuse(format!(
                 "{have} bytes for pages of {need} bytes"
             )));
+        }
+        if self.failed {
+            let what = "an epoch of which a page could not be stored takes no more pages";
+            return Err(StoreError::Misuse(what.to_owned()));
         }
         let result = self.put_all(run, bytes);
         self.failed |= result.is_err();

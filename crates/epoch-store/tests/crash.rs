@@ -137,6 +137,14 @@ pub(crate) fn a_power_cut_anywhere_leaves_packed_epochs_whole() {
 }
 
 #[test]
+pub(crate) fn encrypted_epochs_survive_power_cuts_too() {
+    common::encrypt(Some(common::secret(1)));
+    a_power_cut_anywhere_leaves_the_last_or_the_next_epoch();
+    a_power_cut_in_recovery_loses_nothing_that_was_found();
+    common::encrypt(None);
+}
+
+#[test]
 pub(crate) fn a_power_cut_anywhere_leaves_the_last_or_the_next_epoch() {
     let history = history();
     let models = models(&history);

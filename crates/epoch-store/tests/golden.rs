@@ -8,11 +8,16 @@
 
 mod common;
 
-use common::{create, history, models, open, read_back};
-use outlive_epoch_store::{Access, Codec, REPAIRABLE, repair_in, verify_in};
+use common::{SimHost, create, encrypt, history, models, open, read_back, secret};
+use outlive_epoch_store::{
+    Access, Codec, Host, REPAIRABLE, Store, repair_in, repair_in_with, verify_in, verify_in_with,
+};
 use outlive_media::SimDisk;
 use std::fs;
+use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, Ordering};
 
 /// The version that the present code writes.
 const PRESENT: u32 = 1;
@@ -27,6 +32,49 @@ fn golden(version: u32) -> PathBuf {
 /// The same epochs, the first of which is packed with LZ4, the second with zstd.
 fn packed(version: u32) -> PathBuf {
     golden(version).with_file_name("packed.epochs.1")
+}
+
+/// The same epochs, encrypted with a key that everybody knows: 1, 1, 2, 3 … 31.
+fn encrypted(version: u32) -> PathBuf {
+    golden(version).with_file_name("encrypted.epochs.1")
+}
+
+/// Its random bytes are known beforehand, for one image and no other.
+#[derive(Default)]
+struct Foreseen {
+    host: SimHost,
+    drawn: AtomicU8,
+}
+
+impl Host for Foreseen {
+    fn realtime_ns(&self) -> u64 {
+        self.host.realtime_ns()
+    }
+
+    fn monotonic_us(&self) -> u64 {
+        self.host.monotonic_us()
+    }
+
+    fn uuid(&self) -> [u8; 16] {
+        self.host.uuid()
+    }
+
+    fn random(&self, into: &mut [u8]) -> io::Result<()> {
+        let drawn = || self.drawn.fetch_add(1, Ordering::Relaxed);
+        into.iter_mut().for_each(|byte| *byte = drawn());
+        Ok(())
+    }
+}
+
+fn encrypted_now() -> Vec<u8> {
+    let (disk, host) = (SimDisk::new(), Arc::new(Foreseen::default()));
+    let dir = Arc::new(disk.directory());
+    let mut store = Store::create_in_with(dir, host, Some(secret(1))).unwrap();
+    for script in &history()[..EPOCHS] {
+        script.write(&mut store).unwrap();
+    }
+    store.close().unwrap();
+    disk.contents("epochs.1").unwrap()
 }
 
 fn written_now(codecs: [Option<Codec>; EPOCHS]) -> Vec<u8> {
@@ -99,4 +147,43 @@ pub(crate) fn every_golden_image_is_read_repaired_and_gone_on_from() {
             }
         }
     }
+}
+
+#[test]
+pub(crate) fn the_encrypted_golden_image_is_written_read_and_gone_on_from() {
+    let (history, path) = (history(), encrypted(PRESENT));
+    let models = models(&history);
+    update(&path, &encrypted_now);
+    let image = fs::read(&path).unwrap();
+    assert!(
+        image == encrypted_now(),
+        "the bytes of the format have changed: that needs a new version, and a reader for the old one"
+    );
+    encrypt(Some(secret(1)));
+    for from in (0..image.len()).step_by(5 * 4096) {
+        let disk = SimDisk::new();
+        let mut bytes = image.clone();
+        let to = image.len().min(from + REPAIRABLE as usize);
+        // The first one is left as it is.
+        if from > 0 {
+            bytes[from..to].fill(0xe1);
+        }
+        disk.set_contents("epochs.1", bytes);
+        let store = open(&disk, Access::Read).unwrap();
+        for (epoch, model) in store.epochs().iter().zip(&models) {
+            let reader = store.epoch(Some(epoch.id)).unwrap();
+            assert_eq!(read_back(&reader).unwrap(), *model);
+        }
+        assert_eq!(store.epochs().len(), EPOCHS);
+        repair_in_with(&disk.directory(), Some(&secret(1)), &mut |_, _| {}).unwrap();
+        let report = verify_in_with(&disk.directory(), Some(&secret(1)), &mut |_, _| {}).unwrap();
+        assert!(report.is_clean(), "{report:?}");
+        let mut store = open(&disk, Access::Write).unwrap();
+        for (script, model) in history.iter().zip(&models).skip(EPOCHS) {
+            script.write(&mut store).unwrap();
+            let reader = store.epoch(None).unwrap();
+            assert_eq!(read_back(&reader).unwrap(), *model);
+        }
+    }
+    encrypt(None);
 }

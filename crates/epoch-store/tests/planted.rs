@@ -14,6 +14,8 @@ mod beside;
 mod crash;
 #[path = "damage.rs"]
 mod damage;
+#[path = "encrypted.rs"]
+mod encrypted;
 #[path = "golden.rs"]
 mod golden;
 #[path = "model.rs"]
@@ -92,6 +94,14 @@ const PLANTED: &[Planted] = planted![
     "cluster over the end of a stripe": packed::what_was_packed_comes_back,
     "last cluster forgotten": packed::all_pages_of_a_lost_cluster_are_named,
     "clusters of epochs not told apart": packed::clusters_of_two_epochs_are_two,
+    // What keys and tags are for.
+    "attempts have the same key": encrypted::what_is_written_again_has_other_bytes,
+    "one nonce for all places": encrypted::equal_pages_have_different_bytes,
+    "tags not compared": encrypted::changed_numbers_of_a_trailer_are_found,
+    "renamed file read": encrypted::a_file_with_another_name_is_refused,
+    "slots not told apart": encrypted::the_record_of_an_epoch_does_not_stand_in_for_the_next,
+    "tags of pages not checked": encrypted::changes_that_no_checksum_sees_are_found,
+    "plain file read with a key": encrypted::a_plain_store_in_the_place_of_an_encrypted_one_is_refused,
     // What checksums and copies are for.
     "files not told apart": damage::a_block_of_another_image_is_found,
     "places not told apart": damage::blocks_in_wrong_places_are_found,

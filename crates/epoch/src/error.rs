@@ -43,6 +43,14 @@ pub enum StoreError {
         /// The newest version that can be read.
         supported: u32,
     },
+    /// It is encrypted and the key is missing or another one; or a key was given, and nothing is encrypted with it.
+    #[error("{place} {what}")]
+    Locked {
+        /// The path.
+        place: String,
+        /// What is missing or does not fit; keys by their fingerprints.
+        what: String,
+    },
     /// There is no image here, or it holds no committed epoch, or not the one asked for.
     #[error("{place}: {what}")]
     Missing {

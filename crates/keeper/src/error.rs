@@ -89,6 +89,7 @@ fn renamed(mut error: StoreError, from: &Path, to: &Path) -> StoreError {
         | StoreError::Damaged { place, .. }
         | StoreError::Newer { place, .. }
         | StoreError::Missing { place, .. }
+        | StoreError::Locked { place, .. }
         | StoreError::Busy { place, .. } => place,
         StoreError::Misuse(_) => return error,
     };
@@ -115,7 +116,7 @@ fn process_code(error: &ProcessError) -> u8 {
 fn store_code(error: &StoreError) -> u8 {
     match error {
         StoreError::Damaged { .. } => 4,
-        StoreError::Newer { .. } | StoreError::Busy { .. } => 3,
+        StoreError::Newer { .. } | StoreError::Busy { .. } | StoreError::Locked { .. } => 3,
         StoreError::Medium { source, .. } => io_code(source),
         StoreError::Full { .. } | StoreError::Missing { .. } | StoreError::Misuse(_) => 1,
     }

@@ -10,7 +10,7 @@ use outlive_epoch::{
     Acked, Content, EpochFacts, EpochId, EpochReader, EpochWriter, StoreError, VisitError,
 };
 pub use outlive_epoch_store::Outcome;
-use outlive_epoch_store::{Access, Ahead, CommitTimes, Part, Report, Scrubbed, Store};
+use outlive_epoch_store::{Access, Ahead, CommitTimes, Part, Report, Scrubbed, Secret, Store};
 pub use outlive_process::holders::Holder;
 use outlive_process::holders::Holders;
 use std::collections::BTreeMap;
@@ -94,8 +94,16 @@ impl Image {
     /// # Errors
     /// What the store says.
     pub fn open(dir: &Path) -> Result<Self, StoreError> {
+        Self::open_with(dir, None)
+    }
+
+    /// The same, with the key of one that is encrypted.
+    ///
+    /// # Errors
+    /// What the store says.
+    pub fn open_with(dir: &Path, secret: Option<&Secret>) -> Result<Self, StoreError> {
         Ok(Self {
-            store: open(dir)?,
+            store: open(dir, secret)?,
             dir: dir.into(),
             own: None,
         })
@@ -105,11 +113,11 @@ impl Image {
     ///
     /// # Errors
     /// Refused where it is somebody else's, before anything of it is read; what the store says.
-    pub fn open_own(dir: &Path) -> Result<Self, KeeperError> {
+    pub fn open_own(dir: &Path, secret: Option<&Secret>) -> Result<Self, KeeperError> {
         let Some(own) = Own::check(dir)? else {
-            return Ok(Self::open(dir)?);
+            return Ok(Self::open_with(dir, secret)?);
         };
-        let store = open(&own.path())
+        let store = open(&own.path(), secret)
             .map_err(|error| KeeperError::from(error).renamed(&own.path(), dir))?;
         Ok(Self {
             store,
@@ -185,22 +193,28 @@ impl Image {
 
 /// Opens a store for reading. A keeper may be writing it, so that its parts are seen at different
 /// moments: only what is damaged again and again is damaged.
-fn open(dir: &Path) -> Result<Store, StoreError> {
+fn open(dir: &Path, secret: Option<&Secret>) -> Result<Store, StoreError> {
     for _ in 1..OPEN_TRIES {
-        match Store::open(dir, Access::Read) {
+        match Store::open_with(dir, Access::Read, secret.cloned()) {
             Err(StoreError::Damaged { .. }) => std::thread::sleep(Duration::from_millis(1)),
             other => return other,
         }
     }
-    Store::open(dir, Access::Read)
+    Store::open_with(dir, Access::Read, secret.cloned())
 }
 
-/// Reads every byte of the store in `dir` and checks it; `progress` hears the bytes done and all.
+/// Reads every byte of the store in `dir` and checks it, with the key of one that is encrypted also its authentication
+/// tags; `progress` hears the bytes done and all.
 ///
 /// # Errors
 /// Only where it cannot be read at all; damage is a finding.
-pub fn verify(dir: &Path, progress: &mut dyn FnMut(u64, u64)) -> Result<Verified, StoreError> {
-    Ok(told(dir, outlive_epoch_store::verify(dir, progress)?))
+pub fn verify(
+    dir: &Path,
+    secret: Option<&Secret>,
+    progress: &mut dyn FnMut(u64, u64),
+) -> Result<Verified, StoreError> {
+    let report = outlive_epoch_store::verify_with(dir, secret, progress)?;
+    Ok(told(dir, secret, report))
 }
 
 /// The same, and what is damaged is written again from its other copy or the parity, where that can
@@ -208,19 +222,24 @@ pub fn verify(dir: &Path, progress: &mut dyn FnMut(u64, u64)) -> Result<Verified
 ///
 /// # Errors
 /// As for [`verify`]; and where a keeper is writing it.
-pub fn repair(dir: &Path, progress: &mut dyn FnMut(u64, u64)) -> Result<Verified, StoreError> {
-    Ok(told(dir, outlive_epoch_store::repair(dir, progress)?))
+pub fn repair(
+    dir: &Path,
+    secret: Option<&Secret>,
+    progress: &mut dyn FnMut(u64, u64),
+) -> Result<Verified, StoreError> {
+    let report = outlive_epoch_store::repair_with(dir, secret, progress)?;
+    Ok(told(dir, secret, report))
 }
 
 /// A report with the names of those whose pages and trees are damaged.
-fn told(dir: &Path, report: Report) -> Verified {
+fn told(dir: &Path, secret: Option<&Secret>, report: Report) -> Verified {
     let mut damages: Vec<Damage> = report.damages.iter().map(Damage::from).collect();
     if report
         .damages
         .iter()
         .any(|damage| is_of_somebody(&damage.part))
     {
-        name(dir, &report, &mut damages);
+        name(dir, secret, &report, &mut damages);
     }
     Verified {
         epochs: report.epochs.len() as u64,
@@ -237,8 +256,8 @@ fn is_of_somebody(part: &Part) -> bool {
 }
 
 /// Says of pages and trees whose they are, by the trees of the epoch that stored them.
-fn name(dir: &Path, report: &Report, damages: &mut [Damage]) {
-    let Ok(store) = Store::open(dir, Access::Read) else {
+fn name(dir: &Path, secret: Option<&Secret>, report: &Report, damages: &mut [Damage]) {
+    let Ok(store) = Store::open_with(dir, Access::Read, secret.cloned()) else {
         return;
     };
     let mut known = BTreeMap::new();
@@ -284,8 +303,16 @@ impl Log {
     /// # Errors
     /// What the store says.
     pub fn create(dir: &Path) -> Result<Self, KeeperError> {
+        Self::create_with(dir, None)
+    }
+
+    /// The same; with a key, all that is written to it is encrypted.
+    ///
+    /// # Errors
+    /// What the store says.
+    pub fn create_with(dir: &Path, secret: Option<&Secret>) -> Result<Self, KeeperError> {
         Ok(Self {
-            store: Store::create(dir)?,
+            store: Store::create_with(dir, secret.cloned())?,
             dir: dir.into(),
         })
     }
@@ -294,9 +321,9 @@ impl Log {
     ///
     /// # Errors
     /// What the store says.
-    pub fn open(dir: &Path) -> Result<Self, KeeperError> {
+    pub fn open(dir: &Path, secret: Option<&Secret>) -> Result<Self, KeeperError> {
         Ok(Self {
-            store: Store::open(dir, Access::Write)?,
+            store: Store::open_with(dir, Access::Write, secret.cloned())?,
             dir: dir.into(),
         })
     }
@@ -433,7 +460,7 @@ mod tests {
         let reader = source.epoch(None).unwrap();
         copy(&*reader, facts, log.begin().unwrap()).unwrap();
         drop(log);
-        let target = Image::open_own(&second).unwrap();
+        let target = Image::open_own(&second, None).unwrap();
         let copied = target.epoch(None).unwrap();
         assert_eq!(copied.tree("a").unwrap().unwrap(), b"second");
         assert_eq!(copied.runs(), reader.runs());

@@ -28,6 +28,7 @@ mod error;
 mod fake;
 pub mod images;
 pub mod keep;
+pub mod keys;
 pub mod ownership;
 pub mod places;
 pub mod plan;

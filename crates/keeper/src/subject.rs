@@ -18,6 +18,7 @@
 //!   does not parse is an error that names the file.
 
 use crate::budget::keeping::HoldUp;
+use crate::keys::KeySource;
 use crate::retention::{Keep, Policy};
 use crate::{KeeperError, procfs};
 use outlive_epoch_store::Codec;
@@ -78,6 +79,9 @@ pub struct Card {
     /// How pages are packed, by its name.
     #[serde(default)]
     pub compress: Option<String>,
+    /// Where the key is that its epochs are encrypted with.
+    #[serde(default)]
+    pub key: Option<KeySource>,
     /// The process.
     pub pid: u32,
     /// Its start time in clock ticks since boot, which tells it from a later process of the same
@@ -177,6 +181,7 @@ impl Card {
             keep: None,
             max_size: None,
             compress: None,
+            key: None,
             pid: 0,
             started: 0,
             boot: String::new(),
@@ -197,6 +202,8 @@ impl Card {
             started: 0,
             boot: String::new(),
             ended: Some(how.to_owned()),
+            // It is on that machine, and may be a command: what came from elsewhere is not run.
+            key: None,
             ..self
         }
     }
@@ -569,6 +576,7 @@ mod tests {
             keep: Some("last=3,daily=7".parse().unwrap()),
             max_size: Some(9),
             compress: Some("lz4".into()),
+            key: Some(KeySource::Credential("outlive".into())),
             pid: std::process::id(),
             started: procfs::start_time(std::process::id()).unwrap(),
             boot: procfs::boot_id(),

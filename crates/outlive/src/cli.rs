@@ -4,6 +4,7 @@
 //! is a usage error that says so, and never silently something else.
 
 use crate::commands::BenchArgs;
+pub use crate::key_args::KeyArgs;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use outlive_epoch_store::Codec;
 use outlive_keeper::KeeperError;
@@ -87,16 +88,24 @@ pub enum Command {
     /// Show what an image or a subject holds
     Inspect(InspectArgs),
     /// Read every byte of an image or a subject and check it; exit code 4 names the damage
+    ///
+    /// Checksums need no key. With the key of an encrypted image, its authentication tags are checked too.
     Verify {
         /// Directory of an image (with a slash in it), or the name of a subject
         #[arg(value_name = "IMAGE|NAME")]
         what: String,
+        /// The key
+        #[command(flatten)]
+        key: KeyArgs,
     },
     /// Check every byte, and write again what is damaged and can be made good
     Repair {
         /// Directory of an image (with a slash in it), or the name of a subject that nobody keeps
         #[arg(value_name = "IMAGE|NAME")]
         what: String,
+        /// The key
+        #[command(flatten)]
+        key: KeyArgs,
     },
     /// Write the epochs of a subject or an image into one file, or a pipe
     ///
@@ -195,6 +204,9 @@ pub struct RunArgs {
     /// How each epoch is taken
     #[command(flatten)]
     pub pace: Pace,
+    /// The key
+    #[command(flatten)]
+    pub key: KeyArgs,
     /// Pass on inherited pipes and sockets, too; without this, the program gets the standard
     /// streams and inherited files only, since others could not be restored
     #[arg(long)]
@@ -227,6 +239,9 @@ pub struct AttachArgs {
     /// How each epoch is taken
     #[command(flatten)]
     pub pace: Pace,
+    /// The key
+    #[command(flatten)]
+    pub key: KeyArgs,
 }
 
 /// A device for the epochs of a new subject.
@@ -396,6 +411,9 @@ pub struct CheckpointArgs {
     /// for its keeper's answer
     #[arg(long, value_parser = parse_duration, value_name = "TIME")]
     pub timeout: Option<Duration>,
+    /// The key of the image; that of a subject is known
+    #[command(flatten)]
+    pub key: KeyArgs,
 }
 
 /// `outlive restore`
@@ -430,6 +448,9 @@ pub struct RestoreArgs {
     /// With a NAME: what the program can count on from now on, instead of what it was kept with before
     #[command(flatten)]
     pub promise: Promise,
+    /// The key, where it is not at the place that is known. With it, what is not encrypted is refused
+    #[command(flatten)]
+    pub key: KeyArgs,
     /// Set by `--detach` for the process in the background.
     #[arg(long, hide = true)]
     pub background: bool,
@@ -468,6 +489,9 @@ pub struct InspectArgs {
     /// Number of the epoch; the newest where it is not given
     #[arg(long, value_name = "K")]
     pub epoch: Option<u64>,
+    /// The key
+    #[command(flatten)]
+    pub key: KeyArgs,
 }
 
 /// `outlive prune`
@@ -481,6 +505,9 @@ pub struct PruneArgs {
     /// Only list what would go and what would stay
     #[arg(long)]
     pub dry_run: bool,
+    /// The key
+    #[command(flatten)]
+    pub key: KeyArgs,
 }
 
 /// `outlive export`
@@ -725,6 +752,10 @@ mod tests {
             "restore a --keep last=1",
             "prune a --dry-run",
             "prune a --keep daily=7",
+            "run --key-file k -- a",
+            "restore a --key-credential outlive",
+            "checkpoint --pid 5 --image d --key-command tool",
+            "verify a --key-file k",
         ] {
             parse(line).unwrap().offered().unwrap();
         }
@@ -756,6 +787,7 @@ mod tests {
             "run --hold-up 10 -- a",
             "run --max-wear 5TB/week -- a",
             "run --keep 5 -- a",
+            "run --key-file k --key-command tool -- a",
             "run --keep last=0 -- a",
             "run --keep yearly=1 -- a",
             "prune",

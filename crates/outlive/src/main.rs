@@ -8,6 +8,7 @@
 
 mod cli;
 mod commands;
+mod key_args;
 mod out;
 mod progress;
 mod terminal;

@@ -7,9 +7,9 @@ pub mod trials;
 use outlive_epoch::{
     Content, EpochFacts, EpochId, EpochReader, EpochWriter, PAGE_SIZE, Run, SpaceId, StoreError,
 };
-use outlive_epoch_store::{Access, Codec, Host, Reader, Store, Writer};
+use outlive_epoch_store::{Access, Codec, Host, Reader, Secret, Store, Writer};
 use outlive_media::SimDisk;
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, LazyLock};
@@ -202,6 +202,19 @@ pub fn read_back(reader: &Reader) -> Result<Model, StoreError> {
 
 thread_local! {
     static PACKING: Cell<Option<Codec>> = const { Cell::new(None) };
+    static KEY: RefCell<Option<Secret>> = const { RefCell::new(None) };
+}
+
+/// The stores that this thread opens from now on are encrypted so.
+pub fn encrypt(secret: Option<Secret>) {
+    KEY.set(secret);
+}
+
+/// A key for tests.
+pub fn secret(first: u8) -> Secret {
+    let mut bytes: Vec<u8> = (0..32).collect();
+    bytes[0] = first;
+    Secret::parse(&bytes).unwrap()
 }
 
 /// The stores that this thread opens from now on pack pages so.
@@ -216,12 +229,14 @@ fn packing(mut store: Store) -> Store {
 
 pub fn open(disk: &SimDisk, access: Access) -> Result<Store, StoreError> {
     let host = Arc::new(SimHost::default());
-    Store::open_in(Arc::new(disk.directory()), host, access).map(packing)
+    let key = KEY.with_borrow(Clone::clone);
+    Store::open_in_with(Arc::new(disk.directory()), host, access, key).map(packing)
 }
 
 pub fn create(disk: &SimDisk) -> Result<Store, StoreError> {
     let host = Arc::new(SimHost::default());
-    Store::create_in(Arc::new(disk.directory()), host).map(packing)
+    let key = KEY.with_borrow(Clone::clone);
+    Store::create_in_with(Arc::new(disk.directory()), host, key).map(packing)
 }
 
 /// A small history that uses every feature: zero pages, superseded pages, absent pages, trees

@@ -133,10 +133,22 @@ impl Drop for NewFile {
     }
 }
 
+/// Refuses what would leave the key behind: what is carried away is not encrypted.
+pub fn not_encrypted(image: &Image, what: &str, carried: &str) -> Result<(), KeeperError> {
+    match image.store().key() {
+        None => Ok(()),
+        Some(key) => Err(KeeperError::Refused(format!(
+            "{what} is encrypted with key {key}, and {carried} is not, which is refused: `outlive checkpoint {what} \
+             --image DIR` makes an encrypted copy that can be carried"
+        ))),
+    }
+}
+
 /// `outlive export`
 pub fn export(root: &Root, args: &ExportArgs, json: bool) -> Result<u8, KeeperError> {
     let about = About::of(root, &args.what)?.encode()?;
     let image = Image::open(&image::find(root, &args.what)?)?;
+    not_encrypted(&image, &args.what, "what export writes")?;
     let which = args.epoch.map_or(Which::All, |k| Which::One(EpochId(k)));
     let mut ignored = |_| {};
     let path = args

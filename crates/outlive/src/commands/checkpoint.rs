@@ -4,9 +4,11 @@ use crate::cli::CheckpointArgs;
 use crate::out;
 use crate::progress::{self, Counted};
 use outlive_epoch::{Acked, EpochFacts};
+use outlive_epoch_store::Secret;
 use outlive_keeper::control::{Reply, Request, ask};
 use outlive_keeper::epoch::{EpochLog, Manner, Nobody, Program, Steps, Taken, micros, take};
 use outlive_keeper::images::{self, Image, Log, Summary};
+use outlive_keeper::keys;
 use outlive_keeper::procfs::Pids;
 use outlive_keeper::subject::{Root, Subject};
 use outlive_keeper::{KeeperError, procfs};
@@ -75,6 +77,8 @@ fn copy(
     let began = Instant::now();
     let subject = root.existing(name)?;
     must_be_free(image)?;
+    let asked = args.key.source()?;
+    let secret = keys::of_subject(asked.as_ref(), &subject, &subject.card()?)?;
     let request = if args.leave_running {
         Request::Checkpoint
     } else {
@@ -83,7 +87,7 @@ fn copy(
     let taken = through_keeper(&subject, request, args.timeout)?;
     let stopped = taken.is_some() && !args.leave_running;
     let existed = image.exists();
-    let copied = copy_newest(&subject, image);
+    let copied = copy_newest(&subject, image, secret.as_ref());
     let (saved, summary, acked) = copied.inspect_err(|_| {
         discard(image, existed);
         if stopped {
@@ -121,8 +125,9 @@ fn copy(
 fn copy_newest(
     subject: &Subject,
     image: &Path,
+    secret: Option<&Secret>,
 ) -> Result<(SubjectState, Summary, Acked), KeeperError> {
-    let source = Image::open(&subject.epochs_dir())?;
+    let source = Image::open_with(&subject.epochs_dir(), secret)?;
     let summary = source
         .epochs()
         .pop()
@@ -130,7 +135,8 @@ fn copy_newest(
     let reader = source.epoch(Some(summary.epoch))?;
     let saved = outlive_process::image::describe(&*reader)?;
     let all = progress::bytes(&reader.runs());
-    let mut log = Log::create(image)?;
+    // The copy is as private as what it is a copy of.
+    let mut log = Log::create_with(image, secret)?;
     let writer = Box::new(Counted::new(log.begin()?, all));
     let facts = EpochFacts {
         taken_at_ns: summary.time_ns,
@@ -150,6 +156,7 @@ fn to_image(args: &CheckpointArgs, pid: u32, image: &Path) -> Result<Taken, Keep
         return Err(KeeperError::Other(format!("there is no process {pid}")));
     }
     must_be_free(image)?;
+    let secret = args.key.source()?.map(|source| source.read()).transpose()?;
     let stop_timeout = args.timeout.unwrap_or(STOP_TIMEOUT);
     // Tracked also for one epoch: most of it is then copied while the program runs, and flows to
     // the medium at the same time.
@@ -160,7 +167,7 @@ fn to_image(args: &CheckpointArgs, pid: u32, image: &Path) -> Result<Taken, Keep
     let began = Instant::now();
     let mut program = Tracked::attach(pid, options)?;
     let existed = image.exists();
-    let done = Log::create(image).and_then(|mut log| {
+    let done = Log::create_with(image, secret.as_ref()).and_then(|mut log| {
         let writer = Box::new(Counted::new(log.begin()?, resident(pid)));
         let manner = if args.leave_running {
             Manner::Running

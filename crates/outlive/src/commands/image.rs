@@ -1,9 +1,12 @@
 //! Which image is meant; `verify` and `repair`.
 
+use crate::cli::KeyArgs;
 use crate::out;
 use crate::progress::Progress;
+use outlive_epoch_store::Secret;
 use outlive_keeper::KeeperError;
 use outlive_keeper::images::{self, Damage, Holder, Outcome, Verified};
+use outlive_keeper::keys;
 use outlive_keeper::subject::Root;
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
@@ -24,20 +27,48 @@ pub fn find(root: &Root, what: &str) -> Result<PathBuf, KeeperError> {
     }
 }
 
+/// The key of an image or a subject: from the place that was asked for, or the one that the subject's card names.
+pub fn key(root: &Root, what: &str, asked: &KeyArgs) -> Result<Option<Secret>, KeeperError> {
+    let asked = asked.source()?;
+    if !what.contains('/')
+        && let Ok(subject) = root.existing(what)
+    {
+        return keys::of_subject(asked.as_ref(), &subject, &subject.card()?);
+    }
+    asked.map(|source| source.read()).transpose()
+}
+
+/// The key for a check: what can be done without it is done without it.
+fn key_if_there(root: &Root, what: &str, asked: &KeyArgs) -> Result<Option<Secret>, KeeperError> {
+    match key(root, what, asked) {
+        Err(error) if *asked == KeyArgs::default() => {
+            out::say(&format!("checksums only, without the key: {error}"));
+            Ok(None)
+        }
+        other => other,
+    }
+}
+
 /// `outlive verify`
-pub fn verify(root: &Root, what: &str, json: bool) -> Result<u8, KeeperError> {
+pub fn verify(root: &Root, what: &str, asked: &KeyArgs, json: bool) -> Result<u8, KeeperError> {
     let dir = find(root, what)?;
+    let secret = key_if_there(root, what, asked)?;
     let mut progress = Progress::new("verifying");
-    let found = images::verify(&dir, &mut |done, all| progress.at(done, all))?;
+    let found = images::verify(&dir, secret.as_ref(), &mut |done, all| {
+        progress.at(done, all)
+    })?;
     drop(progress);
     Ok(tell(what, &found, json))
 }
 
 /// `outlive repair`
-pub fn repair(root: &Root, what: &str, json: bool) -> Result<u8, KeeperError> {
+pub fn repair(root: &Root, what: &str, asked: &KeyArgs, json: bool) -> Result<u8, KeeperError> {
     let dir = find(root, what)?;
+    let secret = key_if_there(root, what, asked)?;
     let mut progress = Progress::new("repairing");
-    let found = images::repair(&dir, &mut |done, all| progress.at(done, all))?;
+    let found = images::repair(&dir, secret.as_ref(), &mut |done, all| {
+        progress.at(done, all)
+    })?;
     drop(progress);
     Ok(tell(what, &found, json))
 }

@@ -24,7 +24,8 @@ struct Group {
 /// `outlive inspect`
 pub fn inspect(root: &Root, args: &InspectArgs, json: bool) -> Result<u8, KeeperError> {
     let dir = image::find(root, &args.what)?;
-    let image = Image::open(&dir)?;
+    let secret = image::key(root, &args.what, &args.key)?;
+    let image = Image::open_with(&dir, secret.as_ref())?;
     let epochs = image.epochs();
     let reader = image.epoch(args.epoch)?;
     let names = reader.groups();

@@ -2,7 +2,7 @@
 
 use crate::out::{self, Column};
 use outlive_epoch::StoreError;
-use outlive_epoch_store::GenerationSummary;
+use outlive_epoch_store::{Fingerprint, GenerationSummary};
 use outlive_keeper::arrival::{Unsettled, unsettled};
 use outlive_keeper::control::{Reply, Request, Status, ask};
 use outlive_keeper::images::{Image, Summary};
@@ -25,6 +25,8 @@ struct Entry {
     card: Option<Card>,
     epochs: Vec<Summary>,
     files: Vec<GenerationSummary>,
+    /// The key that its epochs are encrypted with.
+    key: Option<Fingerprint>,
 }
 
 /// `outlive ps`
@@ -76,6 +78,7 @@ fn look(subject: &Subject) -> Entry {
         Ok(Some(_)) | Err(_) => (None, "no answer".into()),
     };
     let image = Image::open(&subject.epochs_dir());
+    let key = image.as_ref().ok().and_then(|image| image.store().key());
     let files = image.as_ref().map(|image| image.store().generations());
     let files = files.unwrap_or_default();
     let epochs = image.map(|image| image.epochs());
@@ -87,6 +90,7 @@ fn look(subject: &Subject) -> Entry {
         card: card.ok(),
         epochs: epochs.unwrap_or_default(),
         files,
+        key,
     }
 }
 
@@ -105,6 +109,7 @@ impl Entry {
             card: None,
             epochs: Vec::new(),
             files: Vec::new(),
+            key: None,
         }
     }
 
@@ -223,6 +228,7 @@ impl Entry {
             "keep": self.card.as_ref().and_then(|card| card.keep).map(|keep| keep.to_string()),
             "max_size": self.card.as_ref().and_then(|card| card.max_size),
             "compress": self.card.as_ref().and_then(|card| card.compress.clone()),
+            "key": self.key.map(|key| key.to_string()),
             "saved_bytes": self.saved_bytes(),
             "untracked_since": self.untracked_since().map(out::moment),
             "hold_up": self.budget(),

@@ -54,8 +54,8 @@ pub fn run(cli: &Cli) -> Result<u8, KeeperError> {
         }
         Command::Prune(args) => prune::prune(&root, args, json),
         Command::Inspect(args) => inspect::inspect(&root, args, json),
-        Command::Verify { what } => image::verify(&root, what, json),
-        Command::Repair { what } => image::repair(&root, what, json),
+        Command::Verify { what, key } => image::verify(&root, what, key, json),
+        Command::Repair { what, key } => image::repair(&root, what, key, json),
         Command::Export(args) => carry::export(&root, args, json),
         Command::Import(args) => carry::import(&root, args, json),
         Command::Push(args) => shelf::push(&root, args, json),

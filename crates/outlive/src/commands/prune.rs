@@ -6,6 +6,7 @@ use outlive_epoch_store::{Access, Store};
 use outlive_keeper::KeeperError;
 use outlive_keeper::control::{Reply, Request, ask};
 use outlive_keeper::images::Image;
+use outlive_keeper::keys;
 use outlive_keeper::retention::{Keep, Moment, Policy};
 use outlive_keeper::subject::{Card, Root, Subject};
 use outlive_keeper::upkeep::{self, Pruned};
@@ -27,7 +28,7 @@ pub fn prune(root: &Root, args: &PruneArgs, json: bool) -> Result<u8, KeeperErro
     let pruned = match ask(subject.dir(), Request::Prune { keep: Some(keep) }, None)? {
         Some(Reply::Pruned(pruned)) => pruned,
         Some(other) => return Err(other.into_error()),
-        None => alone(&subject, keep, &card)?,
+        None => alone(&subject, keep, &card, args)?,
     };
     if json {
         let mut told = json!(pruned);
@@ -46,9 +47,15 @@ pub fn prune(root: &Root, args: &PruneArgs, json: bool) -> Result<u8, KeeperErro
 }
 
 /// Of a subject that nobody keeps.
-fn alone(subject: &Subject, keep: Keep, card: &Card) -> Result<Pruned, KeeperError> {
+fn alone(
+    subject: &Subject,
+    keep: Keep,
+    card: &Card,
+    args: &PruneArgs,
+) -> Result<Pruned, KeeperError> {
     let _lock = subject.lock()?;
-    let mut store = Store::open(subject.epochs_dir(), Access::Write)?;
+    let secret = keys::of_subject(args.key.source()?.as_ref(), subject, card)?;
+    let mut store = Store::open_with(subject.epochs_dir(), Access::Write, secret)?;
     store.pack(card.codec()?);
     let policy = Policy {
         keep: Some(keep),

@@ -8,17 +8,19 @@
 //! the keeper (or ends, for an image); this one passes the report on.
 
 use super::medium;
-use super::run::{adopt_strays, claim, defaults, finish, introduce, queue};
+use super::run::{UNTIMED, adopt_strays, claim, defaults, finish, introduce, queue};
 use crate::cli::{Files, Promise, RestoreArgs};
 use crate::out;
 use crate::progress::Watched;
 use crate::terminal::{self, Lent, Modes};
 use outlive_epoch::EpochReader;
+use outlive_epoch_store::Secret;
 use outlive_keeper::KeeperError;
 use outlive_keeper::control::Control;
 use outlive_keeper::epoch::EpochLog;
 use outlive_keeper::images::{Image, Log};
 use outlive_keeper::keep::{Companion, Keeper, Settings};
+use outlive_keeper::keys;
 use outlive_keeper::ownership::Own;
 use outlive_keeper::procfs::{self, Pids};
 use outlive_keeper::subject::{Capture, Card, Root, Subject};
@@ -106,8 +108,10 @@ fn here(root: &Root, args: &RestoreArgs, teller: &mut Teller) -> Result<u8, Keep
 }
 
 fn from_image(dir: &Path, args: &RestoreArgs, teller: &mut Teller) -> Result<u8, KeeperError> {
+    // A command for it runs with the signals as they are.
+    let secret = args.key.source()?.map(|source| source.read()).transpose()?;
     let mut signals = queue()?;
-    let (ready, found) = prepare(dir, args, None)?;
+    let (ready, found) = prepare(dir, args, secret.as_ref(), None)?;
     not_interrupted(&mut signals)?;
     if let Teller::Parent(_) = teller {
         let Launched { restored, lazy, .. } = ready.launch()?;
@@ -196,6 +200,11 @@ fn subject(
     let (mut strategy, granularity) = known.capture.read()?;
     must_not_run(&subject, &known)?;
     let asked = args.promise.hold_up();
+    let source = args.key.source()?;
+    let encrypted = source.is_some() || known.key.is_some();
+    if encrypted && (asked.is_some() || known.hold_up.is_some()) {
+        return Err(KeeperError::Refused(UNTIMED.into()));
+    }
     let model = match asked {
         Some(_) => medium::model(root, asked, 0)?,
         None => medium::model_again(root, known.hold_up, name),
@@ -221,6 +230,7 @@ fn subject(
         }
         subject.write_card(&lock, &known)?;
     }
+    let secret = keys::of_subject(source.as_ref(), &subject, &known)?;
     let mut signals = queue()?;
     adopt_strays()?;
     let options = TrackOptions {
@@ -232,8 +242,14 @@ fn subject(
         strict: known.hold_up.is_some_and(|h| h.strict),
         ..defaults()
     };
-    let (ready, found) = prepare(&subject.epochs_dir(), args, Some(options.clone()))?;
+    let secret = secret.as_ref();
+    let (ready, found) = prepare(&subject.epochs_dir(), args, secret, Some(options.clone()))?;
     let epoch = found.epoch;
+    if source.is_some() && source != known.key {
+        // It was the right key, and is there from now on.
+        known.key = source;
+        subject.write_card(&lock, &known)?;
+    }
     // Until `go`, an early return drops `ready`, which removes every trace of the program.
     not_interrupted(&mut signals)?;
     let mut control = Control::open(subject.dir())?;
@@ -247,7 +263,8 @@ fn subject(
     let pid = restored.pid;
     terminal::redraw(pid);
     // The program runs: what fails now costs its epochs, not its life.
-    let opened = introduce(&subject, &lock, pid).and_then(|()| Log::open(&subject.epochs_dir()));
+    let opened =
+        introduce(&subject, &lock, pid).and_then(|()| Log::open(&subject.epochs_dir(), secret));
     let mut log = match opened {
         Ok(log) => log,
         Err(error) => {
@@ -345,9 +362,10 @@ struct Found {
 fn prepare(
     dir: &Path,
     args: &RestoreArgs,
+    secret: Option<&Secret>,
     track: Option<TrackOptions>,
 ) -> Result<(Ready, Found), KeeperError> {
-    let image = Image::open_own(dir)?;
+    let image = Image::open_own(dir, secret)?;
     let (ready, epoch) = put_in_place(&image, args, track).map_err(|error| image.explain(error))?;
     let what = args
         .name

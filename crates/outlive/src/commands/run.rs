@@ -1,10 +1,11 @@
 //! `run` and `attach`: a keeper in the foreground.
 
 use super::{device, medium};
-use crate::cli::{AttachArgs, Device, Pace, RunArgs};
+use crate::cli::{AttachArgs, Device, KeyArgs, Pace, RunArgs};
 use crate::out;
 use crate::terminal::Modes;
 use outlive_epoch::{PAGE_SIZE, StoreError};
+use outlive_epoch_store::Secret;
 use outlive_keeper::KeeperError;
 use outlive_keeper::budget::keeping::HoldUp;
 use outlive_keeper::budget::model::Figures;
@@ -13,6 +14,7 @@ use outlive_keeper::control::Control;
 use outlive_keeper::epoch::EpochLog;
 use outlive_keeper::images::{Image, Log};
 use outlive_keeper::keep::{Ending, Keeper, SIGNALS, Settings, now_ns};
+use outlive_keeper::keys::{self, KeySource};
 use outlive_keeper::procfs;
 use outlive_keeper::subject::{CARD_VERSION, Card, Lock, Root, Subject};
 use outlive_linux::signals::SignalQueue;
@@ -41,9 +43,11 @@ pub fn run(root: &Root, args: &RunArgs, json: bool) -> Result<u8, KeeperError> {
     let subject = root.subject(&name)?;
     let hold_up = args.pace.promise.hold_up();
     let model = medium::model(root, hold_up, 0)?;
+    let key = key(&args.key, hold_up)?;
+    let secret = key.as_ref().map(KeySource::read).transpose()?;
     let new = !subject.dir().exists();
     let lock = claim(&subject)?;
-    let mut log = fresh_log(&subject, &args.device)?;
+    let mut log = fresh_log(&subject, &args.device, secret.as_ref())?;
     let mut signals = queue()?;
     let command: Vec<String> = args
         .command
@@ -51,7 +55,7 @@ pub fn run(root: &Root, args: &RunArgs, json: bool) -> Result<u8, KeeperError> {
         .map(|w| w.to_string_lossy().into())
         .collect();
     // Whoever sees the program sees that it is kept: the socket and the card are there first.
-    subject.write_card(&lock, &blank_card(command, &args.pace))?;
+    subject.write_card(&lock, &blank_card(command, &args.pace, key))?;
     let mut control = Control::open(subject.dir())?;
     let modes = Modes::note();
     adopt_strays()?;
@@ -106,10 +110,16 @@ pub fn attach(root: &Root, args: &AttachArgs, json: bool) -> Result<u8, KeeperEr
     let command = procfs::command(pid)
         .ok_or_else(|| KeeperError::Other(format!("there is no program with pid {pid}")))?;
     let subject = root.subject(&name)?;
-    let mut card = blank_card(command, &args.pace);
+    let key = key(&args.key, args.pace.promise.hold_up())?;
+    let mut card = blank_card(command, &args.pace, key.clone());
+    let secret = match &known {
+        Some(known) => keys::of_subject(key.as_ref(), &subject, known)?,
+        None => key.as_ref().map(KeySource::read).transpose()?,
+    };
     if let Some(known) = known {
         card = Card {
             ended: None,
+            key: key.or_else(|| known.key.clone()),
             ..known
         };
     }
@@ -131,8 +141,10 @@ pub fn attach(root: &Root, args: &AttachArgs, json: bool) -> Result<u8, KeeperEr
     }
     let lock = claim(&subject)?;
     let mut log = match subject.card() {
-        Ok(card) if card.pid == pid && card.runs() => reopened_log(&subject, &args.device)?,
-        _ => fresh_log(&subject, &args.device)?,
+        Ok(card) if card.pid == pid && card.runs() => {
+            reopened_log(&subject, &args.device, secret.as_ref())?
+        }
+        _ => fresh_log(&subject, &args.device, secret.as_ref())?,
     };
     subject.write_card(&lock, &card)?;
     introduce(&subject, &lock, pid)?;
@@ -285,8 +297,25 @@ pub fn claim(subject: &Subject) -> Result<Lock, KeeperError> {
     subject.lock()
 }
 
+/// The place of the key that was asked for.
+fn key(asked: &KeyArgs, hold_up: Option<HoldUp>) -> Result<Option<KeySource>, KeeperError> {
+    let source = asked.source()?;
+    if source.is_some() && hold_up.is_some() {
+        return Err(KeeperError::Usage(UNTIMED.into()));
+    }
+    Ok(source)
+}
+
+/// Why a key and a hold-up budget exclude each other.
+pub const UNTIMED: &str = "a hold-up budget counts no time for encryption, which an event would have to wait for: \
+                           leave out --hold-up or the key";
+
 /// A new log for a subject that must not have epochs.
-fn fresh_log(subject: &Subject, chosen: &Device) -> Result<Log, KeeperError> {
+fn fresh_log(
+    subject: &Subject,
+    chosen: &Device,
+    secret: Option<&Secret>,
+) -> Result<Log, KeeperError> {
     let dir = subject.epochs_dir();
     match Image::open(&dir) {
         Ok(image) => {
@@ -298,7 +327,7 @@ fn fresh_log(subject: &Subject, chosen: &Device) -> Result<Log, KeeperError> {
         Err(error) => return Err(error.into()),
     }
     device::choose(subject, chosen)?;
-    Log::create(&dir)
+    Log::create_with(&dir, secret)
 }
 
 /// Refuses to begin where the epochs of an earlier program would be lost.
@@ -325,15 +354,19 @@ fn earlier(subject: &Subject, last: u64) -> KeeperError {
 }
 
 /// The log of a program whose keeper died: its epochs are continued.
-fn reopened_log(subject: &Subject, chosen: &Device) -> Result<Log, KeeperError> {
-    match Log::open(&subject.epochs_dir()) {
-        Err(KeeperError::Store(StoreError::Missing { .. })) => fresh_log(subject, chosen),
+fn reopened_log(
+    subject: &Subject,
+    chosen: &Device,
+    secret: Option<&Secret>,
+) -> Result<Log, KeeperError> {
+    match Log::open(&subject.epochs_dir(), secret) {
+        Err(KeeperError::Store(StoreError::Missing { .. })) => fresh_log(subject, chosen, secret),
         other => other,
     }
 }
 
 /// A card of a program that is not there yet.
-fn blank_card(command: Vec<String>, pace: &Pace) -> Card {
+fn blank_card(command: Vec<String>, pace: &Pace, key: Option<KeySource>) -> Card {
     Card {
         version: CARD_VERSION,
         command,
@@ -350,6 +383,7 @@ fn blank_card(command: Vec<String>, pace: &Pace) -> Card {
             .codec()
             .flatten()
             .map(|codec| codec.to_string()),
+        key,
         pid: 0,
         started: 0,
         boot: procfs::boot_id(),

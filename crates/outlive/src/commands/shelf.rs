@@ -58,6 +58,7 @@ pub fn push(root: &Root, args: &PushArgs, json: bool) -> Result<u8, KeeperError>
     let mut places = Places::open(&subject)?;
     let about = About::of(root, name)?.encode()?;
     let image = Image::open(&subject.epochs_dir())?;
+    super::carry::not_encrypted(&image, name, "what is pushed")?;
     let newest = image.epochs().last().map_or(0, |epoch| epoch.epoch);
     let epoch = args.epoch.unwrap_or(newest);
     let key = format!("{place}#{there}");

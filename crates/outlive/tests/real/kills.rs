@@ -6,6 +6,7 @@ use crate::support::{
 };
 use rustix::process::Signal;
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
 
 /// Counts rounds. In each, every page of a large piece of memory is brought from the last round to
 /// this one, and checked both before and after, so that a page of another epoch is found; then the
@@ -112,6 +113,104 @@ fn compressed_epochs_come_back_after_a_kill() {
             .call(&["restore", "a", "--hold-up", "1s", "--compress", "lz4"])
             .fails(2, &["cannot be used with"]);
     }
+}
+
+/// Makes a file that only its owner can use.
+fn private(place: &Place, name: &str, bytes: &[u8]) -> String {
+    let path = place.path(name);
+    fs::write(&path, bytes).unwrap();
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).unwrap();
+    path.display().to_string()
+}
+
+/// Whether any file of the store holds these bytes.
+fn is_in_store(place: &Place, bytes: &[u8]) -> bool {
+    let files = fs::read_dir(place.store().join("a/epochs")).unwrap();
+    let mut held = files.map(|file| fs::read(file.unwrap().path()).unwrap());
+    held.any(|file| file.windows(bytes.len()).any(|part| part == bytes))
+}
+
+#[test]
+fn encrypted_epochs_come_back_after_a_kill_with_their_key() {
+    if !may_run("encrypted_epochs_come_back_after_a_kill_with_their_key") {
+        return;
+    }
+    let _alone = alone();
+    let place = Place::new();
+    let python = installed("python3");
+    let key: Vec<u8> = (1..33).collect();
+    let (right, wrong) = (
+        private(&place, "right", &key),
+        private(&place, "wrong-key", &[b'7', 0].repeat(16)),
+    );
+    let begin = [
+        "run",
+        "--name",
+        "a",
+        "--every",
+        "20ms",
+        "--key-file",
+        &right,
+    ];
+    // A word of its text, which is in its memory as well.
+    let (word, text) = ("brought from the last round", format!("# {PROGRAM}"));
+    let program = text.replacen('#', "note = 'brought from the last ' + 'round'\n#", 1);
+    let mut kept =
+        place.start(&[&begin[..], &["--", &python, "-I", "-S", "-c", &program]].concat());
+    place.epoch_after("a", 2);
+    let status = place.status("a");
+    assert_eq!(status["key"].as_str().map(str::len), Some(16), "{status}");
+    let pid = u32::try_from(status["pid"].as_u64().unwrap()).unwrap();
+    let _ended = Ended(pid);
+    signal(pid, Signal::KILL);
+    assert_eq!(kept.code(), 137);
+    assert!(!is_in_store(&place, word.as_bytes()));
+    let card = fs::read(place.store().join("a/subject.json")).unwrap();
+    assert!(
+        !card.windows(32).any(|part| part == key),
+        "the card has the key"
+    );
+    // The card says where the key is.
+    place.call(&["verify", "a"]).succeeds();
+    place.call(&["inspect", "a"]).succeeds();
+    let fingerprint = status["key"].as_str().unwrap();
+    place
+        .call(&["restore", "a", "--key-file", &wrong])
+        .fails(3, &[fingerprint, "was given"]);
+    place
+        .call(&["export", "a", "-o", "out"])
+        .fails(3, &["is encrypted", "checkpoint a --image"]);
+    assert!(!place.path("out").exists());
+    let shelf = place.path("shelf").display().to_string();
+    place
+        .call(&["push", "a", &shelf])
+        .fails(3, &["is encrypted", fingerprint]);
+    // Elsewhere from now on.
+    let moved = place.path("moved").display().to_string();
+    fs::rename(&right, &moved).unwrap();
+    place
+        .call(&["restore", "a", "--detach"])
+        .fails(1, &["the key in", "right"]);
+    place.call(&["verify", "a"]).succeeds();
+    let command = format!("cat '{moved}'");
+    place
+        .call(&["restore", "a", "--detach", "--key-command", &command])
+        .succeeds();
+    goes_on(&place, 0);
+    place.epoch_after("a", place.newest("a") + 1);
+    place
+        .call(&["checkpoint", "a", "--image", "copy", "--leave-running"])
+        .succeeds();
+    place
+        .call(&["inspect", "./copy"])
+        .fails(3, &["no key was given", fingerprint]);
+    place
+        .call(&["inspect", "./copy", "--key-file", &moved])
+        .succeeds();
+    place.call(&["stop", "a"]).succeeds();
+    place
+        .call(&["restore", "a", "--hold-up", "1s"])
+        .fails(3, &["no time for encryption"]);
 }
 
 #[test]
