@@ -6,7 +6,8 @@
 use crate::Errno;
 use rustix::fd::OwnedFd;
 use rustix::fs::{Mode, OFlags};
-use std::io;
+use std::fs::File;
+use std::io::{self, Read, Seek};
 use std::sync::Arc;
 
 /// One line of `maps`.
@@ -194,6 +195,26 @@ impl Reader {
 pub fn read_with_flags(pid: u32) -> io::Result<Vec<(Mapping, VmFlags)>> {
     let text = std::fs::read(format!("/proc/{pid}/smaps"))?;
     parse_smaps(&text)
+}
+
+/// The same, over and over, where there may be no descriptor to be had by then. Of an address space that
+/// is no more there are no mappings.
+#[derive(Debug)]
+pub struct FlagsReader(File);
+
+impl FlagsReader {
+    /// Opens the file.
+    pub fn open(pid: u32) -> io::Result<Self> {
+        File::open(format!("/proc/{pid}/smaps")).map(Self)
+    }
+
+    /// The mappings, with their flags.
+    pub fn read(&self) -> io::Result<Vec<(Mapping, VmFlags)>> {
+        let mut text = Vec::new();
+        (&self.0).rewind()?;
+        (&self.0).read_to_end(&mut text)?;
+        parse_smaps(&text)
+    }
 }
 
 fn malformed(line: &[u8]) -> io::Error {
@@ -388,6 +409,13 @@ mod tests {
         let maps = read(pid).unwrap();
         assert!(maps.iter().any(|m| m.name == b"[stack]"));
         let flags = read_with_flags(pid).unwrap();
+        let reader = FlagsReader::open(pid).unwrap();
+        for _ in 0..2 {
+            let stack = |all: Vec<(Mapping, VmFlags)>| {
+                all.into_iter().find(|(m, _)| m.name == b"[stack]").unwrap()
+            };
+            assert_eq!(stack(reader.read().unwrap()), stack(flags.clone()));
+        }
         let stack = flags.iter().find(|(m, _)| m.name == b"[stack]").unwrap();
         assert!(stack.1.has(VmFlags::GROWS_DOWN));
     }

@@ -131,18 +131,11 @@ impl Member {
             self.refuse_confined(threads, seen, (&asked.confined, &answers), uses)?;
             Ok((asked, answers))
         });
-        match (asked, changes) {
-            (Ok((asked, answers)), Ok(changes)) => Ok((asked, answers, changes)),
-            // What it had found by then is lost: this must not pass for a stop that was too long.
-            (_, Err(e)) => Err(e),
-            (Err(e), Ok(Some(changes))) => {
-                if let Space::Held(space) = &mut self.space {
-                    space.pages.owe_changes(&changes);
-                }
-                Err(e)
-            }
-            (Err(e), Ok(None)) => Err(e),
+        let (done, owed) = both(asked, changes);
+        if let (Space::Held(space), Some(changes)) = (&mut self.space, owed) {
+            space.pages.owe_changes(&changes);
         }
+        done.map(|((asked, answers), changes)| (asked, answers, changes))
     }
 
     /// Takes the address space, in which this changed.
@@ -291,6 +284,22 @@ impl Member {
     }
 }
 
+type Outcome<T> = Result<T, ProcessError>;
+
+/// What came of the questions and of the look at pages, or why the stop is over; and what was found and is to
+/// be owed then. Where the look failed, what it had found by then is lost, so that everything is to be
+/// taken anew: this must not pass for a stop that was too long.
+fn both<A>(
+    asked: Result<A, ProcessError>,
+    changes: Result<Option<Changes>, ProcessError>,
+) -> (Outcome<(A, Option<Changes>)>, Option<Changes>) {
+    match (asked, changes) {
+        (Ok(asked), Ok(changes)) => (Ok((asked, changes)), None),
+        (_, Err(e)) => (Err(e), None),
+        (Err(e), Ok(found)) => (Err(e), found),
+    }
+}
+
 impl HeldSpace {
     /// Finds what changed; the program stands still.
     fn scan(&mut self, target: &Target, arena: (u64, u64)) -> Result<Changes, ProcessError> {
@@ -349,4 +358,28 @@ fn ask(
         memory,
     };
     Ok((asked, answers))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_look_that_failed_never_passes_for_a_stop_that_was_too_long() {
+        let long = || ProcessError::TooLong { limit_us: 1 };
+        let failed = || ProcessError::Image("a look".into());
+        for asked in [Ok(()), Err(long()), Err(failed())] {
+            let done = both(asked, Err(failed()));
+            assert!(matches!(done, (Err(ProcessError::Image(_)), None)));
+        }
+        let found = || Changes {
+            written: vec![(0, 4096)],
+            ..Changes::default()
+        };
+        let (done, owed) = both(Err::<(), _>(long()), Ok(Some(found())));
+        assert!(matches!(done, Err(ProcessError::TooLong { .. })));
+        assert!(owed.is_some_and(|c| c.written == [(0, 4096)]));
+        let (done, owed) = both(Ok(()), Ok(Some(found())));
+        assert!(done.is_ok_and(|(_, c)| c.is_some()) && owed.is_none());
+    }
 }

@@ -160,9 +160,40 @@ pub struct SystemV {
     /// process gets the ID of one that has ended, and its objects are not the program's.
     past: BTreeSet<u32>,
     /// Objects that were the program's at the last stop.
-    owned: BTreeSet<(Sort, i32)>,
+    owned: BTreeSet<Known>,
     /// What was found at this one.
-    found: BTreeSet<(Sort, i32)>,
+    found: BTreeSet<Known>,
+}
+
+/// An object, and what stays the same as long as there is one: another one may get its ID.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct Known {
+    sort: Sort,
+    id: i32,
+    /// Its key; that of a segment changes when it is removed.
+    key: i32,
+    creator: (u32, u32),
+    /// The process that made a segment, the number of semaphores in a set.
+    other: u32,
+}
+
+impl Known {
+    fn segment(segment: &Segment) -> Self {
+        Self {
+            key: 0,
+            ..Self::of(Sort::Memory, &segment.object, segment.creator)
+        }
+    }
+
+    fn of(sort: Sort, object: &Object, other: u32) -> Self {
+        Self {
+            sort,
+            id: object.id,
+            key: object.key,
+            creator: (object.creator_uid, object.creator_gid),
+            other,
+        }
+    }
 }
 
 fn failed(what: &str, source: impl Into<std::io::Error>) -> ProcessError {
@@ -217,18 +248,18 @@ impl SystemV {
     /// Those of the program that nobody has mapped.
     pub fn unmapped(&mut self, segments: &[Segment], users: &Users) -> Vec<Segment> {
         // All are judged: the maker may have ended when the last one lets go of it.
-        let own = |s: &&Segment| self.owns((Sort::Memory, s.object.id), &[s.creator], users);
+        let own = |s: &&Segment| self.owns(Known::segment(s), &[s.creator], users);
         let own = segments.iter().filter(own);
         own.filter(|s| s.attached == 0).copied().collect()
     }
 
     /// Whether an object is the program's that these have used last, or made.
-    fn owns(&mut self, which: (Sort, i32), last: &[u32], users: &Users) -> bool {
+    fn owns(&mut self, which: Known, last: &[u32], users: &Users) -> bool {
         let was = |pid: u32| pid != 0 && self.past.contains(&pid);
         let lives = |pid: u32| is_stranger(pid, &users.members);
         let used = |pid: &u32| users.members.contains_key(pid) || was(*pid) && !lives(*pid);
-        let owns =
-            last.iter().any(used) || users.called.contains(&which) || self.owned.contains(&which);
+        let called = users.called.contains(&(which.sort, which.id));
+        let owns = last.iter().any(used) || called || self.owned.contains(&which);
         if owns {
             self.found.insert(which);
         }
@@ -247,7 +278,11 @@ impl SystemV {
                 continue;
             };
             let last: Vec<u32> = each.iter().map(|s| s.last).collect();
-            if self.owns((Sort::Semaphores, set.object.id), &last, users) {
+            if self.owns(
+                Known::of(Sort::Semaphores, &set.object, set.count),
+                &last,
+                users,
+            ) {
                 let set = semaphores(&set, &each, root, &users.members)?;
                 state.semaphores.push(set);
             }
@@ -255,7 +290,7 @@ impl SystemV {
         let queues = self.lists.queues();
         for found in queues.map_err(|e| failed("listing System V message queues", e))? {
             let last = [found.sender, found.receiver];
-            if self.owns((Sort::Queue, found.object.id), &last, users) {
+            if self.owns(Known::of(Sort::Queue, &found.object, 0), &last, users) {
                 state.queues.push(queue(&found, root, &users.members)?);
             }
         }
@@ -338,25 +373,33 @@ mod tests {
         users
     }
 
+    fn known(sort: Sort, id: i32) -> Known {
+        let object = Object {
+            id,
+            ..Object::default()
+        };
+        Known::of(sort, &object, 0)
+    }
+
     #[test]
     fn what_a_member_used_is_the_program_s_though_it_has_ended() {
-        let (set, me) = ((Sort::Semaphores, 5), std::process::id());
+        let (set, me) = (known(Sort::Semaphores, 5), std::process::id());
         let nothing = users(me, -1, 5);
-        let mut known = SystemV::default();
-        known.begin(&nothing).unwrap();
-        assert!(known.owns(set, &[0, me], &nothing));
-        assert!(!known.owns(set, &[0], &nothing), "nobody used it yet");
-        assert!(!known.owns(set, &[NOBODY], &nothing), "somebody else did");
+        let mut all = SystemV::default();
+        all.begin(&nothing).unwrap();
+        assert!(all.owns(set, &[0, me], &nothing));
+        assert!(!all.owns(set, &[0], &nothing), "nobody used it yet");
+        assert!(!all.owns(set, &[NOBODY], &nothing), "somebody else did");
         // One that was a member, and has ended since.
-        known.begin(&users(NOBODY, -1, 5)).unwrap();
-        assert!(known.owns(set, &[NOBODY], &nothing));
-        assert!(!known.owns(set, &[1], &nothing), "a stranger lives");
+        all.begin(&users(NOBODY, -1, 5)).unwrap();
+        assert!(all.owns(set, &[NOBODY], &nothing));
+        assert!(!all.owns(set, &[1], &nothing), "a stranger lives");
     }
 
     #[test]
     fn what_a_member_waits_for_is_the_program_s_and_stays_so() {
         let me = std::process::id();
-        let mut known = SystemV::default();
+        let mut all = SystemV::default();
         for (call, sort) in [
             (libc::SYS_msgrcv, Sort::Queue),
             (libc::SYS_msgsnd, Sort::Queue),
@@ -364,11 +407,49 @@ mod tests {
             (libc::SYS_semtimedop, Sort::Semaphores),
         ] {
             let waits = users(me, call, 0xffff_ffff_0000_0007);
-            assert!(known.owns((sort, 7), &[0], &waits));
-            assert!(!known.owns((sort, 8), &[0], &waits));
+            assert!(all.owns(known(sort, 7), &[0], &waits));
+            assert!(!all.owns(known(sort, 8), &[0], &waits));
         }
-        assert!(!known.owns((Sort::Memory, 7), &[0], &users(me, -1, 7)));
-        known.owned = std::mem::take(&mut known.found);
-        assert!(known.owns((Sort::Queue, 7), &[0], &users(me, -1, 7)));
+        assert!(!all.owns(known(Sort::Memory, 7), &[0], &users(me, -1, 7)));
+        all.owned = std::mem::take(&mut all.found);
+        assert!(all.owns(known(Sort::Queue, 7), &[0], &users(me, -1, 7)));
+    }
+
+    /// The number of a process that has ended, and that of an object that was removed, are given again.
+    #[test]
+    fn who_gets_a_number_again_gets_nothing_with_it() {
+        let root = Target::open(std::process::id()).unwrap();
+        let nothing = users(root.pid, -1, 5);
+        let (set, other) = (known(Sort::Semaphores, 5), known(Sort::Semaphores, 6));
+        let mut all = SystemV::default();
+        all.begin(&users(NOBODY, -1, 5)).unwrap();
+        assert!(all.owns(set, &[NOBODY], &nothing));
+        all.collect(&root, &nothing).unwrap();
+        // At the next stop it is no member any more, nor was it one at the stop before.
+        all.begin(&nothing).unwrap();
+        assert!(all.owns(set, &[0], &nothing), "it was the program's");
+        assert!(!all.owns(other, &[NOBODY], &nothing));
+        // Removed, and made by somebody else.
+        for changed in [
+            Known { key: 1, ..set },
+            Known {
+                creator: (1, 0),
+                ..set
+            },
+            Known { other: 2, ..set },
+        ] {
+            assert!(!all.owns(changed, &[0], &nothing), "{changed:?}");
+        }
+        let segment = |key, creator| Segment {
+            object: Object {
+                key,
+                ..Object::default()
+            },
+            creator,
+            ..Segment::default()
+        };
+        let at = |s: Segment| Known::segment(&s);
+        assert_eq!(at(segment(7, 1)), at(segment(0, 1)), "it is being removed");
+        assert_ne!(at(segment(7, 1)), at(segment(7, 2)));
     }
 }

@@ -22,6 +22,7 @@ use crate::residue::Residue;
 use crate::resources::semaphore_undo::UndoState;
 use crate::resources::system_v::SemaphoresState;
 use crate::resources::{descriptors, system_v};
+use crate::restore::lazy::filling::Filling;
 use crate::sharing::Shares;
 use crate::target::{Status, Target};
 use crate::{ProcessError, preflight};
@@ -467,7 +468,7 @@ impl Tracked {
             zones,
         } = standing;
         let mut laps = Laps::new();
-        self.adopt_strangers(frozen)?;
+        self.adopt_strangers(frozen, limit)?;
         laps.lap("adopting");
         let mut refusals = Vec::new();
         for process in frozen.iter() {
@@ -585,9 +586,19 @@ impl Tracked {
         self.members.get(&pid).ok_or_else(|| gone(pid))
     }
 
-    /// Processes that appeared since the last look become members while they stand still.
-    fn adopt_strangers(&mut self, frozen: &mut [Frozen]) -> Result<(), ProcessError> {
+    /// Processes that appeared since the last look become members while they stand still. What they miss
+    /// where memory comes later is read before, if there is the time for it.
+    fn adopt_strangers(
+        &mut self,
+        frozen: &mut [Frozen],
+        limit: &Limit,
+    ) -> Result<(), ProcessError> {
+        let filling = self.members.values().find_map(Member::filling);
+        let missing = filling.map_or(0, Filling::missing_of_children);
         for process in frozen {
+            if process.stranger.is_some() && missing > 0 {
+                limit.check_copy(missing)?;
+            }
             let Some((target, waits)) = process.stranger.take() else {
                 continue;
             };

@@ -2,17 +2,19 @@
 
 use crate::store::{Epoch, Store};
 use crate::support::{
-    Program, adopt_orphans, alone, bring_back, clean_up, last_epoch, may_run, moving, times, track,
-    unseen_epoch,
+    NoFiles, Program, adopt_orphans, alone, bring_back, clean_up, last_epoch, may_run, moving,
+    times, track, unseen_epoch,
 };
 use crate::view::View;
 use outlive_epoch::{
     Content, EpochId, EpochReader, EpochWriter, Order, Run, SpaceId, StoreError, VisitError,
 };
-use outlive_process::{Launched, Lazy, RestoreOptions, Source, TrackOptions, Tracked, restore};
+use outlive_process::{
+    Launched, Lazy, ProcessError, RestoreOptions, Source, TrackOptions, Tracked, restore,
+};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// An epoch of which only pages come that somebody waits for, until it is let go.
 struct Held {
@@ -79,6 +81,25 @@ impl Late {
 
     fn let_come(&self) {
         self.held.go.store(true, Ordering::Release);
+    }
+
+    /// Begins an epoch that comes to nothing.
+    fn fail(&mut self, given_up: bool, program: &Program, store: &mut Store) {
+        let mut writer = store.begin();
+        let failed = |e| -> ! { panic!("{e}; {}", program.story()) };
+        let ahead = self.tracked.precopy(&mut *writer, &mut || false);
+        ahead.unwrap_or_else(|e| failed(e));
+        let limit = given_up.then_some(Duration::from_nanos(1));
+        match self.tracked.stop(&mut *writer, limit) {
+            Err(ProcessError::TooLong { .. }) if limit.is_some() => return,
+            Err(e) => failed(e),
+            Ok(_) if limit.is_some() => panic!("it had no time"),
+            Ok((stopped, captured)) => {
+                stopped.resume().expect("it runs on");
+                captured.write(&mut *writer).expect("writing the epoch");
+            }
+        }
+        self.tracked.forget_progress();
     }
 
     /// Takes an epoch while pages are missing, and ends the program. What stood is looked at when the
@@ -179,6 +200,106 @@ fn what_is_missing_is_not_taken() {
     clean_up();
     bring_back(&mut program, store.newest(), &seen);
     // It looks at every page then.
+    std::fs::write(program.dir.path().join("end"), "").expect("a file");
+    program.must_end_with(7);
+    clean_up();
+}
+
+/// Each child takes a descriptor of ours as long as memory is missing. Where there is none left, who makes
+/// children waits, and they have what they must have.
+#[test]
+fn children_beyond_our_descriptors_wait() {
+    let _alone = alone();
+    if !may_run("children_beyond_our_descriptors_wait") {
+        return;
+    }
+    adopt_orphans();
+    let words = ["4", "{dir}/rounds", "{dir}/end", "still"];
+    let mut program = Program::start("paging", &words);
+    let mut store = Store::default();
+    let tracked = track(&program);
+    last_epoch(&mut program, tracked, &mut store);
+    clean_up();
+    let newest = store.newest().clone();
+    let mut late = Late::begin(&mut program, &newest);
+    let file = |name: &str| {
+        let path = program.dir.path().join(name);
+        std::fs::write(path, "").expect("a file");
+    };
+    file("rounds.crowd");
+    let few = NoFiles::but_a_few(16);
+    let patient = Instant::now() + Duration::from_secs(60);
+    while std::fs::File::open("/dev/null").is_ok() {
+        assert!(Instant::now() < patient, "there is always a descriptor");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    // It is tried again and again meanwhile.
+    std::thread::sleep(Duration::from_millis(50));
+    assert!(late.lazy.elapsed().is_none(), "everything was there");
+    late.let_come();
+    late.lazy.finish().expect("all of it");
+    drop(few);
+    file("rounds.alone");
+    program.await_word("alone again");
+    let taken = unseen_epoch(&mut late.tracked, &mut store);
+    taken.unwrap_or_else(|e| panic!("{e}; {}", program.story()));
+    let seen = last_epoch(&mut program, late.tracked, &mut store);
+    clean_up();
+    bring_back(&mut program, store.newest(), &seen);
+    std::fs::write(program.dir.path().join("end"), "").expect("a file");
+    program.must_end_with(7);
+    clean_up();
+}
+
+/// What a failed epoch had taken is taken again, where it was missing too; it comes while the program runs,
+/// and not at the stop.
+#[test]
+fn an_epoch_that_fails_while_pages_are_missing_costs_none_of_them() {
+    let _alone = alone();
+    if !may_run("an_epoch_that_fails_while_pages_are_missing_costs_none_of_them") {
+        return;
+    }
+    adopt_orphans();
+    let words = ["24", "{dir}/rounds", "{dir}/end", "still"];
+    let mut program = Program::start("paging", &words);
+    let mut store = Store::default();
+    let tracked = track(&program);
+    last_epoch(&mut program, tracked, &mut store);
+    clean_up();
+    let newest = store.newest().clone();
+    let mut late = Late::begin(&mut program, &newest);
+    for given_up in [true, false] {
+        let taken = unseen_epoch(&mut late.tracked, &mut store);
+        taken.unwrap_or_else(|e| panic!("{e}; {}", program.story()));
+        late.fail(given_up, &program, &mut store);
+        program.must_be_well();
+        assert!(late.lazy.elapsed().is_none(), "everything was there");
+    }
+    // The next one takes all of it, once that is there.
+    late.let_come();
+    let space = SpaceId(program.pid);
+    let mut writer = store.begin();
+    let failed = |e| -> ! { panic!("{e}; {}", program.story()) };
+    let ahead = late.tracked.precopy(&mut *writer, &mut || false);
+    ahead.unwrap_or_else(|e| failed(e));
+    assert!(late.lazy.elapsed().is_some(), "pages are missing");
+    let before = writer.epoch.put.get(&space).copied().unwrap_or(0);
+    let stopped = late.tracked.stop(&mut *writer, None);
+    let (stopped, captured) = stopped.unwrap_or_else(|e| failed(e));
+    captured.write(&mut *writer).expect("writing the epoch");
+    let all = writer.epoch.put.get(&space).copied().unwrap_or(0);
+    let seen = View::take(program.pid, &moving(&writer.epoch));
+    stopped.resume().expect("it runs on");
+    assert!(
+        all >= 24 * 256 && all - before < all / 8,
+        "{all} pages, {before} of them before the stop"
+    );
+    captured.sync_files().expect("syncing files");
+    writer.commit(captured.facts).expect("the commit");
+    drop(late);
+    program.kill();
+    clean_up();
+    bring_back(&mut program, store.newest(), &seen);
     std::fs::write(program.dir.path().join("end"), "").expect("a file");
     program.must_end_with(7);
     clean_up();

@@ -13,6 +13,7 @@ use outlive_process::resources::attributes::ProcessState;
 use outlive_process::{ProcessError, Ready, RestoreOptions, TrackOptions, Tracked, restore};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use std::fs::OpenOptions;
+use std::os::fd::AsRawFd;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -540,9 +541,19 @@ pub struct NoFiles(Rlimit);
 
 impl NoFiles {
     pub fn begin() -> Self {
+        Self::but(0)
+    }
+
+    /// But so many that lie next to those that are open.
+    pub fn but_a_few(count: u64) -> Self {
+        let next = std::fs::File::open("/dev/null").expect("a descriptor");
+        Self::but(u64::from(next.as_raw_fd().unsigned_abs()) + count)
+    }
+
+    fn but(limit: u64) -> Self {
         let before = getrlimit(Resource::Nofile);
         let none = Rlimit {
-            current: Some(0),
+            current: Some(limit),
             ..before
         };
         setrlimit(Resource::Nofile, none).expect("a lower limit");

@@ -1,6 +1,7 @@
 //! Does to its memory whatever can be done to memory, in an order that looks random, and knows what
 //! each page must hold: `paging MEGABYTES ROUNDS END [still]`; a still one writes to its first pages only. Every so often it appends a number to the
-//! file `ROUNDS`. Once there is a file `ROUNDS.forks`, it makes children too. When there is a file `END`, it looks at every page and ends with 7.
+//! file `ROUNDS`. Once there is a file `ROUNDS.forks`, it makes children too; a still one makes many at once, once
+//! there is a file `ROUNDS.crowd`, which live until there is a file `ROUNDS.alone`. When there is a file `END`, it looks at every page and ends with 7.
 //!
 //! # Safety
 //! All addresses lie in blocks that were mapped at the beginning and are only ever moved or replaced
@@ -8,6 +9,7 @@
 #![allow(unsafe_code)]
 
 use outlive_test_programs::{check, expect, good, mix, say};
+use std::ffi::{CStr, CString};
 use std::fs::{File, OpenOptions};
 use std::io::Write;
 use std::path::PathBuf;
@@ -113,8 +115,19 @@ fn pipe() -> [i32; 2] {
     pipe
 }
 
+/// Children in a crowd.
+const CROWD: usize = 60;
+
+/// Whether there is a file; for who may not allocate.
+fn exists(path: &CStr) -> bool {
+    // SAFETY: the path is live and ends with a zero.
+    unsafe { libc::access(path.as_ptr(), libc::F_OK) == 0 }
+}
+
 struct Program {
     blocks: Vec<Block>,
+    /// What children do not get.
+    own: Block,
     pipe: [i32; 2],
     done: u64,
 }
@@ -172,6 +185,44 @@ impl Program {
         expect("the status of a child", status.into(), 0);
     }
 
+    /// Many children, each with all of it but what is not for children.
+    fn crowd(&mut self, go: &CStr) {
+        let mut children = [0; CROWD];
+        for child in &mut children {
+            // SAFETY: the child looks at memory, makes system calls, and ends.
+            *child = unsafe { libc::fork() };
+            if *child == 0 {
+                let wait = libc::timespec {
+                    tv_sec: 0,
+                    tv_nsec: 1_000_000,
+                };
+                while !exists(go) {
+                    // SAFETY: the time is live.
+                    unsafe { libc::nanosleep(&raw const wait, std::ptr::null_mut()) };
+                }
+                self.own.values.fill(0);
+                self.look();
+                // SAFETY: does not return.
+                unsafe { libc::_exit(0) }
+            }
+            let _ = good("fork", (*child).into());
+        }
+        for child in children {
+            let mut status = 0;
+            // SAFETY: status is live.
+            let ended = unsafe { libc::waitpid(child, &raw mut status, 0) };
+            expect("waitpid", ended.into(), child.into());
+            expect("the status of a child", status.into(), 0);
+        }
+        say("alone again");
+    }
+
+    /// Looks at every page.
+    fn look(&self) {
+        let all = self.blocks.iter().chain([&self.own]);
+        all.for_each(|block| (0..PAGES).for_each(|p| block.look(p)));
+    }
+
     fn act(&mut self, forks: bool) {
         let (block, page) = (self.number(1, self.blocks.len()), self.number(2, PAGES));
         let (other, beside) = (self.number(3, self.blocks.len()), self.number(4, PAGES));
@@ -209,14 +260,26 @@ fn main() {
         (0..PAGES).for_each(|p| block.put(p, mix((n * PAGES + p) as u64) | 1));
         block
     };
+    let own = block(blocks);
+    // SAFETY: a block as a whole.
+    let wiped = unsafe { libc::madvise(own.at as *mut _, BLOCK, libc::MADV_WIPEONFORK) };
+    expect("madvise", wiped.into(), 0);
     let mut program = Program {
         blocks: (0..blocks).map(block).collect(),
+        own,
         pipe: pipe(),
         done: 0,
     };
     say("ready");
     let mut round = 0;
+    let crowd = PathBuf::from(word(2) + ".crowd");
+    let go = CString::new(word(2) + ".alone").unwrap_or_default();
+    let mut crowded = false;
     while word(4) == "still" && !end.exists() {
+        if !crowded && crowd.exists() {
+            crowded = true;
+            program.crowd(&go);
+        }
         program.done += 1;
         let page = program.done as usize % PAGES;
         program.blocks[0].put(page, program.done | 1 << 60);
@@ -234,8 +297,6 @@ fn main() {
             format!("the file of rounds: {written:?}")
         });
     }
-    for block in &program.blocks {
-        (0..PAGES).for_each(|p| block.look(p));
-    }
+    program.look();
     std::process::exit(7);
 }

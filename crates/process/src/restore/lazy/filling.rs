@@ -144,6 +144,14 @@ impl Filling {
         space.server.unregister(start, end).map(|()| true)
     }
 
+    /// Bytes that [`Filling::settle_children`] has to bring.
+    #[must_use]
+    pub fn missing_of_children(&self) -> u64 {
+        let state = self.common.lock();
+        let children = state.spaces.iter().filter(|s| s.pid.is_none());
+        children.map(|s| s.pending.bytes()).sum()
+    }
+
     /// Brings all that processes miss that were made meanwhile, and lets go of them: whoever wants to track
     /// one can, then.
     pub fn settle_children(&self) {

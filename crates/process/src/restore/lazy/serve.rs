@@ -19,7 +19,7 @@ use crate::lodger::Lodger;
 use outlive_epoch::{Content, Order, PAGE_SIZE, Run, SpaceId, VisitError};
 use outlive_linux::Errno;
 use outlive_linux::demand::{Event, Guard, PageServer};
-use outlive_linux::maps::{self, VmFlags};
+use outlive_linux::maps::{self, FlagsReader, VmFlags};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::fd::OwnedFd;
 use rustix::process::{Signal, pidfd_send_signal};
@@ -48,8 +48,10 @@ pub(super) const TRIES: u32 = 10_000;
 pub struct Space {
     pub(super) server: Arc<PageServer>,
     pub(super) id: SpaceId,
-    /// The process, where it is one that was restored.
+    /// The process, where it is one that was restored, and what tells of its mappings when it makes a
+    /// child: that takes the last descriptor there is, perhaps.
     pub(super) pid: Option<u32>,
+    flags: Option<FlagsReader>,
     pub(super) pending: Pending,
     /// Addresses that somebody waits for and that could not be served yet.
     waiting: Vec<u64>,
@@ -67,6 +69,7 @@ impl Space {
     pub fn new(server: PageServer, id: SpaceId, pid: u32, pending: Pending) -> Self {
         Self {
             pid: Some(pid),
+            flags: FlagsReader::open(pid).ok(),
             ..Self::of(Arc::new(server), id, pending)
         }
     }
@@ -77,6 +80,7 @@ impl Space {
             server,
             id,
             pid: None,
+            flags: None,
             pending,
             waiting: Vec::new(),
             ended: false,
@@ -105,6 +109,32 @@ impl Space {
                 let _ = self.server.unregister(m.start, m.end);
             }
         }
+    }
+
+    /// A child that was made meanwhile, and misses nothing any more: neither does any that it makes.
+    fn is_whole_child(&self) -> bool {
+        self.pid.is_none() && self.pending.all().next().is_none()
+    }
+
+    /// A child has none of the memory that is not for children (`MADV_WIPEONFORK` after the restore).
+    fn wipe(&self, pending: &mut Pending) -> std::io::Result<()> {
+        let mappings = match (&self.flags, self.pid) {
+            (Some(flags), _) => flags.read(),
+            (None, Some(pid)) => maps::read_with_flags(pid),
+            (None, None) => return Ok(()),
+        };
+        let gone =
+            |e: &std::io::Error| matches!(e.raw_os_error(), Some(libc::ESRCH | libc::ENOENT));
+        let mappings = match mappings {
+            Err(e) if gone(&e) => return Ok(()),
+            read => read?,
+        };
+        for (m, flags) in mappings {
+            if flags.has(VmFlags::WIPE_ON_FORK) {
+                pending.remove(m.start, m.end);
+            }
+        }
+        Ok(())
     }
 
     fn over(&mut self) {
@@ -378,8 +408,8 @@ fn serve(common: &Common) {
         let (servers, waiting) = {
             let mut state = common.lock();
             let failed = state.failed.is_some();
-            // A program may make many children meanwhile: none keeps its descriptor longer than it lives.
-            state.spaces.retain(|s| !s.ended);
+            // A program may make many children meanwhile: none keeps its descriptor longer than it needs it.
+            state.spaces.retain(|s| !s.ended && !s.is_whole_child());
             if failed {
                 state.over |= state.spaces.is_empty();
             }
@@ -407,23 +437,31 @@ fn serve(common: &Common) {
         drop(servers);
         let mut state = common.urgently();
         let mut at = 0;
+        let mut room = true;
         // Children that are made meanwhile come behind.
         while at < state.spaces.len() {
-            attend(common, &mut state, at);
+            room &= attend(common, &mut state, at);
             at += 1;
+        }
+        drop(state);
+        if !room {
+            // Others bring what children miss, who need no descriptor then.
+            std::thread::sleep(A_MOMENT);
         }
     }
 }
 
-/// Reads all events of one space, and serves who waits in it.
-pub(super) fn attend(common: &Common, state: &mut State, at: usize) {
+/// Reads all events of one space, and serves who waits in it. Says whether there was room for the
+/// descriptors of its children; where there was not, the kernel tells of them again, and copies nothing
+/// into this space until then.
+pub(super) fn attend(common: &Common, state: &mut State, at: usize) -> bool {
+    let mut room = true;
     loop {
         let event = match state.spaces[at].server.event() {
             Ok(Some(event)) => event,
             Ok(None) => break,
-            // There is no room for the descriptor of a child: the kernel tells of it again.
             Err(Errno::MFILE | Errno::NFILE | Errno::NOMEM) => {
-                std::thread::sleep(A_MOMENT);
+                room = false;
                 break;
             }
             Err(_) => {
@@ -445,8 +483,12 @@ pub(super) fn attend(common: &Common, state: &mut State, at: usize) {
             Event::Fork(server) => {
                 let pending = space.pending.clone();
                 let mut child = Space::of(Arc::new(server), space.id, pending);
-                wipe(space.pid, &mut child.pending);
+                let wiped = space.wipe(&mut child.pending);
                 state.spaces.push(child);
+                if let Err(e) = wiped {
+                    let why = format!("what a child has of its memory cannot be told: {e}");
+                    common.give_up(state, format!("the program was ended, because {why}"));
+                }
             }
         }
     }
@@ -472,16 +514,7 @@ pub(super) fn attend(common: &Common, state: &mut State, at: usize) {
             space.over();
         }
     }
-}
-
-/// A child has none of the memory that is not for children (`MADV_WIPEONFORK` after the restore).
-fn wipe(parent: Option<u32>, pending: &mut Pending) {
-    let mappings = parent.and_then(|pid| maps::read_with_flags(pid).ok());
-    for (m, flags) in mappings.into_iter().flatten() {
-        if flags.has(VmFlags::WIPE_ON_FORK) {
-            pending.remove(m.start, m.end);
-        }
-    }
+    room
 }
 
 /// Serves one page and its neighbours. What cannot be served yet waits on.
