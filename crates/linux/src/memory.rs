@@ -7,6 +7,7 @@
 #![allow(unsafe_code)]
 
 use crate::{Errno, last_error};
+use std::cell::RefCell;
 
 /// `IOV_MAX`: ranges in one call.
 pub const RANGES: usize = 1024;
@@ -14,21 +15,32 @@ pub const RANGES: usize = 1024;
 /// A range of another process: address and length in bytes.
 pub type Remote = (u64, usize);
 
-fn remote_vectors(ranges: &[Remote]) -> Vec<libc::iovec> {
-    ranges
-        .iter()
-        .take(RANGES)
-        .map(|&(address, len)| libc::iovec {
-            iov_base: address as *mut libc::c_void,
-            iov_len: len,
-        })
-        .collect()
+fn vector(&(address, len): &Remote) -> libc::iovec {
+    libc::iovec {
+        iov_base: address as *mut libc::c_void,
+        iov_len: len,
+    }
+}
+
+thread_local! {
+    /// Ranges of the last call, so that none has to make room for its own.
+    static VECTORS: RefCell<Vec<libc::iovec>> = const { RefCell::new(Vec::new()) };
 }
 
 /// Reads the ranges (at most [`RANGES`] of them) one after the other into `out`; returns how many
 /// bytes could be read before one was not there.
 pub fn read(pid: u32, ranges: &[Remote], out: &mut [u8]) -> Result<usize, Errno> {
-    let remote = remote_vectors(ranges);
+    if let [one] = ranges {
+        return read_vectors(pid, &[vector(one)], out);
+    }
+    VECTORS.with_borrow_mut(|remote| {
+        remote.clear();
+        remote.extend(ranges.iter().take(RANGES).map(vector));
+        read_vectors(pid, remote, out)
+    })
+}
+
+fn read_vectors(pid: u32, remote: &[libc::iovec], out: &mut [u8]) -> Result<usize, Errno> {
     let local = libc::iovec {
         iov_base: out.as_mut_ptr().cast(),
         iov_len: out.len(),

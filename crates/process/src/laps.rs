@@ -5,27 +5,35 @@ use std::time::Instant;
 /// A stopwatch with laps.
 pub struct Laps {
     last: Instant,
-    laps: Vec<(&'static str, u128)>,
+    laps: [(&'static str, u128); MOST],
+    count: usize,
 }
+
+/// Laps that are told; those beyond are not.
+const MOST: usize = 16;
 
 impl Laps {
     /// Starts.
     pub fn new() -> Self {
         Self {
             last: Instant::now(),
-            laps: Vec::with_capacity(16),
+            laps: [("", 0); MOST],
+            count: 0,
         }
     }
 
     /// Ends a lap, in microseconds, and begins the next.
     pub fn lap(&mut self, what: &'static str) {
         let now = Instant::now();
-        self.laps.push((what, (now - self.last).as_micros()));
+        if let Some(lap) = self.laps.get_mut(self.count) {
+            *lap = (what, (now - self.last).as_micros());
+            self.count += 1;
+        }
         self.last = now;
     }
 
     /// Tells all laps.
     pub fn tell(&self, of: &str) {
-        tracing::debug!(us = ?self.laps, "{of}");
+        tracing::debug!(us = ?&self.laps[..self.count], "{of}");
     }
 }

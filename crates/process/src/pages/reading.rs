@@ -39,18 +39,22 @@ impl PageTracker {
         (buffer, hurry): (&mut Vec<u8>, &mut dyn FnMut() -> bool),
     ) -> Result<(), ProcessError> {
         buffer.resize(PIECE, 0);
-        let groups = pieces(&changes.written, PIECE as u64);
-        for (done, group) in groups.iter().enumerate() {
+        let mut pieces = Pieces::of(&changes.written, PIECE as u64);
+        let (mut group, mut ranges) = (Vec::new(), Vec::new());
+        loop {
             if hurry() {
-                let rest = groups[done..].iter().flatten().chain(&changes.unreadable);
+                let unreadable = changes.unreadable.iter().copied();
+                let rest = pieces.rest().chain(unreadable);
                 rest.for_each(|(s, e)| self.owed.insert(s / PAGE, e / PAGE));
                 return Ok(());
             }
-            let ranges: Vec<_> = group.iter().map(|&(s, e)| (s, (e - s) as usize)).collect();
+            if !pieces.next(&mut group, &mut ranges) {
+                break;
+            }
             let total: usize = ranges.iter().map(|r| r.1).sum();
             let read = self.read(&ranges, &mut buffer[..total]);
             let mut at = 0;
-            for &(start, end) in group {
+            for &(start, end) in &group {
                 let len = (end - start) as usize;
                 if at + len > read {
                     // Unmapped or protected meanwhile: singly, as far as they go.
@@ -158,8 +162,9 @@ impl PageTracker {
             buffer.resize(total.next_multiple_of(PIECE), 0);
         }
         let mut at = 0;
-        for group in pieces(&changes.written, 64 << 20) {
-            let ranges: Vec<_> = group.iter().map(|&(s, e)| (s, (e - s) as usize)).collect();
+        let mut pieces = Pieces::of(&changes.written, 64 << 20);
+        let (mut group, mut ranges) = (Vec::new(), Vec::new());
+        while pieces.next(&mut group, &mut ranges) {
             let want: usize = ranges.iter().map(|r| r.1).sum();
             let out = &mut buffer[at..at + want];
             let read = self.read(&ranges, out);
@@ -209,26 +214,49 @@ fn read_forced(target: &Target, span: Span, out: &mut [u8]) -> Result<(), Proces
         .map_err(|e| target.kernel(what(), e))
 }
 
-/// Cuts spans into groups of at most `limit` bytes and [`RANGES`] ranges.
-fn pieces(spans: &[Span], limit: u64) -> Vec<Vec<Span>> {
-    let mut groups = Vec::new();
-    let (mut group, mut bytes) = (Vec::new(), 0);
-    for &(mut start, end) in spans {
-        while start < end {
-            let upto = end.min(start + (limit - bytes));
-            group.push((start, upto));
-            bytes += upto - start;
-            start = upto;
-            if bytes >= limit || group.len() == RANGES {
-                groups.push(std::mem::take(&mut group));
-                bytes = 0;
+/// Spans, cut into groups of at most so many bytes and [`RANGES`] ranges.
+struct Pieces<'a> {
+    /// What is left, of which the first has been handed out up to here.
+    spans: &'a [Span],
+    from: u64,
+    limit: u64,
+}
+
+impl<'a> Pieces<'a> {
+    fn of(spans: &'a [Span], limit: u64) -> Self {
+        let from = spans.first().map_or(0, |s| s.0);
+        Self { spans, from, limit }
+    }
+
+    /// Puts the next group into these two; says whether there was one.
+    fn next(&mut self, group: &mut Vec<Span>, ranges: &mut Vec<memory::Remote>) -> bool {
+        group.clear();
+        ranges.clear();
+        let mut bytes = 0;
+        while let Some(&(_, end)) = self.spans.first() {
+            if bytes >= self.limit || group.len() == RANGES {
+                break;
+            }
+            let upto = end.min(self.from.saturating_add(self.limit - bytes));
+            if self.from < upto {
+                group.push((self.from, upto));
+                ranges.push((self.from, (upto - self.from) as usize));
+                bytes += upto - self.from;
+            }
+            self.from = upto;
+            if upto == end {
+                self.spans = &self.spans[1..];
+                self.from = self.spans.first().map_or(0, |s| s.0);
             }
         }
+        !group.is_empty()
     }
-    if !group.is_empty() {
-        groups.push(group);
+
+    /// What was not handed out.
+    fn rest(&self) -> impl Iterator<Item = Span> + '_ {
+        let first = self.spans.first().map(|&(_, end)| (self.from, end));
+        first.into_iter().chain(self.spans.iter().skip(1).copied())
     }
-    groups
 }
 
 #[cfg(test)]
@@ -237,14 +265,36 @@ mod tests {
 
     #[test]
     fn spans_are_cut_at_the_limit() {
-        let groups = pieces(&[(0, 10), (20, 25), (30, 31)], 6);
+        let spans = [(0, 10), (20, 25), (25, 25), (30, 31)];
+        let mut pieces = Pieces::of(&spans, 6);
+        let (mut group, mut ranges, mut groups) = (Vec::new(), Vec::new(), Vec::new());
+        let mut left = Vec::new();
+        while pieces.next(&mut group, &mut ranges) {
+            assert!(
+                group
+                    .iter()
+                    .map(|(s, e)| (*s, (e - s) as usize))
+                    .eq(ranges.iter().copied())
+            );
+            groups.push(group.clone());
+            left.push(pieces.rest().map(|(s, e)| e - s).sum::<u64>());
+        }
         assert_eq!(
             groups,
-            vec![
+            [
                 vec![(0, 6)],
                 vec![(6, 10), (20, 22)],
                 vec![(22, 25), (30, 31)]
             ]
         );
+        assert_eq!(left, [10, 4, 0]);
+        let many: Vec<Span> = (0..2 * RANGES as u64 + 1)
+            .map(|n| (n * 2, n * 2 + 1))
+            .collect();
+        let mut pieces = Pieces::of(&many, u64::MAX);
+        for count in [RANGES, RANGES, 1] {
+            assert!(pieces.next(&mut group, &mut ranges) && group.len() == count);
+        }
+        assert!(!pieces.next(&mut group, &mut ranges));
     }
 }

@@ -19,6 +19,7 @@ mod kernels;
 mod kinds;
 mod lazy;
 mod limits;
+mod path;
 mod registers;
 mod sharing;
 mod stand;
@@ -31,3 +32,6 @@ mod trees;
 mod unharmed;
 mod view;
 mod zoo;
+
+#[global_allocator]
+static COUNTING: path::Counting = path::Counting;
