@@ -3,12 +3,15 @@
 
 use crate::store::Store;
 use crate::support::{
-    Program, adopt_orphans, alone, bring_back, clean_up, epoch, last_epoch, may_run, times,
+    Program, adopt_orphans, alone, bring_back, clean_up, epoch, last_epoch, may_run, prepare, times,
 };
+use crate::trees;
 use crate::view::View;
+use outlive_epoch::EpochWriter;
 use outlive_process::{Granularity, Strategy, TrackOptions, Tracked};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use std::time::Duration;
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
 
 /// Pages that the capture itself may change: what is left of a sleep is written to the stack.
 const OURS: u64 = 4;
@@ -72,6 +75,124 @@ fn a_strict_guard_knows_of_all_that_is_dirty() {
         assert!(most > 10, "{what}: {most}");
     }
     audit(&["maps", "brk", "holes", "file"], LIMIT, 2 * rounds);
+}
+
+/// What is mapped, and written at once, is not guarded yet: it goes beyond the limit, and that is counted,
+/// at every instant.
+#[test]
+fn what_is_written_before_it_is_found_is_counted() {
+    let _alone = alone();
+    if !may_run("what_is_written_before_it_is_found_is_counted") {
+        return;
+    }
+    /// Above what cannot be guarded.
+    const ROOM: u64 = 40;
+    let program = Program::start("mapper", &["burst"]);
+    let mut tracked = begin(&program, 1);
+    let mut store = Store::default();
+    let failed = |e| -> ! { panic!("{e}; {}", program.story()) };
+    let mut before = epoch(&mut tracked, &mut store).unwrap_or_else(|e| failed(e));
+    let patient = Instant::now() + Duration::from_secs(120);
+    let (mut rounds, mut beyond, mut most) = (0, 0, 0);
+    while rounds < times(20, 1000) || beyond == 0 {
+        assert!(Instant::now() < patient, "{rounds} rounds, none beyond");
+        tracked.expose();
+        let limit = tracked.exposed_pages() + ROOM;
+        tracked.limit_dirty(Some(limit));
+        std::thread::sleep(Duration::from_micros(rounds as u64 % 8 * 1500));
+        let now = epoch(&mut tracked, &mut store).unwrap_or_else(|e| failed(e));
+        let (truth, said) = (different(&before, &now), tracked.most_dirty());
+        assert!(
+            truth <= said + OURS,
+            "round {rounds}: {truth} pages differ, and the guard knows of {said}"
+        );
+        beyond += usize::from(truth > limit + OURS);
+        most = most.max(truth.saturating_sub(limit));
+        before = now;
+        store.epochs.drain(..store.epochs.len() - 1);
+        program.must_be_well();
+        rounds += 1;
+    }
+    println!("{beyond} of {rounds} times beyond the limit, by {most} pages at most");
+    tracked.limit_dirty(None);
+    tracked.detach().expect("detaching");
+    program.must_report();
+}
+
+/// A power event in a program of two processes that both write: what it has to save is no more than was
+/// known, and it is what comes back.
+#[test]
+fn a_power_event_saves_no_more_of_a_tree_than_was_known() {
+    let _alone = alone();
+    if !may_run("a_power_event_saves_no_more_of_a_tree_than_was_known") {
+        return;
+    }
+    adopt_orphans();
+    let what = ["twin", "maps", "brk", "holes", "file"];
+    let mut program = Program::start("mapper", &what);
+    let mut tracked = begin(&program, 1);
+    let mut store = Store::default();
+    let failed = |e| -> ! { panic!("{e}; {}", program.story()) };
+    epoch(&mut tracked, &mut store).unwrap_or_else(|e| failed(e));
+    let mut before: Option<BTreeMap<u32, View>> = None;
+    let mut written: BTreeMap<u32, u64> = BTreeMap::new();
+    let rounds = times(12, 400);
+    for round in 0..=rounds {
+        tracked.limit_dirty(Some(20_000));
+        std::thread::sleep(Duration::from_micros(round as u64 % 8 * 1500));
+        let mut writer = store.begin();
+        let stopped = tracked.stop(&mut *writer, None);
+        let (stopped, captured) = stopped.unwrap_or_else(|e| failed(e));
+        captured.write(&mut *writer).expect("writing the epoch");
+        let now = trees::look(program.pid, &writer.epoch);
+        captured.sync_files().expect("syncing files");
+        writer.commit(captured.facts).expect("the commit");
+        if round == rounds {
+            stopped.end().expect("the end");
+            program.was_ended();
+            before = Some(now);
+            break;
+        }
+        // The mains are back.
+        stopped.resume().expect("it runs on");
+        let said = tracked.most_dirty();
+        if let Some(before) = &before {
+            assert!(now.len() == 2 && now.keys().eq(before.keys()));
+            let mut truth = 0;
+            for (pid, view) in &now {
+                let pages = different(&before[pid], view);
+                *written.entry(*pid).or_default() += pages;
+                truth += pages;
+            }
+            assert!(
+                truth <= said + 2 * OURS,
+                "round {round}: {truth} pages differ, and the guards know of {said}"
+            );
+        }
+        before = Some(now);
+        store.epochs.drain(..store.epochs.len() - 1);
+        program.must_be_well();
+    }
+    assert!(written.values().all(|pages| *pages > 10), "{written:?}");
+    drop(tracked);
+    clean_up();
+    let ready = prepare(store.newest());
+    let again = trees::look(program.pid, store.newest());
+    // At an event nobody reads the flags of what was mapped since the epoch before: contents are compared.
+    let contents = |seen: BTreeMap<u32, View>| -> BTreeMap<u32, _> {
+        seen.into_iter().map(|(pid, v)| (pid, v.pages)).collect()
+    };
+    let (before, again) = (contents(before.expect("it was seen")), contents(again));
+    assert!(
+        before == again,
+        "other contents: {:?} {:?}",
+        before.keys(),
+        again.keys()
+    );
+    ready.go().expect("letting it run");
+    program.was_restored();
+    program.must_report();
+    clean_up();
 }
 
 /// What is there, and what is not, stands as it was.

@@ -1,7 +1,8 @@
 //! Memory that is used for the first time, over and over, as fast as it goes: `mapper WHAT…`, of
 //! `maps` (mapped, written and unmapped), `brk` (the heap grows and shrinks), `holes` (pages here and
-//! there in a large mapping, given back and used again), `file` (a private mapping of a file) and
-//! `child` (a process that holds memory, and ends). What was written is looked at. Ends at SIGUSR1.
+//! there in a large mapping, given back and used again), `file` (a private mapping of a file),
+//! `child` (a process that holds memory, and ends) and `burst` (much at once). With `twin` a child does
+//! the same all the time. What was written is looked at. Ends at SIGUSR1.
 //!
 //! # Safety
 //! Every mapping is owned by one loop, which unmaps it once; addresses lie within it. The child makes
@@ -27,6 +28,8 @@ const FILE: usize = 64;
 const HEAP: usize = 1000;
 /// Pages of a child.
 const OWN: usize = 3000;
+/// Pages of a burst.
+const BURST: usize = 8192;
 
 static END: AtomicBool = AtomicBool::new(false);
 
@@ -123,6 +126,37 @@ fn child(random: &mut Random) {
     expect("the status of a child", status.into(), 0);
 }
 
+/// Maps, writes and unmaps much, as fast as it goes.
+fn burst(random: &mut Random) {
+    let (at, value) = (map(BURST, ANONYMOUS, -1), random.next_u64());
+    (0..BURST).for_each(|page| write(at + page * PAGE, value));
+    (0..BURST).for_each(|page| look(at + page * PAGE, value));
+    unmap(at, BURST);
+}
+
+/// A child that does this until it is killed.
+fn twin(what: &[String]) -> i32 {
+    // SAFETY: there is no other thread.
+    let child = good("fork", unsafe { libc::fork() }.into()) as i32;
+    if child == 0 {
+        work(what);
+    }
+    child
+}
+
+/// Ends a twin, which must be there.
+fn end_twin(child: i32) {
+    let mut status = 0;
+    // SAFETY: status is live.
+    let ended = unsafe { libc::waitpid(child, &raw mut status, libc::WNOHANG) };
+    expect("the end of the twin", ended.into(), 0);
+    // SAFETY: it is our child, and status is live.
+    unsafe {
+        libc::kill(child, libc::SIGKILL);
+        libc::waitpid(child, &raw mut status, 0);
+    }
+}
+
 fn work(what: &[String]) {
     let has = |name: &str| what.iter().any(|w| w == name);
     let mut random = Random::new(what.len() as u64);
@@ -137,7 +171,7 @@ fn work(what: &[String]) {
         .write(true)
         .create(true)
         .truncate(true)
-        .open("below");
+        .open(format!("below-{}", std::process::id()));
     let file = file.unwrap_or_else(|e| panic!("{e}"));
     let long = file.set_len((FILE * PAGE) as u64);
     check(long.is_ok(), || format!("set_len: {long:?}"));
@@ -164,12 +198,16 @@ fn work(what: &[String]) {
         if has("child") {
             child(&mut random);
         }
+        if has("burst") {
+            burst(&mut random);
+        }
     }
 }
 
 fn main() {
     let what: Vec<String> = std::env::args().skip(1).collect();
     block(&[libc::SIGUSR1, libc::SIGCHLD]);
+    let twin = what.iter().any(|w| w == "twin").then(|| twin(&what));
     let worker = std::thread::spawn(move || work(&what));
     say("ready");
     await_report_order();
@@ -178,4 +216,5 @@ fn main() {
     if worker.join().is_err() {
         std::process::exit(1);
     }
+    twin.into_iter().for_each(end_twin);
 }
