@@ -1,4 +1,5 @@
 use super::*;
+use crate::groups::*;
 use crate::index::{Cluster, Index, Says};
 use crate::pack::Codec;
 use outlive_epoch::{Run, SpaceId};

@@ -8,9 +8,9 @@
 use crate::cipher::{Cipher, FileCipher, Secret, same};
 use crate::damage::{self, Damage, Met, Outcome, Part, Trouble};
 use crate::format::{
-    self, BLOCK_LEN, FileLock, Key, Kind, LOG_AT, Record, Section, Superblock, Trailer, TreePlace,
-    Twice,
+    BLOCK_LEN, FileLock, Key, Kind, LOG_AT, Record, Section, Superblock, Trailer, Twice,
 };
+use crate::groups::{TreePlace, decode_groups};
 use crate::head::{self, Head};
 use crate::host::Host;
 use crate::index::Index;
@@ -360,7 +360,7 @@ impl Generation {
         let bytes = self.section(Kind::Groups, *epoch, groups, copy_at, &Part::Groups)?;
         let bounds = (*epoch, trailer.copy_at);
         let decoded = match self.superblock.lock {
-            None => format::decode_groups(&bytes, bounds.0, bounds.1).ok_or(Unfit::Order),
+            None => decode_groups(&bytes, bounds.0, bounds.1).ok_or(Unfit::Order),
             Some(_) => {
                 let cipher = self.cipher_of(trailer);
                 locked::read_groups(&bytes, groups.at, bounds, cipher.as_deref())

@@ -8,10 +8,8 @@
 //! - Without the key an index has no entries and no clusters, and groups have numbers in the place of names.
 
 use crate::cipher::{Cipher, Tag};
-use crate::format::{
-    ENTRY_LEN, Kind, Section, Take, TreeLock, TreePlace, decode_groups, encode_group, group_len,
-    put_numbers,
-};
+use crate::format::{ENTRY_LEN, Kind, Section, Take, put_numbers};
+use crate::groups::{TreeLock, TreePlace, decode_groups, encode_group, group_len};
 use crate::index::{CLUSTER_LEN, Counts, Index};
 use crate::stripe::Layout;
 

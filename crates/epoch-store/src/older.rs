@@ -3,7 +3,7 @@
 //! # Rules
 //! - The newest generation alone counts for what the newest epoch is. An older one is history: where it
 //!   cannot be opened, the store is opened without it, and a check names the damage.
-//! - An older generation is never written, but by a repair; it is replaced as a whole by one that
+//! - An older generation is never written, but by a repair or where scrubbing mends it; it is replaced as a whole by one that
 //!   leaves epochs out ([`crate::beside`]), or removed.
 //! - An epoch may stand in two generations, with the same contents: the newer one is read.
 

@@ -6,8 +6,9 @@
 //! stripe; that is noted, and the reader's user does not notice.
 
 use crate::damage::{Damage, Outcome, Part, Trouble};
-use crate::format::{BLOCK_LEN, Trailer, TreePlace};
+use crate::format::{BLOCK_LEN, Trailer};
 use crate::generation::{Generation, NOT_ITS_TAG};
+use crate::groups::TreePlace;
 use crate::map::{PageMap, Where};
 use crate::stored::{Loaded, NOT_ITS_PAGES, State, Stored, Unpacked};
 use crate::stripe::STRIPE;

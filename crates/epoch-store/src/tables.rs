@@ -4,8 +4,9 @@
 //! zeros. Where neither copy of a section has its checksum, it is lost, and both are left as they are.
 
 use crate::damage::{Damage, Outcome, Part, Trouble};
-use crate::format::{BLOCK_LEN, Kind, Section, Trailer, TreePlace};
+use crate::format::{BLOCK_LEN, Kind, Section, Trailer};
 use crate::generation::Generation;
+use crate::groups::TreePlace;
 use crate::stored::read_blocks;
 use outlive_epoch::PAGE_SIZE;
 use std::ops::Range;

@@ -15,7 +15,7 @@ use crate::generation::Generation;
 use crate::head::Head;
 use crate::index::Index;
 use crate::older;
-use crate::store::open_newest;
+use crate::opening::open_newest;
 use crate::stored::{Loaded, Places, State, Stored};
 use crate::tables::{self, Fix, Found};
 use outlive_epoch::{EpochId, StoreError};

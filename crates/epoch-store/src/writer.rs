@@ -5,12 +5,10 @@
 //! What is not committed lies beyond the end of the log, where nobody looks.
 
 use crate::cipher::{Cipher, Tag};
-use crate::format::{
-    self, BLOCK_LEN, EpochLock, Kind, NAME_MAX, Record, Section, Seed, Trailer, TreeLock,
-    TreePlace, Twice,
-};
+use crate::format::{BLOCK_LEN, EpochLock, Kind, NAME_MAX, Record, Section, Seed, Trailer, Twice};
 use crate::gather::Gathered;
 use crate::generation::{Generation, fresh_name};
+use crate::groups::{TreeLock, TreePlace, encode_group};
 use crate::index::{Index, Says};
 use crate::locked;
 use crate::planted::bug;
@@ -289,7 +287,7 @@ impl<'a> Writer<'a> {
                 }
             };
             if self.cipher.is_none() {
-                format::encode_group(&mut groups, name, &tree.place);
+                encode_group(&mut groups, name, &tree.place);
             }
             held.insert(name.clone(), tree);
         }

@@ -6,7 +6,7 @@ mod common;
 
 use common::{Model, Script, Step, create, history, open, read_back};
 use outlive_epoch::EpochReader;
-use outlive_epoch_store::{Access, Damage, Outcome, REPAIRABLE, Store};
+use outlive_epoch_store::{Access, Damage, Outcome, REPAIRABLE, Scrubbed, Store};
 use outlive_media::SimDisk;
 
 /// A whole pass: what it found, and in how many calls.
@@ -122,4 +122,47 @@ fn what_is_lost_is_told_and_left() {
         before,
         "two blocks were alone in their class"
     );
+}
+
+#[test]
+fn older_generations_are_checked_after_the_newest() {
+    let disk = SimDisk::new();
+    let mut store = create(&disk).unwrap();
+    store.keep_older(true);
+    large().write(&mut store).unwrap();
+    history()[3].write(&mut store).unwrap();
+    let pass = |store: &mut Store| {
+        let mut all = Scrubbed::default();
+        while !all.finished {
+            let done = store.scrub().unwrap();
+            all.damages.extend(done.damages);
+            all.older.extend(done.older);
+            all.bytes += done.bytes;
+            all.finished = done.finished;
+        }
+        all
+    };
+    let whole = disk.contents("epochs.1").unwrap();
+    let clean = pass(&mut store);
+    assert_eq!((clean.damages, clean.older), (vec![], vec![]));
+    assert!(clean.bytes > whole.len() as u64, "all of it is read");
+    // A superblock, a slot, pages.
+    let log = 24 * 4096;
+    for (from, len) in [(0, 4096), (2 * 4096, 600), (log, REPAIRABLE as usize)] {
+        harm(&disk, "epochs.1", from, len);
+    }
+    let mended = pass(&mut store);
+    assert!(mended.damages.is_empty() && mended.older.len() > 16);
+    assert!(mended.older.iter().all(|d| d.outcome == Outcome::Repaired));
+    assert!(disk.contents("epochs.1").unwrap()[log..] == whole[log..]);
+    // More than parity makes up for: it is told as what it is, and not as a harm of the newest.
+    harm(&disk, "epochs.1", log, 3 * REPAIRABLE as usize);
+    let lost = pass(&mut store);
+    assert!(lost.damages.is_empty());
+    assert!(lost.older.iter().any(|d| d.outcome == Outcome::Lost));
+    // One that is removed in the middle of a pass is not looked for.
+    assert!(!store.scrub().unwrap().finished);
+    store.remove_generation(1).unwrap();
+    let rest = pass(&mut store);
+    assert_eq!((rest.damages, rest.older), (vec![], vec![]));
 }

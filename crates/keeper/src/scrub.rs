@@ -59,11 +59,16 @@ impl Scrub {
                     true => REST,
                     false => scrubbed.bytes.saturating_mul(1_000_000_000) / RATE,
                 });
-                for damage in scrubbed.damages {
-                    checked.lost |= damage.outcome == Outcome::Lost;
+                let newest = scrubbed.damages.iter().map(|damage| (true, damage));
+                let older = scrubbed.older.iter().map(|damage| (false, damage));
+                for (newest, damage) in newest.chain(older) {
+                    checked.lost |= newest && damage.outcome == Outcome::Lost;
                     let what = match damage.outcome {
                         Outcome::Repaired => "it was repaired",
-                        Outcome::Lost => "it is lost; the next epoch holds everything",
+                        Outcome::Lost if newest => "it is lost; the next epoch holds everything",
+                        Outcome::Lost => {
+                            "it is lost, of an epoch that was kept; newer ones do not need it"
+                        }
                         Outcome::Repairable | Outcome::Unneeded => "nothing is lost",
                     };
                     let place = format!("{} at offset {}", damage.file, damage.offset);
