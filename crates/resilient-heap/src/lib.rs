@@ -45,8 +45,8 @@
 //! Transactions (nested, abortable), readers in other threads while one writes, correction of flipped bits
 //! and of lost lines with a scrub, growth, maps by hash and by order ([`PHashMap`], [`PBTreeMap`]), upgrades from
 //! older types ([`Upgrades`]), open files that a restart opens again ([`PFile`]), output that appears in a file
-//! exactly once ([`POutput`]), heaps in files ([`FileMemory`], with the feature `std`) or in any
-//! [`memory::Memory`]. Without `std` the crate needs `core` and `alloc`.
+//! exactly once ([`POutput`]), heaps in files ([`FileMemory`], with the feature `std`), on whatever keeps pages
+//! ([`Backed`], too) or in any [`memory::Memory`]. Without `std` the crate needs `core` and `alloc`.
 //!
 //! # What is not there yet
 //! Values that change behind a shared pointer, pointers that do not keep their target alive, vectors larger
@@ -62,6 +62,8 @@ extern crate std;
 #[cfg(target_endian = "big")]
 compile_error!("values are stored as little-endian machines have them");
 
+#[cfg(feature = "std")]
+mod backed;
 mod block;
 mod boxed;
 mod btree_map;
@@ -99,6 +101,8 @@ mod upgrade;
 mod vector;
 mod walk;
 
+#[cfg(feature = "std")]
+pub use backed::{Backed, Keep};
 pub use block::Access;
 pub use boxed::PBox;
 pub use btree_map::{PBTreeMap, TreeIter};

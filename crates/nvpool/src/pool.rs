@@ -1,0 +1,349 @@
+//! A pool on a medium: each operation is one transaction of the tables, and what it gives away is zeros.
+//!
+//! # Rules
+//! - The order of every change: zero what is given (durable), then the transaction (durable), then the
+//!   ledger in memory. A crash before the transaction leaves what was; the pages are as dirty as before.
+//! - Everything goes through one lock, reads of extents too: so nobody reads a page that has just become
+//!   somebody else's.
+//!
+//! # What it refuses
+//! To open what is damaged, or inconsistent (a page of two owners, rows beyond the pool): nothing is
+//! changed then.
+
+use crate::error::Error;
+use crate::journal::Journal;
+use crate::ledger::{Holder, Ledger, Plan, Request, State};
+use crate::refused::Refused;
+use crate::run::{PAGE, Run};
+use crate::shape::{Shape, Super};
+use crate::tables::Root;
+use outlive_media::{Access, BLOCK, Medium, MediumError};
+use resilient_heap::{Backed, Heap, Options, Scrubbed};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+/// Pages that are read or zeroed at a time.
+pub(crate) const STEP: u64 = 256;
+
+/// What the medium said last, where a heap's error has no room for it.
+type Said = Arc<Mutex<Option<MediumError>>>;
+
+/// A pool. Clones are the same pool.
+#[derive(Clone)]
+pub struct Pool(Arc<Mutex<Inner>>);
+
+pub(crate) struct Inner {
+    pub medium: Arc<dyn Medium>,
+    heap: Heap<Root<'static>>,
+    pub ledger: Ledger,
+    said: Said,
+    pub sb: Super,
+    access: Access,
+    mended: bool,
+}
+
+/// What reading all of a pool's own data found.
+#[derive(Clone, Debug)]
+pub struct Verified {
+    /// What the heap of the tables says.
+    pub tables: Scrubbed,
+    /// A copy of the superblock was damaged; in a pool opened for writing it is right again.
+    pub mended: bool,
+    /// Free pages that were read.
+    pub read: u64,
+    /// Free pages that are thought to be zeros and are not.
+    pub unscrubbed: Vec<Run>,
+}
+
+fn heap_error(
+    place: &str,
+    said: &Mutex<Option<MediumError>>,
+    error: resilient_heap::Error,
+) -> Error {
+    use resilient_heap::Error as Heap;
+    let medium = said.lock().unwrap_or_else(PoisonError::into_inner).take();
+    match (medium, error) {
+        (Some(medium), _) => Error::Medium(medium),
+        (None, error @ (Heap::NotAHeap | Heap::Layout { .. } | Heap::Damaged { .. }))
+        | (None, error @ (Heap::Lost { .. } | Heap::Invalid { .. })) => Error::Damaged {
+            place: place.to_owned(),
+            what: format!("its tables: {error}"),
+        },
+        (None, error) => Error::Tables(error),
+    }
+}
+
+/// Opens the heap of the tables; makes it as `first` says where it is missing, or refuses.
+fn open_tables(
+    medium: &Arc<dyn Medium>,
+    sb: Super,
+    access: Access,
+    first: Option<&Ledger>,
+) -> Result<(Heap<Root<'static>>, Said), Error> {
+    let (bytes, journal) = Journal::open(Arc::clone(medium), sb, access == Access::Read)?;
+    let said = journal.said();
+    let fail = |error| heap_error(&medium.place(), &said, error);
+    let memory = Backed::new(&bytes, journal).map_err(fail)?;
+    let id = sb
+        .id
+        .iter()
+        .fold(1, |id: u64, byte| id.rotate_left(7) ^ u64::from(*byte));
+    // A pool whose tables are gone must never become an empty one: every page would be given out again.
+    let first = first.ok_or(resilient_heap::Error::NotAHeap);
+    let options = Options::default()
+        .zone_pages(u64::from(sb.shape.zone))
+        .log_pages(u64::from(sb.shape.log))
+        .identity(id.max(1));
+    let heap = options
+        .open(memory, |tx| Root::new(tx, first?))
+        .map_err(fail)?;
+    Ok((heap, said))
+}
+
+impl Pool {
+    /// Makes a pool, whose identity is `id`, which should be random. `blank` says that the medium is known
+    /// to be zeros; else every page is zeroed before somebody gets it. With `force` whatever is there is
+    /// lost, also a pool. Durable when this returns; a crash before leaves no pool.
+    ///
+    /// # Errors
+    /// [`Refused::Taken`], [`Refused::TooSmall`], [`Error::Medium`].
+    pub fn create(
+        medium: Arc<dyn Medium>,
+        shape: Shape,
+        id: [u8; 16],
+        blank: bool,
+        force: bool,
+    ) -> Result<Self, Error> {
+        let mut ledger = Ledger::new(shape.space()?);
+        let found = Super::find(&*medium);
+        if !force && !matches!(found, Err(Error::NoPool { .. })) {
+            return Err(found
+                .err()
+                .filter(|error| matches!(error, Error::Medium(_)))
+                .unwrap_or_else(|| Refused::Taken(medium.place()).into()));
+        }
+        if blank {
+            ledger.dirty.remove(ledger.space());
+        }
+        let sb = Super { id, shape };
+        Super::erase(&*medium)?;
+        Journal::format(Arc::clone(&medium), sb)?;
+        let (heap, said) = open_tables(&medium, sb, Access::Write, Some(&ledger))?;
+        sb.write(&*medium)?;
+        let (access, mended) = (Access::Write, false);
+        let inner = Inner {
+            medium,
+            heap,
+            ledger,
+            said,
+            sb,
+            access,
+            mended,
+        };
+        Ok(Self(Arc::new(Mutex::new(inner))))
+    }
+
+    /// Opens a pool. With [`Access::Read`] the medium stays as it is, whatever a crash left.
+    ///
+    /// # Errors
+    /// [`Error::NoPool`], [`Error::Damaged`], [`Error::Medium`].
+    pub fn open(medium: Arc<dyn Medium>, access: Access) -> Result<Self, Error> {
+        let (sb, both) = Super::find(&*medium)?;
+        let space = sb.shape.space()?;
+        let (heap, said) = open_tables(&medium, sb, access, None)?;
+        let damaged = |what| Error::Damaged {
+            place: medium.place(),
+            what,
+        };
+        let rows = heap.read(|root, snapshot| root.rows(snapshot));
+        let rows = rows.map_err(|error| heap_error(&medium.place(), &said, error))?;
+        let ledger = Ledger::load(space, rows).map_err(damaged)?;
+        if !both && access == Access::Write {
+            sb.write(&*medium)?;
+        }
+        let mended = !both;
+        let inner = Inner {
+            medium,
+            heap,
+            ledger,
+            said,
+            sb,
+            access,
+            mended,
+        };
+        Ok(Self(Arc::new(Mutex::new(inner))))
+    }
+
+    pub(crate) fn lock(&self) -> MutexGuard<'_, Inner> {
+        // A panic leaves the ledger behind the tables at worst, never the tables half-changed; who goes on
+        // with such a pool gets an error of the heap, or plans that do not fit.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The state of the pool, now.
+    #[must_use]
+    pub fn ledger(&self) -> Ledger {
+        self.lock().ledger.clone()
+    }
+
+    /// The identity of the pool.
+    #[must_use]
+    pub fn id(&self) -> [u8; 16] {
+        self.lock().sb.id
+    }
+
+    /// The sizes of its parts.
+    #[must_use]
+    pub fn shape(&self) -> Shape {
+        self.lock().sb.shape
+    }
+
+    /// A new extent, all zeros; its number. Durable when this returns, as are all the others.
+    ///
+    /// # Errors
+    /// [`Error::Refused`], [`Error::Medium`]
+    pub fn allocate(&self, request: &Request) -> Result<u64, Error> {
+        let mut inner = self.lock();
+        let (id, plan) = inner.ledger.allocate(request)?;
+        inner.commit(plan)?;
+        Ok(id)
+    }
+
+    /// An extent comes back. Its pages are zeroed before somebody else gets them, or by [`Pool::scrub`].
+    ///
+    /// # Errors
+    /// [`Error::Refused`], [`Error::Medium`]
+    pub fn release(&self, id: u64) -> Result<(), Error> {
+        let mut inner = self.lock();
+        let plan = inner.ledger.release(id)?;
+        inner.commit(plan)
+    }
+
+    /// All extents of an owner come back, one after the other, and then the owner goes; how many they were.
+    ///
+    /// # Errors
+    /// [`Error::Refused`], [`Error::Medium`]: some may have come back.
+    pub fn release_owner(&self, name: &str) -> Result<u64, Error> {
+        let mut inner = self.lock();
+        let mut count = 0;
+        loop {
+            let (plan, extent) = inner.ledger.release_owner(name)?;
+            inner.commit(plan)?;
+            match extent {
+                Some(_) => count += 1,
+                None => return Ok(count),
+            }
+        }
+    }
+
+    /// Zeroes all free pages that are not zeros yet; how many they were.
+    ///
+    /// # Errors
+    /// [`Error::Medium`]
+    pub fn scrub(&self) -> Result<u64, Error> {
+        let mut inner = self.lock();
+        let scrub: Vec<Run> = inner.ledger.dirty().runs().collect();
+        let pages = scrub.iter().map(|run| run.len).sum();
+        let changes = scrub.iter().map(|run| crate::Change::Clean(*run)).collect();
+        inner.commit(Plan { changes, scrub })?;
+        Ok(pages)
+    }
+
+    /// Notes who uses an owner's contents from now on; `None` says that nobody does.
+    ///
+    /// # Errors
+    /// [`Refused::Running`], [`Refused::PagedOut`], [`Error::Medium`]
+    pub fn hold(&self, name: &str, holder: Option<Holder>) -> Result<(), Error> {
+        let mut inner = self.lock();
+        let plan = inner.ledger.hold(name, holder)?;
+        inner.commit(plan)
+    }
+
+    /// Owners that are in use by somebody who, as `alive` says, is gone.
+    pub fn orphans(&self, alive: impl Fn(&Holder) -> bool) -> Vec<String> {
+        let inner = self.lock();
+        let owners = inner.ledger.owners();
+        let gone = owners.filter(|(_, owner)| match &owner.state {
+            State::Running(holder) => !alive(holder),
+            State::Stopped | State::PagedOut => false,
+        });
+        gone.map(|(name, _)| name.to_owned()).collect()
+    }
+
+    /// Reads the tables and checks every line; with `free`, all free pages too. What can be repaired is, in
+    /// a pool opened for writing.
+    ///
+    /// # Errors
+    /// [`Error::Medium`]
+    pub fn verify(&self, free: bool) -> Result<Verified, Error> {
+        let mut inner = self.lock();
+        let tables = inner.heap.scrub();
+        let tables = tables.map_err(|error| inner.fail(error))?;
+        let (mut read, mut unscrubbed) = (0, Vec::new());
+        let runs = if free {
+            inner.ledger.free().runs()
+        } else {
+            Vec::new()
+        };
+        let mut bytes = vec![0; (STEP * PAGE) as usize];
+        for run in runs {
+            for start in (run.start..run.end()).step_by(STEP as usize) {
+                let part = Run::new(start, STEP.min(run.end() - start));
+                let bytes = &mut bytes[..(part.len * PAGE) as usize];
+                inner.medium.read(part.start * PAGE, bytes)?;
+                read += part.len;
+                let pages = (part.start..).zip(bytes.chunks_exact(BLOCK));
+                let other = pages.filter(|(_, page)| page.iter().any(|byte| *byte != 0));
+                let other = other.map(|(page, _)| Run::new(page, 1));
+                unscrubbed
+                    .extend(other.filter(|page| inner.ledger.dirty().within(*page).is_empty()));
+            }
+        }
+        let unscrubbed = crate::run::merged(unscrubbed);
+        Ok(Verified {
+            tables,
+            mended: inner.mended,
+            read,
+            unscrubbed,
+        })
+    }
+}
+
+impl Inner {
+    fn fail(&self, error: resilient_heap::Error) -> Error {
+        heap_error(&self.medium.place(), &self.said, error)
+    }
+
+    /// Zeroes what a plan gives away, makes it durable, and takes it over.
+    pub fn commit(&mut self, plan: Plan) -> Result<(), Error> {
+        if self.access == Access::Read {
+            let (place, what) = (self.medium.place(), "the pool was opened for reading only");
+            return Err(MediumError::Misuse { place, what }.into());
+        }
+        if !plan.scrub.is_empty() {
+            let zeros = vec![0; (STEP * PAGE) as usize];
+            for run in &plan.scrub {
+                for start in (run.start..run.end()).step_by(STEP as usize) {
+                    let len = STEP.min(run.end() - start);
+                    self.medium
+                        .write(start * PAGE, &zeros[..(len * PAGE) as usize])?;
+                }
+            }
+            self.medium.flush()?;
+        }
+        if plan.changes.is_empty() {
+            return Ok(());
+        }
+        let dirty = &self.ledger.dirty;
+        let done = self
+            .heap
+            .write(|root, tx| root.apply(tx, &plan.changes, dirty));
+        done.map_err(|error| self.fail(error))?;
+        if self.ledger.apply(plan.changes) {
+            return Ok(());
+        }
+        Err(Error::Damaged {
+            place: self.medium.place(),
+            what: "a page was about to get a second owner".to_owned(),
+        })
+    }
+}
