@@ -18,6 +18,7 @@ use crate::power::PowerReport;
 use crate::procfs::Pids;
 use crate::retention::Keep;
 use crate::subject::Capture;
+use crate::table::Totals;
 use crate::upkeep::Pruned;
 use rustix::event::{PollFd, PollFlags};
 use rustix::fs::{Mode, OFlags};
@@ -183,6 +184,9 @@ pub struct Status {
     pub bytes_per_day: Option<u64>,
     /// The cap on that.
     pub max_wear: Option<u64>,
+    /// What this keeper and those before it counted, as far as it is durable.
+    #[serde(default)]
+    pub totals: Option<Totals>,
 }
 
 /// The keeper's end.

@@ -27,8 +27,9 @@ use crate::retention::Policy;
 use crate::scrub::Scrub;
 use crate::stats::Stops;
 use crate::subject::Capture;
+use crate::table::Table;
 use crate::upkeep::{self, Upkeep};
-use outlive_epoch::{PAGE_SIZE, StoreError};
+use outlive_epoch::StoreError;
 use outlive_epoch_store::{APART, Codec};
 use outlive_linux::signals::SignalQueue;
 use outlive_process::ProcessError;
@@ -39,7 +40,9 @@ use std::collections::{BTreeSet, VecDeque};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 mod answers;
+mod notes;
 mod short;
+mod strict;
 
 /// Failures in a row after which tracking is begun anew.
 pub const REATTACH_AFTER: u32 = 2;
@@ -153,6 +156,8 @@ pub struct Keeper<'a, P: Program> {
     awaited: Option<OwnedFd>,
     /// Before this is readable, the program still comes from the newest epoch that there was.
     filling: Option<OwnedFd>,
+    /// What is counted goes there, too.
+    table: Option<Table>,
     status: Status,
     said: BTreeSet<String>,
 }
@@ -201,6 +206,7 @@ impl<'a, P: Program> Keeper<'a, P> {
             bytes_written: 0,
             bytes_per_day: None,
             max_wear: settings.max_wear,
+            totals: None,
         };
         let upkeep = Upkeep::new(settings.policy);
         if let Some(store) = log.store() {
@@ -222,6 +228,7 @@ impl<'a, P: Program> Keeper<'a, P> {
             counts: false,
             awaited: None,
             filling: None,
+            table: None,
             log,
             attach,
             tell,
@@ -369,67 +376,6 @@ impl<'a, P: Program> Keeper<'a, P> {
         self.watch.step(now, self.plan.wait(now), failing)
     }
 
-    /// Strict: whether a writer is held at the limit.
-    fn is_pressed(&self) -> bool {
-        let pressure = self.program.as_ref().map(P::pressure).unwrap_or_default();
-        let mut set: Vec<_> = pressure
-            .iter()
-            .map(|fd| PollFd::new(fd, PollFlags::IN))
-            .collect();
-        !set.is_empty() && matches!(poll(&mut set, Some(&timespec(Duration::ZERO))), Ok(n) if n > 0)
-    }
-
-    /// Strict: asks how much may have been unsaved at most.
-    fn look(&mut self) {
-        let Some(program) = self.program.as_ref().filter(|_| self.is_strict()) else {
-            return;
-        };
-        let bytes = program.most_dirty().saturating_mul(PAGE_SIZE as u64);
-        self.watch.found(bytes);
-    }
-
-    /// Bytes that the next epoch takes again.
-    fn owed(&self) -> u64 {
-        let pages = self.program.as_ref().map_or(0, P::owed_pages);
-        pages.saturating_mul(PAGE_SIZE as u64)
-    }
-
-    fn is_strict(&self) -> bool {
-        self.settings.hold_up.is_some_and(|h| h.strict)
-    }
-
-    /// Strict: what nobody can guard, bytes.
-    fn exposed(&self) -> u64 {
-        let Some(program) = self.program.as_ref().filter(|_| self.is_strict()) else {
-            return 0;
-        };
-        program.expose();
-        program.exposed_pages().saturating_mul(PAGE_SIZE as u64)
-    }
-
-    /// Strict: says where no bound can be kept.
-    fn say_unbounded(&mut self, exposed: u64) {
-        if let Some(least) = self.watch.least_budget(exposed) {
-            let text = format!(
-                "--strict cannot be kept now, which counts as a violation: {} KiB can be guarded by \
-                 nobody (private mappings of files, shared memory, new processes), and the least budget \
-                 with that is {} ms here",
-                exposed >> 10,
-                least.div_ceil(1_000_000),
-            );
-            self.say(&text);
-        }
-    }
-
-    /// Strict: tells the program's guard how much may be written until the next stop.
-    fn limit(&mut self) {
-        let strict = self.is_strict();
-        let pages = self.watch.limit().map(|bytes| bytes / PAGE_SIZE as u64);
-        if let Some(program) = self.program.as_mut().filter(|_| strict) {
-            program.limit_dirty(pages);
-        }
-    }
-
     fn now(&self) -> u64 {
         u64::try_from(self.origin.elapsed().as_nanos()).unwrap_or(u64::MAX)
     }
@@ -474,6 +420,8 @@ impl<'a, P: Program> Keeper<'a, P> {
         let begun = self.now();
         let mut lost_track = false;
         let mut base = false;
+        self.hush();
+        self.status.totals = self.totals();
         let status = self.status.clone();
         let mut desk = Desk {
             ears,
@@ -539,6 +487,7 @@ impl<'a, P: Program> Keeper<'a, P> {
         if let Some(event) = event {
             self.conclude(event, durable, &done);
         }
+        self.note();
         done
     }
 

@@ -6,6 +6,7 @@ use crate::control::{Request, ask};
 use crate::epoch::Hooks;
 use crate::fake::{FakeLog, FakeProgram};
 use crate::power::Heard;
+use crate::table::Counts;
 use outlive_linux::signals::Received;
 use rustix::process::Pid;
 use std::path::Path;
@@ -24,6 +25,8 @@ struct Outcome {
     warnings: Vec<String>,
     log: FakeLog,
     trace: Vec<&'static str>,
+    /// What the table says when the keeper is gone.
+    totals: Option<crate::table::Totals>,
 }
 
 /// Runs a keeper over a child while `script` talks to it from another thread.
@@ -86,7 +89,9 @@ fn keep_log<T: Send + 'static>(
         hold_up,
         ..settings(pid)
     };
-    let mut keeper = Keeper::new(settings, &mut log, &mut attach, &mut tell).unwrap();
+    let mut keeper = Keeper::new(settings, &mut log, &mut attach, &mut tell)
+        .unwrap()
+        .with_table(Table::open_at(dir.path().join("table.heap")));
     if let Some(program) = restored {
         keeper = keeper.going_on(program);
     }
@@ -101,6 +106,7 @@ fn keep_log<T: Send + 'static>(
             warnings,
             log,
             trace,
+            totals: crate::table::read(dir.path()),
         },
         answer,
     )
@@ -202,6 +208,9 @@ fn failures_are_counted_said_once_and_never_end_the_program() {
         "tracking is begun anew after every second failure"
     );
     assert_eq!(outcome.log.committed, 0);
+    let totals = outcome.totals.unwrap();
+    assert_eq!((totals.keepers, totals.counts.failures), (1, 5));
+    assert!(totals.last_failure.unwrap().contains("planted in write"));
 }
 
 #[test]
@@ -290,6 +299,14 @@ fn the_mains_come_back_and_the_program_goes_on() {
     assert_eq!(heard, Some(Reply::Heard));
     assert_eq!((before.events.count, after.events.count), (1, 2));
     assert_eq!(after.events.late, 0);
+    let totals = outcome.totals.unwrap();
+    let wanted = Counts {
+        epochs: outcome.log.committed,
+        events: 2,
+        event_longest_ns: after.events.longest_ns,
+        ..totals.counts
+    };
+    assert_eq!(totals.counts, wanted);
     assert_eq!(outcome.trace[..4], ["stop", "write", "sync", "resume"]);
     assert_eq!(outcome.trace.last(), Some(&"end"));
 }

@@ -13,6 +13,7 @@
 //! - [`arrival`]: subjects that come from elsewhere.
 //! - [`places`]: what a subject has elsewhere.
 //! - [`ownership`]: whose image it is.
+//! - [`table`]: what keepers counted, in a heap that outlives them.
 //! - [`stats`], [`procfs`]: figures and facts.
 //!
 //! Capture and restore themselves, and the layout of epochs on a medium, are other crates'
@@ -38,6 +39,7 @@ pub mod retention;
 pub mod scrub;
 pub mod stats;
 pub mod subject;
+pub mod table;
 pub mod upkeep;
 
 pub use error::KeeperError;

@@ -6,6 +6,7 @@
 //!   keeper.lock         held (flock) by the one keeper of the subject; holds its pid
 //!   control             unix socket of the running keeper
 //!   log                 output of a program restored in the background
+//!   table.heap          what its keepers counted (see `table`); nothing depends on it
 //!   epochs/             the epoch store
 //!   elsewhere.json      what was pushed and pulled (see `places`, which has a lock of its own)
 //! ```

@@ -167,22 +167,7 @@ impl FileMemory {
         let file = open(path.as_ref(), flags, Mode::empty()).map_err(error("open"))?;
         flock(&file, FlockOperation::NonBlockingLockShared).map_err(error("lock"))?;
         let len = len_of(&file)? / PAGE * PAGE;
-        let copy = Volatile::new(len)?;
-        copy.grow(len)?;
-        let mut buffer = [0; PAGE];
-        for at in (0..len).step_by(PAGE) {
-            let mut done = 0;
-            while done < PAGE {
-                let rest = &mut buffer[done..];
-                match rustix::io::pread(&file, rest, (at + done) as u64).map_err(error("read"))? {
-                    0 => break,
-                    n => done += n,
-                }
-            }
-            // SAFETY: below `len`, to which the copy was grown; nobody has a reference to it.
-            unsafe { copy.store(at, &buffer) };
-        }
-        Ok(copy)
+        read_whole(&file, len, len)
     }
 
     /// Maps the file up to `len`.
@@ -216,23 +201,48 @@ impl FileMemory {
 
     fn take_flushed(&self) -> Vec<(usize, usize)> {
         let mut flushed = self.flushed.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut pages = core::mem::take(&mut *flushed);
+        let pages = core::mem::take(&mut *flushed);
         drop(flushed);
-        pages.sort_unstable();
-        let mut merged: Vec<(usize, usize)> = Vec::new();
-        for (first, end) in pages {
-            match merged.last_mut() {
-                Some(last) if first <= last.1 => last.1 = last.1.max(end),
-                _ => merged.push((first, end)),
+        merged(pages)
+    }
+}
+
+/// The same pages in order, each once: first and one past the last.
+pub(crate) fn merged(mut pages: Vec<(usize, usize)>) -> Vec<(usize, usize)> {
+    pages.sort_unstable();
+    let mut merged: Vec<(usize, usize)> = Vec::new();
+    for (first, end) in pages {
+        match merged.last_mut() {
+            Some(last) if first <= last.1 => last.1 = last.1.max(end),
+            _ => merged.push((first, end)),
+        }
+    }
+    merged
+}
+
+/// The first `len` bytes of a file, which are whole pages, in memory that can grow up to `capacity`.
+pub(crate) fn read_whole(file: &OwnedFd, len: usize, capacity: usize) -> Result<Volatile, Error> {
+    let copy = Volatile::new(capacity.max(len))?;
+    copy.grow(len)?;
+    let mut buffer = [0; PAGE];
+    for at in (0..len).step_by(PAGE) {
+        let mut done = 0;
+        while done < PAGE {
+            let rest = &mut buffer[done..];
+            match rustix::io::pread(file, rest, (at + done) as u64).map_err(error("read"))? {
+                0 => break,
+                n => done += n,
             }
         }
-        merged
+        // SAFETY: below `len`, to which the copy was grown; nobody has a reference to it.
+        unsafe { copy.store(at, &buffer) };
     }
+    Ok(copy)
 }
 
 /// Opens a file, or makes it, and locks it. A file that lost its name meanwhile (an upgrade put another
 /// one in its place) is not the one that was wanted.
-fn locked(path: &Path) -> Result<OwnedFd, Error> {
+pub(crate) fn locked(path: &Path) -> Result<OwnedFd, Error> {
     let flags = OFlags::RDWR | OFlags::CREATE | OFlags::CLOEXEC | OFlags::NOFOLLOW;
     loop {
         let file = open(path, flags, Mode::RUSR | Mode::WUSR).map_err(error("open"))?;
@@ -248,7 +258,7 @@ fn locked(path: &Path) -> Result<OwnedFd, Error> {
     }
 }
 
-fn len_of(file: &OwnedFd) -> Result<usize, Error> {
+pub(crate) fn len_of(file: &OwnedFd) -> Result<usize, Error> {
     let len = fstat(file).map_err(error("stat"))?.st_size;
     usize::try_from(len).map_err(|_| Error::Full { wanted: usize::MAX })
 }

@@ -45,8 +45,8 @@
 //! Transactions (nested, abortable), readers in other threads while one writes, correction of flipped bits
 //! and of lost lines with a scrub, growth, maps by hash and by order ([`PHashMap`], [`PBTreeMap`]), upgrades from
 //! older types ([`Upgrades`]), open files that a restart opens again ([`PFile`]), output that appears in a file
-//! exactly once ([`POutput`]), heaps in files ([`FileMemory`], with the feature `std`), on whatever keeps pages
-//! ([`Backed`], too) or in any [`memory::Memory`]. Without `std` the crate needs `core` and `alloc`.
+//! exactly once ([`POutput`]), heaps in files ([`FileMemory`] and, without a mapping, [`WrittenFile`], with the feature
+//! `std`), on whatever keeps pages ([`Backed`], too) or in any [`memory::Memory`]. Without `std` the crate needs `core` and `alloc`.
 //!
 //! # What is not there yet
 //! Values that change behind a shared pointer, pointers that do not keep their target alive, vectors larger
@@ -100,6 +100,8 @@ mod transaction;
 mod upgrade;
 mod vector;
 mod walk;
+#[cfg(feature = "std")]
+mod written;
 
 #[cfg(feature = "std")]
 pub use backed::{Backed, Keep};
@@ -126,3 +128,5 @@ pub use transaction::{Transaction, Tx};
 #[cfg(feature = "std")]
 pub use upgrade::Upgrades;
 pub use vector::PVec;
+#[cfg(feature = "std")]
+pub use written::WrittenFile;

@@ -126,6 +126,7 @@ impl<P: Program> Keeper<'_, P> {
             events: self.watch.events,
             bytes_written: self.watch.wear().bytes(),
             bytes_per_day: self.watch.wear().per_day(self.now()),
+            totals: self.totals(),
             ..self.status.clone()
         }
     }

@@ -8,6 +8,7 @@ use outlive_keeper::control::{Reply, Request, Status, ask};
 use outlive_keeper::images::{Image, Summary};
 use outlive_keeper::procfs::Pids;
 use outlive_keeper::subject::{Capture, Card, Root, Subject};
+use outlive_keeper::table::{self, Totals};
 use outlive_keeper::{KeeperError, stats};
 use serde_json::{Value, json};
 use std::time::Duration;
@@ -22,6 +23,8 @@ struct Entry {
     /// What came so far of one that is no subject yet, bytes.
     arrived: Option<u64>,
     live: Option<Status>,
+    /// What all its keepers counted.
+    totals: Option<Totals>,
     card: Option<Card>,
     epochs: Vec<Summary>,
     files: Vec<GenerationSummary>,
@@ -77,6 +80,10 @@ fn look(subject: &Subject) -> Entry {
         Err(error) if error.exit_code() == 5 => (None, "permission denied".into()),
         Ok(Some(_)) | Err(_) => (None, "no answer".into()),
     };
+    let totals = match &live {
+        Some(live) => live.totals.clone(),
+        None => table::read(subject.dir()),
+    };
     let image = Image::open(&subject.epochs_dir());
     let key = image.as_ref().ok().and_then(|image| image.store().key());
     let files = image.as_ref().map(|image| image.store().generations());
@@ -86,6 +93,7 @@ fn look(subject: &Subject) -> Entry {
         name: subject.name().into(),
         state,
         arrived: None,
+        totals,
         live,
         card: card.ok(),
         epochs: epochs.unwrap_or_default(),
@@ -106,6 +114,7 @@ impl Entry {
             state: state.into(),
             arrived: Some(arrival.bytes),
             live: None,
+            totals: None,
             card: None,
             epochs: Vec::new(),
             files: Vec::new(),
@@ -236,6 +245,7 @@ impl Entry {
             "bytes_per_day": live.and_then(|l| l.bytes_per_day),
             "max_wear": self.card.as_ref().and_then(|card| card.max_wear),
             "power_events": live.map(|l| l.events),
+            "totals": self.totals.as_ref().map(totals),
             "command": self.card.as_ref().map(|card| card.command.clone()),
         })
     }
@@ -247,6 +257,28 @@ impl Entry {
         let epochs = self.files.iter().flat_map(|file| &file.epochs);
         epochs.fold(0, |sum, epoch| sum.saturating_add(epoch.saved_bytes))
     }
+}
+
+fn totals(totals: &Totals) -> Value {
+    let counts = &totals.counts;
+    json!({
+        "since": out::moment(totals.since_ns),
+        "time": out::moment(totals.time_ns),
+        "keepers": totals.keepers,
+        "epochs": counts.epochs,
+        "bytes_written": counts.bytes_written,
+        "failures": counts.failures,
+        "abandoned": counts.abandoned,
+        "last_failure": totals.last_failure,
+        "violations": counts.violations,
+        "violated_us": counts.violated_ns / 1000,
+        "throttled_us": counts.held_ns / 1000,
+        "power_events": {
+            "count": counts.events,
+            "late": counts.events_late,
+            "longest_ns": counts.event_longest_ns,
+        },
+    })
 }
 
 fn table(entries: &[Entry]) -> String {

@@ -24,6 +24,7 @@ use outlive_keeper::keys;
 use outlive_keeper::ownership::Own;
 use outlive_keeper::procfs::{self, Pids};
 use outlive_keeper::subject::{Capture, Card, Root, Subject};
+use outlive_keeper::table::Table;
 use outlive_linux::signals::SignalQueue;
 use outlive_process::{
     FilesPolicy, Launched, Lazy, ProcessError, Ready, RestoreOptions, Restored, Served, Source,
@@ -299,7 +300,8 @@ fn subject(
         Tracked::attach(pid, options.clone())
     };
     let mut tell = |text: &str| out::say(&format!("{name}: {text}"));
-    let mut keeper = Keeper::new(settings, &mut log, &mut attach, &mut tell)?;
+    let mut keeper = Keeper::new(settings, &mut log, &mut attach, &mut tell)?
+        .with_table(Table::open(&subject, &lock));
     keeper = match ready {
         Some(ready) if tracked.is_some() => keeper.filling(ready),
         Some(ready) => keeper.not_before(ready),

@@ -17,6 +17,7 @@ use outlive_keeper::keep::{Ending, Keeper, SIGNALS, Settings, now_ns};
 use outlive_keeper::keys::{self, KeySource};
 use outlive_keeper::procfs;
 use outlive_keeper::subject::{CARD_VERSION, Card, Lock, Root, Subject};
+use outlive_keeper::table::{self, Table};
 use outlive_linux::signals::SignalQueue;
 use outlive_process::{ProcessError, TrackOptions, Tracked};
 use serde_json::json;
@@ -47,7 +48,7 @@ pub fn run(root: &Root, args: &RunArgs, json: bool) -> Result<u8, KeeperError> {
     let secret = key.as_ref().map(KeySource::read).transpose()?;
     let new = !subject.dir().exists();
     let lock = claim(&subject)?;
-    let mut log = fresh_log(&subject, &args.device, secret.as_ref())?;
+    let mut log = fresh_log(&subject, &lock, &args.device, secret.as_ref())?;
     let mut signals = queue()?;
     let command: Vec<String> = args
         .command
@@ -94,7 +95,8 @@ pub fn run(root: &Root, args: &RunArgs, json: bool) -> Result<u8, KeeperError> {
     let options = options(&args.pace, true);
     let mut attach = || Tracked::attach(pid, options.clone());
     let mut tell = |text: &str| out::say(&format!("{name}: {text}"));
-    let mut keeper = Keeper::new(settings, &mut log, &mut attach, &mut tell)?;
+    let keeper = Keeper::new(settings, &mut log, &mut attach, &mut tell)?;
+    let mut keeper = keeper.with_table(Table::open(&subject, &lock));
     let ending = keeper.run(&mut signals, &mut control)?;
     medium::remember(root, keeper.model());
     drop(keeper);
@@ -142,9 +144,9 @@ pub fn attach(root: &Root, args: &AttachArgs, json: bool) -> Result<u8, KeeperEr
     let lock = claim(&subject)?;
     let mut log = match subject.card() {
         Ok(card) if card.pid == pid && card.runs() => {
-            reopened_log(&subject, &args.device, secret.as_ref())?
+            reopened_log(&subject, &lock, &args.device, secret.as_ref())?
         }
-        _ => fresh_log(&subject, &args.device, secret.as_ref())?,
+        _ => fresh_log(&subject, &lock, &args.device, secret.as_ref())?,
     };
     subject.write_card(&lock, &card)?;
     introduce(&subject, &lock, pid)?;
@@ -165,7 +167,9 @@ pub fn attach(root: &Root, args: &AttachArgs, json: bool) -> Result<u8, KeeperEr
         model,
     };
     let mut tell = |text: &str| out::say(&format!("{name}: {text}"));
-    let mut keeper = Keeper::new(settings, &mut log, &mut attach, &mut tell)?.with_program(program);
+    let keeper = Keeper::new(settings, &mut log, &mut attach, &mut tell)?;
+    let keeper = keeper.with_program(program);
+    let mut keeper = keeper.with_table(Table::open(&subject, &lock));
     let ending = keeper.run(&mut signals, &mut control)?;
     medium::remember(root, keeper.model());
     drop(keeper);
@@ -313,6 +317,7 @@ pub const UNTIMED: &str = "a hold-up budget counts no time for encryption, which
 /// A new log for a subject that must not have epochs.
 fn fresh_log(
     subject: &Subject,
+    lock: &Lock,
     chosen: &Device,
     secret: Option<&Secret>,
 ) -> Result<Log, KeeperError> {
@@ -326,6 +331,7 @@ fn fresh_log(
         Err(StoreError::Missing { .. }) => {}
         Err(error) => return Err(error.into()),
     }
+    table::forget(subject, lock);
     device::choose(subject, chosen)?;
     Log::create_with(&dir, secret)
 }
@@ -356,11 +362,14 @@ fn earlier(subject: &Subject, last: u64) -> KeeperError {
 /// The log of a program whose keeper died: its epochs are continued.
 fn reopened_log(
     subject: &Subject,
+    lock: &Lock,
     chosen: &Device,
     secret: Option<&Secret>,
 ) -> Result<Log, KeeperError> {
     match Log::open(&subject.epochs_dir(), secret) {
-        Err(KeeperError::Store(StoreError::Missing { .. })) => fresh_log(subject, chosen, secret),
+        Err(KeeperError::Store(StoreError::Missing { .. })) => {
+            fresh_log(subject, lock, chosen, secret)
+        }
         other => other,
     }
 }

@@ -5,6 +5,7 @@ use crate::support::{
     Kept, Place, alone, comm, end, installed, lives, may_run, reap, signal, times, until,
 };
 use rustix::process::Signal;
+use serde_json::Value;
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 
@@ -63,6 +64,36 @@ impl Drop for Ended {
             end(self.0);
         }
     }
+}
+
+/// What was ever shown of what keepers counted never goes back, whoever is killed; and it is still there when
+/// nobody keeps the program.
+fn never_back(place: &Place, before: &mut Value, told: &str) {
+    let status = place.status("a");
+    let totals = &status["totals"];
+    if totals.is_null() {
+        // A keeper that has only begun shows nothing yet.
+        let begins = before.is_null() || !status["keeper_pid"].is_null();
+        assert!(begins, "{told}: {before} was shown, {status} is now");
+        return;
+    }
+    for count in [
+        "keepers",
+        "epochs",
+        "bytes_written",
+        "failures",
+        "abandoned",
+    ] {
+        let [was, is] = [&*before, totals].map(|shown| shown[count].as_u64());
+        assert!(is.is_some() && is >= was, "{told}: {before}, then {totals}");
+    }
+    if !before.is_null() {
+        assert_eq!(
+            totals["since"], before["since"],
+            "{told}: it was begun anew"
+        );
+    }
+    *before = totals.clone();
 }
 
 /// Who dies.
@@ -232,9 +263,11 @@ fn whoever_dies_at_any_moment_the_newest_epoch_comes_back() {
     place.epoch_after("a", 0);
     let pid = u32::try_from(place.status("a")["pid"].as_u64().unwrap()).unwrap();
     let _ended = Ended(pid);
+    let mut totals = Value::Null;
     for round in 0..times(20, 200) {
         let held = place.newest("a");
         goes_on(&place, seed);
+        never_back(&place, &mut totals, &format!("seed {seed}, round {round}"));
         std::thread::sleep(std::time::Duration::from_micros(random.u64(..150_000)));
         let victim = [Victim::Program, Victim::Keeper, Victim::Both][random.usize(..3)];
         let told = format!("seed {seed}, round {round}, {victim:?}");
@@ -244,6 +277,7 @@ fn whoever_dies_at_any_moment_the_newest_epoch_comes_back() {
         } else {
             kept.kill();
         }
+        never_back(&place, &mut totals, &told);
         if victim == Victim::Both {
             // A moment of its own, so that the program may change what is no longer captured.
             std::thread::sleep(std::time::Duration::from_micros(random.u64(..20_000)));
@@ -279,6 +313,57 @@ fn whoever_dies_at_any_moment_the_newest_epoch_comes_back() {
     place.call(&["stop", "a"]).succeeds();
     kept.code();
     rounds(&place, seed);
+    never_back(&place, &mut totals, &format!("seed {seed}, at the end"));
+    assert!(totals["keepers"].as_u64() > Some(1), "{totals}");
+    assert!(totals["epochs"].as_u64() > Some(0), "{totals}");
+}
+
+#[test]
+fn without_its_table_a_subject_is_shown_kept_and_restored() {
+    if !may_run("without_its_table_a_subject_is_shown_kept_and_restored") {
+        return;
+    }
+    let (_alone, place) = (alone(), Place::new());
+    let python = installed("python3");
+    let words = [
+        "run", "--name", "a", "--every", "20ms", "--", &python, "-I", "-S", "-c", PROGRAM,
+    ];
+    let mut kept = place.start(&words);
+    place.epoch_after("a", 2);
+    let pid = u32::try_from(place.status("a")["pid"].as_u64().unwrap()).unwrap();
+    let _ended = Ended(pid);
+    let table = place.store().join("a/table.heap");
+    let gone = || {
+        // A keeper that was killed may not have made it again.
+        let _ = fs::remove_file(&table);
+    };
+    let rubbish = || fs::write(&table, [0x5au8; 50_000]).unwrap();
+    let cut = || fs::write(&table, b"").unwrap();
+    let harms: [(&str, &dyn Fn()); 3] = [("gone", &gone), ("rubbish", &rubbish), ("cut", &cut)];
+    for (how, harm) in harms {
+        until("there are totals", || {
+            !place.status("a")["totals"].is_null()
+        });
+        harm();
+        place.epoch_after("a", place.newest("a"));
+        kept.kill();
+        end(pid);
+        harm();
+        let (status, newest) = (place.status("a"), place.newest("a"));
+        assert!(status["totals"].is_null(), "{how}: {status}");
+        assert_eq!(status["epoch"], newest, "{how}: {status}");
+        kept = restore(&place, pid, newest, how);
+        goes_on(&place, 0);
+        place.epoch_after("a", newest);
+    }
+    until("there are totals", || {
+        !place.status("a")["totals"].is_null()
+    });
+    let totals = place.status("a")["totals"].clone();
+    assert_eq!(totals["keepers"], 1, "it was begun anew: {totals}");
+    place.call(&["stop", "a"]).succeeds();
+    kept.code();
+    rounds(&place, 0);
 }
 
 fn attach(place: &Place, pid: u32, told: &str) -> Kept {
