@@ -18,6 +18,8 @@ use std::process::{Child, Command, Stdio};
 
 /// `SECBIT_NOROOT`: user 0 gains nothing by beginning a program.
 const NOROOT: libc::c_ulong = 1;
+/// What it is called.
+const NAME: &str = "outlive-witness";
 /// What is begun where no program may be in memory.
 const ELSEWHERE: &str = "/bin/cat";
 
@@ -95,7 +97,7 @@ fn program() -> Vec<u8> {
 /// The program in memory of its own: it takes no file of the machine.
 fn in_memory() -> io::Result<File> {
     let flags = MemfdFlags::CLOEXEC | MemfdFlags::EXEC;
-    let mut file = File::from(memfd_create("outlive-witness", flags)?);
+    let mut file = File::from(memfd_create(NAME, flags)?);
     file.write_all(&program())?;
     Ok(file)
 }
@@ -123,6 +125,9 @@ pub fn start(user: u32, group: u32) -> io::Result<Child> {
 
 fn begin(program: &str, user: u32, group: u32) -> io::Result<Child> {
     let mut command = Command::new(program);
+    if program != ELSEWHERE {
+        command.arg0(NAME);
+    }
     command.env_clear().current_dir("/").uid(user).gid(group);
     command.stdin(Stdio::piped()).stdout(Stdio::piped());
     let forgo = || {

@@ -362,7 +362,7 @@ pub fn family(root: u32) -> Vec<u32> {
 fn is_witness(pid: u32) -> bool {
     let read = |what: &str| std::fs::read(format!("/proc/{pid}/{what}"));
     let command = read("cmdline").unwrap_or_default();
-    command == b"/bin/cat\0" && read("environ").is_ok_and(|all| all.is_empty())
+    command == b"outlive-witness\0" && read("environ").is_ok_and(|all| all.is_empty())
 }
 
 /// A pipe with a name, on which a shell can wait without starting a program.

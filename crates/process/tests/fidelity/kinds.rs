@@ -304,7 +304,7 @@ where it was when the program comes back, or it is not.
 
 - **Keyrings of users** (`_uid.N`, `_uid_ses.N`) and the keys in them: the kernel keeps them for the user as
   long as the machine runs, whether or not a process of that user does, and whoever is that user finds
-  them, by the same calls as before. So a program is not refused for having none but these, also where it
+  them by the names that `keyctl(2)` has for them (`@u`, `@us`). So a program is not refused for having none but these, also where it
   took its user's session keyring for its own. As with files in `/run`, other programs of the user may
   change them while it is away, and they are empty after the machine has booted: for every program of
   that user, restored or begun anew. Who put a key there is not known to anybody, so no key is the
