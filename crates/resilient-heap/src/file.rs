@@ -1,4 +1,4 @@
-//! A heap in a file: mapped where it is, made durable with `msync(2)` or by the processor ([`Flush`]).
+//! A heap in a file: mapped where it is, made durable by the kernel or by the processor ([`Flush`]).
 //!
 //! # Rules
 //! - The file is locked with `flock(2)`: for one writer, or for readers.
@@ -33,7 +33,8 @@ const CAPACITY: usize = 64 << 30;
 /// How a file becomes durable.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Flush {
-    /// The kernel writes back the pages that changed (`msync(2)`): right for every file.
+    /// The kernel writes back the pages that changed (`msync(2)`, or `fdatasync(2)` where they do not lie
+    /// together): right for every file.
     #[default]
     Kernel,
     /// Lines are flushed by instructions of the processor, without any system call: right only where the
@@ -320,6 +321,10 @@ unsafe impl Memory for FileMemory {
         let flushed = self.take_flushed();
         if self.private {
             return Ok(());
+        }
+        if flushed.len() > 1 {
+            // One wait for all of them; what was not flushed may become durable at any time.
+            return rustix::fs::fdatasync(&self.file).map_err(error("fdatasync"));
         }
         for (first, end) in flushed {
             let end = (end * PAGE).min(self.len());

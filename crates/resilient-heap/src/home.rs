@@ -328,9 +328,18 @@ impl Home {
         }
     }
 
+    /// The lines at home that change with a line of data: it, its word and its parity.
+    pub fn places(&self, at: usize, places: &mut Vec<usize>) {
+        if let Some((zone, within)) = self.data(at) {
+            let column = self.geometry.column(zone, within);
+            let word_at = self.geometry.word_at(zone, within) / LINE * LINE;
+            places.extend([at, word_at, self.geometry.parity_at(column)]);
+        }
+    }
+
     /// Writes the lines of a commit whose log is durable: data, words and parity. Nobody else is
-    /// inside. Flushed, not fenced. The list is empty, and used to collect what is flushed last.
-    pub fn apply(&self, changes: &[Change<'_>], flush: &mut Vec<usize>) {
+    /// inside. Not flushed.
+    pub fn apply(&self, changes: &[Change<'_>]) {
         for change in changes {
             let Some((zone, within)) = self.data(change.at) else {
                 continue;
@@ -352,14 +361,6 @@ impl Home {
                 None => column::sum(self.members(column).iter().map(|m| &m.line)),
             };
             self.store(parity_at, &parity);
-            self.flush(change.at, LINE);
-            flush.push(self.geometry.word_at(zone, within) / LINE * LINE);
-            flush.push(parity_at);
-        }
-        flush.sort_unstable();
-        flush.dedup();
-        for at in flush.drain(..) {
-            self.flush(at, LINE);
         }
     }
 

@@ -226,7 +226,7 @@ pub fn seal(carried: &[u8], seed: u32) -> Line {
     let mut line = [0; LINE];
     let take = carried.len().min(CARRIED);
     line[..take].copy_from_slice(&carried[..take]);
-    let word = code::crc(&line) ^ seed;
+    let word = code::line_crc(&line) ^ seed;
     line[CARRIED..].copy_from_slice(&word.to_le_bytes());
     line
 }

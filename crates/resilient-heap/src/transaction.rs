@@ -53,9 +53,8 @@ pub(crate) struct Writer {
     marks: Vec<usize>,
     /// Blocks whose values, or the number of them, may have changed.
     pub touched: Touched,
-    /// Lists that are empty between uses.
-    flushes: Vec<usize>,
-    buffers: log::Buffers,
+    /// The log.
+    pub log: log::Log,
     pub image: Vec<Aligned>,
 }
 
@@ -111,7 +110,14 @@ impl Touched {
 }
 
 impl Writer {
-    pub fn new(front: Front, space: Space, superblock: Super, next: u64, d: Durability) -> Self {
+    pub fn new(
+        front: Front,
+        space: Space,
+        superblock: Super,
+        log: (log::Log, u64),
+        d: Durability,
+    ) -> Self {
+        let (log, next) = log;
         Self {
             front,
             space,
@@ -125,8 +131,7 @@ impl Writer {
             order: Vec::new(),
             marks: Vec::new(),
             touched: Touched::default(),
-            flushes: Vec::new(),
-            buffers: log::Buffers::default(),
+            log,
             image: Vec::new(),
         }
     }
@@ -207,14 +212,24 @@ impl Writer {
         if !changes.is_empty() {
             self.halted = true;
             superblock::extend(home, &mut self.superblock, zones)?;
-            log::write(home, self.next, &changes, &mut self.buffers)?;
+            self.log.write(home, self.next, &changes)?;
             self.next += 1;
             let _alone = home.lock.exclusive();
-            home.apply(&changes, &mut self.flushes);
+            home.apply(&changes);
             self.halted = false;
         }
         self.front.settled();
         self.waiting = 0;
+        Ok(())
+    }
+
+    /// Makes all committed transactions durable at home, and leaves nothing to recover.
+    pub fn retire(&mut self, home: &Home) -> Result<(), Error> {
+        self.sync(home)?;
+        self.halted = true;
+        self.log.retire(home, self.next)?;
+        self.next += 1;
+        self.halted = false;
         Ok(())
     }
 

@@ -153,6 +153,35 @@ fn every_trashed_line_is_repaired_or_lost_and_two_flips_are_corrected() {
     assert!(fine > 200 && lost <= 2, "{fine} {lost}");
 }
 
+/// Whatever line of the log is lost after a crash: all is right, or it is said that something is not.
+#[test]
+fn a_lost_line_of_the_log_is_never_silent() {
+    let states = expected();
+    for steps in 1..=STEPS {
+        let good = bytes_after(steps);
+        let right = &states[steps as usize].0;
+        let (mut fine, mut said) = (0, 0);
+        for at in (6 * 4096..(6 + 2 * common::LOG) * 4096).step_by(64) {
+            if good[at..at + 64].iter().all(|b| *b == 0) {
+                continue;
+            }
+            let mut bad = good.clone();
+            bad[at..at + 64].fill(0x5a);
+            let heap = match open(options(), volatile(&bad)) {
+                Ok(heap) if !heap.opened().discarded => heap,
+                _ => {
+                    said += 1;
+                    continue;
+                }
+            };
+            assert_eq!(contents(&heap).as_ref(), Ok(right), "line {at}, silently");
+            fine += 1;
+        }
+        println!("{steps} steps: {fine} lines that nobody needs, {said} reported");
+        assert!(said > 0, "after {steps} steps");
+    }
+}
+
 /// A commit takes what a line was from the writer's working copy. What flipped at home meanwhile, in the line,
 /// its word or its parity, is written over or can be corrected afterwards; it never gets into what is right.
 #[test]

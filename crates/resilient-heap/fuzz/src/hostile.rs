@@ -429,20 +429,31 @@ fn seal_superblocks(bytes: &mut [u8]) {
 fn seal_log(bytes: &mut [u8]) {
     let id = number(bytes, 8);
     for half in 0..2 {
-        let begin = LOG_AT + half * LOG * PAGE;
-        let (commit, entries) = (number(bytes, begin), number(bytes, begin + 8));
-        let len = usize::try_from(entries).unwrap_or(0).min(240) * 72;
-        let mut stream = Vec::new();
-        let mut at = begin + LINE;
-        while stream.len() < len && at + LINE <= bytes.len() {
-            seal(bytes, at, seed(mix(id, commit), at as u64));
-            stream.extend_from_slice(&bytes[at..at + 60]);
-            at += LINE;
+        let mut at = LOG_AT + half * LOG * PAGE;
+        let end = at + LOG * PAGE;
+        // Record after record, as long as their numbers follow each other, and their end.
+        loop {
+            let commit = number(bytes, at);
+            let len = (number(bytes, at + 8) & u64::from(u32::MAX)) as usize;
+            let next = at + (len + 16).div_ceil(60) * LINE;
+            if len == 0 || next > end.min(bytes.len()) {
+                seal(bytes, at, seed(id, at as u64));
+                break;
+            }
+            let mut stream = bytes[at + 16..at + 60].to_vec();
+            for line in (at + LINE..next).step_by(LINE) {
+                seal(bytes, line, seed(mix(id, commit), line as u64));
+                stream.extend_from_slice(&bytes[line..line + 60]);
+            }
+            stream.truncate(len);
+            let sum = crc(&stream);
+            store(bytes, at + 12, &sum.to_le_bytes());
+            seal(bytes, at, seed(id, at as u64));
+            at = next;
+            if at >= end || ![commit, commit.wrapping_add(1)].contains(&number(bytes, at)) {
+                break;
+            }
         }
-        stream.truncate(len);
-        let sum = crc(&stream);
-        store(bytes, begin + 16, &sum.to_le_bytes());
-        seal(bytes, begin, seed(id, begin as u64));
     }
 }
 

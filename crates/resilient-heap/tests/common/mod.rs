@@ -37,6 +37,7 @@ pub fn options() -> Options {
     Options::default()
         .zone_pages(ZONE as u64)
         .log_pages(LOG as u64)
+        .turn_after(16)
         .identity(0x1234_5678)
 }
 
