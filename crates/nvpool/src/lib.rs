@@ -10,11 +10,13 @@
 //!   heap that holds the ledger's rows.
 //! - `pool`, `extent`, `paging`: the way in; contents of owners that do not run, in files.
 //! - `picture` (pure): who has what, as text and as SVG.
+//! - `devices`: which NVRAM a host has. Parsers over directories that are given.
 //!
 //! # What it refuses
 //! More than a quota or the pool has; to give up what is in use; a medium whose tables are inconsistent.
 
 mod buddy;
+pub mod devices;
 mod error;
 mod extent;
 mod journal;

@@ -3,7 +3,7 @@
 //! Flags that the contract names and that are not offered yet are known here, so that using them
 //! is a usage error that says so, and never silently something else.
 
-use crate::commands::BenchArgs;
+use crate::commands::{BenchArgs, PoolCommand};
 pub use crate::key_args::KeyArgs;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use outlive_epoch_store::Codec;
@@ -135,6 +135,9 @@ pub enum Command {
     /// Resilient heaps (files in which Rust programs keep data), without their programs
     #[command(subcommand)]
     Heap(HeapCommand),
+    /// One pool of memory that survives (a file, a block device, DAX), divided among many owners
+    #[command(subcommand)]
+    Pool(PoolCommand),
     /// Watch a counter be killed together with its keeper, and count on
     Demo,
     /// Measure, on this machine, what keeping and restoring costs
@@ -655,7 +658,7 @@ fn parse_granularity(text: &str) -> Result<Granularity, String> {
 }
 
 /// Bytes, with or without a unit: `5`, `200GB`, `1.5TB/day`.
-fn parse_bytes(text: &str) -> Result<u64, String> {
+pub fn parse_bytes(text: &str) -> Result<u64, String> {
     let wrong = || format!("{text:?} is no number of bytes; write it as 200GB or 1.5TB");
     let plain = text.strip_suffix("/day").unwrap_or(text);
     let at = plain.find(|c: char| !c.is_ascii_digit() && c != '.');

@@ -266,3 +266,95 @@ fn a_heap_is_looked_at_and_repaired_without_its_program() {
     let (code, _, err) = call(dir.path(), &["heap", "verify", file]);
     assert!(code == 1 && err.contains("no resilient heap"), "{err}");
 }
+
+/// A pool through the command line: made, given out, paged out and in again with what a file of it holds, an
+/// orphan found, shown, refused, and verified.
+#[test]
+fn a_pool_serves_owners_and_says_what_it_refuses() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();
+    let (pool, file) = (at("pool"), at("vm1.paged"));
+    let json = |words: &[&str]| -> Value {
+        let all: Vec<&str> = [&["--json", "pool"], words].concat();
+        let (code, stdout, stderr) = call(dir.path(), &all);
+        assert_eq!(code, 0, "{words:?}: {stdout}{stderr}");
+        serde_json::from_str(&stdout).unwrap()
+    };
+    let refused = |words: &[&str]| failure(dir.path(), &[&["--json", "pool"], words].concat());
+    assert!(json(&["devices", "--e820-type", "90"])["devices"].is_array());
+    assert_eq!(refused(&["create", &pool]).0, 2);
+    assert_eq!(refused(&["create", &pool, "--size", "64KiB"]).0, 3);
+    assert!(!Path::new(&pool).exists());
+    let made = json(&["create", &pool, "--size", "32MiB"]);
+    assert!(made["bytes"].as_u64().unwrap() > 24 << 20);
+    assert_eq!(refused(&["create", &pool]).0, 3);
+    let ask = [
+        "--owner", "vm1", "--size", "4MiB", "--quota", "8MiB", "--file", &file,
+    ];
+    let extent = json(&[&["allocate", &pool], &ask[..]].concat());
+    assert_eq!(extent["pieces"].as_array().unwrap().len(), 1);
+    let offset = extent["pieces"][0]["offset"].as_u64().unwrap();
+    let (code, error) = refused(&["allocate", &pool, "--owner", "vm1", "--size", "5MiB"]);
+    assert!(code == 3 && error.contains("quota"), "{error}");
+    assert_eq!(
+        refused(&["allocate", &pool, "--owner", "vm2", "--size", "5000"]).0,
+        2
+    );
+
+    // What a machine would do with its pages.
+    let bytes = std::fs::File::options()
+        .read(true)
+        .write(true)
+        .open(&pool)
+        .unwrap();
+    std::os::unix::fs::FileExt::write_all_at(&bytes, b"precious", offset + 12288).unwrap();
+    let mut holder = Command::new("sleep").arg("600").spawn().unwrap();
+    let pid = holder.id().to_string();
+    json(&["start", &pool, "vm1", "--pid", &pid]);
+    let (code, error) = refused(&["page-out", &pool, "vm1"]);
+    assert!(code == 3 && error.contains(&pid), "{error}");
+    assert_eq!(refused(&["release", &pool, "--owner", "vm1"]).0, 3);
+    assert_eq!(
+        json(&["page-out", &pool, "--orphans"])["paged_out"],
+        serde_json::json!([])
+    );
+    holder.kill().unwrap();
+    holder.wait().unwrap();
+    assert_eq!(
+        json(&["page-out", &pool, "--orphans"])["paged_out"],
+        serde_json::json!(["vm1"])
+    );
+    let status = json(&["status", &pool]);
+    assert_eq!(
+        (&status["free"], &status["not_zeroed"]),
+        (&made["bytes"], &serde_json::json!(0))
+    );
+    assert_eq!(status["owners"][0]["state"], "paged-out");
+    let mut found = [1; 8];
+    std::os::unix::fs::FileExt::read_exact_at(&bytes, &mut found, offset + 12288).unwrap();
+    assert_eq!(found, [0; 8], "a page that was given back is not zeroed");
+    assert_eq!(json(&["start", &pool, "vm1"])["paged_in"], true);
+    let pieces = &json(&["status", &pool])["owners"][0]["extents"][0]["pieces"];
+    let offset = pieces[0]["offset"].as_u64().unwrap();
+    std::os::unix::fs::FileExt::read_exact_at(&bytes, &mut found, offset + 12288).unwrap();
+    assert_eq!(&found, b"precious");
+
+    let (code, map, _) = call(dir.path(), &["pool", "map", &pool]);
+    assert!(
+        code == 0 && map.contains("\na vm1\n") && map.contains('#'),
+        "{map}"
+    );
+    json(&["map", &pool, "--svg", &at("map.svg")]);
+    assert!(
+        std::fs::read_to_string(at("map.svg"))
+            .unwrap()
+            .contains("<title>vm1: bytes")
+    );
+    assert_eq!(json(&["release", &pool, "--owner", "vm1"])["extents"], 1);
+    let verified = json(&["verify", &pool, "--free"]);
+    assert_eq!(verified["free_read"], made["bytes"]);
+    std::os::unix::fs::FileExt::write_all_at(&bytes, b"left", offset).unwrap();
+    let (code, stdout, _) = call(dir.path(), &["pool", "verify", &pool, "--free"]);
+    assert_eq!(code, 4, "{stdout}");
+    assert_eq!(refused(&["status", &file]).0, 1);
+}

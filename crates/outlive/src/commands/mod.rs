@@ -14,6 +14,7 @@ mod image;
 mod inspect;
 mod list;
 mod medium;
+mod pool;
 mod power;
 mod prune;
 mod restore;
@@ -21,6 +22,7 @@ mod run;
 mod shelf;
 
 pub use bench::BenchArgs;
+pub use pool::PoolCommand;
 
 use crate::cli::{Cli, Command, PowerCommand};
 use outlive_keeper::KeeperError;
@@ -31,6 +33,10 @@ pub fn run(cli: &Cli) -> Result<u8, KeeperError> {
     if let Command::Bench(args) = &cli.command {
         // It has a store of its own.
         return bench::bench(args, cli.json);
+    }
+    if let Command::Pool(command) = &cli.command {
+        // It needs no store.
+        return pool::pool(command, cli.json);
     }
     let root = Root::find(cli.store.as_deref())?;
     let json = cli.json;
@@ -61,6 +67,7 @@ pub fn run(cli: &Cli) -> Result<u8, KeeperError> {
         Command::Push(args) => shelf::push(&root, args, json),
         Command::Pull(args) => shelf::pull(&root, args, json),
         Command::Heap(command) => heap::heap(command, json),
+        Command::Pool(command) => pool::pool(command, json),
         Command::Demo => demo::demo(json),
         Command::Bench(args) => bench::bench(args, json),
     }
