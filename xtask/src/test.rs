@@ -35,21 +35,15 @@ pub fn run(long: bool) -> Result<()> {
     Ok(())
 }
 
+/// As `cargo test` builds: `cargo build` would make most crates a second time, since it builds the
+/// procedural macros below them in another way.
 fn build() -> Result<()> {
     let status = workspace::cargo()
-        .args(["build", "--workspace", "--all-targets"])
+        .args(["test", "--workspace", "--no-run"])
         .status()
         .context("cannot start cargo")?;
     if !status.success() {
         bail!("the workspace does not build");
-    }
-    // Without object stores, nothing else may be missing.
-    let status = workspace::cargo()
-        .args(["check", "-p", "outlive-elsewhere", "--no-default-features"])
-        .status()
-        .context("cannot start cargo")?;
-    if !status.success() {
-        bail!("outlive-elsewhere does not build without object stores");
     }
     Ok(())
 }

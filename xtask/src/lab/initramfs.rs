@@ -3,7 +3,6 @@
 //! the kernel unpacks (kernel documentation `driver-api/early-userspace/buffer-format.rst`).
 
 use super::kernels::Kernel;
-use crate::workspace;
 use anyhow::{Context, Result, ensure};
 use std::{
     fs,
@@ -96,28 +95,23 @@ pub struct Programs {
 }
 
 impl Programs {
-    /// Builds and collects them. `folder` is for what is made on the way.
-    pub fn collect(folder: &Path) -> Result<Self> {
+    /// Collects a shell, and these. `folder` is for what is made on the way.
+    pub fn collect(folder: &Path, programs: &[PathBuf]) -> Result<Self> {
         let mut files = Vec::new();
         let busybox = crate::tools::find("busybox").context("there is no busybox")?;
         files.push(("bin/busybox".to_owned(), fs::read(busybox)?));
         let mut libraries: Vec<PathBuf> = Vec::new();
-        let sqlite = crate::tools::find("sqlite3").context("there is no sqlite3")?;
-        let mkfs = crate::tools::find("mkfs.ext4").context("there is no mkfs.ext4")?;
-        for program in workspace::build_for_lab()?
-            .into_iter()
-            .chain([sqlite, mkfs])
-        {
+        for program in programs {
             let name = program.file_name().context("a program without a name")?;
             let stripped = folder.join(name);
             let status = Command::new("strip")
                 .arg("-o")
                 .arg(&stripped)
-                .arg(&program)
+                .arg(program)
                 .status();
             ensure!(status.is_ok_and(|s| s.success()), "strip failed");
             files.push((format!("bin/{}", name.display()), fs::read(&stripped)?));
-            for library in libraries_of(&program)? {
+            for library in libraries_of(program)? {
                 if !libraries.contains(&library) {
                     libraries.push(library);
                 }

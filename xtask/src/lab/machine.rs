@@ -30,9 +30,9 @@ pub struct Lab {
 }
 
 impl Lab {
-    /// Builds the programs, and a first file system for each kernel.
-    pub fn new(folder: PathBuf, kernels: &[Kernel]) -> Result<Self> {
-        let programs = Programs::collect(&folder)?;
+    /// A first file system for each kernel, with these programs.
+    pub fn new(folder: PathBuf, kernels: &[Kernel], programs: &[PathBuf]) -> Result<Self> {
+        let programs = Programs::collect(&folder, programs)?;
         let mut archives = BTreeMap::new();
         for kernel in kernels {
             let path = folder.join(format!("initramfs-{}", kernel.release));

@@ -24,6 +24,7 @@ mod kernels;
 mod lossy;
 mod machine;
 mod nbd;
+mod peer;
 mod pmem;
 mod record;
 mod restartable;
@@ -35,6 +36,7 @@ use clap::{Args, Subcommand};
 use kernels::Kernel;
 use machine::{Lab, Machine};
 use record::Record;
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 /// The processor of most machines: everything that QEMU can imitate, but for page tables of five
@@ -76,6 +78,8 @@ pub struct Options {
 enum Only {
     /// Only the restartable kernel, an example of the resilient heap: resets, power cuts, flipped bits.
     Kernel(restartable::Options),
+    /// Only stops beside those of CRIU, with soft-dirty bits; not part of the whole.
+    Peer(peer::Options),
 }
 
 /// Runs the command.
@@ -85,6 +89,13 @@ pub fn run(options: &Options) -> Result<()> {
         restartable::run(only)?;
         println!("lab: all is well after {} s", begun.elapsed().as_secs());
         return Ok(());
+    }
+    if let Some(Only::Peer(only)) = &options.only {
+        let programs = peer::programs(only)?;
+        let folder = cleanup::folder(&workspace::scratch()?)?;
+        let kernels = kernels::fetch(&["trixie"])?;
+        let lab = Lab::new(folder, &kernels, &programs)?;
+        return peer::run(&lab, &kernels[0], only);
     }
     tools::ensure(&["qemu-system-x86_64", "xz", "busybox", "strip", "sqlite3"])?;
     tools::ensure(&["mkfs.ext4", "mkfs.xfs", "mkfs.btrfs"])?;
@@ -100,7 +111,7 @@ pub fn run(options: &Options) -> Result<()> {
         &["bookworm", "trixie", "trixie-backports"]
     };
     let kernels = kernels::fetch(wanted)?;
-    let lab = Lab::new(folder, &kernels)?;
+    let lab = Lab::new(folder, &kernels, &programs()?)?;
     let find = |suite: &str| {
         let found = kernels.iter().find(|k| k.suite == suite);
         found.with_context(|| format!("no kernel of {suite}"))
@@ -148,6 +159,14 @@ pub fn run(options: &Options) -> Result<()> {
     }
     println!("lab: all is well after {} s", begun.elapsed().as_secs());
     Ok(())
+}
+
+/// What most machines have: Outlive, programs that check themselves, a data base, what makes a disk.
+fn programs() -> Result<Vec<PathBuf>> {
+    let sqlite = tools::find("sqlite3").context("there is no sqlite3")?;
+    let mkfs = tools::find("mkfs.ext4").context("there is no mkfs.ext4")?;
+    let built = workspace::build_for_lab()?;
+    Ok(built.into_iter().chain([sqlite, mkfs]).collect())
 }
 
 /// A program begins under the first kernel, and goes on under each further one after a power cut.
