@@ -90,8 +90,9 @@ fn step(pool: &Pool, disk: &SimDisk, contents: &mut Contents, n: u64) -> Result<
         7 => fill(pool, contents, 3, Run::new(18, 2), 3)?,
         8 => pool.page_out("b", &files, "b.paged", false)?,
         9 => drop(pool.allocate(&ask("d", 10, false))?),
-        10 => pool.page_in("b", &files, "b.paged")?,
-        11 => drop(pool.scrub()?),
+        10 => drop(pool.scrub()?),
+        // Into pages that are zeros, and thought to be.
+        11 => pool.page_in("b", &files, "b.paged")?,
         _ => {
             pool.release(3)?;
             contents.retain(|(id, _), _| *id != 3);
