@@ -7,7 +7,13 @@
 use crate::{Errno, last_error};
 use std::fs::File;
 use std::io;
-use std::os::unix::fs::FileExt;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{FileExt, MetadataExt};
+
+/// The list of keys that whoever opens it may see.
+const LIST: &str = "/proc/keys";
+/// Bytes of it that are read, at most: some fifty thousand keys. It is read while programs stand still.
+const LONGEST: usize = 4 << 20;
 
 /// `KEYCTL_GET_KEYRING_ID`
 pub const GET_KEYRING_ID: u64 = 0;
@@ -52,20 +58,70 @@ pub fn keyrings_of(user: u32) -> Result<[u64; 2], Errno> {
     })
 }
 
-/// How often each session keyring of a user is in use, of those that the list of keys shows which was
-/// opened by somebody (`/proc/keys`): as a session keyring, by links to it, and by the kernel itself, once.
-///
-/// # Errors
-/// What reading says.
-pub fn uses(list: &File) -> io::Result<Vec<(u64, u64)>> {
-    let (mut text, mut room) = (Vec::new(), vec![0; 16 << 10]);
-    loop {
-        match list.read_at(&mut room, text.len() as u64)? {
-            0 => break,
-            read => text.extend_from_slice(&room[..read]),
+/// The list of keys, as who opened it may see it.
+#[derive(Debug)]
+pub struct List(File);
+
+impl List {
+    /// As this process may see it.
+    ///
+    /// # Errors
+    /// What opening it says.
+    pub fn open() -> io::Result<Self> {
+        File::open(LIST).map(Self)
+    }
+
+    /// That which a process of another user opened. Whoever may trace that one can give it any file there
+    /// to be taken for it, also one of a file system of his own, which may never answer: so its name and its
+    /// mount, which the kernel tells by itself, come first.
+    ///
+    /// # Errors
+    /// Where this is not the list.
+    pub fn of(file: File) -> io::Result<Self> {
+        let ours = File::open(LIST)?;
+        let fd = file.as_raw_fd();
+        let named = std::fs::read_link(format!("/proc/self/fd/{fd}"))?;
+        let same = named.as_os_str() == LIST
+            && mount_of(&file)? == mount_of(&ours)?
+            && file.metadata()?.ino() == ours.metadata()?.ino();
+        match same {
+            true => Ok(Self(file)),
+            false => Err(io::Error::other("somebody put another file in its place")),
         }
     }
+}
+
+/// The number of the mount that a file was opened in.
+fn mount_of(file: &File) -> io::Result<u64> {
+    let text = std::fs::read_to_string(format!("/proc/self/fdinfo/{}", file.as_raw_fd()))?;
+    let mut lines = text.lines();
+    let number = lines.find_map(|line| line.strip_prefix("mnt_id:")?.trim().parse().ok());
+    number.ok_or_else(|| io::Error::other("its mount is not told"))
+}
+
+/// How often each session keyring of a user is in use, of those that the list of keys shows: as a session
+/// keyring, by links to it, and by the kernel itself, once.
+///
+/// # Errors
+/// What reading says, and where it is longer than any that is looked through.
+pub fn uses(list: &List) -> io::Result<Vec<(u64, u64)>> {
+    let text = read(&list.0, LONGEST)?;
     Ok(parse_uses(&String::from_utf8_lossy(&text)))
+}
+
+/// All of a file that is not longer than this.
+fn read(file: &File, longest: usize) -> io::Result<Vec<u8>> {
+    let (mut text, mut room) = (Vec::new(), vec![0; 16 << 10]);
+    loop {
+        match file.read_at(&mut room, text.len() as u64)? {
+            0 => return Ok(text),
+            read => text.extend_from_slice(&room[..read]),
+        }
+        if text.len() > longest {
+            let what = format!("it is longer than {longest} bytes");
+            return Err(io::Error::other(what));
+        }
+    }
 }
 
 fn parse_uses(text: &str) -> Vec<(u64, u64)> {
@@ -119,7 +175,7 @@ mod tests {
         match keyrings_of(user) {
             Ok(both) => {
                 assert_eq!(keyrings_of(user), Ok(both));
-                let list = File::open("/proc/keys").unwrap();
+                let list = List::open().unwrap();
                 let uses = uses(&list).unwrap();
                 assert!(
                     uses.iter()
@@ -129,6 +185,20 @@ mod tests {
             Err(e) => assert_eq!(e, Errno::NOSYS),
         }
         assert_eq!(rustix::process::getuid().as_raw(), user);
+    }
+
+    #[test]
+    fn only_the_list_of_keys_is_taken_for_it_and_none_is_read_without_end() {
+        for other in ["/dev/zero", "/dev/null", "/proc/self/environ", "/proc/stat"] {
+            assert!(List::of(File::open(other).unwrap()).is_err(), "{other}");
+        }
+        let endless = File::open("/dev/zero").unwrap();
+        let error = read(&endless, 64 << 10).unwrap_err().to_string();
+        assert!(error.contains("longer than"), "{error}");
+        match File::open(LIST) {
+            Ok(list) => assert!(uses(&List::of(list).unwrap()).is_ok()),
+            Err(e) => assert_eq!(e.kind(), io::ErrorKind::NotFound),
+        }
     }
 
     #[test]

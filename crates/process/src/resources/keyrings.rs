@@ -26,10 +26,9 @@ use crate::resources::landlock;
 use crate::target::{Status, Target};
 use crate::{ProcessError, Refusal};
 use outlive_linux::Errno;
-use outlive_linux::keys::{self, GET_KEYRING_ID, SESSION_KEYRING, USER_SESSION_KEYRING};
+use outlive_linux::keys::{self, GET_KEYRING_ID, List, SESSION_KEYRING, USER_SESSION_KEYRING};
 use outlive_linux::remote::{Arg, Batch, CallId, Results};
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs::File;
 use std::io;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
@@ -198,8 +197,8 @@ impl Uses {
 }
 
 /// The list of keys as a user sees it, whose own keyrings are there.
-fn list(user: u32, group: u32) -> io::Result<Arc<File>> {
-    static KEPT: Mutex<BTreeMap<u32, Option<Arc<File>>>> = Mutex::new(BTreeMap::new());
+fn list(user: u32, group: u32) -> io::Result<Arc<List>> {
+    static KEPT: Mutex<BTreeMap<u32, Option<Arc<List>>>> = Mutex::new(BTreeMap::new());
     let mut kept = KEPT.lock().unwrap_or_else(PoisonError::into_inner);
     if kept.len() >= LISTS && !kept.contains_key(&user) {
         kept.clear();
@@ -209,7 +208,7 @@ fn list(user: u32, group: u32) -> io::Result<Arc<File>> {
         return list.clone().ok_or_else(absent);
     }
     let list = match rustix::process::geteuid().as_raw() == user {
-        true => File::open("/proc/keys"),
+        true => List::open(),
         false => landlock::keys_seen_by(user, group),
     };
     let list = list.map(Arc::new);

@@ -19,6 +19,7 @@
 
 use crate::target::{Status, Target};
 use crate::{ProcessError, Refusal};
+use outlive_linux::keys::List;
 use outlive_linux::pid_namespace::INIT_NAME;
 use outlive_linux::remote::{Arg, Batch, CallId, Results};
 use outlive_linux::{Errno, witness};
@@ -153,14 +154,14 @@ fn witness(user: u32, group: u32) -> io::Result<u32> {
     Ok(pid)
 }
 
-/// The list of keys that a user may see (`/proc/keys`), opened by a process of that user.
-pub fn keys_seen_by(user: u32, group: u32) -> io::Result<File> {
+/// The list of keys that a user may see, opened by a process of that user.
+pub fn keys_seen_by(user: u32, group: u32) -> io::Result<List> {
     let pid = witness(user, group)?;
     let kept = kept();
     let it = kept.iter().find(|w| w.pid == pid);
     let it = it.ok_or_else(|| io::Error::other("it has ended"))?;
     let list = pidfd_getfd(&it.pidfd, witness::LIST_OF_KEYS, PidfdGetfdFlags::empty())?;
-    Ok(File::from(list))
+    List::of(File::from(list))
 }
 
 impl Beside {
@@ -350,6 +351,8 @@ mod tests {
         let ours = Status::read(me, me).unwrap();
         let (user, group) = (ours.uid[0], ours.gid[0]);
         let first = witness(user, group).unwrap();
+        let listed = std::fs::exists("/proc/keys").unwrap();
+        assert_eq!(keys_seen_by(user, group).is_ok(), listed);
         assert_eq!(witness(user, group).unwrap(), first);
         assert!(is_witness(first) && !is_witness(me));
         assert!(may_look(
