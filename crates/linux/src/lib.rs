@@ -9,6 +9,7 @@
 compile_error!("outlive runs on x86-64 Linux only");
 
 pub mod area;
+mod aside;
 pub mod cachestat;
 pub mod clock;
 pub mod demand;

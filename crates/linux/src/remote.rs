@@ -19,6 +19,7 @@
 #![allow(unsafe_code)]
 
 use crate::Errno;
+use crate::aside::Aside;
 use crate::memory;
 use crate::ptrace::{Halted, Registers, Running, Stop, WaitError};
 use rustix::process::{Pid, Signal, kill_process};
@@ -29,6 +30,9 @@ pub const RESCUE_AFTER: Duration = Duration::from_secs(3);
 
 /// How long a batch may take before it is given up.
 const BATCH_TIMEOUT: Duration = Duration::from_secs(60);
+/// The same where another thread makes a call: whoever waits for it cannot be stopped, and calls that are
+/// made so come back at once.
+const ASIDE_TIMEOUT: Duration = Duration::from_secs(1);
 
 std::arch::global_asm!(
     ".pushsection .rodata.outlive_loop,\"a\",@progbits",
@@ -251,9 +255,15 @@ impl Batch {
     /// (credentials, keyrings) is gone with it. Where no thread can be made, that is the answer. For
     /// calls that come back at once: the other thread waits.
     ///
-    /// A stop signal in that moment (SIGSTOP) holds both until the program is told to continue.
+    /// A stop signal in that moment (SIGSTOP) stops that thread too, which is sent on then; the program is
+    /// stopped once it is let go.
     pub fn push_aside(&mut self, number: i64, args: impl IntoIterator<Item = Arg>) -> CallId {
         self.push(-number, args)
+    }
+
+    /// Whether other threads are made for some of the calls.
+    fn has_aside(&self) -> bool {
+        self.calls.iter().any(|call| call.number < 0)
     }
 
     fn image(&self, at: u64) -> Vec<u8> {
@@ -528,7 +538,8 @@ impl Arena {
         let tid = running.tid();
         let kernel = |what| move |source| RemoteError::Kernel { tid, what, source };
         let deadline = Instant::now() + BATCH_TIMEOUT;
-        let running = self.await_done(running, header, deadline)?;
+        let aside = batch.has_aside().then(|| Aside::of(self.pid));
+        let running = self.await_done(running, header, aside)?;
         running.interrupt().map_err(kernel("stopping"))?;
         Ok(Landing {
             running,
@@ -571,24 +582,31 @@ impl Arena {
 
     /// Waits until the thread has made all calls of its batch. A thread that is told to continue
     /// (SIGCONT) stops for its tracer whatever it does, and is sent on; one that is told to stop
-    /// (SIGSTOP) is told so again afterwards.
+    /// (SIGSTOP) is told so again afterwards. Those `aside` that make calls in its place are sent on.
     fn await_done(
         &self,
         mut running: Running,
         header: u64,
-        deadline: Instant,
+        mut aside: Option<Aside>,
     ) -> Result<Running, RemoteError> {
         /// Almost every batch is done by then, and nobody is asked before.
         const SOON: Duration = Duration::from_millis(1);
         let tid = running.tid();
         let kernel = |what| move |source| RemoteError::Kernel { tid, what, source };
         let begun = Instant::now();
+        let limit = match aside {
+            Some(_) => ASIDE_TIMEOUT,
+            None => BATCH_TIMEOUT,
+        };
         let mut done = [0u8; 8];
         let mut told_to_stop = false;
         loop {
             memory::read_exact(self.pid, header + 16, &mut done)
                 .map_err(kernel("waiting for the batch"))?;
             if u64::from_ne_bytes(done) == 1 {
+                if let Some(aside) = aside {
+                    aside.end();
+                }
                 if told_to_stop && let Some(raw) = Pid::from_raw(tid.cast_signed()) {
                     // One that has ended need not stop.
                     let _ = kill_process(raw, Signal::STOP);
@@ -596,12 +614,15 @@ impl Arena {
                 return Ok(running);
             }
             let now = Instant::now();
-            if now > deadline {
+            if now - begun > limit {
                 return Err(kernel("waiting for the batch")(Errno::TIMEDOUT));
             }
             rustix::thread::sched_yield();
             if now - begun < SOON {
                 continue;
+            }
+            if let Some(aside) = &mut aside {
+                aside.free();
             }
             running = match running.wait(now) {
                 Ok(halted) => match halted.stop() {
