@@ -4,11 +4,12 @@
 //! # Rules
 //! - Every thread is asked, as each has keyrings of its own, and nobody is given one by asking. Who
 //!   has no session keyring would be, with that of its user, if it was asked for it. So it is asked
-//!   first whether it finds its user's by name. Where it does not, though there is one, it has another,
-//!   and may be asked for it.
+//!   first whether it finds its user's by name. Where there is no such key for it (`ENOKEY`), though there is
+//!   one, it has another, and may be asked for it.
 //! - Who finds it has none, or that one, or another that leads there. It has none if nobody uses that of
-//!   its user: the kernel counts who does ([`Uses`]). Else a thread that is made for it, and ends then,
-//!   answers in its place: that has the same keyrings, and what it is given goes with it.
+//!   its user: the kernel counts who does ([`Uses`]). Else, and where it could not look, a thread that is
+//!   made for it, and ends then, answers in its place: that has the same keyrings, and what it is given goes
+//!   with it. A program that may make no further thread now cannot be looked at now.
 //! - Keyrings of users (`_uid.N`, `_uid_ses.N`), and what is in them, belong to the machine, like
 //!   files: a program finds them there again. They are known by their numbers, as anybody may give one
 //!   of his own such a name.
@@ -122,25 +123,34 @@ impl Asked {
             return None;
         }
         let [of_user, found] = self.of_user.map(|id| answers.value(id));
-        match (of_user, found) {
-            (Ok(ring), Ok(found)) if ring == found && uses.has_only_the_kernel(ring, status) => {
-                None
-            }
-            // It has one which does not lead there.
-            (Ok(of_user), Err(_)) => Some(How {
-                of_user: Some(of_user),
-                aside: false,
-            }),
-            (of_user, _) => Some(How {
-                of_user: of_user.ok(),
-                aside: true,
-            }),
-        }
+        how(of_user, found, |ring| {
+            uses.has_only_the_kernel(ring, status)
+        })
+    }
+}
+
+/// How a thread is to be asked by the number of its user's session keyring, and what it finds of that name.
+fn how(
+    of_user: Result<u64, Errno>,
+    found: Result<u64, Errno>,
+    mut unused: impl FnMut(u64) -> bool,
+) -> Option<How> {
+    match (of_user, found) {
+        (Ok(ring), Ok(found)) if ring == found && unused(ring) => None,
+        // It has one which does not lead there. Another error says nothing of that.
+        (Ok(of_user), Err(Errno::NOKEY)) => Some(How {
+            of_user: Some(of_user),
+            aside: false,
+        }),
+        (of_user, _) => Some(How {
+            of_user: of_user.ok(),
+            aside: true,
+        }),
     }
 }
 
 /// How a thread is asked for its session keyring.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct How {
     /// That of its user.
     of_user: Option<u64>,
@@ -228,6 +238,14 @@ pub fn session(
     let ring = match answer {
         Ok(ring) => ring,
         Err(Errno::KEYREVOKED | Errno::KEYEXPIRED) => return Ok(None),
+        // Nothing is known of it yet: the next stop asks again.
+        Err(e @ (Errno::AGAIN | Errno::NOMEM)) if how.aside => {
+            let what = format!(
+                "making a thread which answers for thread {} (pids.max, RLIMIT_NPROC, memory)",
+                thread.tid
+            );
+            return Err(thread.target.kernel(what, e));
+        }
         Err(e) => {
             let what = match how.aside {
                 true => format!("hidden: that of its user cannot be told from it: {e}"),
@@ -438,6 +456,52 @@ mod tests {
         ] {
             assert!(!key(other).with(all[0]).is_of_the_machine(), "{other}");
         }
+    }
+
+    #[test]
+    fn only_who_certainly_has_another_keyring_is_asked_itself() {
+        let ask = |of_user, aside| Some(How { of_user, aside });
+        let unused = |unused| move |_| unused;
+        assert_eq!(how(Ok(7), Ok(7), unused(true)), None);
+        assert_eq!(how(Ok(7), Ok(7), unused(false)), ask(Some(7), true));
+        assert_eq!(how(Ok(7), Ok(8), unused(true)), ask(Some(7), true));
+        assert_eq!(
+            how(Ok(7), Err(Errno::NOKEY), unused(true)),
+            ask(Some(7), false)
+        );
+        for error in [Errno::ACCESS, Errno::KEYREVOKED, Errno::NOMEM, Errno::INTR] {
+            assert_eq!(how(Ok(7), Err(error), unused(true)), ask(Some(7), true));
+        }
+        // Where its user let nobody search that of its own.
+        for found in [Ok(7), Err(Errno::NOKEY)] {
+            assert_eq!(how(Err(Errno::NOKEY), found, unused(true)), ask(None, true));
+        }
+    }
+
+    #[test]
+    fn who_could_not_be_asked_now_is_not_refused() {
+        let target = Target::open(std::process::id()).unwrap();
+        let thread = Thread {
+            target: &target,
+            tid: target.pid,
+            user: 0,
+        };
+        let judged = |aside, answer| {
+            let how = How {
+                of_user: None,
+                aside,
+            };
+            let nobody: Run<'_> = &mut |_| unreachable!("nothing more is asked");
+            session(&thread, how, Err(answer), &mut BTreeSet::new(), nobody)
+        };
+        for error in [Errno::AGAIN, Errno::NOMEM] {
+            let failed = judged(true, error).unwrap_err();
+            assert!(matches!(failed, ProcessError::Kernel { .. }), "{failed}");
+            assert!(failed.to_string().contains("pids.max"), "{failed}");
+        }
+        let refused = judged(true, Errno::ACCESS).unwrap().unwrap();
+        assert!(refused.what.contains("hidden"), "{}", refused.what);
+        assert!(judged(true, Errno::KEYREVOKED).unwrap().is_none());
     }
 
     #[test]

@@ -313,7 +313,9 @@ where it was when the program comes back, or it is not.
   started there, and after a restore it has that of who restores it. So has a program with the session
   keyring of its user, with one that was revoked, or with one without a name in which there is nothing, or
   only keyrings of users and what systemd puts there. Keyrings of users are told from others with their
-  names by their numbers. Everything else in thread, process and session keyrings is refused.
+  names by their numbers. Everything else in thread, process and session keyrings is refused. Some threads
+  can only be asked by one that is made for it: where none can be made (`pids.max`, `RLIMIT_NPROC`), the
+  epoch fails, and the next one asks again.
 - **System V semaphores, message queues and segments that nobody has mapped**, as long as they are not
   the program's. Nothing that the kernel keeps ties them to a process but who made a segment, who
   changed a semaphore or a queue last, and who waits for them. An object is the program's if that is one
