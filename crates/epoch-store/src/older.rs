@@ -68,7 +68,8 @@ pub(crate) fn unreadable(dir: &dyn Directory, number: u64, error: OpenError) -> 
     }
 }
 
-fn at_begin(place: &str, error: &StoreError) -> damage::Damage {
+/// What a check says of one whose medium gave an error.
+pub(crate) fn at_begin(place: &str, error: &StoreError) -> damage::Damage {
     damage::Damage {
         file: place.to_owned(),
         offset: 0,

@@ -8,6 +8,8 @@
 //!   are committed meanwhile are part of it. Then come the older generations, the newest of them first. A new base begins
 //!   another pass.
 //! - An older generation that was removed, or replaced by one that leaves epochs out, is not written any more.
+//! - Nor is one whose newest epoch is in doubt: settling on an epoch is up to a repair, which says so.
+//! - One that cannot be read or mended does not keep those behind it from being checked.
 //! - What the header must be is known to the writer, so that it is mended whatever is left of it.
 
 use crate::damage::{self, Damage, Outcome, Trouble};
@@ -101,7 +103,16 @@ impl Store {
         if let Some(live) = live {
             let mut found = Scrubbed::default();
             let step = (cursor.epoch, cursor.pages.take(), &mut cursor.spare);
-            (cursor.epoch, cursor.pages) = piece(live, step, &mut found)?;
+            match piece(live, step, &mut found) {
+                Ok(next) => (cursor.epoch, cursor.pages) = next,
+                Err(error) if cursor.older.is_some() => {
+                    // The next call goes on behind it.
+                    cursor.epoch = u64::MAX;
+                    self.scrubbing = cursor;
+                    return Err(error);
+                }
+                Err(error) => return Err(error),
+            }
             done.bytes += found.bytes;
             match cursor.older {
                 None => done.damages.append(&mut found.damages),
@@ -129,7 +140,14 @@ impl Store {
                     continue;
                 }
             };
-            done.older.append(&mut older.mend_header()?);
+            match older.mend_header() {
+                Ok(mut mended) => done.older.append(&mut mended),
+                Err(error) => {
+                    let place = &older.generation.place;
+                    done.older.push(older::at_begin(place, &error));
+                    continue;
+                }
+            }
             self.scrubbing = Cursor {
                 epoch: older.generation.superblock.first_epoch,
                 older: Some(Box::new(older)),
@@ -145,6 +163,9 @@ impl Store {
     fn open_to_mend(&self, number: u64) -> Result<Live, OpenError> {
         let secret = self.secret.as_ref();
         let (generation, head) = Generation::open(&*self.dir, number, Access::Write, secret)?;
+        if let Some(doubt) = head.doubt {
+            return Err(OpenError::Trouble(doubt.into()));
+        }
         let chain = generation.chain(&head.record)?;
         let mut older = Live::new(generation, head.record, chain);
         older.sealed = head.sealed;

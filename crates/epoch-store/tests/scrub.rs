@@ -4,10 +4,11 @@
 
 mod common;
 
-use common::{Model, Script, Step, create, history, open, read_back};
+use common::{Model, Script, SimHost, Step, create, history, open, read_back};
 use outlive_epoch::EpochReader;
 use outlive_epoch_store::{Access, Damage, Outcome, REPAIRABLE, Scrubbed, Store};
-use outlive_media::SimDisk;
+use outlive_media::{Directory, Geometry, Medium, MediumError, SimDirectory, SimDisk};
+use std::sync::Arc;
 
 /// A whole pass: what it found, and in how many calls.
 fn pass(store: &mut Store) -> (Vec<Damage>, u32) {
@@ -165,4 +166,155 @@ fn older_generations_are_checked_after_the_newest() {
     store.remove_generation(1).unwrap();
     let rest = pass(&mut store);
     assert_eq!((rest.damages, rest.older), (vec![], vec![]));
+}
+
+/// All of a pass, errors too.
+fn whole_pass(store: &mut Store) -> (Scrubbed, u32) {
+    let (mut all, mut errors) = (Scrubbed::default(), 0);
+    while !all.finished {
+        match store.scrub() {
+            Ok(done) => {
+                all.damages.extend(done.damages);
+                all.older.extend(done.older);
+                all.finished = done.finished;
+            }
+            Err(_) => errors += 1,
+        }
+        assert!(errors < 10, "it does not get on");
+    }
+    (all, errors)
+}
+
+#[test]
+fn an_older_generation_in_doubt_is_told_and_left() {
+    let disk = SimDisk::new();
+    let mut store = create(&disk).unwrap();
+    store.keep_older(true);
+    let scripts = history();
+    for script in &scripts[..2] {
+        script.write(&mut store).unwrap();
+    }
+    scripts[3].write(&mut store).unwrap();
+    // The slot of epoch 2, and the seal.
+    for block in [1, 21, 3, 23] {
+        harm(&disk, "epochs.1", block * 4096, 4096);
+    }
+    let before = disk.contents("epochs.1");
+    let (found, errors) = whole_pass(&mut store);
+    assert_eq!((found.damages, errors), (vec![], 0));
+    let told: Vec<_> = found.older.iter().map(|d| d.outcome).collect();
+    assert_eq!(told, [Outcome::Lost], "{:?}", found.older);
+    assert!(found.older[0].what.contains("outlive repair"));
+    assert_eq!(disk.contents("epochs.1"), before, "nothing is settled");
+}
+
+/// The second file of a disk cannot be written.
+struct Stubborn(SimDirectory);
+
+impl Directory for Stubborn {
+    fn place(&self) -> String {
+        self.0.place()
+    }
+
+    fn list(&self) -> Result<Vec<String>, MediumError> {
+        self.0.list()
+    }
+
+    fn create(&self, name: &str) -> Result<Arc<dyn Medium>, MediumError> {
+        self.0.create(name)
+    }
+
+    fn open(&self, name: &str, access: Access) -> Result<Arc<dyn Medium>, MediumError> {
+        let medium = self.0.open(name, access)?;
+        Ok(match name {
+            "epochs.2" => Arc::new(ReadOnly(medium)),
+            _ => medium,
+        })
+    }
+
+    fn rename(&self, from: &str, to: &str) -> Result<(), MediumError> {
+        self.0.rename(from, to)
+    }
+
+    fn remove(&self, name: &str) -> Result<(), MediumError> {
+        self.0.remove(name)
+    }
+
+    fn sync(&self) -> Result<(), MediumError> {
+        self.0.sync()
+    }
+}
+
+struct ReadOnly(Arc<dyn Medium>);
+
+impl Medium for ReadOnly {
+    fn place(&self) -> String {
+        self.0.place()
+    }
+
+    fn geometry(&self) -> Result<Geometry, MediumError> {
+        self.0.geometry()
+    }
+
+    fn read(&self, offset: u64, into: &mut [u8]) -> Result<(), MediumError> {
+        self.0.read(offset, into)
+    }
+
+    fn write(&self, offset: u64, bytes: &[u8]) -> Result<(), MediumError> {
+        Err(MediumError::Full {
+            place: self.place(),
+            needed: offset + bytes.len() as u64,
+        })
+    }
+
+    fn flush(&self) -> Result<(), MediumError> {
+        self.0.flush()
+    }
+
+    fn reserve(&self, len: u64) -> Result<(), MediumError> {
+        self.0.reserve(len)
+    }
+
+    fn truncate(&self, len: u64) -> Result<(), MediumError> {
+        self.0.truncate(len)
+    }
+}
+
+#[test]
+fn a_file_that_cannot_be_mended_does_not_hide_those_behind_it() {
+    let log = 24 * 4096;
+    // A slot, and a page.
+    for (from, errors) in [(4096, 0), (log, 1)] {
+        let disk = SimDisk::new();
+        let directory = Arc::new(Stubborn(disk.directory()));
+        let mut store = Store::create_in(directory, Arc::new(SimHost::default())).unwrap();
+        store.keep_older(true);
+        for _ in 0..3 {
+            history()[3].write(&mut store).unwrap();
+        }
+        let (clean, none) = whole_pass(&mut store);
+        assert_eq!(
+            (clean, none),
+            (
+                Scrubbed {
+                    finished: true,
+                    ..Scrubbed::default()
+                },
+                0
+            )
+        );
+        let whole = disk.contents("epochs.1");
+        harm(&disk, "epochs.2", from, 600);
+        harm(&disk, "epochs.1", log, 600);
+        let harmed = disk.contents("epochs.2");
+        let (found, met) = whole_pass(&mut store);
+        assert_eq!((found.damages, met), (vec![], errors));
+        let of = |n: &str| {
+            let of_it = found.older.iter().filter(|d| d.file.ends_with(n));
+            of_it.map(|d| d.outcome).collect::<Vec<_>>()
+        };
+        assert_eq!(of("epochs.2").len() as u32, 1 - errors, "{:?}", found.older);
+        assert_eq!(of("epochs.1"), [Outcome::Repaired]);
+        assert!(disk.contents("epochs.1") == whole && disk.contents("epochs.2") == harmed);
+    }
 }
