@@ -124,18 +124,10 @@ impl Generation {
         }
         let header = head::header(&*medium).map_err(OpenError::Medium)?;
         let mut harmless = Vec::new();
-        let superblock = head::superblock(&place, &header, &mut harmless)?;
-        let key = superblock.key();
-        let cipher = keys(&place, &superblock, secret)?.map(Arc::new);
-        if cipher.is_some() && superblock.generation != number && !bug("renamed file read") {
-            let what = format!(
-                "it is that of {}: somebody gave it another name",
-                committed_name(superblock.generation)
-            );
-            return Err(OpenError::Trouble(
-                damaged(&place, 0, None, Part::Superblock, &what).into(),
-            ));
-        }
+        let unlock = |superblock: &Superblock| keys(&place, number, superblock, secret);
+        let unlock = (secret.is_some(), unlock);
+        let (superblock, cipher) = head::superblock(&place, &header, unlock, &mut harmless)?;
+        let (key, cipher) = (superblock.key(), cipher.map(Arc::new));
         let generation = Self {
             place,
             number,
@@ -437,9 +429,10 @@ fn random(dir: &dyn Directory, host: &dyn Host, into: &mut [u8]) -> Result<(), S
     })
 }
 
-/// The keys of a file, if it is encrypted and the secret is known.
+/// The keys of the file with this number, if it is encrypted and the secret is known.
 fn keys(
     place: &str,
+    number: u64,
     superblock: &Superblock,
     secret: Option<&Secret>,
 ) -> Result<Option<FileCipher>, Trouble> {
@@ -472,6 +465,11 @@ fn keys(
     if !same(&superblock.tag(&keys), &lock.tag) {
         let damage = damaged(place, 0, None, Part::Superblock, NOT_ITS_TAG);
         return Err(damage.into());
+    }
+    if *generation != number && !bug("renamed file read") {
+        let name = committed_name(*generation);
+        let what = format!("it is that of {name}: somebody gave it another name");
+        return Err(damaged(place, 0, None, Part::Superblock, &what).into());
     }
     Ok(Some(keys))
 }

@@ -425,32 +425,47 @@ fn block(header: &[u8], at: u64) -> &[u8] {
         .unwrap_or_default()
 }
 
-/// The superblock, from either copy.
-pub(crate) fn superblock(
+/// The superblock, from either copy, with the keys that `unlock` gives for it. A copy for which it gives an error
+/// is harmed where the other one is good: anybody can make its checksum right. Without a key (`trusted` is false
+/// then) nobody can tell, and whatever is newer than this program is refused.
+pub(crate) fn superblock<K>(
     place: &str,
     header: &[u8],
+    (trusted, unlock): (bool, impl Fn(&Superblock) -> Result<K, Trouble>),
     harmless: &mut Vec<Damage>,
-) -> Result<Superblock, Trouble> {
-    let mut good = None;
+) -> Result<(Superblock, K), Trouble> {
+    let (mut good, mut refused) = (None, None);
     for at in SUPERBLOCK_AT {
-        match Superblock::decode(at, block(header, at)) {
-            SuperblockRead::Good(superblock) => good = Some(superblock),
+        let (what, trouble) = match Superblock::decode(at, block(header, at)) {
+            SuperblockRead::Good(superblock) => match unlock(&superblock) {
+                Ok(keys) => {
+                    good = Some((superblock, keys));
+                    continue;
+                }
+                Err(trouble) => (NOT_OF_THE_KEY, Some(trouble)),
+            },
             SuperblockRead::Newer(found) => {
-                let place = place.to_owned();
-                return Err(StoreError::Newer {
-                    place,
+                let newer = Trouble::from(StoreError::Newer {
+                    place: place.to_owned(),
                     found,
                     supported: VERSION,
+                });
+                if !trusted {
+                    return Err(newer);
                 }
-                .into());
+                (NOT_OF_THE_KEY, Some(newer))
             }
-            SuperblockRead::Bad => {
-                let what = "this copy does not have its checksum";
-                let damage = damaged(place, at, None, Part::Superblock, what);
-                harmless.push(damage.with(Outcome::Repairable));
-            }
-        }
+            SuperblockRead::Bad => ("this copy does not have its checksum", None),
+        };
+        refused = refused.or(trouble);
+        let damage = damaged(place, at, None, Part::Superblock, what);
+        harmless.push(damage.with(Outcome::Repairable));
     }
     let what = "neither copy has its checksum, or this is not an image";
-    good.ok_or_else(|| damaged(place, 0, None, Part::Superblock, what).into())
+    let missing = || damaged(place, 0, None, Part::Superblock, what).into();
+    good.ok_or_else(|| refused.unwrap_or_else(missing))
 }
+
+/// What is said of a copy of the superblock where the other one is what the holder of the key wrote.
+const NOT_OF_THE_KEY: &str =
+    "this copy has its checksum and is not what the holder of the key wrote: somebody changed it";

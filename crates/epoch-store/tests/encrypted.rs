@@ -331,6 +331,44 @@ pub(crate) fn changes_that_no_checksum_sees_are_found() {
     }
 }
 
+/// Anybody can make the checksum of a superblock; the copy that he leaves counts for those who have the key.
+#[test]
+pub(crate) fn one_forged_superblock_leaves_the_other() {
+    let (disk, models) = image();
+    let image = disk.contents(FILE).unwrap();
+    let forged = |ats: &[usize], offset: usize| {
+        let mut bytes = image.clone();
+        for at in ats {
+            change_unseen(&mut bytes, at + offset);
+        }
+        with(bytes)
+    };
+    let copies = [0, 20 * PAGE_SIZE];
+    // Version, identity, generation, fingerprint, salt, tag.
+    for offset in [8, 18, 34, 57, 70, 100] {
+        for at in copies {
+            let disk = forged(&[at], offset);
+            reads(&disk, &models).unwrap();
+            let report = check(&disk, true);
+            let damages: Vec<_> = report
+                .damages
+                .iter()
+                .map(|d| (d.offset, d.outcome))
+                .collect();
+            assert_eq!(
+                damages,
+                [(at as u64, Outcome::Repairable)],
+                "offset {offset}"
+            );
+            // A writer writes it again.
+            drop(open(&disk, Access::Write).unwrap());
+            assert!(check(&disk, true).is_clean(), "offset {offset} of {at}");
+            assert!(disk.contents(FILE).unwrap()[at..][..PAGE_SIZE] == image[at..][..PAGE_SIZE]);
+        }
+        reads(&forged(&copies, offset), &models).unwrap_err();
+    }
+}
+
 /// The times in a trailer are not encrypted, and nobody may change them.
 #[test]
 pub(crate) fn changed_numbers_of_a_trailer_are_found() {
