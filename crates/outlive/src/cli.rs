@@ -89,15 +89,9 @@ pub enum Command {
     Inspect(InspectArgs),
     /// Read every byte of an image or a subject and check it; exit code 4 names the damage
     ///
-    /// Checksums need no key. With the key of an encrypted image, its authentication tags are checked too.
-    Verify {
-        /// Directory of an image (with a slash in it), or the name of a subject
-        #[arg(value_name = "IMAGE|NAME")]
-        what: String,
-        /// The key
-        #[command(flatten)]
-        key: KeyArgs,
-    },
+    /// Checksums need no key. With the key of an encrypted image, its authentication tags are checked too;
+    /// where the key of a subject cannot be had, nothing is checked, unless --checksums-only says so.
+    Verify(VerifyArgs),
     /// Check every byte, and write again what is damaged and can be made good
     Repair {
         /// Directory of an image (with a slash in it), or the name of a subject that nobody keeps
@@ -222,6 +216,20 @@ pub struct RunArgs {
         value_name = "CMD"
     )]
     pub command: Vec<OsString>,
+}
+
+/// `outlive verify`
+#[derive(Debug, Args)]
+pub struct VerifyArgs {
+    /// Directory of an image (with a slash in it), or the name of a subject
+    #[arg(value_name = "IMAGE|NAME")]
+    pub what: String,
+    /// Check what needs no key, also where there is one: accidents are found, forgeries are not
+    #[arg(long, conflicts_with = "KeyArgs")]
+    pub checksums_only: bool,
+    /// The key
+    #[command(flatten)]
+    pub key: KeyArgs,
 }
 
 /// `outlive attach`

@@ -3,7 +3,7 @@
 use crate::cli::CheckpointArgs;
 use crate::out;
 use crate::progress::{self, Counted};
-use outlive_epoch::{Acked, EpochFacts};
+use outlive_epoch::{Acked, EpochFacts, StoreError};
 use outlive_epoch_store::Secret;
 use outlive_keeper::control::{Reply, Request, ask};
 use outlive_keeper::epoch::{EpochLog, Manner, Nobody, Program, Steps, Taken, micros, take};
@@ -79,6 +79,7 @@ fn copy(
     must_be_free(image)?;
     let asked = args.key.source()?;
     let secret = keys::of_subject(asked.as_ref(), &subject, &subject.card()?)?;
+    must_be_readable(&subject, secret.as_ref())?;
     let request = if args.leave_running {
         Request::Checkpoint
     } else {
@@ -120,6 +121,19 @@ fn copy(
         steps: Steps::default(),
     };
     Ok((pids, taken))
+}
+
+/// Another key than that of the epochs is found out before anything is asked of the keeper, which may end the
+/// program for it.
+fn must_be_readable(subject: &Subject, secret: Option<&Secret>) -> Result<(), KeeperError> {
+    match Image::open_with(&subject.epochs_dir(), secret) {
+        // The first one is still to come.
+        Err(StoreError::Missing { .. }) => Ok(()),
+        opened => {
+            opened?.epoch(None)?;
+            Ok(())
+        }
+    }
 }
 
 fn copy_newest(

@@ -1,11 +1,11 @@
 //! Which image is meant; `verify` and `repair`.
 
-use crate::cli::KeyArgs;
+use crate::cli::{KeyArgs, VerifyArgs};
 use crate::out;
 use crate::progress::Progress;
 use outlive_epoch_store::Secret;
 use outlive_keeper::KeeperError;
-use outlive_keeper::images::{self, Damage, Holder, Outcome, Verified};
+use outlive_keeper::images::{self, Damage, Holder, Image, Outcome, Verified};
 use outlive_keeper::keys;
 use outlive_keeper::subject::Root;
 use serde_json::{Value, json};
@@ -38,7 +38,7 @@ pub fn key(root: &Root, what: &str, asked: &KeyArgs) -> Result<Option<Secret>, K
     asked.map(|source| source.read()).transpose()
 }
 
-/// The key for a check: what can be done without it is done without it.
+/// The key for a repair: what can be done without it is done without it.
 fn key_if_there(root: &Root, what: &str, asked: &KeyArgs) -> Result<Option<Secret>, KeeperError> {
     match key(root, what, asked) {
         Err(error) if *asked == KeyArgs::default() => {
@@ -50,15 +50,23 @@ fn key_if_there(root: &Root, what: &str, asked: &KeyArgs) -> Result<Option<Secre
 }
 
 /// `outlive verify`
-pub fn verify(root: &Root, what: &str, asked: &KeyArgs, json: bool) -> Result<u8, KeeperError> {
+pub fn verify(root: &Root, args: &VerifyArgs, json: bool) -> Result<u8, KeeperError> {
+    let what = &args.what;
     let dir = find(root, what)?;
-    let secret = key_if_there(root, what, asked)?;
+    let secret = if args.checksums_only {
+        None
+    } else {
+        key(root, what, &args.key).inspect_err(|_| {
+            out::say("`outlive verify --checksums-only` checks all that needs no key");
+        })?
+    };
     let mut progress = Progress::new("verifying");
     let found = images::verify(&dir, secret.as_ref(), &mut |done, all| {
         progress.at(done, all)
     })?;
     drop(progress);
-    Ok(tell(what, &found, json))
+    let tags = Tags::of(&dir, secret.as_ref());
+    Ok(tell(what, &found, tags, json))
 }
 
 /// `outlive repair`
@@ -70,7 +78,41 @@ pub fn repair(root: &Root, what: &str, asked: &KeyArgs, json: bool) -> Result<u8
         progress.at(done, all)
     })?;
     drop(progress);
-    Ok(tell(what, &found, json))
+    let tags = Tags::of(&dir, secret.as_ref());
+    Ok(tell(what, &found, tags, json))
+}
+
+/// What became of authentication tags.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Tags {
+    /// All were checked.
+    Checked,
+    /// There are some, and no key to check them with.
+    Unchecked,
+    /// As far as can be seen without a key, nothing is encrypted.
+    None,
+}
+
+impl Tags {
+    fn of(dir: &Path, secret: Option<&Secret>) -> Self {
+        // With a key, what is not encrypted is refused.
+        if secret.is_some() {
+            return Self::Checked;
+        }
+        match Image::open(dir) {
+            Ok(image) if image.store().key().is_some() => Self::Unchecked,
+            _ => Self::None,
+        }
+    }
+
+    /// What the verdict says of them.
+    fn words(self) -> &'static str {
+        match self {
+            Self::Checked => ", with their authentication tags",
+            Self::Unchecked => " by checksums only, without the key",
+            Self::None => "",
+        }
+    }
 }
 
 /// Says what was damaged of an image that was read, and made up for.
@@ -87,11 +129,11 @@ pub fn warnings_of(met: &[Damage], what: &str) -> Vec<String> {
     told.chain(remedy).collect()
 }
 
-fn tell(what: &str, found: &Verified, json: bool) -> u8 {
+fn tell(what: &str, found: &Verified, tags: Tags, json: bool) -> u8 {
     if json {
-        out::json(&as_json(found));
+        out::json(&as_json(found, tags));
     } else {
-        print(what, found);
+        print(what, found, tags);
     }
     if found.lossy { 4 } else { 0 }
 }
@@ -127,7 +169,7 @@ fn whose(damage: &Damage) -> String {
     }
 }
 
-fn as_json(found: &Verified) -> Value {
+fn as_json(found: &Verified, tags: Tags) -> Value {
     let damage = |d: &Damage| {
         let (place, what) = (&d.place, &d.what);
         let holder =
@@ -148,10 +190,11 @@ fn as_json(found: &Verified) -> Value {
         "bytes": found.bytes,
         "damages": damages,
         "more_damages": found.more,
+        "authenticated": tags == Tags::Checked,
     })
 }
 
-fn print(what: &str, found: &Verified) {
+fn print(what: &str, found: &Verified, tags: Tags) {
     for damage in &found.damages {
         out::say(&line(damage));
     }
@@ -166,9 +209,10 @@ fn print(what: &str, found: &Verified) {
         n => out::plural(n, "damage", "damages"),
     };
     out::line(&format!(
-        "{what}: {} and {} in {} checked, {verdict}",
+        "{what}: {} and {} in {} checked{}, {verdict}",
         out::plural(found.pages, "page", "pages"),
         out::bytes(found.bytes),
         out::plural(found.epochs, "epoch", "epochs"),
+        tags.words(),
     ));
 }

@@ -60,7 +60,7 @@ pub fn run(cli: &Cli) -> Result<u8, KeeperError> {
         }
         Command::Prune(args) => prune::prune(&root, args, json),
         Command::Inspect(args) => inspect::inspect(&root, args, json),
-        Command::Verify { what, key } => image::verify(&root, what, key, json),
+        Command::Verify(args) => image::verify(&root, args, json),
         Command::Repair { what, key } => image::repair(&root, what, key, json),
         Command::Export(args) => carry::export(&root, args, json),
         Command::Import(args) => carry::import(&root, args, json),

@@ -214,7 +214,9 @@ fn encrypted_epochs_come_back_after_a_kill_with_their_key() {
         "the card has the key"
     );
     // The card says where the key is.
-    place.call(&["verify", "a"]).succeeds();
+    let verified = place.call(&["verify", "a", "--json"]);
+    verified.succeeds();
+    assert_eq!(verified.json()["authenticated"], true);
     place.call(&["inspect", "a"]).succeeds();
     let fingerprint = status["key"].as_str().unwrap();
     place
@@ -234,13 +236,26 @@ fn encrypted_epochs_come_back_after_a_kill_with_their_key() {
     place
         .call(&["restore", "a", "--detach"])
         .fails(1, &["the key in", "right"]);
-    place.call(&["verify", "a"]).succeeds();
+    place
+        .call(&["verify", "a"])
+        .fails(1, &["the key in", "right", "--checksums-only"]);
+    let verified = place.call(&["verify", "a", "--checksums-only", "--json"]);
+    verified.succeeds();
+    assert_eq!(verified.json()["authenticated"], false);
+    place
+        .call(&["verify", "a", "--checksums-only", "--key-file", &moved])
+        .fails(2, &["cannot be used with"]);
     let command = format!("cat '{moved}'");
     place
         .call(&["restore", "a", "--detach", "--key-command", &command])
         .succeeds();
     goes_on(&place, 0);
     place.epoch_after("a", place.newest("a") + 1);
+    // Before it would be ended for that.
+    place
+        .call(&["checkpoint", "a", "--image", "copy", "--key-file", &wrong])
+        .fails(3, &[fingerprint, "was given"]);
+    goes_on(&place, 0);
     place
         .call(&["checkpoint", "a", "--image", "copy", "--leave-running"])
         .succeeds();
