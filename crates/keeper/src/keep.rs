@@ -158,6 +158,8 @@ pub struct Keeper<'a, P: Program> {
     filling: Option<OwnedFd>,
     /// What is counted goes there, too.
     table: Option<Table>,
+    /// Violations that the table was told of.
+    noted: u64,
     status: Status,
     said: BTreeSet<String>,
 }
@@ -229,6 +231,7 @@ impl<'a, P: Program> Keeper<'a, P> {
             awaited: None,
             filling: None,
             table: None,
+            noted: 0,
             log,
             attach,
             tell,
@@ -296,11 +299,18 @@ impl<'a, P: Program> Keeper<'a, P> {
             control,
             inbox,
         };
+        let ending = self.keep(&mut ears);
+        // What was counted after the last epoch.
+        self.note();
+        ending
+    }
+
+    fn keep(&mut self, ears: &mut Ears<'_>) -> Result<Ending, KeeperError> {
         loop {
-            self.sleep(&ears)?;
+            self.sleep(ears)?;
             ears.listen()?;
             while let Some(heard) = ears.inbox.pop_front() {
-                if let Some(ending) = self.heard(heard, &mut ears) {
+                if let Some(ending) = self.heard(heard, ears) {
                     return self.leave(ending);
                 }
             }
@@ -308,6 +318,7 @@ impl<'a, P: Program> Keeper<'a, P> {
                 return Ok(ending);
             }
             self.look();
+            self.note_violations();
             let manner = match self.step() {
                 Step::Wait(ns) => {
                     self.get_ready(ns);
@@ -319,7 +330,7 @@ impl<'a, P: Program> Keeper<'a, P> {
                 Step::Held => Manner::Held,
             };
             self.keep_up();
-            if let Ok((taken, Fate::Ended)) = self.take(manner, None, &mut ears) {
+            if let Ok((taken, Fate::Ended)) = self.take(manner, None, ears) {
                 return Ok(Ending::Planned(taken));
             }
         }

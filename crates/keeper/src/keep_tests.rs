@@ -9,6 +9,7 @@ use crate::power::Heard;
 use crate::table::Counts;
 use outlive_linux::signals::Received;
 use rustix::process::Pid;
+use std::cell::RefCell;
 use std::path::Path;
 use std::process::{Child, Command};
 use std::rc::Rc;
@@ -78,7 +79,7 @@ fn keep_log<T: Send + 'static>(
                 0
             },
             pressed: None,
-            most: Rc::default(),
+            most: Rc::new(RefCell::new(u64::from(fail == Some("wild")) << 40)),
         })
     };
     let restored = (log.committed > 0).then(|| attach().expect("a tracker"));
@@ -383,6 +384,30 @@ fn strictly_the_first_epoch_is_held_and_whoever_is_at_the_limit_gets_an_epoch() 
     assert_eq!(budget.dirty_bytes, Some(7 * 4096));
     assert!(budget.expected_bytes >= 7 * 4096);
     assert!(budget.limit_bytes.unwrap() > 0);
+}
+
+#[test]
+fn violations_after_the_last_epoch_are_in_the_table_too() {
+    let strict = Some(HoldUp {
+        budget_ns: 600_000_000_000,
+        strict: true,
+    });
+    let script = |dir: &Path| {
+        ask(dir, Request::Checkpoint, None).unwrap();
+        while status(dir).committed < 4 {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        // Once more than it takes to look after the last one.
+        let [last, .., after] = [0; 3].map(|_| status(dir));
+        let pid = Pid::from_raw(i32::try_from(after.pids.pid).unwrap()).unwrap();
+        rustix::process::kill_process(pid, Signal::KILL).unwrap();
+        assert_eq!((last.committed, after.committed), (4, 4));
+        after.budget.unwrap().violations
+    };
+    let sleep = child("exec sleep 1000");
+    let (outcome, violations) = keep_with(sleep, NEVER, strict, Some("wild"), script);
+    assert!(violations > 1, "{violations}");
+    assert_eq!(outcome.totals.unwrap().counts.violations, violations);
 }
 
 #[test]

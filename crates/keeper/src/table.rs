@@ -10,7 +10,7 @@
 //!   the keeper does not wait for it before its end. Whatever becomes of the file, no command fails.
 //! - What is shown is durable: it is shown after the transaction that holds it. So totals never go back,
 //!   whoever is killed and whenever.
-//! - What is rare (failures, violations, events) is written [`SOON`] after the last time at the earliest; all
+//! - What is rare (failures, violations, also between two epochs and after the last, events) is written [`SOON`] after the last time at the earliest; all
 //!   else [`LATER`] after it.
 //! - The medium is the epochs' first: a transaction is begun when an epoch has just ended, or, where none ends for
 //!   [`GRACE`] after it was due, between two of them. Never during one, which a power event may wait for.

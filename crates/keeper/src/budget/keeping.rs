@@ -211,6 +211,13 @@ impl Watch {
         pacing.exceeded();
     }
 
+    /// How often the budget was not kept.
+    #[must_use]
+    pub fn violations(&self) -> u64 {
+        let pacing = self.pacing.as_ref();
+        pacing.map_or(0, |pacing| pacing.counts().violations)
+    }
+
     /// Strict: the least budget, nanoseconds, with which there would be a bound where so much is exposed;
     /// `None` where there is one.
     #[must_use]

@@ -24,8 +24,17 @@ impl<P: Program> Keeper<'_, P> {
         }
     }
 
+    /// Tells the table of violations that were seen while no epoch was taken, once for each interval. (When they are
+    /// written is up to the table.)
+    pub(super) fn note_violations(&mut self) {
+        if self.watch.violations() > self.noted {
+            self.note();
+        }
+    }
+
     /// Tells the table what was counted so far.
-    pub(super) fn note(&self) {
+    pub(super) fn note(&mut self) {
+        self.noted = self.watch.violations();
         let Some(table) = &self.table else {
             return;
         };
