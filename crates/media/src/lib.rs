@@ -37,7 +37,7 @@ pub use file::FileMedium;
 pub use lines::{Crashes, LINE, LineMemory};
 pub use memory::MemoryMedium;
 pub use sim::{Cut, Fate, Fault, Lie, Op, Pending, SimDirectory, SimDisk, SimMedium, power_off};
-pub use volume::Volume;
+pub use volume::{Volume, is_blank};
 
 use std::io;
 use std::sync::Arc;

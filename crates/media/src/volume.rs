@@ -156,8 +156,12 @@ fn read_slots(medium: &dyn Medium) -> Result<Slots, MediumError> {
     Ok(slots)
 }
 
-/// Whether nobody left a mark at either end.
-fn is_blank(medium: &dyn Medium, len: u64) -> Result<bool, MediumError> {
+/// Whether nobody left a mark at either end of a medium: the first and the last MiB are zeros.
+///
+/// # Errors
+/// What the medium says.
+pub fn is_blank(medium: &dyn Medium) -> Result<bool, MediumError> {
+    let len = medium.geometry()?.len;
     let marks = MARKS.min(len);
     let mut buffer = Buffer::new(marks as usize)
         .map_err(|e| MediumError::io(medium.place(), "buffer for reading", 0, 0, e))?;
@@ -204,7 +208,7 @@ impl Volume {
         overwrite: bool,
     ) -> Result<Self, MediumError> {
         let blocks = whole_blocks(&*medium)?;
-        if !overwrite && !is_blank(&*medium, medium.geometry()?.len)? {
+        if !overwrite && !is_blank(&*medium)? {
             return Err(no_volume(&*medium, "it holds something else"));
         }
         // What may be left of an older volume must not look newer than what comes.

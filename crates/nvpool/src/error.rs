@@ -6,7 +6,7 @@ use outlive_media::MediumError;
 /// An error of a pool.
 ///
 /// # Who is to blame
-/// The caller: `Refused`, `NoPool`. The medium: `Medium`, `Damaged`, `Tables`. The owner's file: `File`.
+/// The caller: `Refused`, `NoPool`. The medium: `Medium`, `Damaged`, `Tables`, `Unknown`. The owner's file: `File`.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// Not granted; nothing was changed.
@@ -34,6 +34,14 @@ pub enum Error {
     /// The heap that holds the tables refused something.
     #[error("the tables of the pool: {0}")]
     Tables(resilient_heap::Error),
+    /// An earlier change or flush failed: nobody knows which of them count. Nothing was changed since.
+    #[error(
+        "the pool on {place}: an earlier change or flush failed, and what is durable is not known: open the pool again"
+    )]
+    Unknown {
+        /// Which medium.
+        place: String,
+    },
     /// An owner's file is not what the pool left there. Nothing was changed.
     #[error("{place}: {what}")]
     File {

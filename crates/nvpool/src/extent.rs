@@ -85,6 +85,7 @@ impl ExtentMedium {
     /// The extent's length in pages, and the pool.
     fn open(&self) -> Result<(u64, MutexGuard<'_, Inner>), MediumError> {
         let inner = self.pool.lock();
+        inner.known().map_err(|error| self.fail(error))?;
         let extent = inner.ledger.in_pool(self.id, Run::new(0, 0));
         let pages = extent.map_err(|error| self.fail(error.into()))?.pages;
         Ok((pages, inner))
@@ -170,8 +171,8 @@ impl Medium for ExtentMedium {
     }
 
     fn flush(&self) -> Result<(), MediumError> {
-        let (_, inner) = self.open()?;
-        inner.medium.flush()
+        let (_, mut inner) = self.open()?;
+        inner.flush()
     }
 
     fn reserve(&self, len: u64) -> Result<(), MediumError> {

@@ -9,20 +9,22 @@
 //!   pages names those of them that are dirty ([`Plan::scrub`]): they are zeroed, durably, before it counts.
 //! - The sum of what the extents of an owner promise is within its quota.
 //! - An owner whose contents are in its file has no pages.
+//! - What an owner has is so few rows that one transaction can change all of them: it can be paged out, and
+//!   back in.
 
 mod load;
+mod pieces;
 
 pub use load::Rows;
+pub use pieces::{EXTENT_ROWS, Extent, MAX_PIECES, Piece};
 
 use crate::buddy::Buddy;
 use crate::refused::Refused;
 use crate::run::{PAGE, Pages, Run};
+use pieces::{joined, place};
 use std::collections::BTreeMap;
 
-/// Most pieces that an extent may be in, so that a change of it fits into one transaction.
-pub const MAX_PIECES: usize = 1024;
-
-/// Most pages of an extent.
+/// Most pages of an extent, and of an owner's together.
 const MAX_PAGES: u64 = i64::MAX as u64 / PAGE;
 
 /// Extents get more than they ask for at a time, where there is more, so that large pages can be used: 2 MiB.
@@ -59,104 +61,8 @@ pub struct Owner {
     pub state: State,
     /// Where its contents go; empty where that was not said.
     pub file: String,
-    /// How often they went there.
+    /// The number of the last file that was begun: what is in the file counts only with this number.
     pub generation: u64,
-}
-
-/// Pages of an extent.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Piece {
-    /// Which page of the extent the first is.
-    pub at: u64,
-    /// Where they are.
-    pub run: Run,
-}
-
-/// A piece of the pool that was promised to an owner.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Extent {
-    /// Its number, which no other extent of the pool has or had.
-    pub id: u64,
-    /// Whose it is.
-    pub owner: String,
-    /// How many pages it may have.
-    pub pages: u64,
-    /// All its pages lie before this page of the medium.
-    pub below: u64,
-    /// The pages that it has, by where they are in it.
-    pub pieces: Vec<Piece>,
-}
-
-impl Extent {
-    /// How many pages it has.
-    #[must_use]
-    pub fn populated(&self) -> u64 {
-        self.pieces.iter().map(|piece| piece.run.len).sum()
-    }
-
-    /// The first pages of `wanted` (a range of the extent), up to where it changes whether there are any:
-    /// how many, and where they are.
-    #[must_use]
-    pub fn next(&self, wanted: Run) -> (u64, Option<Run>) {
-        let after = self
-            .pieces
-            .partition_point(|piece| piece.at <= wanted.start);
-        if let Some(piece) = after.checked_sub(1).and_then(|i| self.pieces.get(i))
-            && wanted.start - piece.at < piece.run.len
-        {
-            let skipped = wanted.start - piece.at;
-            let len = (piece.run.len - skipped).min(wanted.len);
-            return (len, Some(Run::new(piece.run.start + skipped, len)));
-        }
-        let gap = self.pieces.get(after).map(|next| next.at - wanted.start);
-        (gap.unwrap_or(wanted.len).min(wanted.len), None)
-    }
-
-    /// Puts a piece in where there is none; pieces that continue each other become one.
-    fn insert(&mut self, piece: Piece) {
-        self.pieces.push(piece);
-        self.pieces.sort_unstable();
-        let mut joined: Vec<Piece> = Vec::new();
-        for piece in self.pieces.drain(..) {
-            match joined.last_mut() {
-                Some(last)
-                    if last.at + last.run.len == piece.at && last.run.end() == piece.run.start =>
-                {
-                    last.run.len += piece.run.len;
-                }
-                _ => joined.push(piece),
-            }
-        }
-        self.pieces = joined;
-    }
-
-    /// Takes a range of the extent out; gives where its pages were.
-    fn cut(&mut self, range: Run) -> Vec<Run> {
-        let (mut kept, mut gone) = (Vec::new(), Vec::new());
-        for piece in self.pieces.drain(..) {
-            let whole = Run::new(piece.at, piece.run.len);
-            let Some(part) = whole.common(range) else {
-                kept.push(piece);
-                continue;
-            };
-            let place = |at: u64| piece.run.start + (at - piece.at);
-            gone.push(Run::new(place(part.start), part.len));
-            for rest in [
-                Run::new(piece.at, part.start - piece.at),
-                Run::new(part.end(), whole.end() - part.end()),
-            ] {
-                if rest.len > 0 {
-                    let run = Run::new(place(rest.start), rest.len);
-                    kept.push(Piece {
-                        at: rest.start,
-                        run,
-                    });
-                }
-            }
-        }
-        self.pieces = kept;
-        gone
-    }
 }
 
 /// What is asked for.
@@ -204,6 +110,14 @@ pub struct Plan {
     pub scrub: Vec<Run>,
 }
 
+impl Plan {
+    /// Zeroes free pages, and notes it.
+    pub(crate) fn zeroing(scrub: Vec<Run>) -> Self {
+        let changes = scrub.iter().map(|run| Change::Clean(*run)).collect();
+        Self { changes, scrub }
+    }
+}
+
 /// The state of a pool.
 #[derive(Clone, Debug)]
 pub struct Ledger {
@@ -215,6 +129,8 @@ pub struct Ledger {
     pub(crate) dirty: Pages,
     buddy: Buddy,
     next: u64,
+    /// Most pieces of an owner; see [`MAX_PIECES`].
+    pub(crate) most: usize,
 }
 
 impl Ledger {
@@ -228,6 +144,7 @@ impl Ledger {
             dirty: Pages::default(),
             buddy: Buddy::default(),
             next: 1,
+            most: MAX_PIECES,
         };
         ledger.buddy.give(space);
         ledger.dirty.add(space);
@@ -308,18 +225,49 @@ impl Ledger {
 
     /// What of these pages has to be zeroed, and the rows that say that it was.
     fn giving(&self, runs: &[Run]) -> Plan {
-        let scrub: Vec<Run> = runs
-            .iter()
-            .flat_map(|run| self.dirty.within(*run))
-            .collect();
-        let changes = scrub.iter().map(|run| Change::Clean(*run)).collect();
-        Plan { changes, scrub }
+        let scrub = runs.iter().flat_map(|run| self.dirty.within(*run));
+        Plan::zeroing(scrub.collect())
+    }
+
+    fn too_many(&self, owner: &str) -> Refused {
+        let (owner, most) = (owner.to_owned(), self.most);
+        Refused::Pieces { owner, most }
+    }
+
+    /// Refuses an extent that takes more than before, and too much, in place of what it is now.
+    fn check_rows(&self, extent: &Extent) -> Result<(), Refused> {
+        let others = self.extents_of(&extent.owner);
+        let others = others.filter(|other| other.id != extent.id);
+        let all = others.map(Extent::rows).sum::<usize>() + extent.rows();
+        let before = self.extents.get(&extent.id).map_or(0, Extent::rows);
+        if extent.rows() > before && all > self.most {
+            return Err(self.too_many(&extent.owner));
+        }
+        Ok(())
+    }
+
+    /// Refuses a file that another owner has, or that is written on the way to one.
+    fn check_file(&self, owner: &str, file: &str) -> Result<(), Refused> {
+        let beside = |a: &str, b: &str| {
+            let rest = a.strip_prefix(b);
+            rest.is_some_and(|rest| rest.starts_with('.') && rest.ends_with(".new"))
+        };
+        let mut others = self.owners().filter(|(name, _)| *name != owner);
+        let taken = others.find(|(_, other)| {
+            let other = other.file.as_str();
+            !other.is_empty() && (other == file || beside(other, file) || beside(file, other))
+        });
+        taken.map_or(Ok(()), |(other, _)| {
+            let (file, owner) = (file.to_owned(), other.to_owned());
+            Err(Refused::FileTaken { file, owner })
+        })
     }
 
     /// A new extent.
     ///
     /// # Errors
-    /// [`Refused`]: no room, beyond the quota, a bad name, an owner whose contents are in its file.
+    /// [`Refused`]: no room, beyond the quota, a bad name, an owner whose contents are in its file, a file that
+    /// another owner has.
     pub fn allocate(&self, request: &Request) -> Result<(u64, Plan), Refused> {
         check_name(&request.owner)?;
         let mut owner = match self.owners.get(&request.owner) {
@@ -337,10 +285,14 @@ impl Ledger {
                 generation: 0,
             },
         };
+        if let Some(file) = &request.file {
+            self.check_file(&request.owner, file)?;
+        }
         owner.quota = request.quota.or(owner.quota);
         owner.file = request.file.clone().unwrap_or(owner.file);
         let (promised, wanted) = (self.promised(&request.owner), request.pages);
-        if wanted == 0 || wanted > MAX_PAGES - promised.min(MAX_PAGES) {
+        let all = promised.checked_add(wanted).filter(|all| *all <= MAX_PAGES);
+        if wanted == 0 || all.is_none() || owner.quota.is_some_and(|quota| quota > MAX_PAGES) {
             return Err(Refused::Size);
         }
         if let Some(quota) = owner.quota.filter(|quota| promised + wanted > *quota) {
@@ -363,8 +315,9 @@ impl Ledger {
             let found = self.buddy.find(wanted, extent.below);
             let runs = found.ok_or_else(|| self.no_room(wanted, extent.below))?;
             plan = self.giving(&runs);
-            place(&mut extent, 0, &runs)?;
+            place(&mut extent, 0, &runs);
         }
+        self.check_rows(&extent)?;
         plan.changes
             .push(Change::Owner(request.owner.clone(), owner));
         plan.changes
@@ -409,7 +362,8 @@ impl Ledger {
             .ok_or_else(|| self.no_room(gap.len, extent.below))?;
         let mut plan = self.giving(&runs);
         let mut extent = extent.clone();
-        place(&mut extent, range.start, &runs)?;
+        place(&mut extent, range.start, &runs);
+        self.check_rows(&extent)?;
         plan.changes.push(Change::Extent(extent));
         Ok(Some(plan))
     }
@@ -437,9 +391,7 @@ impl Ledger {
     pub fn discard(&self, id: u64, range: Run) -> Result<Plan, Refused> {
         let mut extent = self.in_pool(id, range)?.clone();
         let gone = extent.cut(range);
-        if extent.pieces.len() > MAX_PIECES {
-            return Err(Refused::Pieces);
-        }
+        self.check_rows(&extent)?;
         let mut plan = Plan::default();
         if !gone.is_empty() {
             plan.changes.push(Change::Extent(extent));
@@ -498,22 +450,43 @@ impl Ledger {
         ))
     }
 
+    /// An owner that may be paged out. With `orphan` the caller knows that whoever used its contents is gone.
+    fn leaving(&self, name: &str, orphan: bool) -> Result<Owner, Refused> {
+        let owner = match orphan {
+            true => self.owner(name)?,
+            false => self.idle(name)?,
+        };
+        if owner.state == State::PagedOut {
+            return Err(Refused::PagedOut(name.to_owned()));
+        }
+        Ok(owner.clone())
+    }
+
+    /// The number of the next file of an owner. The plan notes it, and counts before the file has it: so no two
+    /// files ever have the same one, whatever became of the first. `orphan` as for [`Ledger::page_out`].
+    ///
+    /// # Errors
+    /// [`Refused`]: its contents are in use, in the file already, or in more pieces than a transaction moves.
+    pub fn number_file(&self, name: &str, orphan: bool) -> Result<(u64, Plan), Refused> {
+        let mut owner = self.leaving(name, orphan)?;
+        if self.extents_of(name).map(Extent::rows).sum::<usize>() > self.most {
+            return Err(self.too_many(name));
+        }
+        owner.generation = owner.generation.checked_add(1).ok_or(Refused::Size)?;
+        let generation = owner.generation;
+        let changes = vec![Change::Owner(name.to_owned(), owner)];
+        let scrub = Vec::new();
+        Ok((generation, Plan { changes, scrub }))
+    }
+
     /// The owner's contents are in its file now: its pages come back. With `orphan` the caller knows that
     /// whoever used them is gone.
     ///
     /// # Errors
     /// [`Refused`]: they are in use, or in the file already.
-    pub fn page_out(&self, name: &str, generation: u64, orphan: bool) -> Result<Plan, Refused> {
-        let owner = if orphan {
-            self.owner(name)?
-        } else {
-            self.idle(name)?
-        };
-        let mut owner = owner.clone();
-        if owner.state == State::PagedOut {
-            return Err(Refused::PagedOut(name.to_owned()));
-        }
-        (owner.state, owner.generation) = (State::PagedOut, generation);
+    pub fn page_out(&self, name: &str, orphan: bool) -> Result<Plan, Refused> {
+        let mut owner = self.leaving(name, orphan)?;
+        owner.state = State::PagedOut;
         let mut changes = vec![Change::Owner(name.to_owned(), owner)];
         for extent in self.extents_of(name) {
             let dirty = extent.pieces.iter().map(|piece| Change::Dirty(piece.run));
@@ -533,7 +506,8 @@ impl Ledger {
     /// them the owner's.
     ///
     /// # Errors
-    /// [`Refused`]: no room; they are in the pool already; a range that is not the owner's.
+    /// [`Refused`]: no room, or only in too many pieces; they are in the pool already; a range that is not the
+    /// owner's.
     pub fn page_in(&self, name: &str, ranges: &[(u64, Run)]) -> Result<(Plan, Plan), Refused> {
         let mut owner = self.owner(name)?.clone();
         if owner.state != State::PagedOut {
@@ -544,7 +518,7 @@ impl Ledger {
         after.changes.push(Change::Owner(name.to_owned(), owner));
         let mut buddy = self.buddy.clone();
         let mut extents: BTreeMap<u64, Extent> = BTreeMap::new();
-        for (id, range) in ranges {
+        for (id, range) in &joined(ranges) {
             let known = self.extent(*id)?;
             let inside = range.start.checked_add(range.len);
             if known.owner != name || inside.is_none_or(|end| end > known.pages) {
@@ -561,7 +535,18 @@ impl Ledger {
                 before.changes.push(Change::Dirty(*run));
                 after.changes.push(Change::Clean(*run));
             }
-            place(extent, range.start, &runs)?;
+            place(extent, range.start, &runs);
+        }
+        let same = self
+            .extents_of(name)
+            .filter(|e| !extents.contains_key(&e.id));
+        if same
+            .chain(extents.values())
+            .map(Extent::rows)
+            .sum::<usize>()
+            > self.most
+        {
+            return Err(self.too_many(name));
         }
         after
             .changes
@@ -624,18 +609,6 @@ impl Ledger {
             self.buddy.give(piece.run);
         }
     }
-}
-
-/// Puts pages into an extent, from `at` on.
-fn place(extent: &mut Extent, mut at: u64, runs: &[Run]) -> Result<(), Refused> {
-    for run in runs {
-        extent.insert(Piece { at, run: *run });
-        at += run.len;
-    }
-    if extent.pieces.len() > MAX_PIECES {
-        return Err(Refused::Pieces);
-    }
-    Ok(())
 }
 
 /// A name is shown, and stands in files: it must be harmless there.

@@ -33,7 +33,8 @@ pub use buddy::{Buddy, MAX_ORDER};
 pub use error::Error;
 pub use extent::ExtentMedium;
 pub use ledger::{
-    Change, Extent, Holder, Ledger, MAX_PIECES, Owner, Piece, Plan, Request, Rows, State,
+    Change, EXTENT_ROWS, Extent, Holder, Ledger, MAX_PIECES, Owner, Piece, Plan, Request, Rows,
+    State,
 };
 pub use pool::{Pool, Verified};
 pub use refused::Refused;

@@ -11,7 +11,8 @@
 //! the table.
 //!
 //! # Order
-//! - Out: the file is written under another name, made durable, and named; only then the transaction says that
+//! - Out: a transaction notes the number of the file, so that no later one has it, whatever becomes of this one.
+//!   The file is written under another name, made durable, and named; only then a second transaction says that
 //!   it counts. A crash before leaves the contents in the pool.
 //! - In: a transaction says that the pages to be filled may hold anything; they are filled and made durable;
 //!   a second transaction makes them the owner's. A crash between leaves them to be zeroed. Then the file
@@ -19,7 +20,8 @@
 //!
 //! # What it refuses
 //! A file of another pool, owner or time, one that is damaged, ranges that the owner's extents do not have:
-//! the owner stays where it is.
+//! the owner stays where it is. To replace a file that it did not write for this owner. The other name has the
+//! pool's identity in it, so that what a crash left there, even half-written, is known to be its own.
 
 use crate::error::Error;
 use crate::pool::{Inner, Pool, STEP};
@@ -97,7 +99,9 @@ impl Pool {
     /// caller knows that whoever used them is gone. Durable when this returns.
     ///
     /// # Errors
-    /// [`Refused::Running`], [`Refused::PagedOut`], [`Error::Medium`]: the contents are in the pool.
+    /// [`Refused::Running`], [`Refused::PagedOut`], [`Refused::Pieces`], [`Refused::InTheWay`]: nothing was
+    /// changed. [`Error::Medium`]: the contents are in the pool; if it was the pool's medium, it may be that the
+    /// file counts already, and the pool takes no more changes until it was opened again and says which.
     pub fn page_out(
         &self,
         owner: &str,
@@ -106,17 +110,21 @@ impl Pool {
         orphan: bool,
     ) -> Result<(), Error> {
         let mut inner = self.lock();
-        let generation = inner.ledger.owner(owner)?.generation + 1;
-        let plan = inner.ledger.page_out(owner, generation, orphan)?;
-        let new = format!("{name}.new");
-        match files.remove(&new) {
-            Err(error) if !error.is_not_found() => return Err(error.into()),
-            _ => {}
+        inner.known()?;
+        let (generation, plan) = inner.ledger.number_file(owner, orphan)?;
+        inner.is_there(owner, files, name, false)?;
+        let id = u128::from_be_bytes(inner.sb.id);
+        let new = format!("{name}.{id:032x}.new");
+        let left = inner.is_there(owner, files, &new, true)?;
+        inner.commit(plan)?;
+        if left {
+            files.remove(&new)?;
         }
         let file = files.create(&new)?;
         inner.write_file(owner, generation, &*file)?;
         files.rename(&new, name)?;
         files.sync()?;
+        let plan = inner.ledger.page_out(owner, orphan)?;
         inner.commit(plan)
     }
 
@@ -124,9 +132,11 @@ impl Pool {
     ///
     /// # Errors
     /// [`Error::File`]: it is not what was left there; [`Refused`]: no room, or they are in the pool
-    /// already; [`Error::Medium`]: they are in the file.
+    /// already; [`Error::Medium`]: they are in the file; if it was the pool's medium, it may be that they are in
+    /// the pool, which takes no more changes until it was opened again and says which.
     pub fn page_in(&self, owner: &str, files: &dyn Directory, name: &str) -> Result<(), Error> {
         let mut inner = self.lock();
+        inner.known()?;
         if inner.ledger.owner(owner)?.state != crate::State::PagedOut {
             return Err(Refused::InPool(owner.to_owned()).into());
         }
@@ -176,6 +186,37 @@ fn wrong(file: &dyn Medium, what: &str) -> Error {
 }
 
 impl Inner {
+    /// Whether there is a file of this name. One that this pool did not write for this owner is refused; where
+    /// the name says that it did, one that is not finished is as good.
+    fn is_there(
+        &self,
+        owner: &str,
+        files: &dyn Directory,
+        name: &str,
+        unfinished: bool,
+    ) -> Result<bool, Error> {
+        let file = match files.open(name, Access::Read) {
+            Err(error) if error.is_not_found() => return Ok(false),
+            file => file?,
+        };
+        let mut block = vec![0; BLOCK];
+        let head = match file.geometry()?.len {
+            ..PAGE => None,
+            PAGE.. => {
+                file.read(0, &mut block)?;
+                Head::decode(&block)
+            }
+        };
+        match head {
+            Some((head, _)) if head.pool == self.sb.id && head.owner == owner => Ok(true),
+            None if unfinished => Ok(true),
+            _ => {
+                let (file, owner) = (file.place(), owner.to_owned());
+                Err(Refused::InTheWay { file, owner }.into())
+            }
+        }
+    }
+
     /// Writes all that an owner has; durable when this returns.
     fn write_file(&self, owner: &str, generation: u64, file: &dyn Medium) -> Result<(), Error> {
         let extents = || self.ledger.extents_of(owner);
@@ -259,7 +300,7 @@ impl Inner {
 
     /// Fills pages of the pool from a file, from byte `at` of it on; durable when this returns.
     fn fill(
-        &self,
+        &mut self,
         file: &dyn Medium,
         mut at: u64,
         places: &[Run],
@@ -282,7 +323,7 @@ impl Inner {
                 at += part;
             }
         }
-        self.medium.flush()?;
+        self.flush()?;
         Ok(())
     }
 }

@@ -5,24 +5,33 @@
 //!   ledger in memory. A crash before the transaction leaves what was; the pages are as dirty as before.
 //! - Everything goes through one lock, reads of extents too: so nobody reads a page that has just become
 //!   somebody else's.
+//! - A change whose record is on its way, or a flush, can fail so that nobody knows what is durable. The ledger
+//!   in memory may not be the one that counts then: nothing is read, written or changed until the pool was
+//!   opened again.
 //!
 //! # What it refuses
-//! To open what is damaged, or inconsistent (a page of two owners, rows beyond the pool): nothing is
+//! To make a pool of a medium that holds anything, unless told to. To open what is damaged, or inconsistent (a page of two owners, rows beyond the pool): nothing is
 //! changed then.
 
 use crate::error::Error;
 use crate::journal::Journal;
-use crate::ledger::{Holder, Ledger, Plan, Request, State};
+use crate::ledger::{Change, Holder, Ledger, Plan, Request, State};
 use crate::refused::Refused;
 use crate::run::{PAGE, Run};
 use crate::shape::{Shape, Super};
 use crate::tables::Root;
-use outlive_media::{Access, BLOCK, Medium, MediumError};
+use outlive_media::{Access, BLOCK, Medium, MediumError, is_blank};
 use resilient_heap::{Backed, Heap, Options, Scrubbed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// Pages that are read or zeroed at a time.
 pub(crate) const STEP: u64 = 256;
+
+/// Runs that are zeroed in one transaction, at most.
+const SCRUB_RUNS: usize = 64;
+
+/// Pages that are zeroed at most before others get a turn: 256 MiB.
+const SCRUB_PAGES: u64 = 1 << 16;
 
 /// What the medium said last, where a heap's error has no room for it.
 type Said = Arc<Mutex<Option<MediumError>>>;
@@ -39,6 +48,8 @@ pub(crate) struct Inner {
     pub sb: Super,
     access: Access,
     mended: bool,
+    /// A change or a flush failed, and what is durable is not known.
+    unknown: bool,
 }
 
 /// What reading all of a pool's own data found.
@@ -79,9 +90,23 @@ fn open_tables(
     access: Access,
     first: Option<&Ledger>,
 ) -> Result<(Heap<Root<'static>>, Said), Error> {
-    let (bytes, journal) = Journal::open(Arc::clone(medium), sb, access == Access::Read)?;
+    let (bytes, journal, unreadable) =
+        Journal::open(Arc::clone(medium), sb, access == Access::Read)?;
     let said = journal.said();
     let fail = |error| heap_error(&medium.place(), &said, error);
+    let mend = unreadable > 0 && access == Access::Write;
+    if mend {
+        // What opening writes over a page that cannot be read must be what was there.
+        let (mut heap, _) = open_tables(medium, sb, Access::Read, None)?;
+        let lost = heap.scrub().map_err(fail)?.lost.len();
+        if lost > 0 {
+            let place = medium.place();
+            let what = format!(
+                "{unreadable} pages of its tables cannot be read, {lost} lines of them are lost"
+            );
+            return Err(Error::Damaged { place, what });
+        }
+    }
     let memory = Backed::new(&bytes, journal).map_err(fail)?;
     let id = sb
         .id
@@ -93,16 +118,21 @@ fn open_tables(
         .zone_pages(u64::from(sb.shape.zone))
         .log_pages(u64::from(sb.shape.log))
         .identity(id.max(1));
-    let heap = options
+    let mut heap = options
         .open(memory, |tx| Root::new(tx, first?))
         .map_err(fail)?;
+    if mend {
+        // What the heap knows of these pages is written over them.
+        heap.scrub().map_err(fail)?;
+    }
     Ok((heap, said))
 }
 
 impl Pool {
     /// Makes a pool, whose identity is `id`, which should be random. `blank` says that the medium is known
-    /// to be zeros; else every page is zeroed before somebody gets it. With `force` whatever is there is
-    /// lost, also a pool. Durable when this returns; a crash before leaves no pool.
+    /// to be zeros; else every page is zeroed before somebody gets it. A medium of which the first or last MiB
+    /// has anything but zeros is refused; with `force` whatever is there is lost. Durable when this returns;
+    /// a crash before leaves no pool.
     ///
     /// # Errors
     /// [`Refused::Taken`], [`Refused::TooSmall`], [`Error::Medium`].
@@ -114,12 +144,9 @@ impl Pool {
         force: bool,
     ) -> Result<Self, Error> {
         let mut ledger = Ledger::new(shape.space()?);
-        let found = Super::find(&*medium);
-        if !force && !matches!(found, Err(Error::NoPool { .. })) {
-            return Err(found
-                .err()
-                .filter(|error| matches!(error, Error::Medium(_)))
-                .unwrap_or_else(|| Refused::Taken(medium.place()).into()));
+        ledger.most = shape.most_pieces();
+        if !force && !is_blank(&*medium)? {
+            return Err(Refused::Taken(medium.place()).into());
         }
         if blank {
             ledger.dirty.remove(ledger.space());
@@ -129,7 +156,7 @@ impl Pool {
         Journal::format(Arc::clone(&medium), sb)?;
         let (heap, said) = open_tables(&medium, sb, Access::Write, Some(&ledger))?;
         sb.write(&*medium)?;
-        let (access, mended) = (Access::Write, false);
+        let (access, mended, unknown) = (Access::Write, false, false);
         let inner = Inner {
             medium,
             heap,
@@ -138,6 +165,7 @@ impl Pool {
             sb,
             access,
             mended,
+            unknown,
         };
         Ok(Self(Arc::new(Mutex::new(inner))))
     }
@@ -156,11 +184,12 @@ impl Pool {
         };
         let rows = heap.read(|root, snapshot| root.rows(snapshot));
         let rows = rows.map_err(|error| heap_error(&medium.place(), &said, error))?;
-        let ledger = Ledger::load(space, rows).map_err(damaged)?;
+        let mut ledger = Ledger::load(space, rows).map_err(damaged)?;
+        ledger.most = sb.shape.most_pieces();
         if !both && access == Access::Write {
             sb.write(&*medium)?;
         }
-        let mended = !both;
+        let (mended, unknown) = (!both, false);
         let inner = Inner {
             medium,
             heap,
@@ -169,6 +198,7 @@ impl Pool {
             sb,
             access,
             mended,
+            unknown,
         };
         Ok(Self(Arc::new(Mutex::new(inner))))
     }
@@ -235,17 +265,34 @@ impl Pool {
         }
     }
 
-    /// Zeroes all free pages that are not zeros yet; how many they were.
+    /// Zeroes all free pages that are not zeros yet; how many they were. It is many transactions, and others
+    /// get their turns between them.
     ///
     /// # Errors
-    /// [`Error::Medium`]
+    /// [`Error::Medium`]: some may be zeroed.
     pub fn scrub(&self) -> Result<u64, Error> {
-        let mut inner = self.lock();
-        let scrub: Vec<Run> = inner.ledger.dirty().runs().collect();
-        let pages = scrub.iter().map(|run| run.len).sum();
-        let changes = scrub.iter().map(|run| crate::Change::Clean(*run)).collect();
-        inner.commit(Plan { changes, scrub })?;
-        Ok(pages)
+        let (mut pages, mut from) = (0, 0);
+        loop {
+            let mut inner = self.lock();
+            inner.known()?;
+            let end = inner.ledger.space().end();
+            let rest = Run::new(from, end - from);
+            let mut left = SCRUB_PAGES;
+            let mut runs = inner.ledger.dirty().within(rest);
+            runs.truncate(SCRUB_RUNS);
+            for run in &mut runs {
+                run.len = run.len.min(left);
+                left -= run.len;
+            }
+            runs.retain(|run| run.len > 0);
+            // What becomes dirty behind this is left to the next who scrubs: so there is an end.
+            let Some(last) = runs.last() else {
+                return Ok(pages);
+            };
+            from = last.end();
+            pages += SCRUB_PAGES - left;
+            inner.commit(Plan::zeroing(runs))?;
+        }
     }
 
     /// Notes who uses an owner's contents from now on; `None` says that nobody does.
@@ -276,6 +323,7 @@ impl Pool {
     /// [`Error::Medium`]
     pub fn verify(&self, free: bool) -> Result<Verified, Error> {
         let mut inner = self.lock();
+        inner.known()?;
         let tables = inner.heap.scrub();
         let tables = tables.map_err(|error| inner.fail(error))?;
         let (mut read, mut unscrubbed) = (0, Vec::new());
@@ -313,8 +361,56 @@ impl Inner {
         heap_error(&self.medium.place(), &self.said, error)
     }
 
+    /// Refuses where what is durable is not known.
+    pub fn known(&self) -> Result<(), Error> {
+        if self.unknown {
+            let place = self.medium.place();
+            return Err(Error::Unknown { place });
+        }
+        Ok(())
+    }
+
+    /// Makes all that was written durable. If it fails, writes of anybody may be lost, and a flush after it would
+    /// say nothing of that.
+    pub fn flush(&mut self) -> Result<(), MediumError> {
+        let done = self.medium.flush();
+        self.unknown |= done.is_err();
+        done
+    }
+
     /// Zeroes what a plan gives away, makes it durable, and takes it over.
-    pub fn commit(&mut self, plan: Plan) -> Result<(), Error> {
+    pub fn commit(&mut self, mut plan: Plan) -> Result<(), Error> {
+        if plan.changes.iter().any(|c| matches!(c, Change::Dirty(_))) {
+            self.tidy()?;
+        }
+        // What is free and zeros may be noted as such at any time, so not all of it need be in one transaction.
+        while plan.scrub.len() > SCRUB_RUNS {
+            let part = plan.scrub.split_off(plan.scrub.len() - SCRUB_RUNS);
+            plan.changes
+                .retain(|change| !matches!(change, Change::Clean(run) if part.contains(run)));
+            self.carry_out(Plan::zeroing(part))?;
+        }
+        self.carry_out(plan)
+    }
+
+    /// Zeroes the shortest runs of dirty pages where there are so many that a transaction could not change all of
+    /// them. No more than it must: somebody waits.
+    fn tidy(&mut self) -> Result<(), Error> {
+        let mut runs: Vec<Run> = self.ledger.dirty().runs().collect();
+        let few = self.ledger.most / 2;
+        if runs.len() > few {
+            runs.sort_by_key(|run| run.len);
+            runs.truncate(runs.len() - few + few / 16);
+            for part in runs.chunks(SCRUB_RUNS) {
+                self.carry_out(Plan::zeroing(part.to_vec()))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// A plan that fits into one transaction.
+    fn carry_out(&mut self, plan: Plan) -> Result<(), Error> {
+        self.known()?;
         if self.access == Access::Read {
             let (place, what) = (self.medium.place(), "the pool was opened for reading only");
             return Err(MediumError::Misuse { place, what }.into());
@@ -328,7 +424,7 @@ impl Inner {
                         .write(start * PAGE, &zeros[..(len * PAGE) as usize])?;
                 }
             }
-            self.medium.flush()?;
+            self.flush()?;
         }
         if plan.changes.is_empty() {
             return Ok(());
@@ -337,10 +433,16 @@ impl Inner {
         let done = self
             .heap
             .write(|root, tx| root.apply(tx, &plan.changes, dirty));
-        done.map_err(|error| self.fail(error))?;
+        if let Err(error) = done {
+            use resilient_heap::Error as Heap;
+            // Anything else is said before the heap begins to write.
+            self.unknown = matches!(error, Heap::Memory { .. } | Heap::Halted);
+            return Err(self.fail(error));
+        }
         if self.ledger.apply(plan.changes) {
             return Ok(());
         }
+        self.unknown = true;
         Err(Error::Damaged {
             place: self.medium.place(),
             what: "a page was about to get a second owner".to_owned(),

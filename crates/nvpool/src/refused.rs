@@ -54,11 +54,38 @@ pub enum Refused {
         /// Its size in bytes.
         bytes: u64,
     },
-    /// The pool is so fragmented that the extent would be in too many pieces.
+    /// So many rows of the tables that no transaction could move them: the pool is too fragmented, or the
+    /// owner has too many extents.
     #[error(
-        "the extent would be in more than 1024 pieces: release or page out something, or ask for less"
+        "{owner} would be in more than {most} pieces, where an extent counts as {} beside its own: release or page out something, or ask for less",
+        crate::ledger::EXTENT_ROWS
     )]
-    Pieces,
+    Pieces {
+        /// Who.
+        owner: String,
+        /// How many there may be in this pool.
+        most: usize,
+    },
+    /// A file that is somebody else's.
+    #[error(
+        "{file} is, or is written by way of, where the contents of {owner} go: give another one with --file"
+    )]
+    FileTaken {
+        /// Which.
+        file: String,
+        /// Whose.
+        owner: String,
+    },
+    /// A file that paging out would replace, and that it did not write.
+    #[error(
+        "{file} is there already and has no contents that this pool wrote for {owner}: move it away"
+    )]
+    InTheWay {
+        /// Which.
+        file: String,
+        /// For whom.
+        owner: String,
+    },
     /// No size of an extent.
     #[error("an extent has one page at least, and all of an owner's together fit into 63 bits")]
     Size,
@@ -73,7 +100,9 @@ pub enum Refused {
         /// The least that a pool of this shape takes.
         least: u64,
     },
-    /// There is a pool already.
-    #[error("{0} has a pool already, which would be lost; --force makes a new one all the same")]
+    /// There is a pool already, or something else.
+    #[error(
+        "{0} has a pool already, or something else that is not zeros, which would be lost; --force makes a new one all the same"
+    )]
     Taken(String),
 }

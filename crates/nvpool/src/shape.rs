@@ -10,9 +10,10 @@
 //! in the pool. The superblock is written once, last of all, when the pool is made, in two copies.
 
 use crate::error::Error;
+use crate::ledger::MAX_PIECES;
 use crate::refused::Refused;
 use crate::run::{PAGE, Run};
-use outlive_media::{BLOCK, Medium};
+use outlive_media::{BLOCK, Medium, MediumError};
 
 const MAGIC: [u8; 8] = *b"OUTLPOOL";
 const VERSION: u32 = 1;
@@ -80,6 +81,18 @@ impl Shape {
                 len: self.pages.saturating_mul(PAGE),
                 least: (start + 1) * PAGE,
             })
+    }
+
+    /// Most pieces of an owner: of the 53 lines that a transaction may change for each page of the log, a piece
+    /// takes about two at worst.
+    pub(crate) fn most_pieces(&self) -> usize {
+        MAX_PIECES.min(self.log as usize * 16)
+    }
+
+    /// Whether a page of the tables is one of the heap's log.
+    pub(crate) fn is_log(&self, page: usize) -> bool {
+        // Before it are two superblocks and two schemas of two pages.
+        (6..6 + 2 * self.log as usize).contains(&page)
     }
 
     fn sound(&self) -> bool {
@@ -170,16 +183,26 @@ impl Super {
             return Err(no("it is too small"));
         }
         let mut bytes = vec![0; 2 * BLOCK];
-        medium.read(0, &mut bytes)?;
+        let mut unreadable = None;
+        for (at, block) in [0, PAGE].into_iter().zip(bytes.chunks_exact_mut(BLOCK)) {
+            match medium.read(at, block) {
+                Err(error @ MediumError::Io { .. }) => {
+                    block.fill(0);
+                    unreadable = Some(error);
+                }
+                done => done?,
+            }
+        }
         let (a, b) = bytes.split_at(BLOCK);
-        let found = match (Self::from_block(a), Self::from_block(b)) {
-            (Some(found), other) => (found, other == Some(found)),
-            (None, Some(found)) => (found, false),
-            (None, None) if a.starts_with(&MAGIC) || b.starts_with(&MAGIC) => {
+        let found = match (Self::from_block(a), Self::from_block(b), unreadable) {
+            (Some(found), other, _) => (found, other == Some(found)),
+            (None, Some(found), _) => (found, false),
+            (None, None, Some(error)) => return Err(error.into()),
+            (None, None, None) if a.starts_with(&MAGIC) || b.starts_with(&MAGIC) => {
                 let what = "its superblock, in both copies, or it is of another version".to_owned();
                 return Err(Error::Damaged { place, what });
             }
-            (None, None) => return Err(no("`outlive pool create` makes one")),
+            (None, None, None) => return Err(no("`outlive pool create` makes one")),
         };
         if found.0.shape.pages > len / PAGE {
             let what = format!("it had {} bytes and has {len}", found.0.shape.pages * PAGE);

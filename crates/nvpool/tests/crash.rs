@@ -107,7 +107,12 @@ fn text(pool: &Pool) -> String {
     let ledger = pool.ledger();
     let mut text = String::new();
     for (name, owner) in ledger.owners() {
-        text += &format!("{name} {:?} {}; ", owner.state, owner.generation);
+        // The number of a file that is not there yet is no other state.
+        let number = match owner.state {
+            State::PagedOut => owner.generation,
+            State::Running(_) | State::Stopped => 0,
+        };
+        text += &format!("{name} {:?} {number}; ", owner.state);
     }
     for extent in ledger.extents() {
         text += &format!("{} {} {}", extent.id, extent.owner, extent.pages);
@@ -316,7 +321,7 @@ fn cut_at(at: u64) -> Option<Fault> {
 /// A disk with an empty pool.
 fn with_pool() -> SimDisk {
     let disk = disk();
-    Pool::create(medium(&disk), SHAPE, [5; 16], false, false).unwrap();
+    Pool::create(medium(&disk), SHAPE, [5; 16], false, true).unwrap();
     // Its clock of operations begins with the history.
     disk.power_cut(&mut |_, _| Fate::Keep)
 }
@@ -385,7 +390,7 @@ fn a_power_cut_while_a_pool_is_opened_changes_nothing() {
 fn a_pool_is_made_whole_or_not_at_all() {
     let whole = disk();
     let from = whole.trace().len() as u64;
-    Pool::create(medium(&whole), SHAPE, [5; 16], false, false).unwrap();
+    Pool::create(medium(&whole), SHAPE, [5; 16], false, true).unwrap();
     let (mut made, mut none) = (0, 0);
     for at in boundaries(&whole.trace())
         .into_iter()
@@ -396,7 +401,7 @@ fn a_pool_is_made_whole_or_not_at_all() {
         // Where it is opened the power may be off already.
         let opened = disk.directory().open("pool", Access::Write);
         let created =
-            opened.is_ok_and(|medium| Pool::create(medium, SHAPE, [5; 16], false, false).is_ok());
+            opened.is_ok_and(|medium| Pool::create(medium, SHAPE, [5; 16], false, true).is_ok());
         for cut in cuts(&disk.pending(), at) {
             let after = disk.power_cut(&mut |i, _| cut[i]);
             match Pool::open(medium(&after), Access::Write) {
@@ -448,5 +453,107 @@ fn a_failing_medium_is_named_and_nothing_is_half_done() {
         }
         disk.fault(None);
         judge(&disk, done, &models).unwrap_or_else(|wrong| panic!("failure at {at}: {wrong}"));
+    }
+}
+
+/// What is done when the failure comes.
+#[derive(Clone, Copy, Debug)]
+enum Act {
+    Discard,
+    PageOut,
+    PageIn,
+    Scrub,
+}
+
+/// How it fails: the operation is done in spite of it; a flush forgets what it was to keep; a write says so to
+/// whoever flushes next.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum How {
+    Refused,
+    Applied,
+    Forgetful,
+    Deferred,
+}
+
+/// One failure of the pool's medium, after which everybody goes on as if nothing were; what they were told
+/// afterwards to be durable is there after a power cut. Gives whether the failure came at all.
+fn go_on(act: Act, at: u64, how: How) -> bool {
+    let (disk, other) = (with_pool(), SimDisk::new());
+    let files = other.directory();
+    let pool = Pool::open(medium(&disk), Access::Write).unwrap();
+    let mut contents = Contents::new();
+    let ids = ["a", "b"].map(|owner| pool.allocate(&ask(owner, 8, false)).unwrap());
+    fill(&pool, &mut contents, ids[0], Run::new(0, 8), 1).unwrap();
+    if matches!(act, Act::PageIn) {
+        pool.page_out("a", &files, "a.paged", false).unwrap();
+    }
+    let neighbour = pool.extent(ids[1]).unwrap();
+    neighbour.write(0, &[50; 8 * BLOCK]).unwrap();
+    disk.forget_on_failed_flush(how == How::Forgetful);
+    disk.defer_errors(how == How::Deferred);
+    let begin = disk.trace().len() as u64;
+    disk.fault(Some(Fault {
+        at: begin + at,
+        lasting: false,
+        error: std::io::ErrorKind::Other,
+        applied: how == How::Applied,
+    }));
+    let done = match act {
+        Act::Discard => pool
+            .extent(ids[0])
+            .and_then(|extent| extent.discard(0, 4 * PAGE)),
+        Act::PageOut => pool.page_out("a", &files, "a.paged", false),
+        Act::PageIn => pool.page_in("a", &files, "a.paged"),
+        Act::Scrub => pool.scrub().map(drop),
+    };
+    let came = begin + at < disk.trace().len() as u64;
+    drop(pool.allocate(&ask("c", 20, false)));
+    let mut told = [false; 8];
+    for (page, told) in (0..).zip(&mut told) {
+        *told = fill(&pool, &mut Contents::new(), ids[0], Run::new(page, 1), 100).is_ok();
+    }
+    let neighbour_told = neighbour.flush().is_ok();
+
+    let after = disk.power_cut(&mut |_, _| Fate::Drop);
+    let pool = Pool::open(medium(&after), Access::Write).unwrap();
+    if pool.ledger().owner("a").unwrap().state == State::PagedOut {
+        assert!(told.iter().all(|told| !told), "{act:?} at {at}: written");
+        pool.page_in("a", &files, "a.paged").unwrap();
+    }
+    let extent = pool.extent(ids[0]).unwrap();
+    for (page, told) in (0..).zip(told) {
+        let mut bytes = vec![0; BLOCK];
+        extent.read(page * PAGE, &mut bytes).unwrap();
+        let allowed: &[u8] = match act {
+            _ if told => &[100],
+            Act::Discard if page < 4 && done.is_ok() => &[0, 100],
+            Act::Discard if page < 4 => &[0, 1, 100],
+            _ => &[1, 100],
+        };
+        assert!(
+            allowed.contains(&bytes[0]) && bytes.iter().all(|byte| *byte == bytes[0]),
+            "{act:?} at {at}: page {page} holds {}, not one of {allowed:?}",
+            bytes[0]
+        );
+    }
+    let mut bytes = vec![0; 8 * BLOCK];
+    let neighbour = pool.extent(ids[1]).unwrap();
+    neighbour.read(0, &mut bytes).unwrap();
+    let whole = bytes.iter().all(|byte| *byte == 50);
+    assert!(
+        whole || !neighbour_told,
+        "{act:?} at {at}: a flush said what is not so"
+    );
+    came
+}
+
+#[test]
+fn what_is_acknowledged_after_a_failure_is_there_later() {
+    for act in [Act::Discard, Act::PageOut, Act::PageIn, Act::Scrub] {
+        for how in [How::Refused, How::Applied, How::Forgetful, How::Deferred] {
+            let came = (0..).take_while(|at| go_on(act, *at, how)).count();
+            // Its record, the flush, and the way home at least.
+            assert!(came > 2, "{act:?}, {how:?}: {came} failures");
+        }
     }
 }

@@ -288,6 +288,13 @@ fn a_pool_serves_owners_and_says_what_it_refuses() {
     let made = json(&["create", &pool, "--size", "32MiB"]);
     assert!(made["bytes"].as_u64().unwrap() > 24 << 20);
     assert_eq!(refused(&["create", &pool]).0, 3);
+    // Somebody's file is nobody's pool, unless that is said.
+    let precious = vec![b'p'; 16 << 20];
+    std::fs::write(at("other"), &precious).unwrap();
+    let (code, error) = refused(&["create", &at("other")]);
+    assert!(code == 3 && error.contains("--force"), "{error}");
+    assert!(std::fs::read(at("other")).unwrap() == precious);
+    json(&["create", &at("other"), "--force"]);
     let ask = [
         "--owner", "vm1", "--size", "4MiB", "--quota", "8MiB", "--file", &file,
     ];
@@ -308,6 +315,15 @@ fn a_pool_serves_owners_and_says_what_it_refuses() {
         .open(&pool)
         .unwrap();
     std::os::unix::fs::FileExt::write_all_at(&bytes, b"precious", offset + 12288).unwrap();
+    let (code, error) = refused(&[
+        "allocate", &pool, "--owner", "vm2", "--size", "4KiB", "--file", &file,
+    ]);
+    assert!(code == 3 && error.contains("vm1"), "{error}");
+    std::fs::write(&file, "a letter").unwrap();
+    let (code, error) = refused(&["page-out", &pool, "vm1"]);
+    assert!(code == 3 && error.contains("vm1.paged"), "{error}");
+    assert_eq!(std::fs::read(&file).unwrap(), b"a letter");
+    std::fs::remove_file(&file).unwrap();
     let mut holder = Command::new("sleep").arg("600").spawn().unwrap();
     let pid = holder.id().to_string();
     json(&["start", &pool, "vm1", "--pid", &pid]);

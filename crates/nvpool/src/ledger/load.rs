@@ -3,6 +3,9 @@
 use super::{Extent, Ledger, MAX_PAGES, Owner, State, check_name};
 use crate::run::{PAGE, Pages, Run};
 
+/// The last number that a file of an owner may have: nobody counts so far.
+const MOST_FILES: u64 = i64::MAX as u64;
+
 /// Rows as they were found on a medium, which may be anybody's.
 #[derive(Debug, Default)]
 pub struct Rows {
@@ -30,6 +33,11 @@ impl Ledger {
         };
         for (name, owner) in rows.owners {
             check_name(&name).map_err(|e| e.to_string())?;
+            if owner.quota.is_some_and(|quota| quota > MAX_PAGES) || owner.generation > MOST_FILES {
+                return Err(format!(
+                    "{name} has a quota or a file of a number that there is not"
+                ));
+            }
             ledger.owners.insert(name, owner);
         }
         for extent in rows.extents {

@@ -134,6 +134,65 @@ fn rows_that_break_a_promise_are_named() {
     assert!(away.contains("in a file"), "{away}");
     let number = load(&|rows| rows.next = 2);
     assert!(number.contains("number"), "{number}");
+    let file = load(&|rows| rows.owners[0].1.generation = u64::MAX);
+    assert!(file.contains("number"), "{file}");
+    let endless = load(&|rows| rows.owners[0].1.quota = Some(u64::MAX / PAGE + 1));
+    assert!(endless.contains("quota"), "{endless}");
+}
+
+/// A file of an owner is nobody else's, nor is the name under which it is written.
+#[test]
+fn two_owners_have_no_file_in_common() {
+    let mut ledger = Ledger::new(Run::new(0, 64));
+    let with = |owner: &str, file: &str| Request {
+        file: Some(file.to_owned()),
+        ..ask(owner, 1)
+    };
+    let (_, plan) = ledger.allocate(&with("a", "/d/vm")).unwrap();
+    assert!(ledger.apply(plan.changes));
+    for file in ["/d/vm", "/d/vm.new", "/d/vm.0123.new"] {
+        let refused = ledger.allocate(&with("b", file)).unwrap_err();
+        assert!(matches!(refused, Refused::FileTaken { owner, .. } if owner == "a"));
+    }
+    let (_, plan) = ledger.allocate(&with("b", "/d/vm2")).unwrap();
+    assert!(ledger.apply(plan.changes));
+    // The other way round, and the owner itself again.
+    let (_, plan) = ledger.allocate(&with("b", "/d/x.7.new")).unwrap();
+    assert!(ledger.apply(plan.changes));
+    assert!(ledger.allocate(&with("a", "/d/x")).is_err());
+    assert!(ledger.allocate(&with("a", "/d/vm")).is_ok());
+    // One without a file keeps nobody from theirs.
+    let (_, plan) = ledger.allocate(&ask("c", 1)).unwrap();
+    assert!(ledger.apply(plan.changes));
+    assert!(ledger.allocate(&with("d", ".new")).is_ok());
+}
+
+#[test]
+fn what_an_owner_has_can_be_moved_at_once() {
+    let mut ledger = Ledger::new(Run::new(0, 4000));
+    ledger.most = 40;
+    // Two extents with a piece each are 2 + 2 * EXTENT_ROWS; each hole in the first makes one more.
+    for pages in [1000, 8] {
+        let (_, plan) = ledger.allocate(&ask("a", pages)).unwrap();
+        assert!(ledger.apply(plan.changes));
+    }
+    let left = 40 - 2 - 2 * EXTENT_ROWS as u64;
+    for hole in 0..left {
+        let plan = ledger.discard(1, Run::new(2 * hole + 1, 1)).unwrap();
+        assert!(ledger.apply(plan.changes));
+    }
+    let refused = |refused: Refused| assert!(matches!(refused, Refused::Pieces { .. }));
+    refused(ledger.discard(1, Run::new(500, 1)).unwrap_err());
+    refused(ledger.allocate(&ask("a", 1)).unwrap_err());
+    // What makes it no worse is granted, also where there is too much already.
+    ledger.most = 30;
+    refused(ledger.number_file("a", false).unwrap_err());
+    let plan = ledger.discard(1, Run::new(0, 20)).unwrap();
+    assert!(ledger.apply(plan.changes));
+    let (number, plan) = ledger.number_file("a", false).unwrap();
+    assert_eq!((number, ledger.owner("a").unwrap().generation), (1, 0));
+    assert!(ledger.apply(plan.changes));
+    assert_eq!(ledger.owner("a").unwrap().generation, 1);
 }
 
 #[derive(Clone, Debug)]
@@ -236,7 +295,7 @@ fn go(
                     .collect()
             };
             let ranges = ledger.extents_of(&name).flat_map(pieces).collect();
-            if let Ok(plan) = ledger.page_out(&name, 1, false) {
+            if let Ok(plan) = ledger.page_out(&name, false) {
                 carry_out(ledger, bytes, plan);
                 files.insert(name, ranges);
             }

@@ -68,7 +68,7 @@ fn told(error: Error) -> KeeperError {
         Error::Refused(_) => 3,
         Error::Damaged { .. } | Error::File { .. } => 4,
         Error::Medium(error) => medium_code(error),
-        Error::NoPool { .. } | Error::Tables(_) => 1,
+        Error::NoPool { .. } | Error::Tables(_) | Error::Unknown { .. } => 1,
     };
     let message = error.to_string();
     KeeperError::Told { message, exit }
@@ -101,6 +101,7 @@ fn open(path: &Path, access: Access) -> Result<Pool, KeeperError> {
 
 fn create(args: &CreateArgs, json: bool) -> Result<u8, KeeperError> {
     let (path, shown) = (&args.pool, args.pool.display());
+    let id = id()?;
     let fresh = !path.exists();
     let medium: Arc<dyn Medium> = match (fresh, args.size) {
         (true, None) => {
@@ -118,9 +119,10 @@ fn create(args: &CreateArgs, json: bool) -> Result<u8, KeeperError> {
         }
         (false, None) => medium(path, Access::Write).map_err(|error| told(error.into()))?,
     };
-    let made = medium.geometry().map_err(Error::from).and_then(|geometry| {
-        Pool::create(medium, Shape::of(geometry.len), id(), fresh, args.force)
-    });
+    let made = medium
+        .geometry()
+        .map_err(Error::from)
+        .and_then(|geometry| Pool::create(medium, Shape::of(geometry.len), id, fresh, args.force));
     let pool = made.map_err(|error| match fresh {
         true => undo(path, told(error)),
         false => told(error),
@@ -145,15 +147,22 @@ fn undo(path: &Path, error: KeeperError) -> KeeperError {
     error
 }
 
-fn id() -> [u8; 16] {
-    let text = fs::read_to_string("/proc/sys/kernel/random/uuid").unwrap_or_default();
-    uuid(&text)
+/// The identity of a new pool: files of owners name it, so no two pools may have the same one.
+fn id() -> Result<[u8; 16], KeeperError> {
+    let path = "/proc/sys/kernel/random/uuid";
+    let text = fs::read_to_string(path).map_err(KeeperError::io(format!("read {path}")))?;
+    uuid(&text).ok_or_else(|| KeeperError::Told {
+        message: format!("{path} has no UUID: a pool needs one as its identity"),
+        exit: 1,
+    })
 }
 
-/// The bytes of a UUID as the kernel writes it; zeros where it is none.
-fn uuid(text: &str) -> [u8; 16] {
-    let digits: String = text.chars().filter(char::is_ascii_hexdigit).collect();
-    u128::from_str_radix(&digits, 16).unwrap_or(0).to_be_bytes()
+/// The bytes of a UUID as the kernel writes it.
+fn uuid(text: &str) -> Option<[u8; 16]> {
+    let digits = text.trim().replace('-', "");
+    let number = u128::from_str_radix(&digits, 16).ok();
+    let number = number.filter(|number| digits.len() == 32 && *number != 0);
+    number.map(u128::to_be_bytes)
 }
 
 fn hex(id: [u8; 16]) -> String {
@@ -216,7 +225,11 @@ mod tests {
     #[test]
     fn a_uuid_is_sixteen_bytes() {
         let text = "00112233-4455-6677-8899-aabbccddeeff\n";
-        assert_eq!(hex(uuid(text)), "00112233445566778899aabbccddeeff");
-        assert_eq!(uuid("nothing"), [0; 16]);
+        let expected = "00112233445566778899aabbccddeeff";
+        assert_eq!(uuid(text).map(hex), Some(expected.to_owned()));
+        let zeros = "00000000-0000-0000-0000-000000000000";
+        for none in ["", "nothing", "0011", zeros] {
+            assert_eq!(uuid(none), None, "{none}");
+        }
     }
 }

@@ -52,7 +52,7 @@ pub struct CreateArgs {
     /// Size of the new file
     #[arg(long, value_name = "BYTES", value_parser = parse_bytes)]
     pub size: Option<u64>,
-    /// Make a new pool even where there is one, which is lost
+    /// Make a new pool even where there is one, or anything else that is not zeros, which is lost
     #[arg(long)]
     pub force: bool,
 }

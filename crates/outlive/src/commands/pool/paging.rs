@@ -9,9 +9,10 @@ use outlive_nvpool::{Error, Holder, Pool, Refused, State};
 use serde_json::json;
 use std::path::Path;
 
-/// Whether the process that is noted is there still.
+/// Whether the process that is noted is there still. Where the boot has no name it may be this one.
 fn alive(holder: &Holder) -> bool {
-    holder.boot == uuid(&procfs::boot_id())
+    let same = |boot| holder.boot == boot;
+    uuid(&procfs::boot_id()).is_none_or(same)
         && procfs::start_time(holder.pid) == Some(holder.started)
 }
 
@@ -27,6 +28,11 @@ fn file_of(pool: &Pool, owner: &str) -> Result<(FileDirectory, String), KeeperEr
         .and_then(|name| name.to_str())
         .ok_or_else(none)?;
     let folder = path.parent().ok_or_else(none)?;
+    // Opening a pipe would wait for somebody at its other end.
+    if path.symlink_metadata().is_ok_and(|found| !found.is_file()) {
+        let owner = owner.to_owned();
+        return Err(told(Error::Refused(Refused::InTheWay { file, owner })));
+    }
     let folder = FileDirectory::open(folder, Access::Write).map_err(|error| told(error.into()))?;
     Ok((folder, name.to_owned()))
 }
@@ -78,7 +84,10 @@ pub fn start(args: &StartArgs, json: bool) -> Result<u8, KeeperError> {
         Some(pid) => {
             let gone = || KeeperError::Refused(format!("there is no process {pid}"));
             let started = procfs::start_time(pid).ok_or_else(gone)?;
-            let boot = uuid(&procfs::boot_id());
+            let boot = uuid(&procfs::boot_id()).ok_or_else(|| KeeperError::Told {
+                message: "/proc/sys/kernel/random/boot_id has no UUID: nobody could tell later whether the process is there still".to_owned(),
+                exit: 1,
+            })?;
             Some(Holder { boot, started, pid })
         }
     };
