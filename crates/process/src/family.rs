@@ -17,7 +17,7 @@ pub struct Kin {
     pub zombie: bool,
 }
 
-/// All members as they are now, parents before their children. A tree that is not frozen may
+/// All members as they are now, the root first and parents before their children. A tree that is not frozen may
 /// change meanwhile. All other children of the adopters belong to it too, and what descends from
 /// them: processes whose parents have ended. Helpers of this process do not.
 pub fn list(root: u32, adopters: &[u32]) -> Vec<Kin> {
@@ -31,30 +31,36 @@ pub fn list_by(root: u32, adopters: &[u32], children: &mut dyn FnMut(u32) -> Vec
         parent: 0,
         zombie: false,
     }];
-    for &adopter in adopters {
-        let adopted = children(adopter).into_iter();
-        let is_other =
-            |p: &u32| *p == root || adopters.contains(p) || is_witness(*p) || is_ours(*p);
-        let strays = adopted.filter(|p| !is_other(p) && !has_ended(*p));
-        all.extend(strays.map(|pid| Kin {
-            pid,
-            parent: 0,
-            zombie: false,
-        }));
-    }
     let mut at = 0;
-    while at < all.len() {
-        let Kin { pid, zombie, .. } = all[at];
-        at += 1;
-        if !zombie {
-            all.extend(children(pid).into_iter().map(|child| Kin {
-                pid: child,
-                parent: pid,
-                zombie: has_ended(child),
+    loop {
+        while at < all.len() {
+            let Kin { pid, zombie, .. } = all[at];
+            at += 1;
+            if !zombie {
+                all.extend(children(pid).into_iter().map(|child| Kin {
+                    pid: child,
+                    parent: pid,
+                    zombie: has_ended(child),
+                }));
+            }
+        }
+        // Last, and again: whoever loses his parent while that one's children are listed is here by then.
+        for &adopter in adopters {
+            let is_other =
+                |p: &u32| *p == root || adopters.contains(p) || is_witness(*p) || is_ours(*p);
+            let known: Vec<u32> = all.iter().map(|kin| kin.pid).collect();
+            let adopted = children(adopter).into_iter();
+            let strays = adopted.filter(|p| !known.contains(p) && !is_other(p) && !has_ended(*p));
+            all.extend(strays.map(|pid| Kin {
+                pid,
+                parent: 0,
+                zombie: false,
             }));
         }
+        if at == all.len() {
+            return all;
+        }
     }
-    all
 }
 
 /// Whether a process is a helper of this one, with which it has all its descriptors in common.
@@ -131,6 +137,31 @@ fn waits_for_child(pid: u32) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// A parent ends, and is reaped, after the adopter was asked for the first time.
+    #[test]
+    fn who_is_adopted_meanwhile_is_found() {
+        const ROOT: u32 = 0x7fff_fffe;
+        const ADOPTER: u32 = 0x7fff_ffff;
+        let mut stray = std::process::Command::new("sleep")
+            .arg("100")
+            .spawn()
+            .unwrap();
+        let id = stray.id();
+        let mut reaped = false;
+        let found = list_by(ROOT, &[ADOPTER], &mut |pid| match pid {
+            ROOT => {
+                reaped = true;
+                Vec::new()
+            }
+            ADOPTER if reaped => vec![ROOT, id],
+            _ => Vec::new(),
+        });
+        stray.kill().unwrap();
+        stray.wait().unwrap();
+        let found: Vec<_> = found.iter().map(|kin| (kin.pid, kin.parent)).collect();
+        assert_eq!(found, [(ROOT, 0), (id, 0)]);
+    }
 
     #[test]
     fn children_are_found_and_zombies_told() {

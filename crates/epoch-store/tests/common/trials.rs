@@ -430,8 +430,14 @@ impl Trial {
 fn harm(image: &mut [u8], dice: &mut Dice) -> String {
     let within = [HEADER.min(image.len()), image.len()][dice.below(2) as usize];
     let at = dice.below(within as u64) as usize;
-    let (sector, block) = (at / 512 * 512, at / 4096 * 4096);
+    // A file that grew while the power was cut may end within a block.
+    let fits = |len: usize| (at / len * len).min(image.len().saturating_sub(len));
+    let (sector, block) = (fits(512), fits(4096));
     match dice.below(8) {
+        0 | 1 if image.len() < 4096 => {
+            image[at] ^= 0xff;
+            format!("a byte at {at}")
+        }
         0 => {
             image[sector..sector + 512].fill(dice.below(2) as u8 * 0xff);
             format!("a sector at {sector}")
